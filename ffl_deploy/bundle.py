@@ -1,0 +1,273 @@
+"""A bundle: the folder that deployment takes. One target, its variants, golden samples, and a manifest of every file.
+
+    DIR/TARGET/  bundle.json  model.onnx  [model.int8.onnx  engines/*.engine ...]  golden.npz  README.md
+
+The manifest is data and names files inside the folder only; `load_bundle` refuses anything else before a file is opened.
+Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import msgspec
+import numpy as np
+
+from ffl_deploy.command import choices_sentence
+from ffl_deploy.errors import CheckError, UsageError
+from ffl_deploy.files import sha256_of, write_atomically
+from ffl_deploy.images import Pixels, Preprocessing
+
+if TYPE_CHECKING:
+    from ffl_deploy.runtime import Session
+
+SCHEMA = 1
+MANIFEST = "bundle.json"
+DEFAULT_VARIANT = "fp32"
+
+
+class InputTensor(msgspec.Struct, frozen=True):
+    """The graph's input. Normalisation is inside the graph: any client feeds the pixels that `preprocessing` gives."""
+
+    preprocessing: Preprocessing
+    name: str = "images"
+    dtype: str = "uint8"
+    layout: str = "NHWC"
+    color: str = "RGB"
+
+
+class OutputTensor(msgspec.Struct, frozen=True):
+    """One output of the graph; `shape` uses "batch" for the dynamic dimension."""
+
+    name: str
+    shape: list[int | str]
+    description: str = ""
+
+
+class Source(msgspec.Struct, frozen=True):
+    """Where the weights come from."""
+
+    run: str
+    checkpoint: str  # best, last or ema
+    checkpoint_sha256: str
+    epoch: int
+    method: str
+    branches: list[str]
+    data: str
+    parameters: int  # of this target alone
+
+
+class Precision(msgspec.Struct, frozen=True):
+    """What the file stores and what the processor that verified it computed in; they differ more often than one thinks."""
+
+    stored: str
+    computed: str
+
+
+class Variant(msgspec.Struct, frozen=True):
+    """One deployable file. `runtime` is the one it was verified with; `parity`, `accuracy` and `latency` are measurements."""
+
+    name: str
+    runtime: str
+    file: str
+    sha256: str
+    bytes: int
+    precision: Precision
+    parity: dict[str, Any] | None = None
+    accuracy: dict[str, Any] | None = None
+    latency: dict[str, Any] | None = None
+    details: dict[str, Any] = {}
+
+
+class Golden(msgspec.Struct, frozen=True):
+    """Samples with PyTorch's own logits, to verify an installation. `origin` says where the images come from."""
+
+    file: str
+    sha256: str
+    count: int
+    origin: str
+
+
+class FileRecord(msgspec.Struct, frozen=True):
+    sha256: str
+    bytes: int
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """`bundle.json`. `files` lists every file of the folder but the manifest itself."""
+
+    schema: int
+    target: str
+    classes: list[str]
+    input: InputTensor
+    outputs: list[OutputTensor]
+    source: Source
+    variants: list[Variant]
+    golden: Golden
+    files: dict[str, FileRecord]
+    toolchain: dict[str, str]
+    calibration: dict[str, Any] | None = None  # temperature and expected calibration errors
+
+
+class GoldenSamples(NamedTuple):
+    images: np.ndarray  # uint8 [n, height, width, 3]
+    labels: np.ndarray  # int64 [n]; -1 where a label is not known
+    logits: np.ndarray  # float32 [n, classes]: PyTorch's
+
+
+class Prediction(NamedTuple):
+    """What one image was taken for; `top` is sorted by falling probability."""
+
+    label: str
+    label_id: int
+    confidence: float
+    top: list[tuple[str, float]]
+    logits: np.ndarray  # float32 [classes]
+
+
+class Bundle:
+    """A bundle on disk whose manifest has been read and whose file names have been checked."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self._sessions: dict[tuple[str | None, str | None], Session] = {}
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def classes(self) -> list[str]:
+        return self.manifest.classes
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        return self.manifest.input.preprocessing
+
+    @cached_property
+    def sha256(self) -> str:
+        """Identity of the bundle: the hash of the manifest, which holds the hash of everything else."""
+        return sha256_of(self.folder / MANIFEST)
+
+    def variant(self, name: str | None = None) -> Variant:
+        """-> the variant called `name`; without a name the fp32 one, or the only one. Raises UsageError."""
+        variants = {variant.name: variant for variant in self.manifest.variants}
+        wanted = name or (DEFAULT_VARIANT if DEFAULT_VARIANT in variants else next(iter(variants)))
+        if wanted not in variants:
+            raise UsageError(f"{self.folder} has no variant {wanted!r}. {choices_sentence(wanted, list(variants))}")
+        return variants[wanted]
+
+    def checked_file(self, name: str) -> Path:
+        """-> path of a listed file whose content has the recorded hash. Raises CheckError; call it before opening a model."""
+        path, record = self.folder / name, self.manifest.files[name]
+        if not path.is_file():
+            raise CheckError(f"{path} is missing; export the bundle again or copy it completely.")
+        if path.stat().st_size != record.bytes or sha256_of(path) != record.sha256:
+            raise CheckError(f"{path} was changed since export (SHA-256 differs); export the bundle again or copy it anew.")
+        return path
+
+    def golden(self) -> GoldenSamples:
+        """-> the golden samples, after a hash check. Raises CheckError."""
+        path = self.checked_file(self.manifest.golden.file)
+        with np.load(path, allow_pickle=False) as arrays:
+            return GoldenSamples(arrays["images"], arrays["labels"], arrays["logits"])
+
+    def session(self, variant: str | None = None, runtime: str | None = None, threads: int | None = None) -> Session:
+        """-> a new Session on `variant` (fp32) with `runtime` (the variant's own), using `threads` cores (all)."""
+        from ffl_deploy.runtime import open_session
+
+        return open_session(self, self.variant(variant), runtime=runtime, threads=threads)
+
+    def predict(
+        self,
+        images: Sequence[Pixels | str | os.PathLike[str]],
+        *,
+        top_k: int = 5,
+        variant: str | None = None,
+        runtime: str | None = None,
+        batch_size: int = 64,
+    ) -> list[Prediction]:
+        """Classify uint8 RGB arrays [h, w, 3] of any size, or paths of image files. Raises ImageError for one it cannot read.
+
+        Thread-safe: sessions are opened once per (variant, runtime) and may be run from several threads.
+        """
+        from ffl_deploy.images import load, prepare
+
+        key = (variant, runtime)
+        if key not in self._sessions:
+            self._sessions.setdefault(key, self.session(variant, runtime))
+        session = self._sessions[key]
+        predictions: list[Prediction] = []
+        for start in range(0, len(images), batch_size):
+            batch = [
+                load(image, self.preprocessing) if isinstance(image, (str, os.PathLike)) else prepare(image, self.preprocessing)
+                for image in images[start : start + batch_size]
+            ]
+            outputs = session.run(np.stack(batch))
+            predictions += [
+                self.prediction(outputs.logits[i], outputs.probabilities[i], top_k) for i in range(len(batch))
+            ]
+        return predictions
+
+    def prediction(self, logits: np.ndarray, probabilities: np.ndarray, top_k: int = 5) -> Prediction:
+        """-> one image's Prediction from its logits [classes] and probabilities [classes]; equal values keep class order."""
+        order = np.argsort(-probabilities, kind="stable")[:top_k]
+        top = [(self.classes[i], float(probabilities[i])) for i in order]
+        return Prediction(top[0][0], int(order[0]), top[0][1], top, logits)
+
+
+def load_bundle(folder: str | os.PathLike[str]) -> Bundle:
+    """Read and check `folder/bundle.json`; files are hashed when they are used (`ffl-verify` hashes them all).
+
+    Raises UsageError where there is no bundle, CheckError where there is a corrupt one.
+    """
+    folder = Path(os.path.abspath(folder))
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is not a folder; give the folder that ffl-export wrote (it holds {MANIFEST}).")
+    if not (folder / MANIFEST).is_file():
+        inside = sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST}"))
+        hint = f"give one of the bundles inside it: {', '.join(inside)}" if inside else "write one with ffl-export"
+        raise UsageError(f"{folder} holds no {MANIFEST}; {hint}.")
+    return Bundle(folder, read_manifest(folder / MANIFEST))
+
+
+def read_manifest(path: Path) -> Manifest:
+    """-> a manifest whose schema is known and whose names stay inside its folder. Raises CheckError."""
+    try:
+        manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise CheckError(f"{path} is not a valid manifest ({error}); export the bundle again.") from error
+    if manifest.schema != SCHEMA:
+        raise CheckError(f"{path} has schema {manifest.schema}, this version reads {SCHEMA}; export the bundle again.")
+    if not manifest.classes or not manifest.variants:
+        raise CheckError(f"{path} lists no classes or no variants; export the bundle again.")
+    named = [variant.file for variant in manifest.variants] + [manifest.golden.file]
+    for name in [*named, *manifest.files]:
+        pure = PurePosixPath(name)
+        if pure.is_absolute() or ".." in pure.parts or "\\" in name or name != str(pure) or name in ("", ".", MANIFEST):
+            raise CheckError(f"{path} names {name!r}, which is not a file inside the bundle; do not use this bundle.")
+    for name in named:
+        if name not in manifest.files:
+            raise CheckError(f"{path} does not list the hash of {name}; export the bundle again.")
+    for item in [*manifest.variants, manifest.golden]:
+        if manifest.files[item.file].sha256 != item.sha256:
+            raise CheckError(f"{path} gives two different hashes for {item.file}; export the bundle again.")
+    return manifest
+
+
+def file_records(folder: Path) -> dict[str, FileRecord]:
+    """-> name -> FileRecord of every file below `folder` but the manifest, sorted by name."""
+    names = sorted(str(PurePosixPath(p.relative_to(folder))) for p in folder.rglob("*") if p.is_file())
+    return {
+        name: FileRecord(sha256_of(folder / name), (folder / name).stat().st_size) for name in names if name != MANIFEST
+    }
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write `folder/bundle.json`: indented, keys in the order of the schema, so that equal contents are equal bytes."""
+    write_atomically(folder / MANIFEST, msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")

@@ -1,0 +1,37 @@
+"""Errors that a user can act on, and the exit code each one ends a command with.
+
+Exit codes (docs/architecture.md): 0 done; 1 a check failed; 2 usage or input that cannot be used at all;
+3 finished, some inputs have error rows; 130 interrupted, resumable.
+"""
+
+from __future__ import annotations
+
+DONE = 0
+CHECK_FAILED = 1
+UNUSABLE_INPUT = 2
+SOME_INPUTS_FAILED = 3
+INTERRUPTED = 130
+
+
+class FflError(Exception):
+    """One sentence that says what is wrong and what to do; `exit_code` is what the command ends with."""
+
+    exit_code = CHECK_FAILED
+
+
+class CheckError(FflError):
+    """A gate did not hold: parity, a hash, a corrupt bundle or checkpoint, NaN, a full disk."""
+
+    exit_code = CHECK_FAILED
+
+
+class UsageError(FflError):
+    """The command cannot start on what it was given: bad flags, missing folders, unknown names."""
+
+    exit_code = UNUSABLE_INPUT
+
+
+class Interrupted(FflError):
+    """Stopped by SIGINT or SIGTERM after saving; the same command with --resume goes on."""
+
+    exit_code = INTERRUPTED
