@@ -1,0 +1,1 @@
+"""What runs a bundle: batch prediction, the HTTP server, the demo. Never imports torch."""
