@@ -30,8 +30,8 @@ from PIL import (
     WebPImagePlugin,  # noqa: F401
 )
 
-# Formats by Pillow's names. MPO is what many phones write: a JPEG with further pictures behind the first one.
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+# Formats by Pillow's names. MPO, what many phones write (a JPEG with further pictures behind the first one), is opened as JPEG.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 # What people do send, and deserve a better answer than "not an image".
 UNSUPPORTED = tuple(

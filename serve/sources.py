@@ -26,7 +26,7 @@ SPILL = 50_000  # names sorted in memory at a time, about 5 MB
 
 @dataclass(frozen=True)
 class Reading:
-    """How inputs are read. `classes`: folder names that are labels. `column`, `label_column`: of tables, by default usual names."""
+    """How inputs are read. `classes`: folder names that are labels. `column`, `label_column`: of tables (None: usual ones)."""
 
     classes: frozenset[str] = frozenset()
     column: str | None = None
