@@ -21,12 +21,14 @@ from ffl_deploy.bundle import Bundle, load_bundle
 from ffl_deploy.errors import Interrupted, UsageError
 from serve.items import Item
 from serve.labelled import count_labels
+from serve.labelled_report import make_report, report_screen, write_report
 from serve.pipeline import Chunk, Classifier, chunks, run_pipeline
 from serve.progress import Progress, Report
 from serve.rows import OK, Row, assemble, encode, format_of
 from serve.shards import Parts, Request, Settings, ShardRecord, count, hash_names, open_parts, parts_folder
 from serve.sources import Reading, check_inputs, count_inputs, read_inputs
 from serve.summary import Totals, screen, summarise, summary_path, write_summary
+from serve.supervise import CarefulShardDone, Recovery
 from serve.tuning import SMALL_RUN, choose_settings
 
 
@@ -51,6 +53,7 @@ class Job:
     resume: bool = False
     engine: Literal["local", "ray"] = "local"
     report: Report = "screen"
+    recovery: Recovery = field(default_factory=Recovery)
 
 
 def run_job(job: Job) -> int:
@@ -80,12 +83,19 @@ def run_job(job: Job) -> int:
         session = bundle.session(job.variant, job.runtime, threads=parts.manifest.settings.threads)
         classifier = Classifier(session, bundle.classes, job.top_k, job.columns)
         with Progress(job.report, lambda: count_inputs(job.inputs, reading)) as progress:
-            shards = predict_shards(items, parts, classifier, bundle, totals, progress)
+            shards = predict_shards(items, parts, classifier, bundle, totals, progress, job.recovery)
         assemble((parts.data_path(index) for index in range(shards)), job.out, request.format, job.columns)
         summary = summarise(totals, parts.manifest, job.out, reading.skipped, time.perf_counter() - started)
+        labelled = totals.labelled.predicted + sum(totals.labelled.failed.values())
+        if labelled:
+            report = make_report(totals.labelled, bundle.classes, classifier.top_k)
+            write_report(job.out, report, bundle.classes, totals.labelled)
+            summary["labelled"] = {name: value for name, value in report.items() if not isinstance(value, list | dict)}
         write_summary(job.out, summary)
         parts.remove()
     show(job.report, summary)
+    if labelled and job.report == "screen":
+        print(report_screen(report))
     return totals.errors
 
 
@@ -145,7 +155,13 @@ def peek(items: Iterator[Item], limit: int) -> tuple[list[Item], Iterator[Item]]
 
 
 def predict_shards(
-    items: Iterator[Item], parts: Parts, classifier: Classifier, bundle: Bundle, totals: Totals, progress: Progress
+    items: Iterator[Item],
+    parts: Parts,
+    classifier: Classifier,
+    bundle: Bundle,
+    totals: Totals,
+    progress: Progress,
+    recovery: Recovery,
 ) -> int:
     """Make every shard that is not finished yet; -> the number of shards."""
     settings = parts.manifest.settings
@@ -157,10 +173,11 @@ def predict_shards(
             shards = index + 1
             record = parts.record(index)
             if record is None:
-                yield from chunks(shard, index, settings.batch_size)
+                yield from chunks(guarded(shard, index, settings, recovery), index, settings.batch_size)
             else:
                 check_unchanged(record, shard, parts, index)
                 totals.add_record(record, resumed=True)
+                recovery.marker.set(index + 1)
                 progress.advance(record.rows, record.rows - record.statuses.get(OK, 0))
 
     rows: list[Row] = []
@@ -179,8 +196,17 @@ def predict_shards(
         progress.advance(len(finished.rows), sum(row.status != OK for row in finished.rows))
         if finished.ends_shard:
             totals.add_record(commit(parts, finished.shard, rows, labels, bundle.classes), resumed=False)
+            recovery.marker.set(finished.shard + 1)
+            if finished.shard == recovery.careful:
+                raise CarefulShardDone
             rows, labels = [], []
     return shards
+
+
+def guarded(shard: Iterable[Item], index: int, settings: Settings, recovery: Recovery) -> Iterator[Item]:
+    """-> the shard's items, those behind which an earlier worker died refused or tried first."""
+    for number, item in enumerate(shard, index * settings.shard_size):
+        yield recovery.guarded(item, index, number)
 
 
 def cut(items: Iterator[Item], size: int) -> Iterator[Iterator[Item]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ffl_deploy.command import run_command
 from ffl_deploy.errors import DONE, SOME_INPUTS_FAILED, UsageError
+from serve.supervise import Recovery, supervise
 
 DESCRIPTION = """\
 Classify images with an exported bundle: exactly one row per input, in input order.
@@ -60,7 +61,18 @@ def positive(text: str) -> int:
 
 
 def main(argv: Sequence[str]) -> int:
+    """Run in this process: for tests and for programs that call the command."""
+    return run(build_parser().parse_args(argv), Recovery())
+
+
+def supervised_main(argv: Sequence[str]) -> int:
+    """Run in a child process that is restarted when it dies."""
     arguments = build_parser().parse_args(argv)
+    return supervise(lambda recovery: run_command(lambda _: run(arguments, recovery)))
+
+
+def run(arguments: argparse.Namespace, recovery: Recovery) -> int:
+    """Do what the flags say; -> the exit code."""
     from serve.job import Job, run_job
 
     if arguments.out.is_dir():
@@ -80,8 +92,9 @@ def main(argv: Sequence[str]) -> int:
         batch_size=arguments.batch_size,
         threads=arguments.threads,
         shard_size=arguments.shard_size,
-        resume=arguments.resume,
+        resume=arguments.resume or recovery.restarted,
         engine=arguments.engine,
+        recovery=recovery,
         report="quiet" if arguments.quiet else "json" if arguments.json else "screen",
     )
     errors = run_job(job)
@@ -89,7 +102,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def entry() -> None:
-    sys.exit(run_command(main))
+    sys.exit(run_command(supervised_main))
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def read_inputs(inputs: Iterable[str], reading: Reading) -> Iterator[Item]:
     """Yield every input once, in order. An argument that names no folder always gives at least one item or names its error."""
     for argument in inputs:
         if argument == STANDARD_INPUT:
-            yield from _listed_on(sys.stdin.buffer, reading)
+            yield from _listed_on(sys.stdin.buffer)
         elif is_pattern(argument):
             for path in sorted_names(
                 p for p in glob.iglob(argument, recursive=True, include_hidden=True) if not os.path.isdir(p)
@@ -74,15 +74,14 @@ def _one(path: str, reading: Reading) -> Iterator[Item]:
     elif tables.is_table(path):
         yield from tables.rows(path, reading.column, reading.label_column)
     else:
-        yield file_item(path, label_of(PurePath(path).parts[-2:-1], reading.classes))
+        yield file_item(path)
 
 
-def _listed_on(stream: Iterable[bytes], reading: Reading) -> Iterator[Item]:
+def _listed_on(stream: Iterable[bytes]) -> Iterator[Item]:
     """Yield one item for each line (a path, relative to the working folder) of `stream`; empty lines are skipped."""
     for line in stream:
         if name := line.rstrip(b"\r\n"):
-            path = os.fsdecode(name)
-            yield file_item(path, label_of(PurePath(path).parts[-2:-1], reading.classes))
+            yield file_item(os.fsdecode(name))
 
 
 def walk(root: str, reading: Reading) -> Iterator[Item]:
