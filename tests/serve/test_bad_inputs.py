@@ -34,7 +34,7 @@ DONE, CHECK_FAILED, UNUSABLE, SOME_FAILED = 0, 1, 2, 3
 
 @pytest.fixture
 def status_of(predict: Predict, folder: Path) -> Callable[..., dict[str, Any]]:
-    """`status_of(name, content)` puts the file among three good ones, predicts, checks the good ones, and gives the file's row."""
+    """`status_of(name, content)` puts the file among three good ones, predicts, checks those, and gives the row."""
     good = {row["path"]: row for row in predict(folder, flags=["--batch-size", "8"]).rows}
     assert len(good) == 3
 
@@ -168,7 +168,9 @@ def test_16_svg_and_eps(status_of: Callable[..., Any], content: bytes) -> None:
     assert status_of("x.png", content)["status"] == "unsupported"
 
 
-@pytest.mark.parametrize("content", [b"\xb1\x68\xde\x3a" + b"\0" * 99, b"8BPS\0\1" + b"\0" * 99, b"SIMPLE  =                    T"])
+@pytest.mark.parametrize(
+    "content", [b"\xb1\x68\xde\x3a" + b"\0" * 99, b"8BPS\0\1" + b"\0" * 99, b"SIMPLE  =                    T"]
+)
 def test_17_dcx_psd_fits(status_of: Callable[..., Any], content: bytes) -> None:
     assert status_of("x.png", content)["status"] == "unsupported"
 
@@ -390,7 +392,9 @@ def test_25_null_and_giant_cells(predict: Predict, tmp_path: Path, photo: Photo,
     assert [row["path"] for row in run.rows] == [f"{tmp_path}/x.parquet::{i}" for i in range(5)]
 
 
-def test_25_giant_row_group_is_not_loaded(predict: Predict, tmp_path: Path, photo: Photo, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_25_giant_row_group_is_not_loaded(
+    predict: Predict, tmp_path: Path, photo: Photo, monkeypatch: pytest.MonkeyPatch
+) -> None:
     noise = [np.random.default_rng(i).bytes(3000) for i in range(3)]
     with pq.ParquetWriter(tmp_path / "x.parquet", pa.schema([("image", pa.binary())])) as writer:
         writer.write_table(pa.table({"image": noise}))
@@ -419,7 +423,9 @@ def test_26_empty_input_set(predict: Predict, tmp_path: Path, kind: str) -> None
     assert not run.out.parent.exists() or not any(run.out.parent.iterdir())
 
 
-def test_30_corrupt_or_mismatched_bundle(predict: Predict, folder: Path, tmp_path: Path, make_bundle: Callable[..., Bundle]) -> None:
+def test_30_corrupt_or_mismatched_bundle(
+    predict: Predict, folder: Path, tmp_path: Path, make_bundle: Callable[..., Bundle]
+) -> None:
     bundle = make_bundle(tmp_path / "bundle")
     model = bundle.folder / "model.onnx"
     intact = model.read_bytes()
