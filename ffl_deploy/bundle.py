@@ -252,9 +252,10 @@ def read_manifest(path: Path) -> Manifest:
     for name in named:
         if name not in manifest.files:
             raise CheckError(f"{path} does not list the hash of {name}; export the bundle again.")
-    for item in [*manifest.variants, manifest.golden]:
-        if manifest.files[item.file].sha256 != item.sha256:
-            raise CheckError(f"{path} gives two different hashes for {item.file}; export the bundle again.")
+    hashes = [(item.file, item.sha256) for item in manifest.variants] + [(manifest.golden.file, manifest.golden.sha256)]
+    for name, sha256 in hashes:
+        if manifest.files[name].sha256 != sha256:
+            raise CheckError(f"{path} gives two different hashes for {name}; export the bundle again.")
     return manifest
 
 
