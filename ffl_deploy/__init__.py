@@ -1,8 +1,8 @@
 """Train, export and serve Feature Fusion Learning models.
 
-    from ffl_deploy import load_bundle
-    bundle = load_bundle("bundles/fused")
-    bundle.predict(["photo.jpg"])[0].label
+from ffl_deploy import load_bundle
+bundle = load_bundle("bundles/fused")
+bundle.predict(["photo.jpg"])[0].label
 """
 
 from ffl_deploy.bundle import Bundle, Prediction, load_bundle

@@ -209,9 +209,7 @@ class Bundle:
                 for image in images[start : start + batch_size]
             ]
             outputs = session.run(np.stack(batch))
-            predictions += [
-                self.prediction(outputs.logits[i], outputs.probabilities[i], top_k) for i in range(len(batch))
-            ]
+            predictions += [self.prediction(outputs.logits[i], outputs.probabilities[i], top_k) for i in range(len(batch))]
         return predictions
 
     def prediction(self, logits: np.ndarray, probabilities: np.ndarray, top_k: int = 5) -> Prediction:
@@ -263,9 +261,7 @@ def read_manifest(path: Path) -> Manifest:
 def file_records(folder: Path) -> dict[str, FileRecord]:
     """-> name -> FileRecord of every file below `folder` but the manifest, sorted by name."""
     names = sorted(str(PurePosixPath(p.relative_to(folder))) for p in folder.rglob("*") if p.is_file())
-    return {
-        name: FileRecord(sha256_of(folder / name), (folder / name).stat().st_size) for name in names if name != MANIFEST
-    }
+    return {name: FileRecord(sha256_of(folder / name), (folder / name).stat().st_size) for name in names if name != MANIFEST}
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

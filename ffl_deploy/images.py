@@ -83,9 +83,7 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Decoded:
         raise ImageError("corrupt", f"the header cannot be read ({error})") from error
     with image:
         if image.width * image.height > max_pixels:
-            raise ImageError(
-                "too_large", f"{image.width} x {image.height} is more than {max_pixels // 1_000_000} megapixels"
-            )
+            raise ImageError("too_large", f"{image.width} x {image.height} is more than {max_pixels // 1_000_000} megapixels")
         if image.width == 0 or image.height == 0:
             raise ImageError("corrupt", "the image has no pixels")
         animated = bool(getattr(image, "is_animated", False)) and image.format != "MPO"
