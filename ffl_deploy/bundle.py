@@ -8,6 +8,7 @@ Nothing here imports torch.
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Sequence
 from functools import cached_property
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 MANIFEST = "bundle.json"
+GOLDEN = "golden.npz"
 DEFAULT_VARIANT = "fp32"
 
 
@@ -252,10 +254,20 @@ def read_manifest(path: Path) -> Manifest:
     for name in named:
         if name not in manifest.files:
             raise CheckError(f"{path} does not list the hash of {name}; export the bundle again.")
-    for item in [*manifest.variants, manifest.golden]:
+    stored: list[Variant | Golden] = [*manifest.variants, manifest.golden]
+    for item in stored:
         if manifest.files[item.file].sha256 != item.sha256:
             raise CheckError(f"{path} gives two different hashes for {item.file}; export the bundle again.")
     return manifest
+
+
+def write_golden(folder: Path, samples: GoldenSamples, origin: str) -> Golden:
+    """Write `folder/golden.npz` and return its record; equal samples give equal bytes (NumPy dates no member)."""
+    path = folder / GOLDEN
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, images=samples.images, labels=samples.labels, logits=samples.logits)
+    write_atomically(path, buffer.getvalue())
+    return Golden(GOLDEN, sha256_of(path), len(samples.labels), origin)
 
 
 def file_records(folder: Path) -> dict[str, FileRecord]:
