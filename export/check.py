@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 
 from export.evaluation import Reference
+from ffl_deploy.datasets import Split
 from ffl_deploy.errors import CheckError
 from ffl_deploy.parity import (
     ACCURACY_GATES,
@@ -47,8 +48,7 @@ class AccuracyRecord(msgspec.Struct, frozen=True):
 class HeldOut(NamedTuple):
     """The images and PyTorch's answers that a variant's accuracy is paired with."""
 
-    images: np.ndarray  # uint8 [n, h, w, 3]
-    labels: np.ndarray  # int64 [n]
+    split: Split
     logits: np.ndarray  # float32 [n, classes], PyTorch's
 
 
@@ -79,10 +79,10 @@ def check_parity(
 
 def measure_accuracy(session: Session, test: HeldOut, precision: str) -> AccuracyRecord:
     """-> a variant's accuracy on the test set, paired with PyTorch's, and whether it holds. Does not raise on a failure."""
-    outputs = run_in_batches(session.run, test.images, ACCURACY_BATCH)
+    outputs, labels = run_in_batches(session.run, test.split.read, len(test.split), ACCURACY_BATCH), test.split.labels
     predicted, reference = outputs.logits.argmax(axis=1), test.logits.argmax(axis=1)
-    right = predicted == test.labels
-    difference = paired_difference(reference == test.labels, right)
+    right = predicted == labels
+    difference = paired_difference(reference == labels, right)
     top2 = -np.sort(-test.logits, axis=1)[:, :2]
     ties = int((top2[:, 0] - top2[:, 1] <= TIE * test.logits.std()).sum())
     gate = ACCURACY_GATES[precision]
@@ -93,7 +93,7 @@ def measure_accuracy(session: Session, test: HeldOut, precision: str) -> Accurac
         split="test",
         top1_agreement=float((predicted == reference).mean()),
         difference=difference,
-        calibration_error=expected_calibration_error(outputs.probabilities, test.labels),
+        calibration_error=expected_calibration_error(outputs.probabilities, labels),
         gate=gate.precision,
         verdict=judge_accuracy(difference, gate, ties),
     )

@@ -21,7 +21,7 @@ from ffl_deploy.run_directory import Run
 if TYPE_CHECKING:
     import torch
 
-    from ffl_deploy.networks.mutual import MutualNetwork, Outputs
+    from ffl_deploy.networks.mutual import MutualNetwork
 
 PASS_BATCH = 256  # images per forward pass; larger ones bring nothing on a CPU and cost memory
 
@@ -52,11 +52,11 @@ class Evaluation:
     @cached_property
     def test_logits(self) -> dict[str, np.ndarray]:
         """target -> float32 [n, classes] on the whole test split."""
-        return classifier_logits(self.run, self.network, self.data.test.images, self.targets)
+        return classifier_logits(self.run, self.network, self.data.test, self.targets)
 
     @cached_property
     def validation_logits(self) -> dict[str, np.ndarray]:
-        return classifier_logits(self.run, self.network, self.data.validation.images, self.targets)
+        return classifier_logits(self.run, self.network, self.data.validation, self.targets)
 
     def reference(self, target: str) -> Reference:
         """-> training's stored evaluation of `target`. Raises UsageError where there is none."""
@@ -64,49 +64,36 @@ class Evaluation:
 
     def calibration_images(self, limit: int, seed: int = 0) -> np.ndarray:
         """-> at most `limit` training images uint8 [n, h, w, 3], equally many of each class as far as they go."""
-        return class_balanced(self.data.train, limit, seed).images
+        return self.data.train.read(class_balanced(self.data.train.labels, limit, seed))
 
 
-def class_balanced(split: Split, limit: int, seed: int = 0) -> Split:
-    """-> at most `limit` images, taken from the classes in turn, in the split's own order; which ones depends on `seed`."""
+def class_balanced(labels: np.ndarray, limit: int, seed: int = 0) -> np.ndarray:
+    """-> sorted rows of at most `limit` images, taken from the classes in turn; which ones depends on `seed`."""
     generator = np.random.default_rng(seed)
-    order = generator.permutation(len(split.labels))
+    order = generator.permutation(len(labels))
     rank = np.empty(len(order), dtype=np.int64)  # how many images of the same class come earlier in `order`
-    for label in np.unique(split.labels):
-        members = order[split.labels[order] == label]
+    for label in np.unique(labels):
+        members = order[labels[order] == label]
         rank[members] = np.arange(len(members))
     position = np.empty(len(order), dtype=np.int64)
     position[order] = np.arange(len(order))
-    return split.take(np.sort(np.lexsort((position, rank))[:limit]))
+    return np.sort(np.lexsort((position, rank))[:limit])
 
 
-def classifier_logits(run: Run, network: MutualNetwork, images: np.ndarray, targets: Sequence[str]) -> dict[str, np.ndarray]:
-    """One pass over uint8 images [n, h, w, 3] -> target -> float32 logits [n, classes]."""
+def classifier_logits(run: Run, network: MutualNetwork, split: Split, targets: Sequence[str]) -> dict[str, np.ndarray]:
+    """One pass over the split's images -> target -> float32 logits [n, classes]."""
     import torch
 
     normalise = Normalise(run.mean, run.std)
     parts: dict[str, list[np.ndarray]] = {target: [] for target in targets}
     network = network.to(memory_format=torch.channels_last)
     with torch.inference_mode():
-        for start in range(0, len(images), PASS_BATCH):
-            batch = normalise(torch.from_numpy(images[start : start + PASS_BATCH]))
-            outputs = network(batch.contiguous(memory_format=torch.channels_last))
+        for start in range(0, len(split), PASS_BATCH):
+            batch = normalise(torch.from_numpy(split.read(slice(start, start + PASS_BATCH))))
+            outputs = network(batch.contiguous(memory_format=torch.channels_last)).classifiers()
             for target in targets:
-                parts[target].append(_logits_of(outputs, target).numpy())
+                parts[target].append(outputs[target].numpy())
     return {target: np.concatenate(logits) for target, logits in parts.items()}
-
-
-def _logits_of(outputs: Outputs, target: str) -> torch.Tensor:
-    """-> the logits of a deployable target from one pass of the whole network (targets.py defines the same functions)."""
-    from ffl_deploy.networks.aggregators import mean
-
-    if target == "fused" and outputs.fused is not None:
-        return outputs.fused
-    if target == "gated" and outputs.aggregated is not None:
-        return outputs.aggregated
-    if target == "ensemble":
-        return mean(outputs.branches)
-    return outputs.branches[int(target.removeprefix("branch"))]
 
 
 def check_target(model: torch.nn.Module, reference: Reference, name: str) -> None:

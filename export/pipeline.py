@@ -36,7 +36,6 @@ from ffl_deploy.bundle import (
 )
 from ffl_deploy.checkpoint import LoadedNetwork, load_network
 from ffl_deploy.command import choices_sentence
-from ffl_deploy.datasets import Split
 from ffl_deploy.errors import CheckError, UsageError
 from ffl_deploy.files import replace_folder, sha256_of, write_atomically
 from ffl_deploy.networks.targets import build_target, target_names
@@ -103,7 +102,7 @@ def export_target(
     check_target(plain, reference, name)
     calibration = calibrate(evaluation, name)
     model = DeployedModel(target, run.mean, run.std, calibration.temperature, options.cam).eval()
-    test = HeldOut(evaluation.data.test.images, evaluation.data.test.labels, evaluation.test_logits[name])
+    test = HeldOut(evaluation.data.test, evaluation.test_logits[name])
     with replace_folder(options.out / name) as folder:
         variant = write_fp32(folder, name, model, reference, test, loaded, run, options)
         samples, origin = golden_samples(model, reference, options.golden, run)
@@ -190,7 +189,7 @@ def golden_samples(model: DeployedModel, reference: Reference, own: Path | None,
     """-> samples with PyTorch's logits, and where the images come from: held-out ones of the run, or those of a folder."""
     limit = max(1, min(GOLDEN_IMAGES, GOLDEN_BYTES // reference.images[0].nbytes))
     if own is None:
-        chosen = class_balanced(Split(np.arange(len(reference.labels)), reference.labels), limit).images
+        chosen = class_balanced(reference.labels, limit)
         return (
             GoldenSamples(reference.images[chosen], reference.labels[chosen], reference.logits[chosen]),
             f"held-out test images of {run.config.data_name}",

@@ -47,6 +47,10 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def read(self, rows: np.ndarray | slice) -> np.ndarray:
+        """-> uint8 [n, height, width, 3]: the images of these rows."""
+        return self.images[rows]
+
     def take(self, indices: np.ndarray) -> Split:
         return Split(self.images[indices], self.labels[indices])
 
@@ -170,7 +174,8 @@ def _folder(spec: DataSpec) -> ImageData:
         first = [f"{path} ({reason})" for path, reason in list(skipped.items())[:5]]
         more = f" and {len(skipped) - 5} more" if len(skipped) > 5 else ""
         raise UsageError(
-            f"{len(skipped)} images cannot be read: {'; '.join(first)}{more}. Mend them, or leave them out with --skip-bad-images."
+            f"{len(skipped)} images cannot be read: {'; '.join(first)}{more}. "
+            "Mend them, or leave them out with --skip-bad-images."
         )
     for part, split in splits.items():
         empty = [classes[k] for k in range(len(classes)) if not np.any(split.labels == k)]

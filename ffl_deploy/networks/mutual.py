@@ -8,7 +8,7 @@ import msgspec
 from torch import Tensor, nn
 
 from ffl_deploy.errors import UsageError
-from ffl_deploy.networks.aggregators import build_aggregator
+from ffl_deploy.networks.aggregators import build_aggregator, mean
 from ffl_deploy.networks.backbones import build_backbone, feature_shape
 from ffl_deploy.networks.fusion import build_fusion, pool
 
@@ -18,6 +18,7 @@ class NetworkConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     shared_stages: how many low-level stages the branches share; None is all but the last for branches of one
     architecture, none otherwise. fusion_width: N of the fusion module; None is the first branch's channels.
+    scale_trunk_gradient: divide the gradient that the branches send into the trunk by their number (CL-ILR).
     """
 
     branches: tuple[str, ...]
@@ -28,6 +29,7 @@ class NetworkConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     fusion: Literal["module", "sum", "mean"] | None = "module"
     fusion_width: int | None = None
     aggregator: Literal["gate", "attention"] | None = None
+    scale_trunk_gradient: bool = False
 
 
 class Outputs(NamedTuple):
@@ -37,6 +39,15 @@ class Outputs(NamedTuple):
     fused: Tensor | None  # logits of the fused classifier, [n, classes]
     aggregated: Tensor | None  # what the aggregator made of the branches' logits (see aggregators.py)
     features: list[Tensor]  # the branches' last feature maps, [n, C_k, h_k, w_k]
+
+    def classifiers(self) -> dict[str, Tensor]:
+        """-> deployable target -> its logits [n, classes]; the names of `targets.target_names`, in that order."""
+        named = {} if self.fused is None else {"fused": self.fused}
+        if self.aggregated is not None and self.aggregated.ndim == 2:  # the gate's; attention gives targets per peer
+            named["gated"] = self.aggregated
+        if len(self.branches) > 1:
+            named["ensemble"] = mean(self.branches)
+        return named | {f"branch{k}": logits for k, logits in enumerate(self.branches)}
 
 
 class MutualNetwork(nn.Module):
@@ -60,6 +71,8 @@ class MutualNetwork(nn.Module):
     def forward(self, images: Tensor) -> Outputs:
         """images: normalised [n, 3, height, width]."""
         shared = self.trunk(images)
+        if self.config.scale_trunk_gradient and shared.requires_grad:
+            shared.register_hook(lambda gradient: gradient / len(self.branches))
         features = [branch(shared) for branch in self.branches]
         pooled = [pool(feature_map) for feature_map in features]
         logits = [head(vector) for head, vector in zip(self.heads, pooled, strict=True)]
