@@ -13,7 +13,7 @@ from typing import Literal
 
 import msgspec
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 # Formats by Pillow's names. MPO is what many phones write: a JPEG with further pictures behind the first one.
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF")
@@ -77,7 +77,7 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Decoded:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise ImageError("too_large", f"the image is larger than {max_pixels // 1_000_000} megapixels") from error
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         raise ImageError("not_an_image", f"not one of {', '.join(FORMATS)}") from error
     except (OSError, ValueError, SyntaxError, EOFError) as error:
         raise ImageError("corrupt", f"the header cannot be read ({error})") from error

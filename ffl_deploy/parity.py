@@ -255,16 +255,16 @@ def measure(
     measured = {}
     for batch in batches:
         count = len(images) if batch >= SMALL_BATCH_IMAGES else min(len(images), SMALL_BATCH_IMAGES)
-        outputs = run_in_batches(run, images[:count], batch)
+        outputs = run_in_batches(run, images.__getitem__, count, batch)
         measured[str(batch)] = compare(reference[:count], outputs.logits, outputs.probabilities, temperature)
     return measured
 
 
-def run_in_batches(run: Callable[[np.ndarray], Outputs], images: np.ndarray, batch: int) -> Outputs:
-    """-> logits and probabilities of all images, run `batch` at a time. Raises CheckError for a wrong number of rows."""
+def run_in_batches(run: Callable[[np.ndarray], Outputs], read: Callable[[slice], np.ndarray], count: int, batch: int) -> Outputs:
+    """-> logits and probabilities of the first `count` images, `batch` at a time. Raises CheckError for a wrong number of rows."""
     logits, probabilities = [], []
-    for start in range(0, len(images), batch):
-        part = images[start : start + batch]
+    for start in range(0, count, batch):
+        part = read(slice(start, min(start + batch, count)))
         outputs = run(part)
         if len(outputs.logits) != len(part) or len(outputs.probabilities) != len(part):
             raise CheckError(f"a batch of {len(part)} images came back with {len(outputs.logits)} rows of logits.")

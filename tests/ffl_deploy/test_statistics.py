@@ -38,7 +38,9 @@ def test_tango_interval_gives_the_published_value() -> None:
     assert (interval.low, interval.high) == pytest.approx((-0.517, -0.026), abs=5e-4)
 
 
-@pytest.mark.parametrize(("gained", "lost", "n"), [(0, 0, 360), (1, 1, 360), (7, 19, 10_000), (0, 30, 5000), (3, 0, 3), (0, 4, 4)])
+@pytest.mark.parametrize(
+    ("gained", "lost", "n"), [(0, 0, 360), (1, 1, 360), (7, 19, 10_000), (0, 30, 5000), (3, 0, 3), (0, 4, 4)]
+)
 def test_tango_interval_inverts_the_constrained_score_test(gained: int, lost: int, n: int) -> None:
     """At a limit, the score statistic with a numerically found constrained maximum-likelihood estimate is 1.96."""
     interval = tango_interval(gained, lost, n)
