@@ -19,7 +19,7 @@ import numpy as np
 
 from ffl_deploy.command import choices_sentence
 from ffl_deploy.errors import CheckError, UsageError
-from ffl_deploy.files import sha256_of, write_atomically
+from ffl_deploy.files import replace_file, sha256_of, write_atomically
 from ffl_deploy.images import Pixels, Preprocessing
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 MANIFEST = "bundle.json"
+GOLDEN = "golden.npz"
 DEFAULT_VARIANT = "fp32"
 
 
@@ -257,6 +258,14 @@ def read_manifest(path: Path) -> Manifest:
         if manifest.files[name].sha256 != sha256:
             raise CheckError(f"{path} gives two different hashes for {name}; export the bundle again.")
     return manifest
+
+
+def write_golden(folder: Path, samples: GoldenSamples, origin: str) -> Golden:
+    """Write `folder/golden.npz` and return its record; equal samples give equal bytes (NumPy dates no member)."""
+    path = folder / GOLDEN
+    with replace_file(path) as file:
+        np.savez_compressed(file, images=samples.images, labels=samples.labels, logits=samples.logits)
+    return Golden(GOLDEN, sha256_of(path), len(samples.labels), origin)
 
 
 def file_records(folder: Path) -> dict[str, FileRecord]:
