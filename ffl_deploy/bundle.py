@@ -19,7 +19,7 @@ import numpy as np
 
 from ffl_deploy.command import choices_sentence
 from ffl_deploy.errors import CheckError, UsageError
-from ffl_deploy.files import sha256_of, write_atomically
+from ffl_deploy.files import replace_file, sha256_of, write_atomically
 from ffl_deploy.images import Pixels, Preprocessing
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 MANIFEST = "bundle.json"
+GOLDEN = "golden.npz"
 DEFAULT_VARIANT = "fp32"
 
 
@@ -252,11 +253,19 @@ def read_manifest(path: Path) -> Manifest:
     for name in named:
         if name not in manifest.files:
             raise CheckError(f"{path} does not list the hash of {name}; export the bundle again.")
-    golden = manifest.golden
-    for name, sha256 in [(golden.file, golden.sha256), *((variant.file, variant.sha256) for variant in manifest.variants)]:
+    hashes = [(item.file, item.sha256) for item in manifest.variants] + [(manifest.golden.file, manifest.golden.sha256)]
+    for name, sha256 in hashes:
         if manifest.files[name].sha256 != sha256:
             raise CheckError(f"{path} gives two different hashes for {name}; export the bundle again.")
     return manifest
+
+
+def write_golden(folder: Path, samples: GoldenSamples, origin: str) -> Golden:
+    """Write `folder/golden.npz` and return its record; equal samples give equal bytes (NumPy dates no member)."""
+    path = folder / GOLDEN
+    with replace_file(path) as file:
+        np.savez_compressed(file, images=samples.images, labels=samples.labels, logits=samples.logits)
+    return Golden(GOLDEN, sha256_of(path), len(samples.labels), origin)
 
 
 def file_records(folder: Path) -> dict[str, FileRecord]:

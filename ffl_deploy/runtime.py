@@ -14,6 +14,7 @@ import numpy as np
 
 from ffl_deploy.command import choices_sentence
 from ffl_deploy.errors import CheckError, UsageError
+from ffl_deploy.onnx_wire import refuse_external_data
 
 if TYPE_CHECKING:
     from ffl_deploy.bundle import Bundle, Variant
@@ -33,6 +34,7 @@ class Session(ABC):
 
     runtime: str
     variant: str
+    computed: str | None = None  # precision the processor computes in, where the runtime can tell; else the file's own
 
     @abstractmethod
     def run(self, images: np.ndarray) -> Outputs:
@@ -60,7 +62,10 @@ class OnnxRuntimeSession(Session):
         self._outputs = [output.name for output in self._session.get_outputs()]
 
     def run(self, images: np.ndarray) -> Outputs:
-        values: list[Any] = self._session.run(self._outputs, {"images": images})
+        try:
+            values: list[Any] = self._session.run(self._outputs, {"images": images})
+        except Exception as error:
+            raise CheckError(f"ONNX Runtime cannot run a batch of {len(images)}: {str(error).strip()}") from error
         return Outputs(**dict(zip(self._outputs, values, strict=True)))
 
 
@@ -90,4 +95,7 @@ def open_session(bundle: Bundle, variant: Variant, runtime: str | None = None, t
     name = runtime or variant.runtime
     if name not in RUNTIMES:
         raise UsageError(f"there is no runtime {name!r}. {choices_sentence(name, list(RUNTIMES))}")
-    return RUNTIMES[name](bundle.checked_file(variant.file), variant.name, threads)
+    model = bundle.checked_file(variant.file)
+    if model.suffix == ".onnx":
+        refuse_external_data(model)
+    return RUNTIMES[name](model, variant.name, threads)

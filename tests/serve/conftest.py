@@ -1,84 +1,108 @@
-"""Images, bundles and a runner of ffl-predict for the tests of batch inference."""
+"""A running server for the tests of this package."""
 
 from __future__ import annotations
 
 import contextlib
-import io
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import httpx
 import pytest
-from PIL import Image
 
 from ffl_deploy.bundle import Bundle
-from ffl_deploy.command import run_command
-from serve.predict import main
+from serve.settings import ModelSpec, Settings
 
 
 @dataclass(frozen=True)
-class Run:
-    """What one ffl-predict did."""
+class Running:
+    """A server inside this process, or a process of its own (then `process` is set)."""
 
-    code: int
-    rows: list[dict[str, Any]]
-    out: Path
-    stdout: str
-    stderr: str
+    url: str
+    service: Any = None
+    process: subprocess.Popen[str] | None = None
 
     @property
-    def statuses(self) -> list[str]:
-        return [row["status"] for row in self.rows]
-
-    def row(self, name: str) -> dict[str, Any]:
-        """-> the one row whose path ends with `name`."""
-        (found,) = [row for row in self.rows if row["path"].endswith(name)]
-        return found
-
-
-def photo_bytes(seed: int, format: str = "JPEG", size: tuple[int, int] = (48, 40), **options: object) -> bytes:
-    """-> a seeded image: smooth colours with some noise, so that JPEG has something to do. size: width, height."""
-    rng = np.random.default_rng(seed)
-    coarse = Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
-    pixels = np.clip(np.asarray(coarse, np.int16) + rng.integers(-8, 9, (size[1], size[0], 3)), 0, 255).astype(np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, format, **options)
-    return file.getvalue()
+    def address(self) -> str:
+        return self.url.removeprefix("http://")
 
 
 @pytest.fixture(scope="session")
-def photo() -> Callable[..., bytes]:
-    return photo_bytes
+def two_bundles(make_bundle: Callable[..., Bundle], tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, Bundle]:
+    """`fused` and `branch0`: two models of one run, 32 x 32, in one folder."""
+    folder = tmp_path_factory.mktemp("run")
+    return make_bundle(folder / "fused"), make_bundle(folder / "branch0", seed=1)
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Three good images: a.jpg, b.png, sub/c.webp."""
-    root = tmp_path / "in"
-    (root / "sub").mkdir(parents=True)
-    (root / "a.jpg").write_bytes(photo_bytes(1))
-    (root / "b.png").write_bytes(photo_bytes(2, "PNG"))
-    (root / "sub" / "c.webp").write_bytes(photo_bytes(3, "WEBP"))
-    return root
+@contextlib.contextmanager
+def serve_in_thread(settings: Settings) -> Iterator[Running]:
+    """The application under uvicorn on a free port; ready when the block starts."""
+    import uvicorn
+
+    from serve.app import create_app
+
+    with socket.create_server(("127.0.0.1", 0)) as port:
+        app = create_app(replace(settings, port=port.getsockname()[1]))
+        service = app.state.service
+        service.url = f"http://127.0.0.1:{port.getsockname()[1]}"
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="on", timeout_graceful_shutdown=5))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [port]})
+        thread.start()
+        try:
+            deadline = time.monotonic() + 60
+            while not service.ready:
+                assert service.failure is None, service.failure
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            yield Running(service.url, service)
+        finally:
+            server.should_exit = True
+            thread.join()
 
 
-@pytest.fixture
-def predict(tiny_bundle: Bundle, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., Run]:
-    """`predict(input, ..., flags=[...], out="p.jsonl", bundle=None) -> Run`, in this process, through the command's own entry."""
+@pytest.fixture(scope="session")
+def start_server() -> Callable[[Settings], contextlib.AbstractContextManager[Running]]:
+    return serve_in_thread
 
-    def run(*inputs: object, flags: Sequence[str] = (), out: str = "predictions.jsonl", bundle: Bundle | None = None) -> Run:
-        path = tmp_path / "out" / out
-        folder = str((bundle or tiny_bundle).folder)
-        capfd.readouterr()
-        code = run_command(main, [folder, *map(str, inputs), "--out", str(path), *flags])
-        captured = capfd.readouterr()
-        rows = []
-        with contextlib.suppress(FileNotFoundError):
-            if path.suffix == ".jsonl":
-                rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return Run(code, rows, path, captured.out, captured.err)
 
-    return run
+@pytest.fixture(scope="module")
+def server(two_bundles: tuple[Bundle, Bundle]) -> Iterator[Running]:
+    """`fused` and `branch0` over the protocol, without the demo."""
+    models = tuple(ModelSpec(bundle.name, bundle.folder) for bundle in two_bundles)
+    with serve_in_thread(Settings(models, demo=False)) as running:
+        yield running
+
+
+@contextlib.contextmanager
+def start_process(*arguments: str, module: str = "serve.app", wait: float = 60, env: dict[str, str] | None = None) -> Iterator[Running]:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", module, *arguments, "--port", str(port), "--log-format", "json"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env, cwd=Path(__file__).parents[2])
+    url = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + wait
+        while wait:
+            assert process.poll() is None, process.stderr.read() if process.stderr else ""
+            assert time.monotonic() < deadline
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(f"{url}/v2/health/ready").status_code == 200:
+                    break
+            time.sleep(0.02)
+        yield Running(url, process=process)
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+@pytest.fixture(scope="session")
+def serve_process() -> Callable[..., contextlib.AbstractContextManager[Running]]:
+    """`serve_process(*arguments)`: ffl-serve as a process of its own on a free port; ready when the block starts."""
+    return start_process

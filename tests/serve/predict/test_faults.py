@@ -22,7 +22,7 @@ from serve import shards
 
 Predict = Callable[..., Any]
 Photo = Callable[..., bytes]
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PREDICT = (sys.executable, "-m", "serve.predict")
 
 

@@ -1,0 +1,121 @@
+"""The gate between a written file and a bundle: parity with training's stored logits, then accuracy on the whole test set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+
+from export.evaluation import Reference
+from ffl_deploy.datasets import Split
+from ffl_deploy.errors import CheckError
+from ffl_deploy.parity import (
+    ACCURACY_GATES,
+    PARITY_GATES,
+    TIE,
+    ParityRecord,
+    Verdict,
+    judge,
+    judge_accuracy,
+    measure,
+    run_in_batches,
+)
+from ffl_deploy.runtime import Session
+from ffl_deploy.statistics import Interval, PairedDifference, expected_calibration_error, paired_difference, wilson_interval
+
+BATCHES = (1, 2, 7, 64)
+"""Compared besides all the reference images at once: one, the traced size, an odd one, a common one."""
+ACCURACY_BATCH = 64
+
+
+class AccuracyRecord(msgspec.Struct, frozen=True):
+    """Top-1 accuracy of a variant on the whole test set, paired with PyTorch's on the same images; shares of 1."""
+
+    value: float
+    interval: Interval  # Wilson, 95 %
+    n: int
+    split: str
+    top1_agreement: float  # with PyTorch, all images
+    difference: PairedDifference
+    calibration_error: float
+    gate: str
+    verdict: Verdict
+
+
+class HeldOut(NamedTuple):
+    """The images and PyTorch's answers that a variant's accuracy is paired with."""
+
+    split: Split
+    logits: np.ndarray  # float32 [n, classes], PyTorch's
+
+
+def check_parity(
+    session: Session,
+    reference: Reference,
+    precision: str,
+    temperature: float,
+    locate: Callable[[], str],
+    batches: tuple[int, ...] = BATCHES,
+) -> ParityRecord:
+    """Compare a session with training's logits at every batch size. Raises CheckError with all findings and the place.
+
+    Args: precision: whose gate applies; locate: -> the first layer that differs, called only after a failure.
+    """
+    sizes = sorted({min(batch, len(reference.images)) for batch in (*batches, len(reference.images))})
+    try:
+        measured = measure(session.run, reference.images, reference.logits, sizes, temperature)
+    except CheckError as error:
+        raise CheckError(f"variant {session.variant} failed before its logits could be compared: {error}") from error
+    gate = PARITY_GATES[precision]
+    record = ParityRecord(gate, measured, judge(measured, gate))
+    if record.verdict.failed:
+        found = "; ".join(str(finding) for finding in record.verdict.findings[:4])
+        raise CheckError(f"variant {session.variant} does not give PyTorch's logits: {found}; {locate()}. No bundle was written.")
+    return record
+
+
+def measure_accuracy(session: Session, test: HeldOut, precision: str) -> AccuracyRecord:
+    """-> a variant's accuracy on the test set, paired with PyTorch's, and whether it holds. Does not raise on a failure."""
+    outputs, labels = run_in_batches(session.run, test.split.read, len(test.split), ACCURACY_BATCH), test.split.labels
+    predicted, reference = outputs.logits.argmax(axis=1), test.logits.argmax(axis=1)
+    right = predicted == labels
+    difference = paired_difference(reference == labels, right)
+    top2 = -np.sort(-test.logits, axis=1)[:, :2]
+    ties = int((top2[:, 0] - top2[:, 1] <= TIE * test.logits.std()).sum())
+    gate = ACCURACY_GATES[precision]
+    return AccuracyRecord(
+        value=float(right.mean()),
+        interval=wilson_interval(int(right.sum()), len(right)),
+        n=len(right),
+        split="test",
+        top1_agreement=float((predicted == reference).mean()),
+        difference=difference,
+        calibration_error=expected_calibration_error(outputs.probabilities, labels),
+        gate=gate.precision,
+        verdict=judge_accuracy(difference, gate, ties),
+    )
+
+
+def require_accuracy(record: AccuracyRecord, variant: str) -> AccuracyRecord:
+    """-> `record` where its gate held or could not decide. Raises CheckError."""
+    if record.verdict.failed:
+        raise CheckError(
+            f"variant {variant} loses accuracy: {record.verdict.findings[0]} "
+            f"({100 * record.difference.reference_accuracy:.2f} % in PyTorch, {100 * record.value:.2f} % here, n = {record.n}). "
+            "No bundle was written; try another --precision."
+        )
+    return record
+
+
+def file_batches(path: Path) -> int | None:
+    """-> the batch size an ONNX file is fixed to, None where it is dynamic. Raises CheckError where it has no batch axis."""
+    import onnx
+
+    graph = onnx.load(path, load_external_data=False).graph
+    dims = graph.input[0].type.tensor_type.shape.dim
+    if len(graph.input) != 1 or graph.input[0].name != "images" or len(dims) != 4:
+        raise CheckError(f"{path.name} does not take one input images [batch, height, width, 3]; export it again.")
+    return dims[0].dim_value if dims[0].HasField("dim_value") else None

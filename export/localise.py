@@ -1,0 +1,133 @@
+"""Where a saved file starts to differ from PyTorch: the first layer, by its module path.
+
+The file's intermediate tensors are made outputs and matched with forward hooks through the module path that every node
+carries. (`torch.onnx.verification` compares the program in memory, not the file, and took 71 s where this takes seconds.)
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from torch import nn
+
+from export.onnx_graph import SCOPES, DeployedModel
+from ffl_deploy.runtime import import_onnxruntime
+
+TOLERANCE = 1e-4
+"""Largest difference between equal layers, as a share of the layer's standard deviation; fp32 rounding stays near 1e-6."""
+
+
+class LayerDifference(msgspec.Struct, frozen=True):
+    """max |file - PyTorch| of one module's output, in units of that output's standard deviation."""
+
+    layer: str
+    tensor: str
+    difference: float
+
+
+def first_difference(
+    path: Path, model: DeployedModel, images: np.ndarray, tolerance: float = TOLERANCE, scopes_from: Path | None = None
+) -> str:
+    """-> one clause that names the first layer of the file `path` whose output is off, or says that none is.
+
+    Args: images: uint8 [n, h, w, 3]; scopes_from: the file to take module paths from, where `path` was made from it by a
+    tool that drops them (quantisation keeps tensor names but not metadata).
+    """
+    layers = layer_differences(path, model, images, scopes_from)
+    for layer in layers:
+        if not layer.difference <= tolerance:
+            return (
+                f"the first layer that differs is {layer.layer} "
+                f"(by {layer.difference:.2g} of its output's standard deviation, tensor {layer.tensor})"
+            )
+    return (
+        f"all {len(layers)} layers of the file give what PyTorch gives for this checkpoint and configuration, so the "
+        "difference comes from before the graph: mean, std, channel order or weights are not those training evaluated with"
+    )
+
+
+def layer_differences(
+    path: Path, model: DeployedModel, images: np.ndarray, scopes_from: Path | None = None
+) -> list[LayerDifference]:
+    """-> the difference at every module boundary that the file still has, in the order of execution."""
+    import onnx
+
+    proto = onnx.load(path)
+    outputs = module_outputs(onnx.load(scopes_from) if scopes_from else proto)
+    present = {name for node in proto.graph.node for name in node.output}
+    outputs = {tensor: module for tensor, module in outputs.items() if tensor in present}
+    expected = _pytorch_outputs(model, images, set(outputs.values()))
+    values = _intermediates(proto, list(outputs), images)
+    differences = []
+    for tensor, module in outputs.items():
+        if module not in expected or expected[module].shape != values[tensor].shape:
+            continue
+        reference = expected[module].astype(np.float64)
+        scale = float(reference.std()) or 1.0
+        difference = np.abs(values[tensor] - reference).max(initial=0.0) / scale
+        differences.append(LayerDifference(module or "the whole model", tensor, float(difference)))
+    return differences
+
+
+def module_outputs(proto: Any) -> dict[str, str]:
+    """-> tensor name -> path of the innermost module whose last operation gives it, in the order of execution."""
+    last: dict[str, str] = {}  # module path -> tensor; later nodes overwrite earlier ones
+    order: list[str] = []
+    for node in proto.graph.node:
+        for entry in node.metadata_props:
+            if entry.key == SCOPES:
+                order.append(node.output[0])
+                for module in ast.literal_eval(entry.value)[:-1]:
+                    last[module] = node.output[0]
+    innermost: dict[str, str] = {}
+    for module, tensor in last.items():
+        if len(module) >= len(innermost.get(tensor, "")):
+            innermost[tensor] = module
+    return {tensor: innermost[tensor] for tensor in order if innermost.get(tensor)}
+
+
+def _pytorch_outputs(model: DeployedModel, images: np.ndarray, modules: set[str]) -> dict[str, np.ndarray]:
+    """-> module path -> its output on `images`, for modules that return one tensor and are called once."""
+    outputs: dict[str, np.ndarray] = {}
+    handles = []
+
+    def keep(name: str) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if isinstance(output, torch.Tensor):
+                outputs[name] = output.detach().cpu().numpy().copy()
+
+        return hook
+
+    for name, module in model.named_modules():
+        if name in modules:
+            handles.append(module.register_forward_hook(keep(name)))
+    try:
+        with torch.inference_mode():
+            model(torch.from_numpy(images))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return outputs
+
+
+def _intermediates(proto: Any, tensors: Sequence[str], images: np.ndarray) -> dict[str, np.ndarray]:
+    """-> tensor name -> value on `images`, computed by ONNX Runtime without graph optimisation (which removes tensors)."""
+    import onnx
+
+    ort = import_onnxruntime()
+    own = {output.name for output in proto.graph.output}
+    for name in tensors:
+        if name not in own:
+            proto.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 3
+    session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    values = session.run(list(tensors), {"images": images})
+    return dict(zip(tensors, values, strict=True))

@@ -1,0 +1,266 @@
+"""A run directory -> bundles. For each target: write, compare, measure, and only then put the bundle in its place."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from export.card import model_card
+from export.check import HeldOut, check_parity, file_batches, measure_accuracy, require_accuracy
+from export.evaluation import Evaluation, Reference, check_target, class_balanced
+from export.latency import measure_latency
+from export.localise import first_difference
+from export.onnx_graph import DeployedModel, GraphOptions, write_onnx
+from ffl_deploy import __version__
+from ffl_deploy.bundle import (
+    DEFAULT_VARIANT,
+    SCHEMA,
+    Bundle,
+    GoldenSamples,
+    InputTensor,
+    Manifest,
+    OutputTensor,
+    Precision,
+    Source,
+    Variant,
+    file_records,
+    load_bundle,
+    write_golden,
+    write_manifest,
+)
+from ffl_deploy.checkpoint import LoadedNetwork, load_network
+from ffl_deploy.command import choices_sentence
+from ffl_deploy.errors import CheckError, UsageError
+from ffl_deploy.files import replace_folder, sha256_of, write_atomically
+from ffl_deploy.networks.targets import build_target, target_names
+from ffl_deploy.run_directory import Run
+from ffl_deploy.runtime import OnnxRuntimeSession
+from ffl_deploy.statistics import expected_calibration_error, fit_temperature, log_softmax
+
+GOLDEN_IMAGES = 64
+GOLDEN_BYTES = 8 << 20  # of pixels; large images get fewer samples, so that a bundle stays light
+LOCALISE_IMAGES = 8
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What to export, and how; `out` receives one folder per target."""
+
+    targets: tuple[str, ...]
+    out: Path
+    precisions: tuple[str, ...] = ("fp32",)
+    checkpoint: str = "best"
+    graph: GraphOptions = field(default_factory=GraphOptions)
+    cam: bool = False
+    golden: Path | None = None
+
+
+class Calibration(msgspec.Struct, frozen=True):
+    """Temperature scaling (Guo et al. 2017) and the expected calibration error on the test split, before and after."""
+
+    temperature: float
+    split: str
+    fitted_on: int
+    ece_before: float
+    ece_after: float
+
+
+def export_run(run: Run, options: ExportOptions, report: Callable[[str], None]) -> list[Bundle]:
+    """Export every target of `options`. Raises UsageError for what cannot be asked, CheckError where a gate does not hold.
+
+    report: receives one line per step. A target's folder appears, or is replaced, only when all its gates held.
+    """
+    loaded = load_network(run, options.checkpoint)
+    known = target_names(loaded.network)
+    targets = known if "all" in options.targets else list(dict.fromkeys(options.targets))
+    for target in targets:
+        if target not in known:
+            raise UsageError(f"{run.folder} has no target {target!r}. {choices_sentence(target, [*known, 'all'])}")
+    evaluation = Evaluation(run, loaded.network, options.checkpoint, targets)
+    references = {target: evaluation.reference(target) for target in targets}  # before any work: a missing one stops here
+    return [export_target(target, evaluation, references[target], loaded, options, report) for target in targets]
+
+
+def export_target(
+    name: str,
+    evaluation: Evaluation,
+    reference: Reference,
+    loaded: LoadedNetwork,
+    options: ExportOptions,
+    report: Callable[[str], None],
+) -> Bundle:
+    """Export one target into `options.out / name`. Raises CheckError where a gate does not hold; nothing is left then."""
+    run = evaluation.run
+    target = build_target(loaded.network, name)
+    plain = DeployedModel(target, run.mean, run.std).eval()
+    check_target(plain, reference, name)
+    calibration = calibrate(evaluation, name)
+    model = DeployedModel(target, run.mean, run.std, calibration.temperature, options.cam).eval()
+    test = HeldOut(evaluation.data.test, evaluation.test_logits[name])
+    with replace_folder(options.out / name) as folder:
+        variant = write_fp32(folder, name, model, reference, test, loaded, run, options)
+        samples, origin = golden_samples(model, reference, options.golden, run)
+        golden = write_golden(folder, samples, origin)
+        manifest = Manifest(
+            schema=SCHEMA,
+            target=name,
+            classes=run.classes,
+            input=InputTensor(run.preprocessing),
+            outputs=output_tensors(model, len(run.classes)),
+            source=Source(
+                run=run.name,
+                checkpoint=options.checkpoint,
+                checkpoint_sha256=loaded.sha256,
+                epoch=loaded.epoch,
+                method=run.model.method,
+                branches=list(loaded.network.config.branches),
+                data=run.config.data_name,
+                parameters=sum(parameter.numel() for parameter in target.parameters()),
+            ),
+            variants=[variant],
+            golden=golden,
+            files={},
+            toolchain=toolchain(),
+            calibration=msgspec.to_builtins(calibration),
+        )
+        write_atomically(folder / "README.md", model_card(manifest))
+        write_manifest(folder, msgspec.structs.replace(manifest, files=file_records(folder)))
+    bundle = load_bundle(options.out / name)
+    for variant in bundle.manifest.variants:
+        report(f"{bundle.folder}: {variant.name} {variant_summary(variant)}")
+    return bundle
+
+
+def write_fp32(
+    folder: Path,
+    name: str,
+    model: DeployedModel,
+    reference: Reference,
+    test: HeldOut,
+    loaded: LoadedNetwork,
+    run: Run,
+    options: ExportOptions,
+) -> Variant:
+    """Write and verify `model.onnx`. Raises CheckError."""
+    path = folder / "model.onnx"
+    shape = run.preprocessing
+    metadata = {"ffl.target": name, "ffl.checkpoint_sha256": loaded.sha256}
+    write_onnx(model, path, shape.height, shape.width, options.graph, metadata)
+    if file_batches(path) != options.graph.batch:
+        raise CheckError(f"the exporter froze the batch of {path.name} to {file_batches(path)}. No bundle was written.")
+    session = OnnxRuntimeSession(path, DEFAULT_VARIANT)
+    images = reference.images[:LOCALISE_IMAGES]
+    parity = check_parity(session, reference, "fp32", model.temperature, lambda: first_difference(path, model, images))
+    accuracy = require_accuracy(measure_accuracy(session, test, "fp32"), DEFAULT_VARIANT)
+    return Variant(
+        name=DEFAULT_VARIANT,
+        runtime=session.runtime,
+        file=path.name,
+        sha256=sha256_of(path),
+        bytes=path.stat().st_size,
+        precision=Precision("fp32", "fp32"),
+        parity=msgspec.to_builtins(parity),
+        accuracy=msgspec.to_builtins(accuracy),
+        latency=msgspec.to_builtins(measure_latency(session.run, reference.images)),
+    )
+
+
+def calibrate(evaluation: Evaluation, target: str) -> Calibration:
+    """Fit the temperature on the validation split, which training used for nothing but choosing the epoch."""
+    validation, test = evaluation.data.validation, evaluation.data.test
+    temperature = fit_temperature(evaluation.validation_logits[target], validation.labels)
+    logits = evaluation.test_logits[target]
+    return Calibration(
+        temperature=temperature,
+        split="validation",
+        fitted_on=len(validation.labels),
+        ece_before=expected_calibration_error(np.exp(log_softmax(logits)), test.labels),
+        ece_after=expected_calibration_error(np.exp(log_softmax(logits / temperature)), test.labels),
+    )
+
+
+def golden_samples(model: DeployedModel, reference: Reference, own: Path | None, run: Run) -> tuple[GoldenSamples, str]:
+    """-> samples with PyTorch's logits, and where the images come from: held-out ones of the run, or those of a folder."""
+    limit = max(1, min(GOLDEN_IMAGES, GOLDEN_BYTES // reference.images[0].nbytes))
+    if own is None:
+        chosen = class_balanced(reference.labels, limit)
+        return (
+            GoldenSamples(reference.images[chosen], reference.labels[chosen], reference.logits[chosen]),
+            f"held-out test images of {run.config.data_name}",
+        )
+    return _golden_folder(model, own, limit, run), f"images of {own.name}"
+
+
+def _golden_folder(model: DeployedModel, folder: Path, limit: int, run: Run) -> GoldenSamples:
+    """-> samples from the image files directly in `folder`, labels unknown (-1). Raises UsageError for an unusable folder."""
+    import torch
+
+    from ffl_deploy.images import SUFFIXES, ImageError, load
+
+    if not folder.is_dir():
+        raise UsageError(f"--golden {folder}: there is no such folder; give one with image files.")
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)[:limit]
+    if not paths:
+        raise UsageError(f"--golden {folder}: no image files ({', '.join(SUFFIXES)}) in it.")
+    try:
+        images = np.stack([load(path, run.preprocessing) for path in paths])
+    except ImageError as error:
+        raise UsageError(f"--golden {folder}: an image cannot be used ({error}); remove it.") from error
+    with torch.inference_mode():
+        logits = model(torch.from_numpy(images))[0].numpy()
+    return GoldenSamples(images, np.full(len(images), -1, dtype=np.int64), logits)
+
+
+def output_tensors(model: DeployedModel, classes: int) -> list[OutputTensor]:
+    outputs = [
+        OutputTensor("logits", ["batch", classes], "unnormalised scores"),
+        OutputTensor("probabilities", ["batch", classes], "softmax of logits / temperature"),
+    ]
+    if model.cam:
+        outputs.append(
+            OutputTensor(
+                "cam", ["batch", "height", "width"], "class activation map of the predicted class, in logits per position"
+            )
+        )
+    return outputs
+
+
+def variant_summary(variant: Variant) -> str:
+    """-> one line for people about a variant that passed."""
+    parts: list[Any] = [f"({variant.runtime}, {variant.bytes / 1e6:.2f} MB)"]
+    if variant.parity:
+        worst = max(metrics["scaled_max_diff"] for metrics in variant.parity["batches"].values())
+        parts.append(f"max logit difference {worst:.1e} of std")
+    if variant.accuracy:
+        verdict = variant.accuracy["verdict"]
+        parts.append(
+            f"accuracy {100 * variant.accuracy['value']:.2f} % (PyTorch "
+            f"{100 * variant.accuracy['difference']['reference_accuracy']:.2f} %, {verdict['note'] or verdict['status']})"
+        )
+    if variant.latency:
+        parts.append(f"{variant.latency['p50_ms']:.2f} ms per image")
+    return ", ".join(parts)
+
+
+def toolchain() -> dict[str, str]:
+    """-> versions of what made the files."""
+    import onnx
+    import onnxscript
+    import torch
+
+    from ffl_deploy.runtime import import_onnxruntime
+
+    return {
+        "ffl-deploy": __version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "onnx": onnx.__version__,
+        "onnxscript": onnxscript.__version__,
+        "onnxruntime": import_onnxruntime().__version__,
+    }

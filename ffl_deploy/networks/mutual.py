@@ -1,0 +1,96 @@
+"""MutualNetwork: a shared trunk, branches with their heads, and what joins them."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import msgspec
+from torch import Tensor, nn
+
+from ffl_deploy.errors import UsageError
+from ffl_deploy.networks.aggregators import build_aggregator, mean
+from ffl_deploy.networks.backbones import build_backbone, feature_shape
+from ffl_deploy.networks.fusion import build_fusion, pool
+
+
+class NetworkConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Everything that decides the architecture; stored in the run's configuration.
+
+    shared_stages: how many low-level stages the branches share; None is all but the last for branches of one
+    architecture, none otherwise. fusion_width: N of the fusion module; None is the first branch's channels.
+    scale_trunk_gradient: divide the gradient that the branches send into the trunk by their number (CL-ILR).
+    """
+
+    branches: tuple[str, ...]
+    classes: int
+    height: int
+    width: int
+    shared_stages: int | None = None
+    fusion: Literal["module", "sum", "mean"] | None = "module"
+    fusion_width: int | None = None
+    aggregator: Literal["gate", "attention"] | None = None
+    scale_trunk_gradient: bool = False
+
+
+class Outputs(NamedTuple):
+    """One forward pass of all classifiers on n images."""
+
+    branches: list[Tensor]  # logits of each branch, [n, classes]
+    fused: Tensor | None  # logits of the fused classifier, [n, classes]
+    aggregated: Tensor | None  # what the aggregator made of the branches' logits (see aggregators.py)
+    features: list[Tensor]  # the branches' last feature maps, [n, C_k, h_k, w_k]
+
+    def classifiers(self) -> dict[str, Tensor]:
+        """-> deployable target -> its logits [n, classes]; the names of `targets.target_names`, in that order."""
+        named = {} if self.fused is None else {"fused": self.fused}
+        if self.aggregated is not None and self.aggregated.ndim == 2:  # the gate's; attention gives targets per peer
+            named["gated"] = self.aggregated
+        if len(self.branches) > 1:
+            named["ensemble"] = mean(self.branches)
+        return named | {f"branch{k}": logits for k, logits in enumerate(self.branches)}
+
+
+class MutualNetwork(nn.Module):
+    """Networks that are trained together; each classifier can be deployed alone (targets.py)."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        self.config = config
+        backbones = [build_backbone(name) for name in config.branches]
+        shared = number_of_shared_stages(config, [len(backbone.stages) for backbone in backbones])
+        self.trunk = nn.Sequential(*backbones[0].stages[:shared])
+        self.branches = nn.ModuleList(nn.Sequential(*backbone.stages[shared:]) for backbone in backbones)
+        shapes = [feature_shape(nn.Sequential(self.trunk, branch), config.height, config.width) for branch in self.branches]
+        self.heads = nn.ModuleList(nn.Linear(channels, config.classes) for channels, _, _ in shapes)
+        self.fusion = build_fusion(config.fusion, shapes, config.classes, config.fusion_width) if config.fusion else None
+        trunk_channels = feature_shape(self.trunk, config.height, config.width)[0]
+        self.aggregator = (
+            build_aggregator(config.aggregator, trunk_channels, [shape[0] for shape in shapes]) if config.aggregator else None
+        )
+
+    def forward(self, images: Tensor) -> Outputs:
+        """images: normalised [n, 3, height, width]."""
+        shared = self.trunk(images)
+        if self.config.scale_trunk_gradient and shared.requires_grad:
+            shared.register_hook(lambda gradient: gradient / len(self.branches))
+        features = [branch(shared) for branch in self.branches]
+        pooled = [pool(feature_map) for feature_map in features]
+        logits = [head(vector) for head, vector in zip(self.heads, pooled, strict=True)]
+        fused = self.fusion(features) if self.fusion is not None else None
+        aggregated = self.aggregator(shared, pooled, logits) if self.aggregator is not None else None
+        return Outputs(logits, fused, aggregated, features)
+
+
+def number_of_shared_stages(config: NetworkConfig, lengths: list[int]) -> int:
+    """-> how many stages the branches of `config` share, given each backbone's number of stages. Raises UsageError."""
+    same = len(set(config.branches)) == 1
+    if config.shared_stages is None:
+        return lengths[0] - 1 if same and len(config.branches) > 1 else 0
+    if config.shared_stages and not same:
+        raise UsageError("branches of different architectures share no stages; leave --shared-stages out or set it to 0.")
+    if not 0 <= config.shared_stages < lengths[0]:
+        raise UsageError(
+            f"{config.branches[0]} has {lengths[0]} stages, so --shared-stages can be 0 to {lengths[0] - 1}, "
+            f"not {config.shared_stages}."
+        )
+    return config.shared_stages

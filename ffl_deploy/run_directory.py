@@ -1,0 +1,140 @@
+"""The run directory: what training leaves and export reads. Nothing here imports torch.
+
+runs/NAME/  config.json  metrics.jsonl  summary.json  eval_reference.npz  curves.png  checkpoints/{last,best,...}/
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from ffl_deploy.datasets import DataSpec
+from ffl_deploy.errors import CheckError, UsageError
+from ffl_deploy.files import existing_folder, write_atomically
+from ffl_deploy.images import Preprocessing
+
+SCHEMA = 1
+CONFIG = "config.json"
+REFERENCE = "eval_reference.npz"
+SUMMARY = "summary.json"
+
+
+class ModelRecord(msgspec.Struct, frozen=True):
+    """The architecture as `ffl_deploy.networks.mutual.NetworkConfig` takes it, and the method that trained it."""
+
+    method: str
+    strong: str  # the classifier that `best` is chosen by
+    network: dict[str, Any]
+
+
+class RunConfig(msgspec.Struct, frozen=True):
+    """`config.json`. `options` are the flags of the training command, resolved; the rest follows from them and the data.
+
+    mean and std: per RGB channel, on the 0..255 scale.
+    """
+
+    schema: int
+    options: dict[str, Any]
+    data: DataSpec
+    data_name: str
+    classes: list[str]
+    preprocessing: Preprocessing
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    split: dict[str, Any]
+    model: ModelRecord
+    toolchain: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory that has been opened for reading."""
+
+    folder: Path
+    config: RunConfig
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def classes(self) -> list[str]:
+        return self.config.classes
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        return self.config.preprocessing
+
+    @property
+    def mean(self) -> tuple[float, float, float]:
+        return self.config.mean
+
+    @property
+    def std(self) -> tuple[float, float, float]:
+        return self.config.std
+
+    @property
+    def data(self) -> DataSpec:
+        return self.config.data
+
+    @property
+    def model(self) -> ModelRecord:
+        return self.config.model
+
+    def checkpoint(self, name: str) -> Path:
+        """-> folder of checkpoint `name` (best, last, ema). Raises UsageError where there is none."""
+        folder = existing_folder(self.folder / "checkpoints" / name)
+        if folder is None:
+            raise UsageError(
+                f"{self.folder} has no checkpoint {name!r}; train it first, or continue it with: "
+                f"python -m train.run --resume {self.folder}"
+            )
+        return folder
+
+    def reference(self, checkpoint: str, classifier: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """-> (images uint8 [n, h, w, 3], labels int64 [n], logits float32 [n, classes]) of training's own evaluation."""
+        path = self.folder / REFERENCE
+        if not path.is_file():
+            raise UsageError(
+                f"{self.folder} has no {REFERENCE}, which training writes at its end; finish it with: "
+                f"python -m train.run --resume {self.folder}"
+            )
+        with np.load(path, allow_pickle=False) as arrays:
+            key = f"{checkpoint}/{classifier}"
+            if key not in arrays:
+                raise UsageError(f"{path} has no logits of {key}; it has {', '.join(k for k in arrays if '/' in k)}.")
+            return arrays["images"], arrays["labels"], arrays[key]
+
+
+def load_run(folder: str | os.PathLike[str]) -> Run:
+    """Open a run directory. Raises UsageError where there is none, CheckError where its configuration is damaged."""
+    path = Path(folder)
+    if not path.is_dir():
+        raise UsageError(f"there is no run directory {path}; train one with: python -m train.run --out {path}")
+    if not (path / CONFIG).is_file():
+        raise UsageError(f"{path} is not a run directory (no {CONFIG}); give one that python -m train.run wrote.")
+    try:
+        config = msgspec.json.decode((path / CONFIG).read_bytes(), type=RunConfig)
+    except msgspec.DecodeError as error:
+        raise CheckError(f"{path / CONFIG} is damaged ({error}); restore it or train again.") from error
+    if config.schema != SCHEMA:
+        raise CheckError(f"{path / CONFIG} has schema {config.schema}, this version reads {SCHEMA}; train again.")
+    return Run(path, config)
+
+
+def newest_run(parent: str | os.PathLike[str] = "runs") -> Path:
+    """-> the run under `parent` whose configuration was written last. Raises UsageError where there is none."""
+    configs = sorted(Path(parent).glob(f"*/{CONFIG}"), key=lambda path: (path.stat().st_mtime, path))
+    if not configs:
+        raise UsageError(f"there is no run under {parent}/; train one with: python -m train.run")
+    return configs[-1].parent
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a msgspec struct or plain data as indented JSON, atomically."""
+    write_atomically(path, msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n")

@@ -1,0 +1,117 @@
+"""`ffl-verify BUNDLE`: is this the bundle that was exported, and does this machine compute what training computed?
+
+Checks, in this order: the manifest's schema and names; that the folder holds every listed file, unchanged, and no other;
+that no model keeps data elsewhere; the golden samples on the runtime that is installed. Needs neither torch nor onnx.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ffl_deploy.bundle import MANIFEST, Bundle, Variant, load_bundle
+from ffl_deploy.command import run_command
+from ffl_deploy.errors import DONE, CheckError, UsageError
+from ffl_deploy.onnx_wire import refuse_external_data
+from ffl_deploy.parity import PARITY_GATES, ParityRecord, gate_precision, judge, measure
+
+
+def check_files(bundle: Bundle) -> int:
+    """-> number of files checked. Raises CheckError for a missing, changed or unlisted file and for external data."""
+    listed = bundle.manifest.files
+    for name in listed:
+        path = bundle.checked_file(name)
+        if name.endswith(".onnx"):
+            refuse_external_data(path)
+    extra = sorted(set(_entries(bundle.folder)) - set(listed) - {MANIFEST})
+    if extra:
+        raise CheckError(
+            f"{bundle.folder} holds {len(extra)} file(s) that its manifest does not list ({', '.join(extra[:3])}); "
+            "remove them, or copy the bundle anew."
+        )
+    return len(listed)
+
+
+def _entries(folder: Path) -> Iterator[str]:
+    """-> names, relative to `folder`, of everything below it that is not a real folder: files, links, devices."""
+    for parent, folders, files in os.walk(folder):
+        links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
+        for name in [*files, *links]:
+            yield Path(parent, name).relative_to(folder).as_posix()
+
+
+def check_parity(bundle: Bundle, variant: Variant, runtime: str | None = None, threads: int | None = None) -> ParityRecord:
+    """Run the golden samples at batches 1, 7 and all; -> metrics and verdict against PyTorch's logits.
+
+    Raises UsageError where the runtime is unknown or not installed, CheckError where the model cannot be loaded or run.
+    """
+    golden = bundle.golden()
+    session = bundle.session(variant.name, runtime, threads)
+    temperature = (bundle.manifest.calibration or {}).get("temperature") or 1.0
+    batches = sorted({1, min(7, len(golden.images)), len(golden.images)})
+    measured = measure(session.run, golden.images, golden.logits, batches, temperature)
+    gate = PARITY_GATES[gate_precision(variant.precision.stored, session.computed or variant.precision.computed)]
+    return ParityRecord(gate, measured, judge(measured, gate))
+
+
+def verify(bundle: Bundle, variant: str | None = None, runtime: str | None = None) -> Iterator[str]:
+    """Verify a bundle, yielding one line per check. Without `variant`, every variant whose runtime is installed.
+
+    Raises CheckError at the first check that does not hold, UsageError where nothing could be run.
+    """
+    count = check_files(bundle)
+    yield f"{bundle.folder}: schema {bundle.manifest.schema}, target {bundle.manifest.target}, {count} files as exported"
+    verified, missing = 0, ""
+    for candidate in [bundle.variant(variant)] if variant else bundle.manifest.variants:
+        name = runtime or candidate.runtime
+        try:
+            record = check_parity(bundle, candidate, name)
+        except UsageError as error:
+            if variant or runtime:
+                raise
+            missing = str(error)
+            yield f"{candidate.name}: not run: {missing}"
+            continue
+        if record.verdict.failed:
+            found = "; ".join(str(finding) for finding in record.verdict.findings)
+            raise CheckError(
+                f"variant {candidate.name} of {bundle.folder} does not give PyTorch's logits on {name} ({found}); "
+                "use another runtime or variant on this machine, or export the bundle again."
+            )
+        verified += 1
+        yield f"{candidate.name} on {name}: {summary(record)}"
+    if not verified:
+        raise UsageError(missing)
+
+
+def summary(record: ParityRecord) -> str:
+    """-> one line for people: the largest difference, agreement, the gate that held."""
+    worst = record.worst
+    agreement = 1 - max(metrics.top1_mismatches / metrics.n for metrics in record.batches.values())
+    return (
+        f"{max(metrics.n for metrics in record.batches.values())} images at batches {', '.join(record.batches)}: "
+        f"max logit difference {worst.scaled_max_diff:.1e} of their standard deviation, "
+        f"top-1 agreement {np.floor(agreement * 1000) / 10:g} %, {record.gate.precision} gate {record.verdict.status}"
+    )
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="ffl-verify", description="Check a bundle: schema, every hash, and the golden samples on this machine's runtime."
+    )
+    parser.add_argument("bundle", metavar="BUNDLE", help="the folder that ffl-export wrote (it holds bundle.json)")
+    parser.add_argument("--variant", metavar="NAME", help="one variant (default: all whose runtime is installed)")
+    parser.add_argument("--runtime", metavar="NAME", help="run it on this runtime: onnxruntime, openvino, tensorrt, ...")
+    arguments = parser.parse_args(argv)
+    for line in verify(load_bundle(arguments.bundle), arguments.variant, arguments.runtime):
+        print(line, flush=True)
+    return DONE
+
+
+def entry() -> None:
+    sys.exit(run_command(main))

@@ -1,0 +1,129 @@
+"""Batches for training and evaluation from images in memory.
+
+A data set that fits is one uint8 tensor on the training device. Which images make up step s, and how they are cut,
+depends on (seed, epoch, step) only; each process takes its share of the same batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ffl_deploy.datasets import ImageData
+from train.augment import RandomCrops, mix, soften
+from train.config import DataOptions
+from train.distributed import World
+from train.randomness import generator
+
+
+class Batch(NamedTuple):
+    """images: normalised float [n, 3, h, w]; labels: int64 [n]; targets: for the losses, labels or float [n, classes]."""
+
+    images: Tensor
+    labels: Tensor
+    targets: Tensor
+
+
+class Batches(Protocol):
+    """What the loop asks of a source of images."""
+
+    steps_per_epoch: int
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 [n, 3, h, w] -> float [n, 3, h, w] as the network takes it."""
+
+    def training(self, epoch: int, first_step: int) -> Iterator[list[Batch]]:
+        """-> for each step of `epoch` from `first_step` on, this process's micro-batches."""
+
+    def evaluation(self, part: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """part: "validation" or "test" -> (normalised images, labels) of this process's share, in order."""
+
+
+class Shares(NamedTuple):
+    """How the images of one step are divided: `accumulate` micro-batches in each of the world's processes."""
+
+    world: World
+    accumulate: int
+
+    @property
+    def parts(self) -> int:
+        return self.world.size * self.accumulate
+
+    @property
+    def mine(self) -> list[int]:
+        """Which of the `parts` this process works on; the cuts are the same whether processes or accumulation make them."""
+        return [self.world.rank + turn * self.world.size for turn in range(self.accumulate)]
+
+
+class Finish:
+    """The last steps of every training batch: normalisation, soft labels, mixing."""
+
+    def __init__(self, data: ImageData, options: DataOptions, label_smoothing: float, seed: int, device: torch.device) -> None:
+        self.options, self.smoothing, self.seed, self.classes = options, label_smoothing, seed, len(data.classes)
+        self.mean = torch.tensor(data.mean, device=device).view(1, 3, 1, 1)
+        self.scale = 1 / torch.tensor(data.std, device=device).view(1, 3, 1, 1)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 [n, 3, h, w] -> float channels_last, mean 0 and standard deviation 1 on the training images."""
+        return (images.float() - self.mean).mul_(self.scale).contiguous(memory_format=torch.channels_last)
+
+    def __call__(self, images: Tensor, labels: Tensor, draw: int) -> Batch:
+        """images: uint8 [n, 3, h, w]; draw: number of this micro-batch within the run, which decides its mixing."""
+        normalised, targets = self.normalise(images), labels
+        mixes = self.options.mixup > 0 or self.options.cutmix > 0
+        if self.smoothing or mixes:
+            targets = soften(labels, self.classes, self.smoothing)
+        if mixes:
+            normalised, targets = mix(normalised, targets, self.options, generator(self.seed, "mix", draw))
+        return Batch(normalised, labels, targets)
+
+
+def epoch_order(images: int, batch_size: int, parts: int, seed: int, epoch: int) -> list[Tensor]:
+    """-> the indices of each step of `epoch`. A last batch too small for batch statistics in every part is left out."""
+    order = torch.randperm(images, generator=generator(seed, "order", epoch))
+    return [chunk for chunk in order.split(batch_size) if len(chunk) >= 2 * parts]
+
+
+class InMemoryBatches:
+    """Batches of an ImageData held on `device`."""
+
+    def __init__(
+        self,
+        data: ImageData,
+        options: DataOptions,
+        batch_size: int,
+        label_smoothing: float,
+        seed: int,
+        device: torch.device,
+        shares: Shares,
+        evaluation_batch: int = 512,
+    ) -> None:
+        self.batch_size, self.seed, self.shares = batch_size, seed, shares
+        self.device, self.evaluation_batch = device, evaluation_batch
+        self.finish = Finish(data, options, label_smoothing, seed, device)
+        self.normalise = self.finish.normalise
+        padding = options.crop_padding if options.augment == "crop" else 0
+        images = torch.from_numpy(data.train.images).to(device).permute(0, 3, 1, 2)
+        self.crops = RandomCrops(images, padding, options.flip and options.augment != "none")
+        self.labels = torch.from_numpy(data.train.labels).to(device)
+        self.held_out = {"validation": data.validation, "test": data.test}
+        self.steps_per_epoch = len(epoch_order(len(self.labels), batch_size, shares.parts, seed, 0))
+
+    def training(self, epoch: int, first_step: int) -> Iterator[list[Batch]]:
+        order = epoch_order(len(self.labels), self.batch_size, self.shares.parts, self.seed, epoch)
+        for step in range(first_step, len(order)):
+            number = epoch * self.steps_per_epoch + step
+            images = self.crops(order[step], generator(self.seed, "augment", number))
+            labels = self.labels[order[step].to(self.device)]
+            cuts = list(zip(images.tensor_split(self.shares.parts), labels.tensor_split(self.shares.parts), strict=True))
+            yield [self.finish(*cuts[part], draw=number * self.shares.parts + part) for part in self.shares.mine]
+
+    def evaluation(self, part: str) -> Iterator[tuple[Tensor, Tensor]]:
+        split, world = self.held_out[part], self.shares.world
+        for start in range(world.rank, len(split), self.evaluation_batch * world.size):
+            rows = slice(start, start + self.evaluation_batch * world.size, world.size)
+            images = torch.from_numpy(split.read(rows)).to(self.device).permute(0, 3, 1, 2)
+            yield self.normalise(images), torch.from_numpy(split.labels[rows]).to(self.device)

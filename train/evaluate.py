@@ -1,0 +1,37 @@
+"""Accuracy and logits of every classifier on held-out images."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from train.batches import Batches
+from train.distributed import World
+from train.machine import Machine
+
+
+@torch.inference_mode()
+def accuracies(network: nn.Module, batches: Batches, part: str, machine: Machine, world: World) -> dict[str, float]:
+    """-> classifier -> share of correct answers (0..1) on "validation" or "test", counted exactly over all processes."""
+    network.eval()
+    correct: dict[str, Tensor] = {}
+    count = torch.zeros((), dtype=torch.int64, device=machine.device)
+    for images, labels in batches.evaluation(part):
+        with machine.autocast():
+            outputs = network(images)
+        count += len(labels)
+        for name, logits in outputs.classifiers().items():
+            hits = (logits.argmax(dim=1) == labels).sum()
+            correct[name] = correct[name] + hits if name in correct else hits
+    names = sorted(correct)
+    totals = world.sum(torch.stack([count, *(correct[name] for name in names)])).tolist()
+    return {name: totals[1 + names.index(name)] / totals[0] for name in correct}
+
+
+@torch.inference_mode()
+def logits_of(network: nn.Module, images: Tensor) -> dict[str, np.ndarray]:
+    """images: normalised [n, 3, h, w] -> classifier -> float32 logits [n, classes], in full precision."""
+    network.eval()
+    chunks = [network(chunk).classifiers() for chunk in images.split(64)]
+    return {name: torch.cat([chunk[name] for chunk in chunks]).float().cpu().numpy() for name in chunks[0]}

@@ -1,0 +1,75 @@
+"""Running sums of an epoch: every loss part and every classifier's hits, without waiting for the device each step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ffl_deploy.errors import CheckError
+from train.distributed import World
+
+
+class Meter:
+    """Collects a row of numbers per micro-batch on the device; `flush` brings them over and checks that they are finite."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []  # loss parts
+        self.classifiers: list[str] = []
+        self.sums = np.zeros(0)  # loss parts (sums of means), hits, rows, images: float64, added in order of the steps
+        self.last_loss = float("nan")
+        self._pending: list[tuple[int, Tensor]] = []
+
+    @torch.no_grad()
+    def add(self, step: int, parts: dict[str, Tensor], classifiers: dict[str, Tensor], labels: Tensor) -> None:
+        """step: number within the run; parts: scalars; classifiers: logits [n, classes]; labels: int64 [n]."""
+        if not self.names:
+            self.names, self.classifiers = list(parts), list(classifiers)
+        hits = [(logits.argmax(dim=1) == labels).sum().float() for logits in classifiers.values()]
+        row = torch.stack([*(part.detach().float() for part in parts.values()), *hits])
+        self._pending.append((step, torch.cat([row, row.new_tensor([1.0, len(labels)])])))
+
+    def flush(self) -> None:
+        """Take over what is pending. Raises CheckError that names the step and the parts at the first loss that is not finite."""
+        if not self._pending:
+            return
+        rows = torch.stack([row for _, row in self._pending]).double().cpu().numpy()
+        for (step, _), row in zip(self._pending, rows, strict=True):
+            losses = dict(zip(self.names, row, strict=False))
+            if not np.isfinite(list(losses.values())).all():
+                shown = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
+                raise CheckError(
+                    f"the loss is not finite at step {step} ({shown}); the last checkpoint is kept. "
+                    "Lower --lr, add --clip 1.0 or use --precision fp32."
+                )
+            self.sums = row if not len(self.sums) else self.sums + row
+            self.last_loss = float(sum(losses.values()))
+        self._pending.clear()
+
+    def totals(self, world: World, device: torch.device) -> dict[str, Any]:
+        """-> {"loss", "parts": means, "train": accuracies 0..1} over all processes."""
+        sums = world.sum(torch.from_numpy(self.sums.copy()).to(device)).cpu().numpy()
+        rows, images = sums[-2], sums[-1]
+        parts = {name: float(value / rows) for name, value in zip(self.names, sums, strict=False)}
+        hits = sums[len(self.names) : -2]
+        return {
+            "loss": sum(parts.values()),
+            "parts": parts,
+            "train": {name: float(value / images) for name, value in zip(self.classifiers, hits, strict=True)},
+        }
+
+    def state(self, world: World, device: torch.device) -> dict[str, Any]:
+        """-> what `restore` takes: the sums over all processes."""
+        sums = world.sum(torch.from_numpy(self.sums.copy()).to(device))
+        return {"names": self.names, "classifiers": self.classifiers, "sums": sums.tolist()}
+
+    @classmethod
+    def restore(cls, state: dict[str, Any] | None, world: World) -> Meter:
+        """-> the meter at a checkpoint in mid-epoch; the first process carries on everybody's sums."""
+        meter = cls()
+        if state and state["sums"]:
+            meter.names, meter.classifiers = state["names"], state["classifiers"]
+            meter.sums = np.array(state["sums"]) if world.is_main else np.zeros(len(state["sums"]))
+        return meter

@@ -1,0 +1,71 @@
+"""A configuration as plain data: stored in config.json, compared on resume, checked for values no run can use."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ffl_deploy.errors import CheckError, UsageError
+from train.config import TrainConfig
+
+# What a resumed run may do differently: none of it changes the result.
+MAY_CHANGE = {"output.resume", "output.out", "output.quiet", "output.checkpoint_minutes", "machine.workers", "recipe"}
+
+
+def validate(config: TrainConfig) -> None:
+    """Raise UsageError for values that no run can use."""
+    o, d = config.optimisation, config.data
+    rules = [
+        (o.epochs >= 1, "--epochs must be at least 1"),
+        (o.batch_size >= 2, "--batch-size must be at least 2 (batch normalisation needs two images)"),
+        (o.accumulate >= 1, "--accumulate must be at least 1"),
+        (o.batch_size >= 2 * o.accumulate, "--batch-size must be at least twice --accumulate"),
+        (o.lr > 0, "--lr must be above 0"),
+        (0 <= o.warmup < 1, "--warmup is a share of the run, from 0 to below 1"),
+        (0 <= o.label_smoothing < 1, "--label-smoothing is a share, from 0 to below 1"),
+        (0 <= o.ema < 1, "--ema is a decay, from 0 (off) to below 1"),
+        (o.clip >= 0, "--clip is a gradient norm, 0 (off) or more"),
+        (0 < d.validation < 1, "--validation is a share, above 0 and below 1"),
+        (d.image_size is None or d.image_size >= 4, "--image-size must be at least 4 pixels"),
+        (d.crop_padding >= 0, "--crop-padding must be 0 or more"),
+        (d.mixup >= 0 and d.cutmix >= 0, "--mixup and --cutmix must be 0 (off) or more"),
+        (config.model.temperature is None or config.model.temperature > 0, "--temperature must be above 0"),
+        (bool(config.model.branches), "--branches must name at least one backbone"),
+    ]
+    broken = [text for holds, text in rules if not holds]
+    if broken:
+        raise UsageError(f"{'; '.join(broken)}.")
+
+
+def differences(stored: TrainConfig, wanted: TrainConfig) -> list[str]:
+    """-> "--flag is A, was B" for every option that a resumed run would change."""
+    before, after = flatten(options_to_json(stored)), flatten(options_to_json(wanted))
+    return [
+        f"{name} is {after[name]!r} now and was {before[name]!r}"
+        for name in before
+        if before[name] != after[name] and name not in MAY_CHANGE
+    ]
+
+
+def flatten(options: dict[str, Any]) -> dict[str, Any]:
+    """{"data": {"flip": True}} -> {"data.flip": True}."""
+    flat: dict[str, Any] = {}
+    for group, value in options.items():
+        flat |= {f"{group}.{name}": inner for name, inner in value.items()} if isinstance(value, dict) else {group: value}
+    return flat
+
+
+def options_to_json(config: TrainConfig) -> dict[str, Any]:
+    """-> plain data for config.json."""
+    return msgspec.to_builtins(dataclasses.asdict(config), enc_hook=str)
+
+
+def options_from_json(options: dict[str, Any]) -> TrainConfig:
+    """The inverse of options_to_json. Raises CheckError for options of another version."""
+    try:
+        return msgspec.convert(options, TrainConfig, dec_hook=lambda kind, value: kind(value) if kind is Path else value)
+    except msgspec.ValidationError as error:
+        raise CheckError(f"the run's config.json has options this version does not know ({error}).") from error

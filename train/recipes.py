@@ -1,0 +1,89 @@
+"""Named defaults. `paper` recipes are the publication's, exactly; `fast` ones are ours. Their numbers are never mixed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ffl_deploy.command import choices_sentence
+from ffl_deploy.errors import UsageError
+from train.config import DataOptions, ModelOptions, OptimisationOptions, TrainConfig
+
+# Kim et al. 2019, section IV, and the official code: SGD 0.1, batch 128, 300 epochs, x0.1 at 150 and 225.
+_PAPER_CIFAR = OptimisationOptions(epochs=300, batch_size=128, lr=0.1, weight_decay=1e-4, schedule="multistep")
+# One-cycle to 0.2 with a fifth of warm-up and a larger weight decay: what a short schedule needs.
+_FAST_CIFAR = OptimisationOptions(
+    epochs=20, batch_size=128, lr=0.2, weight_decay=5e-4, fusion_weight_decay=5e-4, schedule="onecycle", warmup=0.2
+)
+# Kim et al. 2019, section IV-D: ResNet-34, SGD 0.1, x0.1 every 30 of 90 epochs, weight decay 1e-4.
+_PAPER_IMAGENET = OptimisationOptions(
+    epochs=90, batch_size=256, lr=0.1, weight_decay=1e-4, schedule="multistep", milestones=(1 / 3, 2 / 3)
+)
+
+
+def _cifar(data: str, branches: tuple[str, ...], optimisation: OptimisationOptions) -> TrainConfig:
+    return TrainConfig(data=DataOptions(source=data), model=ModelOptions(branches=branches), optimisation=optimisation)
+
+
+def _imagenet(backbone: str) -> TrainConfig:
+    return TrainConfig(
+        data=DataOptions(source="imagenet", image_size=224, augment="resized-crop", validation=0.02),
+        model=ModelOptions(branches=(backbone, backbone)),
+        optimisation=_PAPER_IMAGENET,
+    )
+
+
+RECIPES: dict[str, TrainConfig] = {
+    "digits": TrainConfig(
+        data=DataOptions(crop_padding=1, flip=False),
+        model=ModelOptions(branches=("resnet20", "resnet20")),
+        optimisation=replace(_FAST_CIFAR, epochs=40, batch_size=64, lr=0.1),
+    ),
+    "folder": TrainConfig(
+        data=DataOptions(source="DIR"),
+        model=ModelOptions(branches=("resnet32", "resnet32")),
+        optimisation=replace(_FAST_CIFAR, epochs=60, batch_size=64, lr=0.1),
+    ),
+    **{
+        f"{data}-resnet{depth}-{kind}": _cifar(data, (f"resnet{depth}",) * 2, optimisation)
+        for data in ("cifar10", "cifar100")
+        for depth in (32, 56, 110)
+        for kind, optimisation in (("paper", _PAPER_CIFAR), ("fast", _FAST_CIFAR))
+    },
+    "imagenet-resnet18": _imagenet("torchvision:resnet18"),
+    "imagenet-resnet34": _imagenet("torchvision:resnet34"),
+}
+
+
+# Methods that train another number of branches than a recipe's two; --branches overrides it.
+BRANCHES_OF = {"vanilla": 1, "okddip": 3}
+
+
+def default_recipe(data: str) -> str:
+    """-> the recipe that suits `--data data` when none is named."""
+    if data in ("cifar10", "cifar100"):
+        return f"{data}-resnet32-fast"
+    return "digits" if data == "digits" else "folder"
+
+
+def recipe_for(arguments: Sequence[str]) -> TrainConfig:
+    """-> the defaults that `arguments` select with --recipe or, without it, with --data. Raises UsageError."""
+    data = flag_value(arguments, "--data")
+    name = flag_value(arguments, "--recipe") or default_recipe(data or "digits")
+    if name not in RECIPES:
+        raise UsageError(f"there is no recipe {name!r}. {choices_sentence(name, list(RECIPES))}")
+    recipe = replace(RECIPES[name], recipe=name)
+    branches = recipe.model.branches
+    count = BRANCHES_OF.get(flag_value(arguments, "--method") or recipe.model.method, len(branches))
+    return replace(recipe, model=replace(recipe.model, branches=(branches * count)[:count]))
+
+
+def flag_value(arguments: Sequence[str], flag: str) -> str | None:
+    """-> the value that the last `flag VALUE` or `flag=VALUE` gives."""
+    found = None
+    for index, argument in enumerate(arguments):
+        if argument == flag and index + 1 < len(arguments):
+            found = arguments[index + 1]
+        elif argument.startswith(f"{flag}="):
+            found = argument.removeprefix(f"{flag}=")
+    return found

@@ -1,0 +1,116 @@
+"""What a run leaves beside its weights: a line an epoch, TensorBoard events, curves, the progress bar."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ffl_deploy.files import write_atomically
+
+METRICS = "metrics.jsonl"
+
+
+class Recorder:
+    """Writes the records of `folder`; `first_epoch` drops the lines of epochs that a resumed run does again."""
+
+    def __init__(self, folder: Path, first_epoch: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path = folder / METRICS
+        kept = [line for line in read_metrics(folder) if line["epoch"] < first_epoch]
+        write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        self.events = SummaryWriter(str(folder / "tensorboard"), purge_step=first_epoch or None)
+
+    def epoch(self, line: dict[str, Any]) -> None:
+        """Append one epoch: {"epoch", "lr", "ramp", "loss", "parts": {..}, "train": {..}, "validation": {..}, ...}."""
+        with open(self.path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+        for group in ("parts", "train", "validation", "ema"):
+            for name, value in line.get(group, {}).items():
+                self.events.add_scalar(f"{group}/{name}", value, line["epoch"])
+        for name in ("loss", "lr", "ramp", "images_per_second"):
+            self.events.add_scalar(name, line[name], line["epoch"])
+
+    def close(self) -> None:
+        self.events.close()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """-> the lines of metrics.jsonl; a line that a kill cut short is left out."""
+    path, lines = folder / METRICS, []
+    if path.is_file():
+        for text in path.read_text().splitlines():
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError:
+                break
+    return lines
+
+
+class Progress:
+    """The live view: a bar with ETA and images/s on a terminal, one line an epoch elsewhere, nothing when quiet."""
+
+    def __init__(self, images_done: int, quiet: bool) -> None:
+        self.lines = not quiet and not sys.stderr.isatty()
+        self.bar = tqdm(
+            initial=images_done,
+            unit="img",
+            unit_scale=True,
+            disable=quiet or self.lines,
+            dynamic_ncols=True,
+            smoothing=0.05,
+            miniters=1,
+        )
+        self.validation = ""
+
+    def show(self, epoch: int, steps: int, steps_done: int, images_done: int, loss: float, epochs: int) -> None:
+        """Move the bar; images_done and steps_done count from the start of the run."""
+        self.bar.total = round(images_done * steps / steps_done)
+        self.bar.set_description(f"epoch {epoch + 1}/{epochs}", refresh=False)
+        self.bar.set_postfix_str(f"loss {loss:.3f}{self.validation}", refresh=False)
+        self.bar.update(images_done - self.bar.n)
+
+    def epoch(self, line: dict[str, Any], epochs: int) -> None:
+        """Show the accuracies of a finished epoch (the line that the Recorder got)."""
+        shown = " ".join(f"{name} {100 * value:.1f}" for name, value in line["validation"].items())
+        self.validation = f" | val % {shown}"
+        if self.lines:
+            rate = f"{line['images_per_second']:.0f} img/s"
+            text = f"epoch {line['epoch'] + 1}/{epochs}  loss {line['loss']:.3f}  val % {shown}  {rate}"
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def draw_curves(folder: Path) -> None:
+    """Write curves.png: validation accuracy of every classifier, every loss part, and the learning rate, by epoch."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    lines = read_metrics(folder)
+    if not lines:
+        return
+    epochs = [line["epoch"] + 1 for line in lines]
+    figure, (accuracy, losses, rate) = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
+    for name in lines[-1]["validation"]:
+        accuracy.plot(epochs, [100 * line["validation"][name] for line in lines], label=name)
+    accuracy.set(title="Validation accuracy", xlabel="epoch", ylabel="%")
+    for name in lines[-1]["parts"]:
+        losses.plot(epochs, [line["parts"].get(name, float("nan")) for line in lines], label=name)
+    losses.set(title="Training loss by part", xlabel="epoch", yscale="symlog")
+    losses.set_yscale("symlog", linthresh=1e-2)
+    rate.plot(epochs, [line["lr"] for line in lines], label="learning rate")
+    rate.plot(epochs, [line["ramp"] for line in lines], label="ramp-up of distillation")
+    rate.set(title="Schedules", xlabel="epoch")
+    for axes in (accuracy, losses, rate):
+        axes.legend(fontsize=8)
+        axes.grid(alpha=0.3)
+    figure.savefig(folder / "curves.png", dpi=110)
+    plt.close(figure)

@@ -1,0 +1,73 @@
+"""`python -m train.run` (also `ffl-train`): flags -> TrainConfig -> a finished run directory.
+
+The flags and their help are derived from the dataclasses in config.py. torch is imported only after parsing.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import tyro
+
+from ffl_deploy.command import run_command
+from ffl_deploy.errors import UsageError
+from ffl_deploy.run_directory import load_run
+from train.config import TrainConfig
+from train.options import differences, flatten, options_from_json, options_to_json, validate
+from train.recipes import RECIPES, flag_value, recipe_for
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; -> exit code."""
+    if flag_value(argv, "--recipe") == "list":
+        print_recipes()
+        return 0
+    config = parse(argv)
+    from train.session import run_training  # torch takes seconds to import, which --help should not wait for
+
+    return run_training(config)
+
+
+def parse(argv: Sequence[str]) -> TrainConfig:
+    """-> the recipe's configuration, overridden by flags; with --resume the run's own, which flags may only repeat."""
+    resumed = flag_value(argv, "--resume")
+    stored = None if resumed is None else options_from_json(load_run(resumed).config.options)
+    config = tyro.cli(
+        tyro.conf.OmitArgPrefixes[TrainConfig],
+        args=list(argv),
+        default=stored or recipe_for(argv),
+        prog="python -m train.run",
+        description=TrainConfig.__doc__,
+    )
+    if stored is not None:
+        changed = differences(stored, config)
+        if changed:
+            raise UsageError(
+                f"--resume continues {resumed} as it was started, but {'; '.join(changed)}: "
+                "leave these flags out, or start a new run with --out."
+            )
+    validate(config)
+    return config
+
+
+def print_recipes() -> None:
+    """Print every recipe with what it sets apart from the defaults of its flags."""
+    plain = flatten(options_to_json(TrainConfig()))
+    for name, recipe in RECIPES.items():
+        own = {key: value for key, value in flatten(options_to_json(recipe)).items() if value != plain[key] and key != "recipe"}
+        print(f"{name}\n    " + "  ".join(f"{key.split('.')[-1]}={_short(value)}" for key, value in own.items()))
+
+
+def _short(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def entry() -> None:
+    """Console script."""
+    sys.exit(run_command(main))
+
+
+if __name__ == "__main__":
+    entry()

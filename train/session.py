@@ -1,0 +1,203 @@
+"""One training session: data, network and method are put together, trained, tested once, and written down."""
+
+from __future__ import annotations
+
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+
+import ffl_deploy
+from ffl_deploy.checkpoint import MODEL, load_weights, read_checkpoint
+from ffl_deploy.datasets import DataSpec, ImageData, load_data
+from ffl_deploy.errors import UsageError
+from ffl_deploy.files import existing_folder, replace_file
+from ffl_deploy.networks.mutual import MutualNetwork, NetworkConfig
+from ffl_deploy.run_directory import CONFIG, REFERENCE, SCHEMA, SUMMARY, ModelRecord, RunConfig, write_json
+from train.batches import Batches, InMemoryBatches, Shares
+from train.config import TrainConfig
+from train.distributed import World, process_group, torchrun_world
+from train.evaluate import accuracies, logits_of
+from train.loop import Position, fit
+from train.machine import Machine, choose_machine
+from train.methods import Method, build_method
+from train.options import options_to_json
+from train.randomness import seed_everything
+from train.record import draw_curves
+from train.stopping import stop_on_signals
+
+REFERENCE_IMAGES = 256
+
+
+def run_training(config: TrainConfig) -> int:
+    """Train as `config` says, or go on with the run it resumes; -> exit code."""
+    world = torchrun_world()
+    machine = choose_machine(config.machine, world)
+    with process_group(world, machine.device), stop_on_signals() as stop:
+        folder = run_folder(config, world)
+        if (folder / SUMMARY).is_file():
+            say(f"{folder} is finished already; its results are in {folder / SUMMARY}.", config, world)
+            return 0
+        method = build_method(config.model.method, config.model.temperature)
+        method.check(config.model.branches)
+        data = load_data(data_spec(config))
+        network_config = choose_network(config, method, data)
+        seed_everything(config.seed, "weights")
+        network = MutualNetwork(network_config).to(machine.device).to(memory_format=torch.channels_last)
+        batches = make_batches(config, data, machine, world)
+        if world.is_main and config.output.resume is None:
+            write_json(folder / CONFIG, describe(config, data, network_config, method, machine))
+        say(headline(folder, config, data, network, machine, world), config, world)
+        at = fit(network, method, batches, config, machine, world, folder, stop)
+        finish(folder, network, batches, data, machine, world, at)
+    if world.is_main:
+        draw_curves(folder)
+        say(closing(folder), config, world)
+    return 0
+
+
+def run_folder(config: TrainConfig, world: World) -> Path:
+    """-> the run directory, which exists. Raises UsageError where a new run would overwrite another one."""
+    if config.output.resume is not None:
+        return config.output.resume
+    name = f"{Path(config.data.source).name}-{config.model.method}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path(world.agree(str(config.output.out or Path("runs") / name)))
+    if world.is_main:
+        if (folder / CONFIG).exists():
+            raise UsageError(f"{folder} already holds a run; continue it with --resume {folder}, or choose another --out.")
+        folder.mkdir(parents=True, exist_ok=True)
+    world.barrier()
+    return folder
+
+
+def data_spec(config: TrainConfig) -> DataSpec:
+    """-> which images to read; folders as absolute paths, so that export finds them from anywhere."""
+    source, root = config.data.source, config.data.root
+    named = source in ("digits", "cifar10", "cifar100")
+    return DataSpec(
+        source=source if named else str(Path(source).expanduser().absolute()),
+        root=None if root is None else str(root.expanduser().absolute()),
+        image_size=config.data.image_size,
+        validation=config.data.validation,
+        skip_bad_images=config.data.skip_bad_images,
+    )
+
+
+def choose_network(config: TrainConfig, method: Method, data: ImageData) -> NetworkConfig:
+    """-> the architecture: branches from the configuration, what joins them from the method."""
+    shared = config.model.shared_stages
+    return NetworkConfig(
+        branches=config.model.branches,
+        classes=len(data.classes),
+        height=data.preprocessing.height,
+        width=data.preprocessing.width,
+        shared_stages=0 if shared is None and not method.shares_stages else shared,
+        fusion=method.fusion,
+        fusion_width=config.model.fusion_width,
+        aggregator=method.aggregator,
+        scale_trunk_gradient=method.scales_trunk_gradient,
+    )
+
+
+def make_batches(config: TrainConfig, data: ImageData, machine: Machine, world: World) -> Batches:
+    """-> the source of batches that suits the data. Raises UsageError where one step cannot be filled."""
+    optimisation = config.optimisation
+    shares = Shares(world, optimisation.accumulate)
+    batches = InMemoryBatches(
+        data, config.data, optimisation.batch_size, optimisation.label_smoothing, config.seed, machine.device, shares
+    )
+    if batches.steps_per_epoch == 0:
+        raise UsageError(f"{len(data.train)} training images are too few for {shares.parts} micro-batches; use fewer.")
+    return batches
+
+
+def describe(config: TrainConfig, data: ImageData, network: NetworkConfig, method: Method, machine: Machine) -> RunConfig:
+    """-> config.json: everything that resuming and exporting need to know."""
+    parts = {"train": data.train, "validation": data.validation, "test": data.test}
+    counts = {name: np.bincount(part.labels, minlength=len(data.classes)).tolist() for name, part in parts.items()}
+    return RunConfig(
+        schema=SCHEMA,
+        options=options_to_json(config),
+        data=data_spec(config),
+        data_name=data.name,
+        classes=list(data.classes),
+        preprocessing=data.preprocessing,
+        mean=data.mean,
+        std=data.std,
+        split={"images_per_class": counts, "skipped": data.skipped},
+        model=ModelRecord(config.model.method, method.strong, msgspec.to_builtins(network)),
+        toolchain={
+            "ffl_deploy": ffl_deploy.__version__,
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "device": torch.cuda.get_device_name(machine.device) if machine.device.type == "cuda" else platform.machine(),
+            "precision": machine.precision,
+        },
+    )
+
+
+def finish(
+    folder: Path, network: MutualNetwork, batches: Batches, data: ImageData, machine: Machine, world: World, at: Position
+) -> None:
+    """Read the test set, once, with the best weights and in full precision; store accuracies and reference logits."""
+    rows = np.unique(np.linspace(0, len(data.test) - 1, REFERENCE_IMAGES).round().astype(np.int64))
+    images = data.test.read(rows)
+    arrays: dict[str, Any] = {"images": images, "labels": data.test.labels[rows], "indices": rows}
+    normalised = batches.normalise(torch.from_numpy(images).to(machine.device).permute(0, 3, 1, 2))
+    for name in ("ema", "last", "best"):  # best comes last: the accuracies below are its own
+        checkpoint = existing_folder(folder / "checkpoints" / name)
+        if checkpoint is not None:
+            load_weights(network, read_checkpoint(checkpoint, (MODEL,)).tensors[MODEL], str(checkpoint))
+            arrays |= {f"{name}/{classifier}": values for classifier, values in logits_of(network, normalised).items()}
+    accuracy = accuracies(network, batches, "test", machine.exact(), world)
+    if world.is_main:
+        with replace_file(folder / REFERENCE) as file:
+            np.savez_compressed(file, **arrays)
+        summary = {
+            "accuracy": {name: round(value, 6) for name, value in accuracy.items()},
+            "images_per_second": round(at.images / at.seconds, 1),
+            "seconds": round(at.seconds, 1),
+            "classes": list(data.classes),
+            "epochs": at.epoch,
+            "best_epoch": at.best_epoch,
+            "best_validation_accuracy": at.best_accuracy,
+            "test_images": len(data.test),
+        }
+        write_json(folder / SUMMARY, summary)  # last: its presence says that the run is finished
+
+
+def say(text: str, config: TrainConfig, world: World) -> None:
+    if world.is_main and not config.output.quiet:
+        print(text, file=sys.stderr, flush=True)
+
+
+def headline(folder: Path, config: TrainConfig, data: ImageData, network: MutualNetwork, machine: Machine, world: World) -> str:
+    size = f"{data.preprocessing.width}x{data.preprocessing.height}"
+    branches = " + ".join(config.model.branches)
+    lines = [
+        f"{config.model.method} with {branches} on {data.name}: {len(data.classes)} classes, {size} pixels, "
+        f"{len(data.train)} training, {len(data.validation)} validation, {len(data.test)} test images",
+        f"{sum(p.numel() for p in network.parameters()):,} parameters, {machine.device.type} in {machine.precision}"
+        f"{f', {world.size} processes' if world.size > 1 else ''} -> {folder}",
+    ]
+    if data.skipped:
+        lines.append(f"left out {len(data.skipped)} unreadable images (listed in {folder / CONFIG})")
+    return "\n".join(lines)
+
+
+def closing(folder: Path) -> str:
+    """-> the last lines on the screen: test accuracy of every classifier, and what to do next."""
+    summary = msgspec.json.decode((folder / SUMMARY).read_bytes())
+    rows = [f"  {name:<10}{100 * value:6.2f} %" for name, value in summary["accuracy"].items()]
+    return "\n".join(
+        [
+            f"test accuracy ({summary['test_images']} images, weights of epoch {summary['best_epoch']}):",
+            *rows,
+            f"{summary['seconds']:.0f} s, {summary['images_per_second']:.0f} images/s; next: ffl-export {folder} --target all",
+        ]
+    )
