@@ -1,7 +1,7 @@
 """The engine `ray`: the same shards, each made by an actor of Ray Data, written by this process in the same order.
 
-The rows, the shard files and the manifest are those of the engine `local`: a run begun on a cluster can be resumed on one machine.
-An actor that dies is replaced and its shard made again, by Ray; when the cluster gives up, the finished shards are kept.
+The rows, shard files and manifest are those of the engine `local`: a run begun on a cluster can be resumed on one machine.
+Ray replaces an actor that dies and makes its shard again; when the cluster gives up, the finished shards are kept.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -23,7 +24,7 @@ from serve.rows import Row
 from serve.shards import PartsManifest, ShardRecord
 
 WINDOW = 1024  # shards in one Ray Data job: a million rows' names are held by this process at a time
-RETRIES = 2  # of a shard whose actor died
+RETRIES = 2  # of a shard whose actor died; Ray Data's own default is to try for ever
 
 
 class ShardMaker:
@@ -134,7 +135,7 @@ def predict_shards(run: Run, items: Iterator[Item]) -> None:
 def start_ray() -> Any:
     """-> the module ray, connected to the cluster of RAY_ADDRESS or to a local one of its own."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what goes wrong arrives here as an exception
     try:
         import ray
         import ray.data
@@ -144,6 +145,7 @@ def start_ray() -> Any:
     if not ray.is_initialized():
         local: dict[str, Any] = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": False}
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **local)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
@@ -156,15 +158,16 @@ def mapped(ray: Any, window: list[dict[str, Any]], run: Run) -> Iterator[Made]:
     settings, job = run.parts.manifest.settings, run.job
     cores = settings.threads * settings.streams
     actors = max(1, min(len(window), int(ray.cluster_resources().get("CPU", 1)) // cores))
-    dataset = ray.data.from_items(window, override_num_blocks=len(window)).map_batches(
-        ShardMaker,
-        fn_constructor_args=constructor_arguments(job, run),
-        batch_size=1,
-        compute=ray.data.ActorPoolStrategy(min_size=actors, max_size=actors),
-        num_cpus=cores,
-        max_restarts=RETRIES,
-        max_task_retries=RETRIES,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a successor to ray_remote_args_fn that Ray does not have yet
+        dataset = ray.data.from_items(window, override_num_blocks=len(window)).map_batches(
+            ShardMaker,
+            fn_constructor_args=constructor_arguments(job, run),
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(min_size=actors, max_size=actors),
+            num_cpus=cores,
+            ray_remote_args_fn=lambda: {"max_restarts": -1, "max_task_retries": RETRIES},
+        )
     for batch in dataset.iter_batches(batch_size=1, prefetch_batches=0):
         yield msgspec.msgpack.decode(batch["made"][0], type=Made)
 
