@@ -49,6 +49,8 @@ def run_training(config: TrainConfig) -> int:
         network_config = choose_network(config, method, data)
         seed_everything(config.seed, "weights")
         network = MutualNetwork(network_config).to(machine.device).to(memory_format=torch.channels_last)
+        if config.machine.sync_batchnorm:
+            network = synchronise_batchnorm(network, machine)
         batches = make_batches(config, data, machine, world)
         if world.is_main and config.output.resume is None:
             write_json(folder / CONFIG, describe(config, data, network_config, method, machine))
@@ -102,6 +104,13 @@ def choose_network(config: TrainConfig, method: Method, data: ImageData) -> Netw
         aggregator=method.aggregator,
         scale_trunk_gradient=method.scales_trunk_gradient,
     )
+
+
+def synchronise_batchnorm(network: MutualNetwork, machine: Machine) -> MutualNetwork:
+    """-> the network with batch statistics over all processes; weights keep their names. Raises UsageError on a CPU."""
+    if machine.device.type != "cuda":
+        raise UsageError("--sync-batchnorm runs on GPUs only (torch has no CPU version); leave it out.")
+    return torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
 
 
 def make_batches(config: TrainConfig, data: ImageData, machine: Machine, world: World) -> Batches:
