@@ -1,0 +1,172 @@
+"""Micro-batching: requests that arrive while the model is busy run together as its next batch.
+
+There is no timer to tune. An idle model starts at once, so a lone request pays no waiting time; under load the
+batch grows by itself to what arrived during the previous run. Images come in decoded and checked, so that nothing one
+request contains can fail another's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ffl_deploy.runtime import Outputs
+
+Run = Callable[[np.ndarray], Outputs]
+"""uint8 [n, height, width, 3] -> Outputs with n rows; blocks."""
+
+Observe = Callable[[int, float], None]
+"""Called after every run of the model with (images, seconds)."""
+
+
+class Overloaded(Exception):
+    """The queue is full; the client should come back later."""
+
+
+class Closed(Exception):
+    """The batcher was closed before it ran this request."""
+
+
+@dataclass(eq=False)
+class _Job:
+    images: np.ndarray
+    future: asyncio.Future[Outputs]
+    loop: asyncio.AbstractEventLoop = field(repr=False)
+
+
+class MicroBatcher:
+    """Runs one model for many concurrent callers, on a thread of its own.
+
+    Args:
+        run: the model.
+        max_batch: images in one run. A larger request runs in pieces of this size.
+        max_queue: images that may wait; beyond it `infer` raises Overloaded at once.
+    """
+
+    def __init__(self, run: Run, *, max_batch: int, max_queue: int, observe: Observe | None = None, name: str = "model") -> None:
+        self._run, self._observe = run, observe
+        self._max_batch, self._max_queue = max_batch, max_queue
+        self._jobs: deque[_Job] = deque()
+        self._waiting_images = 0
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, name=f"batcher-{name}", daemon=True)
+        self._thread.start()
+
+    @property
+    def waiting_images(self) -> int:
+        """Images that wait for a run."""
+        return self._waiting_images
+
+    async def infer(self, images: np.ndarray) -> Outputs:
+        """uint8 [n, height, width, 3] -> Outputs of these n images. Cancelling it frees its place in the queue.
+
+        Raises Overloaded, Closed, and whatever the model raises.
+        """
+        loop = asyncio.get_running_loop()
+        job = _Job(images, loop.create_future(), loop)
+        with self._changed:
+            if self._closed:
+                raise Closed
+            # A request larger than the queue still runs when nothing else waits.
+            if self._waiting_images and self._waiting_images + len(images) > self._max_queue:
+                raise Overloaded
+            self._jobs.append(job)
+            self._waiting_images += len(images)
+            self._changed.notify()
+        try:
+            return await job.future
+        except asyncio.CancelledError:
+            self._forget(job)
+            raise
+
+    def close(self) -> None:
+        """Let the current run end, fail what still waits with Closed, and end the thread."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _forget(self, job: _Job) -> None:
+        with self._changed:
+            if job in self._jobs:
+                self._jobs.remove(job)
+                self._waiting_images -= len(job.images)
+
+    def _work(self) -> None:
+        while jobs := self._take():
+            results = self._run_together(jobs)
+            # All jobs of one batch nearly always share a loop: one wake-up answers them all.
+            for loop in {job.loop for job in jobs}:
+                mine = [(job, result) for job, result in zip(jobs, results, strict=True) if job.loop is loop]
+                _call_in(loop, _resolve, mine)
+
+    def _take(self) -> list[_Job]:
+        """-> the jobs of the next batch, waiting for one; [] when closed."""
+        with self._changed:
+            while not self._jobs and not self._closed:
+                self._changed.wait()
+            if self._closed:
+                for job in self._jobs:
+                    _call_in(job.loop, _resolve, [(job, Closed())])
+                return []
+            jobs, images = [self._jobs.popleft()], 0
+            images = len(jobs[0].images)
+            while self._jobs and images + len(self._jobs[0].images) <= self._max_batch:
+                jobs.append(self._jobs.popleft())
+                images += len(jobs[-1].images)
+            self._waiting_images -= images
+            return jobs
+
+    def _run_together(self, jobs: list[_Job]) -> list[Outputs | Exception]:
+        """-> one result for each job. When the batch fails each job is tried alone, so the fault stays with its owner."""
+        try:
+            outputs = self._run_in_pieces(jobs[0].images if len(jobs) == 1 else np.concatenate([job.images for job in jobs]))
+        except Exception as error:
+            if len(jobs) == 1:
+                return [error]
+            return [self._run_together([job])[0] for job in jobs]
+        results: list[Outputs | Exception] = []
+        start = 0
+        for job in jobs:
+            rows = slice(start, start + len(job.images))
+            results.append(Outputs(*[None if values is None else values[rows] for values in outputs]))
+            start = rows.stop
+        return results
+
+    def _run_in_pieces(self, images: np.ndarray) -> Outputs:
+        pieces = []
+        for start in range(0, len(images), self._max_batch):
+            piece = images[start : start + self._max_batch]
+            began = time.perf_counter()
+            outputs = self._run(piece)
+            if len(outputs.logits) != len(piece):
+                raise RuntimeError(f"the model gave {len(outputs.logits)} rows for {len(piece)} images")
+            if self._observe:
+                self._observe(len(piece), time.perf_counter() - began)
+            pieces.append(outputs)
+        if len(pieces) == 1:
+            return pieces[0]
+        return Outputs(*[None if values[0] is None else np.concatenate(values) for values in zip(*pieces, strict=True)])
+
+
+def _call_in(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *arguments: object) -> None:
+    """Schedule in `loop`; a loop that was closed meanwhile has nobody left to answer."""
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(function, *arguments)
+
+
+def _resolve(results: list[tuple[_Job, Outputs | Exception]]) -> None:
+    for job, result in results:
+        if job.future.done():  # its client went away
+            continue
+        if isinstance(result, Exception):
+            job.future.set_exception(result)
+        else:
+            job.future.set_result(result)

@@ -1,0 +1,164 @@
+"""What of Gradio a client may reach, and what its JSON may point at.
+
+Gradio has some forty routes, among them proxies that fetch a URL for the client (`/file=http...`, `/proxy=`), a code editor
+and a recorder. The demo needs those of `ROUTES`. Its JSON may name files by path or URL; the only ones a client may name are
+its uploads, so that nothing else on this machine or any other is read for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from serve.asgi import App, Message, Receive, Refused, Scope, Send, header, send_refusal
+from serve.service import Service
+from serve.settings import Limits
+
+API = "/gradio_api"
+UPLOADS = (f"{API}/upload", f"{API}/component_server")
+FILE = f"{API}/file="
+ROUTES = re.compile(
+    r"/(config|theme\.css|favicon\.ico|robots\.txt|manifest\.json|pwa_icon(/\d+)?|(assets|static|svelte)/.+)?|"
+    rf"{API}/(info|openapi\.json|app_id|startup-events|queue/(join|data|status)|call/.+|cancel|reset|heartbeat/[^/]+|"
+    r"upload|upload_progress|component_server|theme\.css|file=.+|custom_component/.+)/?"
+)
+OURS = ("/v2", "/metrics")
+
+
+def body_limits(limits: Limits) -> Callable[[str], int]:
+    """-> path -> the largest body in bytes."""
+
+    def limit_of(path: str) -> int:
+        if path.startswith("/v2/"):
+            return limits.body_bytes
+        return limits.upload_bytes if path.rstrip("/") in UPLOADS else limits.demo_json_bytes
+
+    return limit_of
+
+
+class DemoGuard:
+    """In front of the demo: known routes only, files of the upload folder only, room for uploads only as agreed."""
+
+    def __init__(self, app: App, service: Service) -> None:
+        self.app, self.limits = app, service.settings.limits
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in OURS or scope["path"].startswith("/v2/"):
+            return await self.app(scope, receive, send)
+        path = scope["path"]
+        try:
+            if not ROUTES.fullmatch(path):
+                raise Refused(404, "route", "the demo has no such route")
+            if path.startswith(FILE) and not _in_upload_folder(path.removeprefix(FILE)):
+                raise Refused(403, "file", "only files of this demo can be read")
+            if scope["method"] == "POST":
+                if path.rstrip("/") in UPLOADS:
+                    await self._check_room(scope)
+                if path.rstrip("/") != UPLOADS[0] and not _is_multipart(scope):
+                    receive = await _checked_json(scope, receive)
+        except Refused as refused:
+            return await send_refusal(send, refused)
+        return await self.app(scope, receive, _with_page_headers(send))
+
+    async def _check_room(self, scope: Scope) -> None:
+        """Uploads are kept for an hour; a flood of them meets this bound before it fills the disk."""
+        announced = header(scope, b"content-length") or ""
+        size = int(announced) if announced.isdecimal() else self.limits.upload_bytes
+        if await asyncio.to_thread(_folder_bytes, upload_folder().parent) + size > self.limits.upload_folder_bytes:
+            raise Refused(503, "uploads", "the server holds too many uploads; try again later", {"retry-after": "600"})
+
+
+def upload_folder() -> Path:
+    """-> where Gradio keeps uploads (serve/offline.py sets it)."""
+    return Path(os.environ.get("GRADIO_TEMP_DIR") or Path(tempfile.gettempdir(), "gradio"))
+
+
+def _in_upload_folder(path: str) -> bool:
+    if "\0" in path:
+        return False
+    folder = os.path.realpath(upload_folder())
+    return os.path.realpath(path).startswith(folder + os.sep)
+
+
+def _folder_bytes(folder: Path) -> int:
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += os.lstat(os.path.join(parent, name)).st_size
+            except FileNotFoundError:  # pruned meanwhile
+                continue
+    return total
+
+
+def _is_multipart(scope: Scope) -> bool:
+    return (header(scope, b"content-type") or "").startswith("multipart/form-data")
+
+
+async def _checked_json(scope: Scope, receive: Receive) -> Receive:
+    """Read a JSON body (its size is bounded already), check what it points at; -> a receive that gives it again."""
+    parts: list[bytes] = []
+    more = True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return receive
+        parts.append(message.get("body", b""))
+        more = message.get("more_body", False)
+    body = b"".join(parts)
+    try:
+        _check_references(msgspec.json.decode(body) if body else None)
+    except (msgspec.DecodeError, RecursionError):
+        raise Refused(400, "json", "the body is not valid JSON") from None
+    given = False
+
+    async def again() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return again
+
+
+def _check_references(value: Any) -> None:
+    """Refuse a path outside the upload folder and any URL but that of an upload; `data:` counts as a URL."""
+    if isinstance(value, list):
+        for item in value:
+            _check_references(item)
+    elif isinstance(value, dict):
+        path, url = value.get("path"), value.get("url")
+        if isinstance(path, str) and path and not _in_upload_folder(path):
+            raise Refused(403, "path", "only files that were uploaded here can be named; see the route upload")
+        if isinstance(url, str) and url and not re.match(rf"(https?://[^/]+)?{re.escape(FILE)}", url):
+            raise Refused(403, "url", "URLs are not read; upload the file first")
+        for item in value.values():
+            _check_references(item)
+
+
+# The browser itself then refuses any request off the machine. Gradio's page needs inline scripts, workers and data images.
+CONTENT_SECURITY_POLICY = (
+    "default-src 'self' blob: data: 'unsafe-inline' 'unsafe-eval'; frame-ancestors 'self'; base-uri 'self'; form-action 'self'; object-src 'none'"
+)
+PAGE_HEADERS = [
+    (b"content-security-policy", CONTENT_SECURITY_POLICY.encode()),
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"same-origin"),
+]
+
+
+def _with_page_headers(send: Send) -> Send:
+    async def with_headers(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message["headers"] = [*message.get("headers", ()), *PAGE_HEADERS]
+        await send(message)
+
+    return with_headers

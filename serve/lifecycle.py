@@ -1,0 +1,88 @@
+"""A server process from opening its port to its last answer."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import threading
+from types import FrameType
+
+import uvicorn
+
+from ffl_deploy.errors import UsageError
+from serve.app import create_app
+from serve.limits import LOOPBACK
+from serve.logs import log_config
+from serve.service import Phase, Service
+from serve.settings import Settings
+
+# Longer than what clients and balancers keep idle connections for, so that they close first and never meet a closed one.
+KEEP_ALIVE_SECONDS = 75
+BACKLOG = 2048
+
+
+class DrainingServer(uvicorn.Server):
+    """A signal first makes the server not ready, with every answer ending its connection; the port closes later.
+
+    Closing at once would reset clients whose next request is already on its way along an idle connection.
+    """
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self.service = service
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.service.phase is not Phase.READY:
+            return super().handle_exit(sig, frame)  # nothing to drain, or the second signal: now
+        self.service.become(Phase.DRAINING)
+        self.service.log.info("draining", extra={"signal": signal.Signals(sig).name, "seconds": self.service.settings.drain_seconds})
+        timer = threading.Timer(self.service.settings.drain_seconds, self.stop)
+        timer.daemon = True
+        timer.start()
+        return None
+
+    def stop(self) -> None:
+        """Close the port; requests in flight are still answered."""
+        self.should_exit = True
+
+
+def run_until_signal(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT has drained. Raises UsageError, and CheckError when a bundle does not verify."""
+    with open_port(settings.host, settings.port) as port:
+        address, number = port.getsockname()[:2]
+        app = create_app(settings, stop=lambda: server.stop())
+        service: Service = app.state.service
+        service.url = f"http://{f'[{address}]' if ':' in address else address}:{number}"
+        config = uvicorn.Config(
+            app,
+            log_config=log_config(settings.log_format),
+            access_log=False,  # serve/tracking.py
+            server_header=False,
+            lifespan="on",
+            ws="none",
+            backlog=BACKLOG,
+            limit_concurrency=settings.limits.connections,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=int(settings.shutdown_seconds),
+            proxy_headers=False,
+        )
+        server = DrainingServer(config, service)
+        if settings.host not in LOOPBACK and not settings.token:
+            service.log.warning("other machines can reach this server without a token; see --token-file", extra={"host": settings.host})
+        # uvicorn raises the signals that it has caught once more when it is done: a drained SIGTERM is a success.
+        for caught in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(caught, lambda number, frame: None)
+        server.run(sockets=[port])
+    if service.failure:
+        raise service.failure
+
+
+def open_port(host: str, port: int) -> socket.socket:
+    """-> a bound socket. Raises UsageError when the address cannot be had."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except socket.gaierror as error:
+        raise UsageError(f"--host {host!r} is no address of this machine ({error.strerror}).") from error
+    except OSError as error:
+        raise UsageError(f"cannot listen on {host}:{port} ({error.strerror}); choose another with --port or --host.") from error

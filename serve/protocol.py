@@ -1,0 +1,258 @@
+"""Open Inference Protocol v2, apart from HTTP: bodies -> requests, results -> bodies.
+
+Source: https://github.com/kserve/open-inference-protocol (REST) with Triton's binary tensor and classification
+extensions, which `tritonclient.http` uses by default.
+
+A request carries exactly one input:
+    images    UINT8 [n, height, width, 3]: pixels that have the network's size already
+    encoded   BYTES [n]: whole image files; the server decodes and resizes them (in JSON: base64 strings)
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import math
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import numpy as np
+
+IMAGES, ENCODED = "images", "encoded"
+HEADER_LENGTH = "inference-header-content-length"
+VERSION = "1"  # a bundle is immutable; a new export is served under a new name or by a restart
+
+Parameters = dict[str, Any]
+
+
+class ProtocolError(Exception):
+    """The request cannot be answered; the text says why and never repeats what was sent."""
+
+
+class Tensor(msgspec.Struct):
+    """An input as the client describes it."""
+
+    name: str
+    shape: list[int]
+    datatype: str
+    parameters: Parameters = {}
+    data: msgspec.Raw = msgspec.Raw(b"")
+
+
+class RequestedOutput(msgspec.Struct):
+    name: str
+    parameters: Parameters = {}
+
+
+class Header(msgspec.Struct):
+    """The JSON part of a request. Fields of extensions that are not known here are ignored, as the protocol asks."""
+
+    inputs: list[Tensor]
+    id: str = ""
+    parameters: Parameters = {}
+    outputs: list[RequestedOutput] | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checked request: either `images`, uint8 [n, height, width, 3], or `encoded`, n image files."""
+
+    id: str
+    images: np.ndarray | None
+    encoded: list[bytes]
+    outputs: list[RequestedOutput]
+    binary_by_default: bool
+
+    @property
+    def count(self) -> int:
+        return len(self.encoded) if self.images is None else len(self.images)
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a model takes and gives. `outputs`: name -> shape behind the batch dimension."""
+
+    name: str
+    height: int
+    width: int
+    classes: Sequence[str]
+    outputs: Mapping[str, Sequence[int]]
+    max_images: int
+    platform: str
+
+    def metadata(self) -> dict[str, Any]:
+        """-> the answer to GET /v2/models/NAME."""
+        return {
+            "name": self.name,
+            "versions": [VERSION],
+            "platform": self.platform,
+            "inputs": [{"name": IMAGES, "datatype": "UINT8", "shape": [-1, self.height, self.width, 3]}],
+            "outputs": [{"name": name, "datatype": "FP32", "shape": [-1, *shape]} for name, shape in self.outputs.items()],
+            "parameters": {
+                "max_images": self.max_images,
+                "color": "RGB",
+                "alternative_input": {"name": ENCODED, "datatype": "BYTES", "shape": [-1]},
+            },
+        }
+
+
+_decode_header = msgspec.json.Decoder(Header).decode
+_encode_header = msgspec.json.Encoder().encode
+
+
+def read_request(body: bytes, header_length: int | None, signature: Signature) -> Request:
+    """Parse and check a request.
+
+    Args: header_length: bytes of the JSON part when raw tensors follow it, else None.
+    Raises ProtocolError.
+    """
+    if header_length is not None and not 0 <= header_length <= len(body):
+        raise ProtocolError(f"{HEADER_LENGTH} is {header_length}, but the body has {len(body)} bytes")
+    view = memoryview(body)
+    try:
+        header = _decode_header(view if header_length is None else view[:header_length])
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ProtocolError(f"the JSON part is not a valid request: {error}") from error
+    except RecursionError as error:
+        raise ProtocolError("the JSON part is nested too deeply") from error
+    raw = view[header_length:] if header_length is not None else None
+    if len(header.inputs) != 1:
+        raise ProtocolError(f"give exactly one input, {IMAGES!r} or {ENCODED!r}; this request has {len(header.inputs)}")
+    tensor = header.inputs[0]
+    images, encoded = None, []
+    if tensor.name == IMAGES:
+        _check(tensor, "UINT8", [signature.height, signature.width, 3], signature)
+        images = _uint8_tensor(tensor, _raw_part(tensor, raw))
+    elif tensor.name == ENCODED:
+        _check(tensor, "BYTES", [], signature)
+        encoded = _bytes_tensor(tensor, _raw_part(tensor, raw))
+    else:
+        raise ProtocolError(f"unknown input; {signature.name} takes {IMAGES!r} or {ENCODED!r}")
+    outputs = header.outputs or [RequestedOutput(name) for name in signature.outputs]
+    for output in outputs:
+        if output.name not in signature.outputs:
+            raise ProtocolError(f"unknown output; {signature.name} gives {', '.join(signature.outputs)}")
+    if len({output.name for output in outputs}) != len(outputs):
+        raise ProtocolError("an output is requested twice")
+    return Request(header.id, images, encoded, outputs, bool(header.parameters.get("binary_data_output", False)))
+
+
+def write_response(
+    signature: Signature, request: Request, results: Mapping[str, np.ndarray]
+) -> tuple[list[bytes | memoryview], int | None]:
+    """-> (parts of the body, header_length as in `read_request`). results: output name -> float32 [n, ...]."""
+    described: list[dict[str, Any]] = []
+    raw: list[bytes | memoryview] = []
+    for output in request.outputs:
+        values, datatype = results[output.name], "FP32"
+        labels: list[str] | None = None
+        if count := _class_count(output):
+            labels, values, datatype = _classification(values, count, signature.classes)
+        entry: dict[str, Any] = {"name": output.name, "datatype": datatype, "shape": list(values.shape)}
+        if output.parameters.get("binary_data", request.binary_by_default):
+            part = _raw_bytes(values, labels)
+            entry["parameters"] = {"binary_data_size": len(part)}
+            raw.append(part)
+        else:
+            entry["data"] = values.ravel().tolist() if labels is None else labels
+        described.append(entry)
+    answer: dict[str, Any] = {"model_name": signature.name, "model_version": VERSION, "outputs": described}
+    if request.id:
+        answer["id"] = request.id
+    header = _encode_header(answer)
+    return [header, *raw], (len(header) if raw else None)
+
+
+def _check(tensor: Tensor, datatype: str, image_shape: list[int], signature: Signature) -> None:
+    if tensor.datatype != datatype:
+        raise ProtocolError(f"input {tensor.name!r} has to be {datatype}")
+    count = tensor.shape[0] if tensor.shape else 0
+    if tensor.shape[1:] != image_shape or count < 1:
+        wanted = ", ".join(["n", *map(str, image_shape)])
+        raise ProtocolError(f"input {tensor.name!r} has to have the shape [{wanted}], n >= 1")
+    if count > signature.max_images:
+        raise ProtocolError(f"{signature.name} takes at most {signature.max_images} images a request; send several requests")
+
+
+def _raw_part(tensor: Tensor, raw: memoryview | None) -> memoryview | None:
+    """-> the tensor's bytes behind the header, or None when its data is in the JSON."""
+    size = tensor.parameters.get("binary_data_size")
+    if size is None:
+        if raw:
+            raise ProtocolError("bytes follow the JSON part, but no input has the parameter binary_data_size")
+        if not bytes(tensor.data):
+            raise ProtocolError(f"input {tensor.name!r} has neither data nor the parameter binary_data_size")
+        return None
+    if bytes(tensor.data):
+        raise ProtocolError(f"input {tensor.name!r} has both data and the parameter binary_data_size")
+    if raw is None:
+        raise ProtocolError(f"binary_data_size needs the HTTP header {HEADER_LENGTH}")
+    if size != len(raw) or isinstance(size, bool):
+        raise ProtocolError(f"binary_data_size has to equal the {len(raw)} bytes behind the JSON part")
+    return raw
+
+
+def _uint8_tensor(tensor: Tensor, raw: memoryview | None) -> np.ndarray:
+    count = math.prod(tensor.shape)
+    if raw is None:
+        try:
+            values = np.asarray(msgspec.json.decode(tensor.data))
+        except (msgspec.DecodeError, ValueError, RecursionError) as error:
+            raise ProtocolError(f"the data of input {tensor.name!r} is not an array of numbers") from error
+        # numpy would silently cut 1.5 to 1 and take true for 1; neither is a pixel
+        if values.dtype.kind != "i" or (values.size and (values.min() < 0 or values.max() > 255)):
+            raise ProtocolError(f"the data of input {tensor.name!r} has to be whole numbers from 0 to 255")
+        if values.size != count or (values.ndim != 1 and list(values.shape) != tensor.shape):
+            raise ProtocolError(f"the data of input {tensor.name!r} does not have the {count} values of its shape")
+        return values.astype(np.uint8).reshape(tensor.shape)
+    if len(raw) != count:
+        raise ProtocolError(f"input {tensor.name!r} has {len(raw)} bytes, its shape needs {count}")
+    return np.frombuffer(raw, np.uint8).reshape(tensor.shape)
+
+
+def _bytes_tensor(tensor: Tensor, raw: memoryview | None) -> list[bytes]:
+    """BYTES elements: in raw form each has a little-endian uint32 length before it."""
+    if raw is None:
+        try:
+            texts = msgspec.json.decode(tensor.data, type=list[str])
+            elements = [base64.b64decode(text, validate=True) for text in texts]
+        except (msgspec.DecodeError, binascii.Error, ValueError) as error:
+            raise ProtocolError(f"the data of input {tensor.name!r} has to be base64 strings") from error
+    else:
+        elements, position = [], 0
+        while position < len(raw):
+            end = position + 4
+            if end <= len(raw):
+                end += struct.unpack_from("<I", raw, position)[0]
+            if end > len(raw):
+                raise ProtocolError(f"input {tensor.name!r} ends in the middle of an element")
+            elements.append(bytes(raw[position + 4 : end]))
+            position = end
+    if len(elements) != tensor.shape[0]:
+        raise ProtocolError(f"input {tensor.name!r} has {len(elements)} elements, its shape says {tensor.shape[0]}")
+    return elements
+
+
+def _class_count(output: RequestedOutput) -> int:
+    count = output.parameters.get("classification", 0)
+    if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+        raise ProtocolError("the parameter classification has to be a whole number")
+    return count
+
+
+def _classification(values: np.ndarray, count: int, classes: Sequence[str]) -> tuple[list[str], np.ndarray, str]:
+    """Triton's classification extension: float32 [n, classes] -> "value:index:label" of the `count` largest, row by row."""
+    if values.ndim != 2:
+        raise ProtocolError("classification is defined for logits and probabilities")
+    order = np.argsort(-values, axis=1, kind="stable")[:, :count]
+    labels = [f"{values[row, i]:f}:{i}:{classes[i]}" for row in range(len(values)) for i in order[row]]
+    return labels, order, "BYTES"
+
+
+def _raw_bytes(values: np.ndarray, labels: list[str] | None) -> bytes | memoryview:
+    if labels is None:
+        return np.ascontiguousarray(values, "<f4").data.cast("B")
+    return b"".join(struct.pack("<I", len(text.encode())) + text.encode() for text in labels)

@@ -1,0 +1,64 @@
+"""What one server process is doing: its models, its phase, its counters. Created once and handed to every part."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from enum import Enum
+
+from serve.logs import LOGGER
+from serve.metrics import Metrics
+from serve.models import Decoders, ServedModel, open_model
+from serve.settings import Settings
+
+
+class Phase(Enum):
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+
+
+class Service:
+    """`models` is complete in phase READY: a model is listed once it is verified, the service is ready once all are."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.metrics = Metrics()
+        self.decoders = Decoders(settings.limits)
+        self.models: dict[str, ServedModel] = {}
+        self.phase = Phase.STARTING
+        self.failure: Exception | None = None  # why loading ended; the command raises it
+        self.url = ""  # where it listens, once it does
+        self._started = time.monotonic()
+        self.log = logging.getLogger(LOGGER)
+
+    async def load_models(self) -> None:
+        """Open and verify every bundle, one after the other: each already uses all cores. Raises CheckError, UsageError."""
+        for spec in self.settings.models:
+            model = await asyncio.to_thread(open_model, spec, self.settings, self.metrics.observe_batch)
+            self.models[spec.name] = model
+            self.metrics.watch_queue(spec.name, lambda batcher=model.batcher: batcher.waiting_images)  # type: ignore[misc]
+            identity = {"variant": model.variant.name, "runtime": model.session.runtime, "bundle_sha256": model.bundle.sha256}
+            self.metrics.model_info.labels(spec.name).info(identity)
+            self.log.info("model verified", extra={"model": spec.name, "folder": str(spec.folder), **identity})
+
+    def become(self, phase: Phase) -> None:
+        """Enter `phase`; a draining server never becomes ready again."""
+        if self.phase is not Phase.DRAINING:
+            self.phase = phase
+            self.metrics.ready.set(phase is Phase.READY)
+
+    @property
+    def ready(self) -> bool:
+        return self.phase is Phase.READY
+
+    def log_ready(self) -> None:
+        seconds = round(time.monotonic() - self._started, 2)
+        self.log.info("ready", extra={"url": self.url, "models": sorted(self.models), "seconds": seconds})
+
+    def close(self) -> None:
+        """Stop the threads; called when no request is left."""
+        for model in self.models.values():
+            model.batcher.close()
+        self.decoders.close()

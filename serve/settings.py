@@ -1,0 +1,59 @@
+"""What a server is started with. Every limit of the service is decided here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ffl_deploy.images import MAX_PIXELS
+
+MIB = 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds that keep one client, or many, from taking the machine. Beyond them: 413, 408, 429 or 503, never a longer queue."""
+
+    body_bytes: int = 32 * MIB  # of one /v2 request
+    demo_json_bytes: int = MIB  # of one JSON request to the demo; files go through its upload route
+    upload_bytes: int = 256 * MIB  # of one upload to the demo: a zip of photos
+    upload_folder_bytes: int = 2048 * MIB  # of all uploads that are kept
+    bytes_in_flight: int = 512 * MIB  # of all bodies that are being read or answered
+    body_seconds: float = 60.0  # until a request's body has arrived
+    pixels: int = MAX_PIXELS  # of one image, by its header
+    images_per_request: int = 64
+    queued_images: int = 1024  # that wait for one model
+    queued_decodes: int = 256  # image files that wait for a decoder
+    demo_queue: int = 64  # demo actions that wait
+    connections: int = 1000
+    batch_images: int = 10_000  # of one batch in the demo
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """`name` is what clients say; `folder` holds the bundle."""
+
+    name: str
+    folder: Path
+    variant: str | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A server, completely described."""
+
+    models: tuple[ModelSpec, ...]
+    host: str = "127.0.0.1"
+    port: int = 7860
+    protocol: bool = True  # serve /v2
+    demo: bool = True  # serve the Gradio demo at /
+    runtime: str | None = None
+    threads: int | None = None
+    max_batch: int = 32  # images in one run of a model
+    token: str | None = field(default=None, repr=False)
+    allowed_hosts: tuple[str, ...] = ()  # further Host names, behind a proxy or in a cluster
+    drain_seconds: float = 1.0  # between "not ready" and closing the port
+    shutdown_seconds: float = 30.0  # for requests in flight
+    access_log: bool = False
+    log_format: str = "json"
+    limits: Limits = Limits()

@@ -1,0 +1,152 @@
+"""Tiny but real bundles: a convolutional ONNX model with seeded weights and a complete, valid manifest.
+
+No torch: the graph is written with onnx.helper, so deployment is tested where only its own needs are installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from ffl_deploy.bundle import (
+    SCHEMA,
+    Bundle,
+    FileRecord,
+    Golden,
+    InputTensor,
+    Manifest,
+    OutputTensor,
+    Precision,
+    Source,
+    Variant,
+    file_records,
+    load_bundle,
+    write_manifest,
+)
+from ffl_deploy.files import sha256_of
+from ffl_deploy.images import Preprocessing
+from ffl_deploy.runtime import import_onnxruntime
+
+CHANNELS = 8
+
+
+def make_bundle(
+    folder: Path,
+    size: int = 32,
+    classes: Sequence[str] = ("cat", "dog", "frog"),
+    *,
+    seed: int = 0,
+    nonfinite_above: float | None = None,
+    embedding: bool = False,
+    variants: Sequence[str] = ("fp32",),
+    resize: str = "stretch",
+    crop_fraction: float = 1.0,
+    golden_count: int = 4,
+) -> Bundle:
+    """Write a bundle into `folder` and load it.
+
+    Args:
+        size: height and width of the network's input, pixels.
+        seed: of the weights; another seed is another model.
+        nonfinite_above: the logits of an image whose mean pixel value (0..255) is above this become NaN.
+        embedding: the graph also gives `embedding`, float32 [batch, CHANNELS]: the pooled features.
+        variants: names; each is the same fp32 graph in a file of its own.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {name: "model.onnx" if name == "fp32" else f"model.{name}.onnx" for name in variants}
+    model = build_model(size, len(classes), seed=seed, nonfinite_above=nonfinite_above, embedding=embedding)
+    for file in files.values():
+        onnx.save(model, folder / file)
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 256, (golden_count, size, size, 3), dtype=np.uint8)
+    labels = np.arange(golden_count, dtype=np.int64) % len(classes)
+    np.savez(folder / "golden.npz", images=images, labels=labels, logits=_run(folder / next(iter(files.values())), images))
+    (folder / "README.md").write_text("# A bundle for tests\n")
+    records: dict[str, FileRecord] = file_records(folder)
+    outputs = [
+        OutputTensor("logits", ["batch", len(classes)], "unnormalised scores"),
+        OutputTensor("probabilities", ["batch", len(classes)], "softmax of the logits"),
+    ]
+    if embedding:
+        outputs.append(OutputTensor("embedding", ["batch", CHANNELS], "pooled features"))
+    manifest = Manifest(
+        schema=SCHEMA,
+        target="fused",
+        classes=list(classes),
+        input=InputTensor(Preprocessing(size, size, resize=resize, crop_fraction=crop_fraction)),  # type: ignore[arg-type]
+        outputs=outputs,
+        source=Source("tests", "best", "0" * 64, 1, "ffl", ["tiny", "tiny"], "noise", parameters=_parameters(model)),
+        variants=[
+            Variant(name, "onnxruntime", file, records[file].sha256, records[file].bytes, Precision("fp32", "fp32"))
+            for name, file in files.items()
+        ],
+        golden=Golden("golden.npz", sha256_of(folder / "golden.npz"), golden_count, "seeded noise"),
+        files=records,
+        toolchain={"onnx": onnx.__version__},
+    )
+    write_manifest(folder, manifest)
+    return load_bundle(folder)
+
+
+def build_model(
+    size: int, classes: int, *, seed: int = 0, nonfinite_above: float | None = None, embedding: bool = False
+) -> onnx.ModelProto:
+    """images uint8 [batch, size, size, 3] -> normalise -> 3x3 conv -> ReLU -> global pool -> gemm -> logits -> softmax."""
+    rng = np.random.default_rng(seed)
+    weights = {
+        "scale": np.float32(1 / 255),
+        "mean": np.array([0.49, 0.48, 0.45], np.float32).reshape(1, 3, 1, 1),
+        "std": np.array([0.25, 0.24, 0.26], np.float32).reshape(1, 3, 1, 1),
+        "conv_weight": rng.normal(0, 0.5, (CHANNELS, 3, 3, 3)).astype(np.float32),
+        "conv_bias": rng.normal(0, 0.1, CHANNELS).astype(np.float32),
+        "fc_weight": rng.normal(0, 2.0, (classes, CHANNELS)).astype(np.float32),
+        "fc_bias": rng.normal(0, 0.5, classes).astype(np.float32),
+    }
+    nodes = [
+        helper.make_node("Cast", ["images"], ["float"], to=TensorProto.FLOAT),
+        helper.make_node("Transpose", ["float"], ["nchw"], perm=[0, 3, 1, 2]),
+        helper.make_node("Mul", ["nchw", "scale"], ["unit"]),
+        helper.make_node("Sub", ["unit", "mean"], ["centred"]),
+        helper.make_node("Div", ["centred", "std"], ["normal"]),
+        helper.make_node("Conv", ["normal", "conv_weight", "conv_bias"], ["conv"], pads=[1, 1, 1, 1], strides=[2, 2]),
+        helper.make_node("Relu", ["conv"], ["relu"]),
+        helper.make_node("GlobalAveragePool", ["relu"], ["pool"]),
+        helper.make_node("Flatten", ["pool"], ["embedding"]),
+    ]
+    head = "logits" if nonfinite_above is None else "finite_logits"
+    nodes.append(helper.make_node("Gemm", ["embedding", "fc_weight", "fc_bias"], [head], transB=1))
+    if nonfinite_above is not None:
+        weights |= {"limit": np.float32(nonfinite_above), "nan": np.float32("nan"), "axes": np.array([1, 2, 3])}
+        nodes += [
+            helper.make_node("ReduceMean", ["nchw", "axes"], ["level4d"]),
+            helper.make_node("Flatten", ["level4d"], ["level"]),
+            helper.make_node("Greater", ["level", "limit"], ["bad"]),
+            helper.make_node("Where", ["bad", "nan", "finite_logits"], ["logits"]),
+        ]
+    nodes.append(helper.make_node("Softmax", ["logits"], ["probabilities"], axis=1))
+    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", classes]) for name in ("logits", "probabilities")]
+    if embedding:
+        outputs.append(helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["batch", CHANNELS]))
+    graph = helper.make_graph(
+        nodes,
+        "tiny",
+        [helper.make_tensor_value_info("images", TensorProto.UINT8, ["batch", size, size, 3])],
+        outputs,
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in weights.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def _parameters(model: onnx.ModelProto) -> int:
+    return sum(int(np.prod(weight.dims)) for weight in model.graph.initializer if weight.name.endswith(("weight", "bias")))
+
+
+def _run(path: Path, images: np.ndarray) -> np.ndarray:
+    session = import_onnxruntime().InferenceSession(path, providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(["logits"], {"images": images})[0])

@@ -1,0 +1,108 @@
+"""A running server for the tests of this package."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from ffl_deploy.bundle import Bundle
+from serve.settings import ModelSpec, Settings
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server inside this process, or a process of its own (then `process` is set)."""
+
+    url: str
+    service: Any = None
+    process: subprocess.Popen[str] | None = None
+
+    @property
+    def address(self) -> str:
+        return self.url.removeprefix("http://")
+
+
+@pytest.fixture(scope="session")
+def two_bundles(make_bundle: Callable[..., Bundle], tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, Bundle]:
+    """`fused` and `branch0`: two models of one run, 32 x 32, in one folder."""
+    folder = tmp_path_factory.mktemp("run")
+    return make_bundle(folder / "fused"), make_bundle(folder / "branch0", seed=1)
+
+
+@contextlib.contextmanager
+def serve_in_thread(settings: Settings) -> Iterator[Running]:
+    """The application under uvicorn on a free port; ready when the block starts."""
+    import uvicorn
+
+    from serve.app import create_app
+
+    with socket.create_server(("127.0.0.1", 0)) as port:
+        app = create_app(replace(settings, port=port.getsockname()[1]))
+        service = app.state.service
+        service.url = f"http://127.0.0.1:{port.getsockname()[1]}"
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="on", timeout_graceful_shutdown=5))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [port]})
+        thread.start()
+        try:
+            deadline = time.monotonic() + 60
+            while not service.ready:
+                assert service.failure is None, service.failure
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            yield Running(service.url, service)
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@pytest.fixture(scope="session")
+def start_server() -> Callable[[Settings], contextlib.AbstractContextManager[Running]]:
+    return serve_in_thread
+
+
+@pytest.fixture(scope="module")
+def server(two_bundles: tuple[Bundle, Bundle]) -> Iterator[Running]:
+    """`fused` and `branch0` over the protocol, without the demo."""
+    models = tuple(ModelSpec(bundle.name, bundle.folder) for bundle in two_bundles)
+    with serve_in_thread(Settings(models, demo=False)) as running:
+        yield running
+
+
+@contextlib.contextmanager
+def start_process(*arguments: str, module: str = "serve.app", wait: float = 60, env: dict[str, str] | None = None) -> Iterator[Running]:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", module, *arguments, "--port", str(port), "--log-format", "json"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env, cwd=Path(__file__).parents[2])
+    url = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + wait
+        while wait:
+            assert process.poll() is None, process.stderr.read() if process.stderr else ""
+            assert time.monotonic() < deadline
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(f"{url}/v2/health/ready").status_code == 200:
+                    break
+            time.sleep(0.02)
+        yield Running(url, process=process)
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+@pytest.fixture(scope="session")
+def serve_process() -> Callable[..., contextlib.AbstractContextManager[Running]]:
+    """`serve_process(*arguments)`: ffl-serve as a process of its own on a free port; ready when the block starts."""
+    return start_process

@@ -1,0 +1,405 @@
+"""`/v2` as real clients use it, and the life of the process."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from ffl_deploy.bundle import Bundle
+from ffl_deploy.errors import CheckError, UsageError
+from ffl_deploy.images import decode, prepare
+from serve.app import model_spec, parse_arguments
+from serve.settings import Limits, ModelSpec, Settings
+
+Start = Callable[..., contextlib.AbstractContextManager[Any]]
+
+
+def png(seed: int = 0, size: tuple[int, int] = (40, 30)) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def pixels_of(bundle: Bundle, count: int) -> np.ndarray:
+    return np.random.default_rng(7).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+
+
+def json_request(images: np.ndarray, **fields: Any) -> dict[str, Any]:
+    return {"inputs": [{"name": "images", "shape": list(images.shape), "datatype": "UINT8", "data": images.tolist()}], **fields}
+
+
+def test_tritonclient_speaks_to_it_and_gets_the_bits_of_the_session(server: Any, two_bundles: tuple[Bundle, Bundle]) -> None:
+    """The official client, with its defaults (binary tensors, no JSON content type), for every model and batch size."""
+    from tritonclient import http as triton
+
+    with contextlib.closing(triton.InferenceServerClient(server.address)) as client:
+        assert client.is_server_live()
+        assert client.is_server_ready()
+        assert client.get_server_metadata()["extensions"][0] == "binary_tensor_data"
+        assert {model["name"] for model in client.get_model_repository_index()} == {"fused", "branch0"}
+        for bundle in two_bundles:
+            assert client.is_model_ready(bundle.name)
+            assert client.is_model_ready(bundle.name, "1")
+            metadata = client.get_model_metadata(bundle.name)
+            assert metadata["inputs"] == [{"name": "images", "datatype": "UINT8", "shape": [-1, 32, 32, 3]}]
+            session = bundle.session()
+            for count in (1, 2, 7, 32):
+                images = pixels_of(bundle, count)
+                tensor = triton.InferInput("images", list(images.shape), "UINT8").set_data_from_numpy(images)
+                result = client.infer(bundle.name, [tensor], request_id="r1")
+                expected = session.run(images)
+                assert result.get_response()["id"] == "r1"
+                assert result.as_numpy("logits").tobytes() == expected.logits.tobytes()
+                assert result.as_numpy("probabilities").tobytes() == expected.probabilities.tobytes()
+        wanted = [triton.InferRequestedOutput("probabilities", class_count=2)]
+        labels = client.infer("fused", [tensor], outputs=wanted).as_numpy("probabilities")
+        best = two_bundles[0].classes[int(two_bundles[0].session().run(images).probabilities[0].argmax())]
+        assert labels.shape == (32, 2)
+        assert labels[0, 0].decode().endswith(f":{best}")
+
+
+def test_encoded_files_are_decoded_as_ffl_predict_decodes_them(server: Any, two_bundles: tuple[Bundle, Bundle]) -> None:
+    from tritonclient import http as triton
+
+    files = [png(1), png(2, (200, 100))]
+    bundle = two_bundles[0]
+    expected = bundle.session().run(np.stack([prepare(decode(file).pixels, bundle.preprocessing) for file in files]))
+    with contextlib.closing(triton.InferenceServerClient(server.address)) as client:
+        tensor = triton.InferInput("encoded", [2], "BYTES").set_data_from_numpy(np.array(files, dtype=np.object_))
+        result = client.infer("fused", [tensor])
+    assert result.as_numpy("logits").tobytes() == expected.logits.tobytes()
+
+
+def test_json_request_and_response(server: Any, two_bundles: tuple[Bundle, Bundle]) -> None:
+    images = pixels_of(two_bundles[0], 2)
+    response = httpx.post(f"{server.url}/v2/models/fused/versions/1/infer", json=json_request(images, id="a"))
+    answer = response.json()
+    assert response.status_code == 200
+    assert answer["id"] == "a"
+    outputs = {output["name"]: output for output in answer["outputs"]}
+    expected = two_bundles[0].session().run(images)
+    assert np.float32(outputs["logits"]["data"]).tobytes() == expected.logits.tobytes()
+    assert outputs["probabilities"]["shape"] == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "content", "status", "says"),
+    [
+        ("POST", "/v2/models/fused/infer", b"{}", 400, "not a valid request"),
+        ("POST", "/v2/models/fused/infer", b"", 400, "not a valid request"),
+        ("POST", "/v2/models/other/infer", b"{}", 404, "no such model; this server has fused, branch0"),
+        ("POST", "/v2/models/fused/versions/2/infer", b"{}", 404, "no such model"),
+        ("GET", "/v2/models/fused/infer", None, 405, "Method Not Allowed"),
+        ("GET", "/v2/models", None, 404, "no such route"),
+        ("GET", "/v2/models/fused/../../../etc/passwd", None, 404, ""),
+        ("POST", "/", b"{}", 200, "ffl-serve"),
+        ("GET", "/gradio_api/info", None, 404, "nothing here"),
+    ],
+)
+def test_every_refusal_is_json_with_its_reason(
+    server: Any, method: str, path: str, content: bytes | None, status: int, says: str
+) -> None:
+    response = httpx.request(method, server.url + path, content=content)
+    assert response.status_code == status
+    assert says in response.text
+    assert response.headers["content-type"] == "application/json"
+    assert "traceback" not in response.text.lower()
+
+
+@pytest.mark.parametrize(
+    ("file", "code"),
+    [(b"", "empty"), (b"<html>", "not_an_image"), (png()[:500], "truncated"), (b"%!PS-Adobe-3.0 EPSF-3.0", "not_an_image")],
+)
+def test_a_bad_image_is_refused_alone_while_good_ones_are_answered(
+    server: Any, two_bundles: tuple[Bundle, Bundle], file: bytes, code: str
+) -> None:
+    from tritonclient import http as triton
+
+    images = pixels_of(two_bundles[0], 1)
+    good = triton.InferInput("images", [1, 32, 32, 3], "UINT8").set_data_from_numpy(images)
+    bad = triton.InferInput("encoded", [1], "BYTES").set_data_from_numpy(np.array([file], dtype=np.object_))
+    expected = two_bundles[0].session().run(images).logits
+    with contextlib.closing(triton.InferenceServerClient(server.address, concurrency=8)) as client:
+        pending = [client.async_infer("fused", [bad if i % 2 else good]) for i in range(8)]
+        for i, request in enumerate(pending):
+            if i % 2:
+                with pytest.raises(Exception, match=r"image|file|decoded|not one of"):
+                    request.get_result()
+            else:
+                assert np.allclose(request.get_result().as_numpy("logits"), expected, atol=1e-5)
+    header = {"inputs": [{"name": "encoded", "shape": [1], "datatype": "BYTES", "data": [""]}]}
+    assert httpx.post(f"{server.url}/v2/models/fused/infer", json=header).json()["code"] == "empty"
+    del code
+
+
+def test_nan_logits_are_an_error_of_their_request_only(make_bundle: Callable[..., Bundle], tmp_path: Path, start_server: Start) -> None:
+    bundle = make_bundle(tmp_path / "nan", nonfinite_above=200.0)
+    dark, white = np.zeros((1, 32, 32, 3), np.uint8), np.full((1, 32, 32, 3), 255, np.uint8)
+    with start_server(Settings((ModelSpec("nan", bundle.folder),), demo=False)) as running, httpx.Client() as client:
+        url = f"{running.url}/v2/models/nan/infer"
+        assert client.post(url, json=json_request(dark)).status_code == 200
+        response = client.post(url, json=json_request(np.concatenate([dark, white])))
+        assert response.status_code == 500
+        assert response.json() == {"error": "nan gave NaN or infinite logits for image 1", "code": "nonfinite"}
+        assert client.post(url, json=json_request(dark)).status_code == 200
+
+
+def test_metrics_count_images_batches_and_refusals(server: Any, two_bundles: tuple[Bundle, Bundle]) -> None:
+    def value(line: str) -> float:
+        text = httpx.get(f"{server.url}/metrics").text
+        return next((float(row.rsplit(" ", 1)[1]) for row in text.splitlines() if row.startswith(line)), 0.0)
+
+    images, ok = 'ffl_images_total{model="branch0"}', 'ffl_requests_total{route="infer",status="200"}'
+    before = value(images), value(ok), value('ffl_requests_total{route="infer",status="400"}')
+    url = f"{server.url}/v2/models/branch0/infer"
+    httpx.post(url, json=json_request(pixels_of(two_bundles[1], 5)))
+    httpx.post(url, content=b"?")
+    assert (value(images), value(ok), value('ffl_requests_total{route="infer",status="400"}')) == tuple(
+        number + step for number, step in zip(before, (5, 1, 1), strict=True)
+    )
+    assert value("ffl_ready") == 1
+
+
+def test_overload_is_refused_at_once_with_exact_counts(
+    two_bundles: tuple[Bundle, Bundle], start_server: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One request runs, two wait, the queue is then full: of eleven exactly eight are refused, and none of them waits."""
+    bundle = two_bundles[0]
+    limits = Limits(queued_images=2)
+    with start_server(Settings((ModelSpec("fused", bundle.folder),), demo=False, limits=limits)) as running:
+        model = running.service.models["fused"]
+        release, entered = threading.Event(), threading.Event()
+        run = model.batcher._run
+
+        def held(images: np.ndarray) -> Any:
+            entered.set()
+            assert release.wait(20)
+            return run(images)
+
+        monkeypatch.setattr(model.batcher, "_run", held)
+        url = f"{running.url}/v2/models/fused/infer"
+        answers: list[httpx.Response] = []
+
+        def ask() -> None:
+            answers.append(httpx.post(url, json=json_request(pixels_of(bundle, 1)), timeout=30))
+
+        first = threading.Thread(target=ask)
+        first.start()
+        assert entered.wait(10)
+        others = [threading.Thread(target=ask) for _ in range(10)]
+        for thread in others:
+            thread.start()
+        deadline = time.monotonic() + 10
+        while len(answers) < 8 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert [answer.status_code for answer in answers] == [503] * 8
+        assert answers[0].headers["retry-after"] == "1"
+        release.set()
+        for thread in [first, *others]:
+            thread.join()
+        assert sorted(answer.status_code for answer in answers) == [200] * 3 + [503] * 8
+
+
+def test_a_client_that_goes_away_frees_its_place(
+    two_bundles: tuple[Bundle, Bundle], start_server: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bad input 34."""
+    bundle = two_bundles[0]
+    with start_server(Settings((ModelSpec("fused", bundle.folder),), demo=False)) as running:
+        batcher = running.service.models["fused"].batcher
+        release, entered = threading.Event(), threading.Event()
+        ran: list[int] = []
+        run = batcher._run
+
+        def held(images: np.ndarray) -> Any:
+            entered.set()
+            assert release.wait(20)
+            ran.append(len(images))
+            return run(images)
+
+        monkeypatch.setattr(batcher, "_run", held)
+        url = f"{running.url}/v2/models/fused/infer"
+        first = threading.Thread(target=httpx.post, args=(url,), kwargs={"json": json_request(pixels_of(bundle, 1)), "timeout": 30})
+        first.start()
+        assert entered.wait(10)
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(url, json=json_request(pixels_of(bundle, 9)), timeout=0.3)
+        deadline = time.monotonic() + 5
+        while batcher.waiting_images and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert batcher.waiting_images == 0
+        release.set()
+        first.join()
+        assert ran == [1]
+
+
+def test_it_is_live_before_it_is_ready_and_ready_only_when_every_bundle_is_verified(
+    two_bundles: tuple[Bundle, Bundle], start_server: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import serve.service
+
+    release, real = threading.Event(), serve.service.open_model
+
+    def slow(spec: ModelSpec, *arguments: Any) -> Any:
+        if spec.name == "branch0":
+            assert release.wait(20)
+        return real(spec, *arguments)
+
+    monkeypatch.setattr(serve.service, "open_model", slow)
+    models = tuple(ModelSpec(bundle.name, bundle.folder) for bundle in two_bundles)
+    seen: dict[str, int] = {}
+
+    def probe() -> None:
+        import serve.app
+
+        del serve.app
+        try:
+            port = ports.get(timeout=10)
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
+                deadline = time.monotonic() + 10
+                while time.monotonic() < deadline:
+                    with contextlib.suppress(httpx.TransportError):
+                        if client.get("/v2/models/fused/ready").status_code == 200:
+                            break
+                    time.sleep(0.01)
+                seen["live"] = client.get("/v2/health/live").status_code
+                seen["ready"] = client.get("/v2/health/ready").status_code
+                seen["fused"] = client.get("/v2/models/fused/ready").status_code
+                seen["branch0"] = client.get("/v2/models/branch0/ready").status_code
+                seen["page"] = client.get("/").status_code
+        finally:
+            release.set()
+
+    import queue
+
+    ports: queue.Queue[int] = queue.Queue()
+    real_init = serve.service.Service.__init__
+
+    def init(self: Any, settings: Settings) -> None:
+        real_init(self, settings)
+        ports.put(settings.port)
+
+    monkeypatch.setattr(serve.service.Service, "__init__", init)
+    thread = threading.Thread(target=probe)
+    thread.start()
+    with start_server(Settings(models, demo=False)) as running:
+        thread.join()
+        assert seen == {"live": 200, "ready": 503, "fused": 200, "branch0": 503, "page": 200}
+        assert httpx.get(f"{running.url}/v2/health/ready").status_code == 200
+
+
+@pytest.mark.parametrize("damage", ["byte", "missing", "golden", "manifest"])
+def test_a_corrupt_bundle_ends_the_server_with_code_1_and_one_sentence(
+    make_bundle: Callable[..., Bundle], tmp_path: Path, damage: str
+) -> None:
+    """Bad input 30: refused, never ready."""
+    good, bad = make_bundle(tmp_path / "good"), make_bundle(tmp_path / "bad")
+    if damage == "byte":
+        content = bytearray((bad.folder / "model.onnx").read_bytes())
+        content[len(content) // 2] ^= 1
+        (bad.folder / "model.onnx").write_bytes(content)
+    elif damage == "missing":
+        (bad.folder / "README.md").unlink()
+    elif damage == "golden":  # a consistent bundle of another model's answers
+        other = make_bundle(tmp_path / "other", seed=5)
+        (bad.folder / "golden.npz").write_bytes((other.folder / "golden.npz").read_bytes())
+        text = (bad.folder / "bundle.json").read_text()
+        text = text.replace(bad.manifest.golden.sha256, other.manifest.golden.sha256)
+        manifest = json.loads(text)
+        manifest["files"]["golden.npz"]["bytes"] = (other.folder / "golden.npz").stat().st_size
+        (bad.folder / "bundle.json").write_text(json.dumps(manifest))
+    else:
+        (bad.folder / "bundle.json").write_text("{")
+    command = [sys.executable, "-m", "serve.app", str(good.folder), str(bad.folder), "--port", "0", "--no-demo"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert "error: " in last
+    assert str(bad.folder) in last
+    assert "Traceback" not in done.stderr
+    assert '"ready"' not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["missing"], "is not a folder"),
+        (["{bundle}", "{bundle}"], "two bundles are called"),
+        (["{bundle}", "--variant", "int8"], "no variant 'int8'"),
+        (["{bundle}", "--port", "99999"], "--port"),
+        (["{bundle}", "--host", "203.0.113.7"], "cannot listen"),
+        (["{bundle}", "--max-batch", "0"], "--max-batch"),
+        (["a b={bundle}"], "cannot be a model's name"),
+        (["{bundle}", "--token-file", "{short}"], "at least 16"),
+    ],
+)
+def test_unusable_arguments_are_one_sentence_and_code_2(
+    two_bundles: tuple[Bundle, Bundle], tmp_path: Path, arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ffl_deploy.command import run_command
+    from serve.app import main
+
+    (tmp_path / "short").write_text("secret\n")
+    filled = [text.format(bundle=two_bundles[0].folder, short=tmp_path / "short") for text in arguments]
+    assert run_command(main, [*filled, "--no-demo"]) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
+
+
+def test_a_port_in_use_says_so(two_bundles: tuple[Bundle, Bundle], server: Any) -> None:
+    from serve.lifecycle import open_port
+
+    with pytest.raises(UsageError, match="--port"):
+        open_port("127.0.0.1", int(server.url.rsplit(":", 1)[1]))
+
+
+def test_names(tmp_path: Path) -> None:
+    (tmp_path / "x=y").mkdir()
+    assert model_spec("cats=bundles/fused") == ModelSpec("cats", Path("bundles/fused"))
+    assert model_spec("bundles/fused/", "int8") == ModelSpec("fused", Path("bundles/fused"), "int8")
+    with pytest.raises(UsageError, match="cannot be a model's name"):
+        model_spec(str(tmp_path / "x=y"))
+    settings = parse_arguments(["b", "--no-demo", "--max-queue", "5"])
+    assert settings.host == "127.0.0.1"
+    assert settings.limits.queued_images == 5
+    assert replace(settings, demo=True).demo
+
+
+def test_sigterm_drains_and_exits_0(two_bundles: tuple[Bundle, Bundle], serve_process: Start) -> None:
+    with serve_process(str(two_bundles[0].folder), "--no-demo", "--drain", "0.5") as running, httpx.Client() as client:
+        assert client.get(f"{running.url}/v2/health/ready").status_code == 200
+        running.process.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+        draining = client.get(f"{running.url}/v2/health/ready")
+        assert draining.status_code == 503
+        assert draining.headers["connection"] == "close"
+        answered = client.post(f"{running.url}/v2/models/fused/infer", json=json_request(pixels_of(two_bundles[0], 1)))
+        assert answered.status_code == 200
+        assert running.process.wait(10) == 0
+        log = [json.loads(line) for line in running.process.stderr.read().splitlines()]
+        assert [entry["message"] for entry in log if entry["level"] == "info"] == ["model verified", "ready", "draining"]
+
+
+def test_a_bundle_whose_golden_answers_differ_is_refused(make_bundle: Callable[..., Bundle], tmp_path: Path) -> None:
+    from serve.models import verify
+
+    bundle, other = make_bundle(tmp_path / "a"), make_bundle(tmp_path / "b", seed=3)
+    with pytest.raises(CheckError, match="golden answers"):
+        verify(bundle, bundle.variant(), other.session(), 4)
