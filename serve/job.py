@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import signal
@@ -13,20 +14,22 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 
 from ffl_deploy.bundle import Bundle, load_bundle
-from ffl_deploy.errors import Interrupted, UsageError
+from ffl_deploy.errors import CheckError, Interrupted, UsageError
 from serve.items import Item
 from serve.labelled import count_labels
+from serve.labelled_report import make_report, report_screen, write_report
 from serve.pipeline import Chunk, Classifier, chunks, run_pipeline
 from serve.progress import Progress, Report
 from serve.rows import OK, Row, assemble, encode, format_of
 from serve.shards import Parts, Request, Settings, ShardRecord, count, hash_names, open_parts, parts_folder
 from serve.sources import Reading, check_inputs, count_inputs, read_inputs
 from serve.summary import Totals, screen, summarise, summary_path, write_summary
+from serve.supervise import CarefulShardDone, Recovery
 from serve.tuning import SMALL_RUN, choose_settings
 
 
@@ -47,10 +50,11 @@ class Job:
     follow_links: bool = False
     batch_size: int | None = None
     threads: int | None = None
-    shard_size: int = 1024
+    shard_size: int | None = None
     resume: bool = False
     engine: Literal["local", "ray"] = "local"
     report: Report = "screen"
+    recovery: Recovery = field(default_factory=Recovery)
 
 
 def run_job(job: Job) -> int:
@@ -75,18 +79,42 @@ def run_job(job: Job) -> int:
     def settings() -> Settings:
         return choose_settings(bundle, job, small=len(first) < SMALL_RUN and not first[-1].bound)
 
-    with stop_signals(job.out), open_parts(job.out, request, settings, job.resume) as parts:
+    resume = job.resume or job.recovery.restarted
+    with stop_signals(job.out), full_disks(job.out), open_parts(job.out, request, settings, resume) as parts:
+        check_overrides(job, parts)
         totals = Totals()
         session = bundle.session(job.variant, job.runtime, threads=parts.manifest.settings.threads)
         classifier = Classifier(session, bundle.classes, job.top_k, job.columns)
         with Progress(job.report, lambda: count_inputs(job.inputs, reading)) as progress:
-            shards = predict_shards(items, parts, classifier, bundle, totals, progress)
+            shards = predict_shards(items, parts, classifier, bundle, totals, progress, job.recovery)
         assemble((parts.data_path(index) for index in range(shards)), job.out, request.format, job.columns)
         summary = summarise(totals, parts.manifest, job.out, reading.skipped, time.perf_counter() - started)
+        report = make_report(totals.labelled, bundle.classes, classifier.top_k)
+        if report["labelled_rows"]:
+            write_report(job.out, report, totals.labelled, bundle.classes)
+            summary["labelled"] = {name: value for name, value in report.items() if not isinstance(value, list | dict)}
         write_summary(job.out, summary)
         parts.remove()
-    show(job.report, summary)
+    if job.report == "json":
+        print(msgspec.json.encode(summary).decode())
+    elif job.report == "screen":
+        print(screen(summary), *([report_screen(report)] if report["labelled_rows"] else []), sep="\n")
     return totals.errors
+
+
+def check_overrides(job: Job, parts: Parts) -> None:
+    """Raise UsageError where a flag contradicts what the interrupted run was computed with."""
+    settings = parts.manifest.settings
+    stored = {
+        "batch_size": settings.batch_size,
+        "shard_size": settings.shard_size,
+        "threads": settings.threads * settings.streams,
+    }
+    for name, value in stored.items():
+        asked = getattr(job, name)
+        if asked is not None and asked != value:
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(f"{parts.folder} was computed with {flag} {value}, not {asked}; leave {flag} away to resume it.")
 
 
 def make_request(job: Job, bundle: Bundle) -> Request:
@@ -145,7 +173,13 @@ def peek(items: Iterator[Item], limit: int) -> tuple[list[Item], Iterator[Item]]
 
 
 def predict_shards(
-    items: Iterator[Item], parts: Parts, classifier: Classifier, bundle: Bundle, totals: Totals, progress: Progress
+    items: Iterator[Item],
+    parts: Parts,
+    classifier: Classifier,
+    bundle: Bundle,
+    totals: Totals,
+    progress: Progress,
+    recovery: Recovery,
 ) -> int:
     """Make every shard that is not finished yet; -> the number of shards."""
     settings = parts.manifest.settings
@@ -157,10 +191,11 @@ def predict_shards(
             shards = index + 1
             record = parts.record(index)
             if record is None:
-                yield from chunks(shard, index, settings.batch_size)
+                yield from chunks(guarded(shard, index, settings, recovery), index, settings.batch_size)
             else:
                 check_unchanged(record, shard, parts, index)
                 totals.add_record(record, resumed=True)
+                recovery.marker.finished(index + 1)
                 progress.advance(record.rows, record.rows - record.statuses.get(OK, 0))
 
     rows: list[Row] = []
@@ -179,8 +214,17 @@ def predict_shards(
         progress.advance(len(finished.rows), sum(row.status != OK for row in finished.rows))
         if finished.ends_shard:
             totals.add_record(commit(parts, finished.shard, rows, labels, bundle.classes), resumed=False)
+            recovery.marker.finished(finished.shard + 1)
+            if finished.shard == recovery.careful:
+                raise CarefulShardDone
             rows, labels = [], []
     return shards
+
+
+def guarded(shard: Iterable[Item], index: int, settings: Settings, recovery: Recovery) -> Iterator[Item]:
+    """-> the shard's items, those behind which an earlier worker died refused or tried first."""
+    for number, item in enumerate(shard, index * settings.shard_size):
+        yield recovery.guarded(item, index, number)
 
 
 def cut(items: Iterator[Item], size: int) -> Iterator[Iterator[Item]]:
@@ -215,19 +259,31 @@ def commit(parts: Parts, index: int, rows: list[Row], labels: list[str | None], 
     return record
 
 
-def show(report: Report, summary: dict[str, Any]) -> None:
-    """Print the summary to standard output, in the form that was asked for."""
-    if report == "json":
-        print(msgspec.json.encode(summary).decode())
-    elif report == "screen":
-        print(screen(summary))
+@contextmanager
+def full_disks(out: Path) -> Iterator[None]:
+    """Say of a full disk, a quota or a size limit that nothing finished is lost. Raises CheckError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise CheckError(
+            f"the disk is full ({error.filename or out}); free some space and run the same command with --resume, "
+            "the finished part is kept."
+        ) from error
 
 
 @contextmanager
 def stop_signals(out: Path) -> Iterator[None]:
     """Inside the block SIGINT and SIGTERM raise Interrupted: finished shards are safe, a resume makes the rest."""
 
+    stopped = False
+
     def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal stopped
+        if stopped:  # the first one is already unwinding
+            return
+        stopped = True
         raise Interrupted(f"interrupted; the finished part is in {parts_folder(out)}: the same command with --resume goes on.")
 
     if threading.current_thread() is not threading.main_thread():
