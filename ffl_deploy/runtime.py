@@ -26,6 +26,7 @@ class Outputs(NamedTuple):
     logits: np.ndarray  # float32 [n, classes]
     probabilities: np.ndarray  # float32 [n, classes]
     cam: np.ndarray | None = None  # float32 [n, h, w], where the bundle was exported with --cam
+    embedding: np.ndarray | None = None  # float32 [n, features], where the bundle's graph gives it
 
 
 class Session(ABC):
