@@ -1,1 +1,1 @@
-"""What runs a bundle: batch prediction, the HTTP server, the demo. Never imports torch."""
+"""A bundle answers: batch prediction, the HTTP server and its demo, and a cluster. Nothing here imports torch."""

@@ -140,7 +140,8 @@ def fit(
                 line["ema"] = accuracies(ema.module, batches, "validation", machine, world)
             at.epoch, at.step, at.meter, at.seconds = epoch + 1, 0, None, at.seconds + seconds
             # The order makes a kill harmless: whatever comes before the save of `last` is done again on resume.
-            if line["validation"][method.strong] > at.best_accuracy:
+            # Of equally good epochs the latest is kept: its learning rate is the lowest.
+            if line["validation"][method.strong] >= at.best_accuracy:
                 at.best_epoch, at.best_accuracy = epoch + 1, line["validation"][method.strong]
                 save(folder, "best", network, at, world)
             if ema is not None:
