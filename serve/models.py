@@ -65,7 +65,7 @@ class Decoders:
 
     async def decode(self, data: bytes) -> Decoded:
         """-> the decoded image. Raises ImageError, Overloaded."""
-        return await self._in_thread(lambda: decode(data, self._limits.pixels))
+        return await self.run(lambda: decode(data, self._limits.pixels))
 
     async def prepare(self, files: Iterable[bytes], model: ServedModel) -> np.ndarray:
         """-> uint8 [n, height, width, 3]: what `model` is fed. Raises ImageError, Overloaded."""
@@ -74,9 +74,9 @@ class Decoders:
         def one(data: bytes) -> Pixels:
             return prepare(decode(data, self._limits.pixels).pixels, preprocessing)
 
-        return np.stack(await asyncio.gather(*[self._in_thread(one, data) for data in files]))
+        return np.stack(await asyncio.gather(*[self.run(one, data) for data in files]))
 
-    async def _in_thread(self, function: Callable[..., T], *arguments: object) -> T:
+    async def run(self, function: Callable[..., T], *arguments: object) -> T:
         if self._waiting >= self._limits.queued_decodes:
             raise Overloaded
         self._waiting += 1
