@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import heapq
-import itertools
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from ffl_deploy.images import Pixels
+from ffl_deploy.images import ImageError, Pixels
 from ffl_deploy.runtime import Outputs, Session
 from serve import archives
 from serve.batcher import Overloaded
@@ -24,7 +23,7 @@ from serve.pipeline import Classifier, Prepared, prepare_item
 from serve.rows import OK, Format, Row, assemble, encode
 from serve.service import Service
 
-CHUNK = 32
+CHUNK, CHUNK_BYTES = 32, 128 * 2**20
 UNCERTAIN = 12  # images in the gallery
 PATIENCE_SECONDS = 60.0
 
@@ -88,6 +87,24 @@ class BatchState:
                 (heapq.heappush if len(self._heap) < UNCERTAIN else heapq.heappushpop)(self._heap, entry)
 
 
+def take(items: Iterator[Item], count: int) -> list[Item]:
+    """-> the next items, with their bytes: an archive is closed once its last member has been asked for.
+
+    At most `count`, and no more after CHUNK_BYTES, so that a zip of large members cannot fill the memory.
+    """
+    chunk: list[Item] = []
+    held = 0
+    while len(chunk) < count and held < CHUNK_BYTES and (item := next(items, None)):
+        try:
+            data = item.read()
+        except ImageError:
+            chunk.append(item.loaded())
+            continue
+        held += len(data)
+        chunk.append(item._replace(read=partial(bytes, data)))
+    return chunk
+
+
 def read_files(paths: Sequence[str], skipped: Skipped) -> Iterator[Item]:
     """Uploaded files and the image members of uploaded zip files -> items that show the name the person gave."""
     for path in paths:
@@ -105,7 +122,7 @@ async def classify_files(service: Service, model: ServedModel, paths: Sequence[s
     items = read_files(paths, state.skipped)
     preprocessing = model.bundle.preprocessing
     limit = service.settings.limits.batch_images
-    while chunk := await asyncio.to_thread(lambda: list(itertools.islice(items, min(CHUNK, limit + 1 - len(state.rows))))):
+    while chunk := await asyncio.to_thread(take, items, min(CHUNK, limit + 1 - len(state.rows))):
         if len(state.rows) + len(chunk) > limit:
             state.limited, chunk = True, chunk[: limit - len(state.rows)]
         prepared = await asyncio.gather(*[patiently(partial(service.decoders.run, prepare_item, item, preprocessing)) for item in chunk])

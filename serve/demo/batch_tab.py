@@ -48,9 +48,23 @@ def batch_tab(service: Service) -> None:
             with gr.Row():
                 csv = gr.DownloadButton("Download CSV", interactive=False, elem_id="csv")
                 parquet = gr.DownloadButton("Download Parquet", interactive=False, elem_id="parquet")
-            table = gr.Dataframe(headers=HEADERS, interactive=False, wrap=True, max_height=320, label="Predictions", elem_id="rows")
+            table = gr.Dataframe(
+                headers=HEADERS,
+                column_widths=["28%", "16%", "16%", "14%", "26%"],
+                interactive=False,
+                wrap=True,
+                max_height=320,
+                label="Predictions",
+                elem_id="rows",
+            )
             gallery = gr.Gallery(
-                label="Least certain images", columns=4, height="auto", object_fit="contain", interactive=False, buttons=[], elem_id="uncertain"
+                label="Least certain images",
+                columns=4,
+                height="auto",
+                object_fit="contain",
+                interactive=False,
+                buttons=[],
+                elem_id="uncertain",
             )
 
     async def run(paths: list[str] | None, name: str) -> AsyncIterator[list[Any]]:
@@ -99,7 +113,7 @@ def _cells(rows: list[Row]) -> list[list[str]]:
 
 
 def _gallery(state: BatchState) -> list[tuple[Image.Image, str]]:
-    return [(_thumbnail(entry.pixels), f"{entry.row.path}: {entry.row.label} {entry.row.confidence:.0%}") for entry in state.uncertain]
+    return [(_thumbnail(entry.pixels), f"{entry.row.label} {entry.row.confidence:.0%} · {entry.row.path}") for entry in state.uncertain]
 
 
 def _thumbnail(pixels: Pixels) -> Image.Image:

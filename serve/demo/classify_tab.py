@@ -12,7 +12,8 @@ import gradio as gr
 
 from ffl_deploy.images import MAX_PIXELS, Pixels, prepare
 from serve.demo.answers import TOP_K, Answer, Unanswerable, ask_all, decode_upload, overlay
-from serve.demo.inputs import drawing_input, image_input
+from serve.demo.drawing_pad import drawing_of, drawing_pad
+from serve.demo.inputs import image_input
 from serve.demo.samples import DrawingStyle, frame_drawing
 from serve.service import Service
 
@@ -31,6 +32,7 @@ class Panel:
 
 def classify_tab(service: Service, examples: list[Path]) -> None:
     """Upload, paste or pick; answers appear as soon as there is an image."""
+    crisp = ["pixelated"] if _small(service) else []  # a digit of 8 x 8 pixels is no use as a smooth blur
     with gr.Row(equal_height=False):
         with gr.Column(min_width=280, scale=1):
             image = image_input(
@@ -38,10 +40,11 @@ def classify_tab(service: Service, examples: list[Path]) -> None:
                 sources=["upload", "clipboard"],
                 height=280,
                 elem_id="image",
-                elem_classes=["pixelated"] if _small(service) else [],
+                elem_classes=crisp,
                 placeholder=f"Drop an image here, or choose one. Up to {MAX_PIXELS // 1_000_000} megapixels.",
             )
-            gr.Examples([[str(path)] for path in examples], inputs=[image], label="Examples: test images with known labels")
+            with gr.Column(elem_classes=crisp):
+                gr.Examples([[str(path)] for path in examples], inputs=[image], label="Examples: golden samples of the bundle")
         with gr.Column(min_width=280, scale=2):
             status = gr.HTML(_status(WAITING), elem_id="status", elem_classes=["status"])
             panels = _panels(service)
@@ -66,15 +69,7 @@ def draw_tab(service: Service, style: DrawingStyle) -> None:
     """A pad; the drawing is framed as the network's own images are, and that frame is shown."""
     with gr.Row(equal_height=False):
         with gr.Column(min_width=280, scale=1):
-            pad = drawing_input(
-                label="Draw here",
-                height=340,
-                canvas_size=(280, 280),
-                fixed_canvas=True,
-                brush=gr.Brush(default_size=24, colors=["#000000"], color_mode="fixed"),
-                elem_id="pad",
-            )
-            button = gr.Button("Classify the drawing", variant="primary", elem_id="classify-drawing")
+            pad = drawing_pad()
         with gr.Column(min_width=280, scale=2):
             status = gr.HTML(_status("Waiting for a drawing."), elem_id="drawing-status", elem_classes=["status"])
             seen = gr.Image(
@@ -82,8 +77,8 @@ def draw_tab(service: Service, style: DrawingStyle) -> None:
             )
             panels = _panels(service)
 
-    async def show_drawing(drawing: bytes | None) -> list[Any]:
-        empty = [None, *_nothing(panels)]
+    async def show_drawing(event: gr.EventData) -> list[Any]:
+        drawing, empty = drawing_of(event), [None, *_nothing(panels)]
         if drawing is None:
             return [_status("Draw something first."), *empty]
         try:
@@ -96,14 +91,14 @@ def draw_tab(service: Service, style: DrawingStyle) -> None:
         first = next(iter(service.models.values())).bundle.preprocessing
         return [_status(_verdict(answers)), prepare(framed, first), *_filled(service, panels, answers, framed)]
 
-    button.click(
+    pad.submit(
         show_drawing,
-        [pad],
+        None,
         [status, seen, *_outputs(panels)],
         api_visibility="private",
         concurrency_limit=CONCURRENT,
         show_progress="minimal",
-        trigger_mode="once",
+        trigger_mode="always_last",
     )
 
 
@@ -144,7 +139,7 @@ def _panels(service: Service) -> list[Panel]:
     panels = []
     with gr.Row(equal_height=False):
         for model in service.models.values():
-            with gr.Column(min_width=240):
+            with gr.Column(min_width=200):
                 label = gr.Label(label=model.name, num_top_classes=TOP_K, elem_classes=[f"answer-{model.name}"])
                 note = gr.Markdown(elem_classes=["quiet"])
                 cam = None
@@ -194,7 +189,7 @@ def _verdict(answers: list[Answer]) -> str:
     if len(answers) == 1:
         return f"{answers[0].model} says {answers[0].top[0][0]}."
     if len(labels) == 1:
-        return f"All {len(answers)} models say {labels.pop()}."
+        return f"{'Both' if len(answers) == 2 else f'All {len(answers)}'} models say {labels.pop()}."
     return "The models disagree: " + ", ".join(f"{answer.model} says {answer.top[0][0]}" for answer in answers) + "."
 
 

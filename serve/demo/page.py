@@ -23,8 +23,10 @@ CACHE_SECONDS = (300, 3600)  # how often uploads are pruned, and from what age
 FONT = ["system-ui", "sans-serif"]
 # Small images stay crisp; the columns of models stack on a phone; focus is always visible.
 CSS = """
-.gradio-container {max-width: 1100px !important; margin: 0 auto !important;}
-.pixelated img {image-rendering: pixelated;}
+html, body {overflow-x: clip;}
+.gradio-container {width: 100% !important; max-width: 1100px !important; margin: 0 auto !important;}
+.pixelated img {image-rendering: pixelated; width: 100% !important; height: 100% !important; object-fit: contain;}
+.pixelated .gallery-item img {object-fit: cover;}
 .status {min-height: 1.5em; margin: 0;}
 .status progress {width: 100%; height: 0.75rem; accent-color: var(--color-accent);}
 .problem {border-left: 4px solid var(--error-border-color, #dc2626); padding-left: 0.75rem;}
@@ -39,7 +41,7 @@ def build(service: Service) -> gr.Blocks:
     models = list(service.models.values())
     examples = write_examples(models[0].bundle, upload_folder() / "examples")
     style = drawing_style(models[0].bundle)
-    with gr.Blocks(title="ffl-deploy", analytics_enabled=False, delete_cache=CACHE_SECONDS) as page:
+    with gr.Blocks(title="ffl-deploy", analytics_enabled=False, fill_width=True, delete_cache=CACHE_SECONDS) as page:
         gr.HTML(_heading(service))
         if style:
             with gr.Tab("Draw", id="draw"):
