@@ -51,6 +51,7 @@ UNSUPPORTED = tuple(
 MAX_PIXELS = 50_000_000
 BACKGROUND = (255, 255, 255)  # what transparent pixels are composited on
 
+_MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*")
 _TRUNCATED = re.compile("truncated|unexpected end|premature end|eof", re.IGNORECASE)
 
 Pixels = np.ndarray
@@ -118,8 +119,7 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Decoded:
         except Image.DecompressionBombError as error:
             raise ImageError("too_large", f"the image unpacks to more than {_megapixels(max_pixels)}") from error
         except Exception as error:  # Pillow's plugins raise almost anything on hostile bytes; each becomes a row
-            code = "truncated" if isinstance(error, EOFError) or _TRUNCATED.search(str(error)) else "corrupt"
-            raise ImageError(code, f"the pixels cannot be decoded ({str(error) or type(error).__name__})") from error
+            raise ImageError(_code_of(error), f"the pixels cannot be decoded ({str(error) or type(error).__name__})") from error
 
 
 def _opened(data: bytes, max_pixels: int) -> Image.Image:
@@ -133,6 +133,8 @@ def _opened(data: bytes, max_pixels: int) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise ImageError("too_large", f"the image is larger than {_megapixels(max_pixels)}") from error
     except UnidentifiedImageError as error:
+        if data.startswith(_MAGIC):
+            raise ImageError("corrupt", "it begins like an image, but its header cannot be read") from error
         for signature, name in UNSUPPORTED:
             if signature.match(data):
                 raise ImageError("unsupported", f"{name} is not supported; convert it to PNG or JPEG") from error
@@ -140,7 +142,11 @@ def _opened(data: bytes, max_pixels: int) -> Image.Image:
     except MemoryError:
         raise
     except Exception as error:  # as above: struct.error, zlib.error, KeyError, ... of a broken header
-        raise ImageError("corrupt", f"the header cannot be read ({str(error) or type(error).__name__})") from error
+        raise ImageError(_code_of(error), f"the header cannot be read ({str(error) or type(error).__name__})") from error
+
+
+def _code_of(error: Exception) -> str:
+    return "truncated" if isinstance(error, EOFError) or _TRUNCATED.search(str(error)) else "corrupt"
 
 
 def _megapixels(pixels: int) -> str:

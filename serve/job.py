@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import signal
@@ -13,12 +14,12 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 
 from ffl_deploy.bundle import Bundle, load_bundle
-from ffl_deploy.errors import Interrupted, UsageError
+from ffl_deploy.errors import CheckError, Interrupted, UsageError
 from serve.items import Item
 from serve.labelled import count_labels
 from serve.labelled_report import make_report, report_screen, write_report
@@ -49,7 +50,7 @@ class Job:
     follow_links: bool = False
     batch_size: int | None = None
     threads: int | None = None
-    shard_size: int = 1024
+    shard_size: int | None = None
     resume: bool = False
     engine: Literal["local", "ray"] = "local"
     report: Report = "screen"
@@ -78,7 +79,9 @@ def run_job(job: Job) -> int:
     def settings() -> Settings:
         return choose_settings(bundle, job, small=len(first) < SMALL_RUN and not first[-1].bound)
 
-    with stop_signals(job.out), open_parts(job.out, request, settings, job.resume) as parts:
+    resume = job.resume or job.recovery.restarted
+    with stop_signals(job.out), full_disks(job.out), open_parts(job.out, request, settings, resume) as parts:
+        check_overrides(job, parts)
         totals = Totals()
         session = bundle.session(job.variant, job.runtime, threads=parts.manifest.settings.threads)
         classifier = Classifier(session, bundle.classes, job.top_k, job.columns)
@@ -86,17 +89,32 @@ def run_job(job: Job) -> int:
             shards = predict_shards(items, parts, classifier, bundle, totals, progress, job.recovery)
         assemble((parts.data_path(index) for index in range(shards)), job.out, request.format, job.columns)
         summary = summarise(totals, parts.manifest, job.out, reading.skipped, time.perf_counter() - started)
-        labelled = totals.labelled.predicted + sum(totals.labelled.failed.values())
-        if labelled:
-            report = make_report(totals.labelled, bundle.classes, classifier.top_k)
-            write_report(job.out, report, bundle.classes, totals.labelled)
+        report = make_report(totals.labelled, bundle.classes, classifier.top_k)
+        if report["labelled_rows"]:
+            write_report(job.out, report, totals.labelled, bundle.classes)
             summary["labelled"] = {name: value for name, value in report.items() if not isinstance(value, list | dict)}
         write_summary(job.out, summary)
         parts.remove()
-    show(job.report, summary)
-    if labelled and job.report == "screen":
-        print(report_screen(report))
+    if job.report == "json":
+        print(msgspec.json.encode(summary).decode())
+    elif job.report == "screen":
+        print(screen(summary), *([report_screen(report)] if report["labelled_rows"] else []), sep="\n")
     return totals.errors
+
+
+def check_overrides(job: Job, parts: Parts) -> None:
+    """Raise UsageError where a flag contradicts what the interrupted run was computed with."""
+    settings = parts.manifest.settings
+    stored = {
+        "batch_size": settings.batch_size,
+        "shard_size": settings.shard_size,
+        "threads": settings.threads * settings.streams,
+    }
+    for name, value in stored.items():
+        asked = getattr(job, name)
+        if asked is not None and asked != value:
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(f"{parts.folder} was computed with {flag} {value}, not {asked}; leave {flag} away to resume it.")
 
 
 def make_request(job: Job, bundle: Bundle) -> Request:
@@ -177,7 +195,7 @@ def predict_shards(
             else:
                 check_unchanged(record, shard, parts, index)
                 totals.add_record(record, resumed=True)
-                recovery.marker.set(index + 1)
+                recovery.marker.finished(index + 1)
                 progress.advance(record.rows, record.rows - record.statuses.get(OK, 0))
 
     rows: list[Row] = []
@@ -196,7 +214,7 @@ def predict_shards(
         progress.advance(len(finished.rows), sum(row.status != OK for row in finished.rows))
         if finished.ends_shard:
             totals.add_record(commit(parts, finished.shard, rows, labels, bundle.classes), resumed=False)
-            recovery.marker.set(finished.shard + 1)
+            recovery.marker.finished(finished.shard + 1)
             if finished.shard == recovery.careful:
                 raise CarefulShardDone
             rows, labels = [], []
@@ -241,19 +259,31 @@ def commit(parts: Parts, index: int, rows: list[Row], labels: list[str | None], 
     return record
 
 
-def show(report: Report, summary: dict[str, Any]) -> None:
-    """Print the summary to standard output, in the form that was asked for."""
-    if report == "json":
-        print(msgspec.json.encode(summary).decode())
-    elif report == "screen":
-        print(screen(summary))
+@contextmanager
+def full_disks(out: Path) -> Iterator[None]:
+    """Say of a full disk, a quota or a size limit that nothing finished is lost. Raises CheckError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise CheckError(
+            f"the disk is full ({error.filename or out}); free some space and run the same command with --resume, "
+            "the finished part is kept."
+        ) from error
 
 
 @contextmanager
 def stop_signals(out: Path) -> Iterator[None]:
     """Inside the block SIGINT and SIGTERM raise Interrupted: finished shards are safe, a resume makes the rest."""
 
+    stopped = False
+
     def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal stopped
+        if stopped:  # the first one is already unwinding
+            return
+        stopped = True
         raise Interrupted(f"interrupted; the finished part is in {parts_folder(out)}: the same command with --resume goes on.")
 
     if threading.current_thread() is not threading.main_thread():

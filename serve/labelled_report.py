@@ -81,7 +81,7 @@ def report_path(out: Path) -> Path:
     return out.with_name(out.name + ".report.json")
 
 
-def write_report(out: Path, report: dict[str, Any], classes: Sequence[str], counts: LabelCounts) -> None:
+def write_report(out: Path, report: dict[str, Any], counts: LabelCounts, classes: Sequence[str]) -> None:
     """Write FILE.report.json and, where matplotlib is installed, FILE.report.png."""
     write_atomically(report_path(out), msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
     try:

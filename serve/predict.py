@@ -44,9 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     speed = parser.add_argument_group("speed (default: measured in a second at the start)")
     speed.add_argument("--batch-size", type=positive, metavar="N", help="images per inference")
     speed.add_argument("--threads", type=positive, metavar="N", help="cores to use (default: all)")
-    speed.add_argument(
-        "--shard-size", type=positive, default=1024, metavar="N", help="rows per shard: what a kill can cost (default: 1024)"
-    )
+    speed.add_argument("--shard-size", type=positive, metavar="N", help="rows per shard: what a kill can cost (default: 1024)")
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--quiet", action="store_true", help="print errors only")
     output.add_argument("--json", action="store_true", help="progress as JSON lines on stderr, the summary as JSON on stdout")
@@ -92,7 +90,7 @@ def run(arguments: argparse.Namespace, recovery: Recovery) -> int:
         batch_size=arguments.batch_size,
         threads=arguments.threads,
         shard_size=arguments.shard_size,
-        resume=arguments.resume or recovery.restarted,
+        resume=arguments.resume,
         engine=arguments.engine,
         recovery=recovery,
         report="quiet" if arguments.quiet else "json" if arguments.json else "screen",

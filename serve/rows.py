@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import json
-import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
@@ -15,7 +13,7 @@ import msgspec
 import numpy as np
 
 from ffl_deploy.errors import UsageError
-from ffl_deploy.files import sync_folder
+from ffl_deploy.files import replace_file
 
 Format = Literal["parquet", "jsonl", "csv"]
 FORMATS: tuple[Format, ...] = ("parquet", "jsonl", "csv")
@@ -69,8 +67,7 @@ def encode(rows: Sequence[Row], format: Format, extra: Sequence[str]) -> bytes:
 
 def assemble(shards: Iterable[Path], out: Path, format: Format, extra: Sequence[str]) -> None:
     """Write the shards, in order, as one file that appears under its name only when it is complete and on disk."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with _replacing(out) as file:
+    with replace_file(out) as file:
         if format == "parquet":
             _join_parquet(shards, file, extra)
             return
@@ -78,20 +75,6 @@ def assemble(shards: Iterable[Path], out: Path, format: Format, extra: Sequence[
             file.write((",".join((*COLUMNS, *extra)) + "\n").encode())
         for shard in shards:
             file.write(shard.read_bytes())
-
-
-@contextlib.contextmanager
-def _replacing(out: Path) -> Iterator[IO[bytes]]:
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(out.parent)
 
 
 def _plain(value: Any) -> Any:
@@ -149,4 +132,4 @@ def _join_parquet(shards: Iterable[Path], file: IO[bytes], extra: Sequence[str])
 
     with pq.ParquetWriter(file, parquet_schema(extra), compression="zstd") as writer:
         for shard in shards:
-            writer.write_table(pq.read_table(shard, schema=writer.schema))
+            writer.write_table(pq.ParquetFile(shard).read())

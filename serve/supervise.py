@@ -15,31 +15,35 @@ import struct
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import FrameType
 
-from ffl_deploy.errors import CHECK_FAILED
+from ffl_deploy.errors import CHECK_FAILED, INTERRUPTED
 from serve.items import Item, refuse
 
 AGAIN = 75  # exit code of a child that has finished its careful shard; EX_TEMPFAIL of sysexits.h
 MAX_QUARANTINED = 100  # images of a run; more means that the machine, not the images, is broken
-_NOTHING = -1
+MAX_UNEXPLAINED = 3  # deaths in a row while no image was being tried
 
 
 class Marker:
-    """Two numbers that survive the child: how many shards are finished, and which item is being decoded."""
+    """Two numbers that survive the child: how many shards are finished, and which item is being tried."""
 
     def __init__(self) -> None:
         self._memory = mmap.mmap(-1, 16)  # anonymous and shared with the child
-        self.set(0, _NOTHING)
+        self.trying(None)
 
-    def set(self, shard: int, item: int = _NOTHING) -> None:
-        self._memory[:16] = struct.pack("qq", shard, item)
+    def finished(self, shards: int) -> None:
+        self._memory[:8] = struct.pack("q", shards)
 
-    def get(self) -> tuple[int, int]:
-        shard, item = struct.unpack("qq", self._memory[:16])
-        return shard, item
+    def trying(self, item: int | None) -> None:
+        self._memory[8:16] = struct.pack("q", -1 if item is None else item)
+
+    def get(self) -> tuple[int, int | None]:
+        """-> (finished shards, item)."""
+        shards, item = struct.unpack("qq", self._memory[:16])
+        return shards, None if item < 0 else item
 
 
 @dataclass(frozen=True)
@@ -66,13 +70,13 @@ class Recovery:
         from ffl_deploy.images import ImageError, decode
 
         with self._one_at_a_time:
-            self.marker.set(self.careful or 0, number)
+            self.marker.trying(number)
             try:
                 data = read()
                 with contextlib.suppress(ImageError):  # the pipeline decodes it again and makes the row of it
                     decode(data)
             finally:
-                self.marker.set(self.careful or 0)
+                self.marker.trying(None)
             return data
 
 
@@ -84,30 +88,30 @@ def supervise(run: Callable[[Recovery], int]) -> int:
     """Call `run(recovery)` in a child process, again after a crash; -> the exit code."""
     if not hasattr(os, "fork"):
         return run(Recovery())
-    recovery = Recovery()
-    crashed_at: int | None = None
+    recovery, crashed_at, unexplained = Recovery(), None, 0
     while True:
         status = _in_child(partial(run, recovery))
         if os.WIFEXITED(status):
             code = os.WEXITSTATUS(status)
             if code != AGAIN:
                 return code
-            recovery, crashed_at = Recovery(recovery.marker, None, recovery.quarantined, True), None
+            recovery, crashed_at = replace(recovery, careful=None, restarted=True), None
             continue
         number = os.WTERMSIG(status)
+        if number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # before the child could handle it
+            return INTERRUPTED
         shard, item = recovery.marker.get()
-        quarantined = recovery.quarantined | ({item} if item != _NOTHING else frozenset())
-        if (recovery.careful == shard and item == _NOTHING) or len(quarantined) > MAX_QUARANTINED:
+        quarantined = recovery.quarantined if item is None else recovery.quarantined | {item}
+        unexplained = unexplained + 1 if item is None and recovery.careful is not None else 0
+        if unexplained > MAX_UNEXPLAINED or len(quarantined) > MAX_QUARANTINED:
             name = signal.Signals(number).name
-            print(
-                f"ffl-predict: error: the worker keeps dying ({name}); try --threads 1 or a smaller --batch-size.",
-                file=sys.stderr,
-            )
+            advice = "try --threads 1 or a smaller --batch-size"
+            print(f"ffl-predict: error: the worker keeps dying ({name}); {advice}.", file=sys.stderr)
             return CHECK_FAILED
         careful = shard if shard == crashed_at else None
         crashed_at = shard
-        recovery.marker.set(shard)
-        recovery = Recovery(recovery.marker, careful, quarantined, True)
+        recovery.marker.trying(None)
+        recovery = replace(recovery, careful=careful, quarantined=quarantined, restarted=True)
 
 
 def _in_child(run: Callable[[], int]) -> int:
@@ -131,10 +135,9 @@ def _in_child(run: Callable[[], int]) -> int:
     os.close(reading)
 
     def forward(number: int, frame: FrameType | None) -> None:
-        os.kill(child, number)
+        os.kill(child, number)  # the child decides what it means; of two (Ctrl-C reaches both processes) it ignores one
 
-    # The terminal sends SIGINT to both processes already; the child decides what it means.
-    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, forward), signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN)}
+    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         return os.waitpid(child, 0)[1]
     finally:

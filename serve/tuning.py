@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 SMALL_RUN = 512  # items: below, measuring costs more than it gains
 SMALL_BATCH = 32
+SHARD_SIZE = 1024  # rows: some seconds of work, and a row group of the Parquet output
 BATCHES = (16, 64)
 MEASURE_SECONDS = 0.25  # for each candidate
 WORTH = 1.05  # a larger or split configuration must be this much faster than the one before it
@@ -29,7 +30,11 @@ def choose_settings(bundle: Bundle, job: Job, small: bool) -> Settings:
     else:
         batch_size, streams = measure(bundle, job, cores)
     return Settings(
-        batch_size=batch_size, shard_size=job.shard_size, streams=streams, threads=max(1, cores // streams), decoders=cores
+        batch_size=batch_size,
+        shard_size=job.shard_size or SHARD_SIZE,
+        streams=streams,
+        threads=max(1, cores // streams),
+        decoders=cores,
     )
 
 

@@ -202,7 +202,7 @@ def test_a_compressed_text_bomb_is_refused() -> None:
 
 
 def test_zero_dimensions_are_refused() -> None:
-    assert refused(png_header(0, 5)) in ("corrupt", "not_an_image")
+    assert refused(png_header(0, 5)) == "corrupt"
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 65000), (65000, 1)])
