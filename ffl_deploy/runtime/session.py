@@ -16,6 +16,7 @@ class Outputs(NamedTuple):
     logits: np.ndarray  # float32 [n, classes]
     probabilities: np.ndarray  # float32 [n, classes]
     cam: np.ndarray | None = None  # float32 [n, h, w], where the bundle was exported with --cam
+    embedding: np.ndarray | None = None  # float32 [n, features], where the bundle's graph gives it
 
 
 class Session(ABC):
@@ -37,7 +38,7 @@ class Session(ABC):
 
 def outputs_from(values: Mapping[str, np.ndarray]) -> Outputs:
     """-> Outputs by name; further outputs of a graph, which a bundle from elsewhere may have, are left out."""
-    return Outputs(values["logits"], values["probabilities"], values.get("cam"))
+    return Outputs(**{name: values[name] for name in Outputs._fields if name in values})
 
 
 class FixedBatchSession(Session):
@@ -50,18 +51,12 @@ class FixedBatchSession(Session):
 
     def run(self, images: np.ndarray) -> Outputs:
         parts = [self._run_padded(images[start : start + self._size]) for start in range(0, len(images), self._size)]
-        cams = [part.cam for part in parts if part.cam is not None]
-        return Outputs(
-            np.concatenate([part.logits for part in parts]),
-            np.concatenate([part.probabilities for part in parts]),
-            np.concatenate(cams) if cams else None,
-        )
+        return Outputs(*(None if columns[0] is None else np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
     def _run_padded(self, images: np.ndarray) -> Outputs:
         padding = np.zeros((self._size - len(images), *images.shape[1:]), images.dtype)
-        logits, probabilities, cam = self._session.run(np.concatenate([images, padding]))
-        count = len(images)
-        return Outputs(logits[:count], probabilities[:count], None if cam is None else cam[:count])
+        outputs = self._session.run(np.concatenate([images, padding]))
+        return Outputs(*(None if value is None else value[: len(images)] for value in outputs))
 
 
 def available_cores() -> int:

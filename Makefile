@@ -1,0 +1,50 @@
+# make quickstart   environment, train, export, verify, predict, and the table that says what to deploy
+# make test         environment and the fast suite
+# make check        style, types, import rules
+# make test-all     adds slow, browser, fault and soak tests
+# make bench        the measurements in docs/performance.md and the READMEs of benchmarks/
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: help quickstart test check test-all bench clean
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# The road from images to predictions; what a user installs.
+$(VENV)/.ready: $(BIN)/python pyproject.toml constraints.txt
+	@echo "installing into $(VENV) (PyTorch is large: some minutes the first time)"
+	$(PIP) -e '.[export,predict,cpu]'
+	@touch $@
+
+# Everything that the tests use on top.
+$(VENV)/.ready-dev: $(VENV)/.ready
+	$(PIP) -e '.[export,serve,cpu,openvino,tensorrt-rtx,dev]'
+	@touch $@
+
+quickstart: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.quickstart
+
+test: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest -m "not slow and not browser and not fault and not soak"
+
+check: $(VENV)/.ready-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test-all: $(VENV)/.ready-dev
+	$(PIP) -e '.[ray]'
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/.ready-dev
+	@ls benchmarks/*.py | grep -v quickstart
+	@echo "each one prints its options with --help"
+
+clean:
+	rm -rf $(VENV) runs bundles build dist *.egg-info

@@ -1,0 +1,75 @@
+"""`make quickstart`: every command a first user needs, run for real, and a table of what came out.
+
+A second call goes on where the first was stopped and repeats nothing that is finished, except export and prediction.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from ffl_deploy.bundle import load_bundle
+from ffl_deploy.run_directory import CONFIG, SUMMARY
+
+RUN, BUNDLES = Path("runs/quickstart"), Path("bundles/quickstart")
+IMAGES = RUN / "test_images"
+TARGETS = ("fused", "branch0")
+
+
+def main() -> int:
+    """-> 0, or the exit code of the first command that failed."""
+    interrupted = (RUN / CONFIG).is_file() and not (RUN / SUMMARY).is_file()
+    train = "" if (RUN / SUMMARY).is_file() else f"python -m train.run {'--resume' if interrupted else '--out'} {RUN}"
+    commands = [
+        train,
+        f"ffl-export {RUN} {' '.join(f'--target {target}' for target in TARGETS)} --out {BUNDLES}",
+        *(f"ffl-verify {BUNDLES / target}" for target in TARGETS),
+        f"python -m train.write_images {IMAGES}",
+        *(f"ffl-predict {BUNDLES / target} {IMAGES} --out {RUN / target}.jsonl" for target in TARGETS),
+    ]
+    for command in filter(None, commands):
+        print(f"\n$ {command}", flush=True)
+        program, *arguments = shlex.split(command)
+        code = subprocess.run([Path(sys.executable).parent / program, *arguments], check=False).returncode
+        if code:
+            return code
+    print(f"\n{table()}")
+    print(f"\nThe bundles are in {BUNDLES}/; a machine without torch needs only those: pip install 'ffl-deploy[predict,cpu]'")
+    return 0
+
+
+def table() -> str:
+    """-> one row per bundle, from its manifest and from the predictions on the test images."""
+    columns = "target", "parameters", "file", "PyTorch acc.", "ONNX acc.", "predicted acc.", "top-1 agreement", "latency, batch 1"
+    rows = [columns]
+    for target in TARGETS:
+        bundle = load_bundle(BUNDLES / target)
+        variant = bundle.variant()
+        accuracy, latency = variant.accuracy or {}, variant.latency or {}
+        rows.append(
+            (
+                target,
+                f"{bundle.manifest.source.parameters:,}",
+                f"{variant.bytes / 1e6:.2f} MB",
+                f"{100 * accuracy['difference']['reference_accuracy']:.2f} %",
+                f"{100 * accuracy['value']:.2f} %",
+                f"{100 * predicted_accuracy(RUN / f'{target}.jsonl'):.2f} %",
+                f"{100 * accuracy['top1_agreement']:.1f} %",
+                f"{latency['p50_ms']:.2f} ms",
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(columns))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def predicted_accuracy(file: Path) -> float:
+    """-> share of rows whose label is the name of the folder that the image lies in."""
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    return sum(Path(row["path"]).parent.name == row["label"] for row in rows) / len(rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""One thing to classify: the name its row shows, and how to get its bytes."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
+
+from ffl_deploy.images import ImageError
+
+MAX_FILE_BYTES = 256 * 2**20  # of one encoded image; 50 megapixels of incompressible 16-bit RGB PNG are 300 MB
+
+
+class Item(NamedTuple):
+    """`read()` gives the encoded image, or raises ImageError with the status of the item's row.
+
+    `bound` items come from a stream (a tar, a table): they must be read before the next item is asked for.
+    """
+
+    path: str
+    read: Callable[[], bytes]
+    label: str | None = None
+    bound: bool = False
+
+    def loaded(self) -> Item:
+        """-> this item with its bytes, or the reason why there are none, in memory."""
+        try:
+            data = self.read()
+        except ImageError as error:
+            return Item(self.path, partial(refuse, error.code, str(error)), self.label)
+        return Item(self.path, partial(bytes, data), self.label)
+
+
+@dataclass
+class Skipped:
+    """What a folder or an archive held that is not an input: reason -> count. Reported, never silent."""
+
+    reasons: Counter[str] = field(default_factory=Counter)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{count} {reason}" for reason, count in sorted(self.reasons.items()))
+
+
+def file_item(path: str, label: str | None = None) -> Item:
+    return Item(displayed(path), partial(read_file, path), label)
+
+
+def failed_item(path: str, code: str, message: str) -> Item:
+    """-> an item that only says why it cannot be read."""
+    return Item(displayed(path), partial(refuse, code, message))
+
+
+def refuse(code: str, message: str) -> bytes:
+    raise ImageError(code, message)
+
+
+def displayed(path: str) -> str:
+    """-> `path` as valid UTF-8: bytes of a name that are not UTF-8 become \\xNN, so that every output format can hold it."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def read_file(path: str, limit: int = MAX_FILE_BYTES) -> bytes:
+    """-> a regular file's content; never waits on a pipe. Raises ImageError: missing, not_a_file, unreadable, too_large."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # before opening: opening a device can have effects
+            raise ImageError("not_a_file", "it is a folder, a device or a pipe, not a file")
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        with open(descriptor, "rb", buffering=0) as file:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise ImageError("not_a_file", "it is a folder, a device or a pipe, not a file")
+            if status.st_size > limit:
+                raise ImageError("too_large", f"the file has {status.st_size} bytes, more than {limit}")
+            return file.read(limit)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ImageError("missing", "there is no such file") from error
+    except ValueError as error:  # a NUL inside a name that a table gave
+        raise ImageError("missing", "the name holds a character that no file name can hold") from error
+    except OSError as error:
+        raise ImageError("unreadable", f"the file cannot be read ({error.strerror})") from error

@@ -1,0 +1,199 @@
+"""Items -> rows: decoding in some threads, inference in others, with bounded queues between and the order kept.
+
+Batches are cut by position (the same items always share a batch), so a row's last bit does not depend on timing:
+a resumed run repeats the bytes of an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+
+from ffl_deploy.errors import FflError
+from ffl_deploy.images import ImageError, Pixels, Preprocessing, decode, prepare
+from ffl_deploy.runtime import Outputs, Session
+from serve.items import Item
+from serve.rows import OK, Row
+
+DECODE_CHUNK = 16  # items a decoding thread takes at a time: hand-over costs 30 us, a small image decodes in 50
+ANIMATED = "animated: only the first frame was classified"
+
+Argument = TypeVar("Argument")
+Result = TypeVar("Result")
+
+
+class Prepared(NamedTuple):
+    """A decoded item: the network's input, or the status and error of its row."""
+
+    path: str
+    label: str | None
+    pixels: Pixels | None  # uint8 [height, width, 3]
+    width: int | None = None
+    height: int | None = None
+    status: str = OK
+    error: str | None = None
+    seconds: float = 0.0  # spent reading, decoding, resizing
+
+
+class Chunk(NamedTuple):
+    """Items that one thread decodes. The flags say what ends with it."""
+
+    shard: int
+    items: list[Item]
+    ends_batch: bool
+    ends_shard: bool
+
+
+class Finished(NamedTuple):
+    """One batch's rows, in order, with the true label of each where it is known."""
+
+    shard: int
+    rows: list[Row]
+    labels: list[str | None]
+    ends_shard: bool
+    decode_seconds: list[float]  # each item's
+    infer_seconds: float
+
+
+class Classifier:
+    """Runs batches through a session and makes rows of the answers."""
+
+    def __init__(self, session: Session, classes: Sequence[str], top_k: int, columns: Sequence[str] = ()) -> None:
+        """columns: which of rows.OPTIONAL_COLUMNS to fill."""
+        self.session, self.classes = session, list(classes)
+        self.top_k, self.columns = min(top_k, len(self.classes)), columns
+
+    def rows(self, prepared: Sequence[Prepared]) -> list[Row]:
+        """-> one row for each, in order; the decoded ones go through the network as one batch."""
+        good = [item for item in prepared if item.pixels is not None]
+        answers = iter(self._classified(good)) if good else iter(())
+        return [next(answers) if item.pixels is not None else failed_row(item, item.status, item.error) for item in prepared]
+
+    def _classified(self, good: Sequence[Prepared]) -> list[Row]:
+        try:
+            outputs = self.session.run(np.stack([item.pixels for item in good if item.pixels is not None]))
+        except FflError:
+            raise
+        except Exception as error:  # every runtime has its own classes; none of them may cost the other rows
+            if len(good) > 1:  # out of memory, mostly: smaller batches may do
+                half = len(good) // 2
+                return self._classified(good[:half]) + self._classified(good[half:])
+            item = good[0]
+            status = "out_of_memory" if isinstance(error, MemoryError) else "inference_failed"
+            return [failed_row(item, status, f"the model could not be run ({str(error).strip()})")]
+        return self._answered(good, outputs)
+
+    def _answered(self, good: Sequence[Prepared], outputs: Outputs) -> list[Row]:
+        finite = np.isfinite(outputs.logits).all(axis=1) & np.isfinite(outputs.probabilities).all(axis=1)
+        order = np.argsort(-outputs.probabilities, axis=1, kind="stable")[:, : self.top_k]  # equal values keep class order
+        confidences = np.take_along_axis(outputs.probabilities, order, axis=1).tolist()
+        rows = []
+        for index, (item, ids, values) in enumerate(zip(good, order.tolist(), confidences, strict=True)):
+            if not finite[index]:
+                message = "the model's output is not a finite number"
+                rows.append(failed_row(item, "nonfinite", message))
+                continue
+            labels = [self.classes[i] for i in ids]
+            extra = {name: getattr(outputs, name)[index] for name in self.columns}
+            rows.append(
+                Row(item.path, OK, item.error, labels[0], ids[0], values[0], labels, values, item.width, item.height, **extra)
+            )
+        return rows
+
+
+def failed_row(item: Prepared, status: str, error: str | None) -> Row:
+    return Row(item.path, status, error, width=item.width, height=item.height)
+
+
+def prepare_item(item: Item, preprocessing: Preprocessing) -> Prepared:
+    """Read, decode and resize one item; whatever is wrong with it becomes a status."""
+    started = time.perf_counter()
+
+    def failed(status: str, error: str) -> Prepared:
+        return Prepared(item.path, item.label, None, status=status, error=error, seconds=time.perf_counter() - started)
+
+    try:
+        decoded = decode(item.read())
+        pixels = prepare(decoded.pixels, preprocessing)
+    except ImageError as error:
+        return failed(error.code, str(error))
+    except MemoryError:
+        return failed("out_of_memory", "the image does not fit into memory; classify it on a larger machine")
+    except Exception as error:  # a fault of ours may cost this row, not the other million
+        return failed("internal_error", f"{type(error).__name__}: {error}")
+    remark = ANIMATED if decoded.animated else None
+    seconds = time.perf_counter() - started
+    return Prepared(item.path, item.label, pixels, decoded.width, decoded.height, error=remark, seconds=seconds)
+
+
+def chunks(items: Iterable[Item], shard: int, batch_size: int) -> Iterator[Chunk]:
+    """Cut one shard's items into batches of `batch_size` by position, and those into chunks for the decoding threads."""
+    chunk: list[Item] = []
+    in_batch = 0
+    ahead: Item | None = None
+    for item in items:
+        if ahead is not None:
+            chunk.append(ahead)
+            in_batch += 1
+            if in_batch == batch_size or len(chunk) == DECODE_CHUNK:
+                yield Chunk(shard, chunk, in_batch == batch_size, False)
+                chunk, in_batch = [], in_batch % batch_size
+        ahead = item.loaded() if item.bound else item
+    if ahead is not None:
+        yield Chunk(shard, [*chunk, ahead], True, True)
+
+
+def run_pipeline(
+    work: Iterable[Chunk], classifier: Classifier, preprocessing: Preprocessing, *, batch_size: int, decoders: int, streams: int
+) -> Iterator[Finished]:
+    """Yield each batch's rows in order, while later batches are decoded and classified.
+
+    Args: decoders: decoding threads. streams: batches in inference at the same time.
+    At most about `decoders` + 2 batches of decoded, resized images are held, however many items there are.
+    """
+
+    def decode_chunk(chunk: Chunk) -> tuple[Chunk, list[Prepared]]:
+        return chunk, [prepare_item(item, preprocessing) for item in chunk.items]
+
+    def batches() -> Iterator[tuple[Chunk, list[Prepared]]]:
+        batch: list[Prepared] = []
+        for chunk, prepared in ordered_map(decode_chunk, work, decoding, decoders + 2 * -(-batch_size // DECODE_CHUNK)):
+            batch += prepared
+            if chunk.ends_batch:
+                yield chunk, batch
+                batch = []
+
+    def classify(batch: tuple[Chunk, list[Prepared]]) -> Finished:
+        chunk, prepared = batch
+        started = time.perf_counter()
+        rows = classifier.rows(prepared)
+        seconds = time.perf_counter() - started
+        return Finished(
+            chunk.shard, rows, [item.label for item in prepared], chunk.ends_shard, [item.seconds for item in prepared], seconds
+        )
+
+    with ExitStack() as stack:
+        decoding = ThreadPoolExecutor(decoders, "decode")
+        inferring = ThreadPoolExecutor(streams, "infer")
+        stack.callback(decoding.shutdown, cancel_futures=True)
+        stack.callback(inferring.shutdown, cancel_futures=True)
+        yield from ordered_map(classify, batches(), inferring, streams + 1)
+
+
+def ordered_map(
+    function: Callable[[Argument], Result], arguments: Iterable[Argument], executor: ThreadPoolExecutor, window: int
+) -> Iterator[Result]:
+    """Like `map` on an executor, but with at most `window` arguments taken and not yet yielded."""
+    pending: deque[Future[Result]] = deque()
+    for argument in arguments:
+        pending.append(executor.submit(function, argument))
+        if len(pending) >= window:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()

@@ -1,0 +1,96 @@
+"""`ffl-predict BUNDLE INPUT... --out FILE`: classify images, exactly one row per input, in order."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ffl_deploy.command import run_command
+from ffl_deploy.errors import DONE, SOME_INPUTS_FAILED, UsageError
+
+DESCRIPTION = """\
+Classify images with an exported bundle: exactly one row per input, in input order.
+
+INPUT is a file, a folder (searched recursively), a quoted glob, a zip or tar archive (streamed, never unpacked), a CSV or
+Parquet table with a column of paths or image bytes, or - for paths on standard input. An image that cannot be used gets a
+row that says why, and the run goes on.
+
+Exit: 0 all rows ok; 1 corrupt bundle, full disk; 2 unusable input; 3 finished, some rows have errors; 130 interrupted (--resume).
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("ffl-predict", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", metavar="BUNDLE", help="folder that ffl-export wrote")
+    parser.add_argument("inputs", metavar="INPUT", nargs="+", help="what to classify")
+    parser.add_argument("--out", metavar="FILE", required=True, type=Path, help="predictions; the suffix chooses the format")
+    parser.add_argument("--format", choices=("parquet", "jsonl", "csv"), help="default: by the suffix of FILE, else parquet")
+    parser.add_argument("--variant", metavar="NAME", help="of the bundle (default: fp32)")
+    parser.add_argument("--runtime", metavar="NAME", help="onnxruntime, openvino or tensorrt (default: the variant's own)")
+    parser.add_argument("--top-k", type=positive, default=5, metavar="K", help="labels per row (default: 5)")
+    parser.add_argument("--logits", action="store_true", help="add the column logits")
+    parser.add_argument("--embedding", action="store_true", help="add the column embedding, if the bundle's graph gives one")
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run; the result has the same bytes")
+    parser.add_argument("--engine", choices=("local", "ray"), default="local", help="ray: Ray Data, on this machine or a cluster")
+    reading = parser.add_argument_group("reading")
+    reading.add_argument("--column", metavar="NAME", help="of tables: paths or image bytes (default: path, image, ...)")
+    reading.add_argument(
+        "--label-column", metavar="NAME", help="of tables: true classes (default: label, class or target, if there)"
+    )
+    reading.add_argument("--follow-links", action="store_true", help="take symbolic links to files that a folder holds")
+    speed = parser.add_argument_group("speed (default: measured in a second at the start)")
+    speed.add_argument("--batch-size", type=positive, metavar="N", help="images per inference")
+    speed.add_argument("--threads", type=positive, metavar="N", help="cores to use (default: all)")
+    speed.add_argument(
+        "--shard-size", type=positive, default=1024, metavar="N", help="rows per shard: what a kill can cost (default: 1024)"
+    )
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--quiet", action="store_true", help="print errors only")
+    output.add_argument("--json", action="store_true", help="progress as JSON lines on stderr, the summary as JSON on stdout")
+    return parser
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def main(argv: Sequence[str]) -> int:
+    arguments = build_parser().parse_args(argv)
+    from serve.job import Job, run_job
+
+    if arguments.out.is_dir():
+        raise UsageError(f"{arguments.out} is a folder; give --out a file inside it.")
+    job = Job(
+        bundle=arguments.bundle,
+        inputs=list(arguments.inputs),
+        out=arguments.out,
+        format=arguments.format,
+        variant=arguments.variant,
+        runtime=arguments.runtime,
+        top_k=arguments.top_k,
+        columns=[name for name in ("logits", "embedding") if getattr(arguments, name)],
+        column=arguments.column,
+        label_column=arguments.label_column,
+        follow_links=arguments.follow_links,
+        batch_size=arguments.batch_size,
+        threads=arguments.threads,
+        shard_size=arguments.shard_size,
+        resume=arguments.resume,
+        engine=arguments.engine,
+        report="quiet" if arguments.quiet else "json" if arguments.json else "screen",
+    )
+    errors = run_job(job)
+    return SOME_INPUTS_FAILED if errors else DONE
+
+
+def entry() -> None:
+    sys.exit(run_command(main))
+
+
+if __name__ == "__main__":
+    entry()

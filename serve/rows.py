@@ -1,0 +1,152 @@
+"""The row that every input gets, and the three formats it is written in."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any, Literal, NamedTuple
+
+import msgspec
+import numpy as np
+
+from ffl_deploy.errors import UsageError
+from ffl_deploy.files import sync_folder
+
+Format = Literal["parquet", "jsonl", "csv"]
+FORMATS: tuple[Format, ...] = ("parquet", "jsonl", "csv")
+OK = "ok"
+OPTIONAL_COLUMNS = ("logits", "embedding")
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet executes: OWASP, CSV injection
+
+
+class Row(NamedTuple):
+    """One input's result. Unless `status` is `ok` there is no prediction and `error` says why; on an `ok` row it is a remark."""
+
+    path: str
+    status: str
+    error: str | None = None
+    label: str | None = None
+    label_id: int | None = None
+    confidence: float | None = None  # 0..1
+    top_k_labels: list[str] | None = None
+    top_k_confidences: list[float] | None = None
+    width: int | None = None  # pixels of the upright image, before any resize
+    height: int | None = None
+    logits: np.ndarray | None = None  # float32 [classes]
+    embedding: np.ndarray | None = None  # float32 [features]
+
+
+COLUMNS = tuple(name for name in Row._fields if name not in OPTIONAL_COLUMNS)
+
+
+def format_of(out: Path, wanted: str | None) -> Format:
+    """-> the format to write: the one asked for, else the one of the file's suffix, else Parquet. Raises UsageError."""
+    suffix = out.suffix.lower().removeprefix(".")
+    name = wanted or suffix or "parquet"
+    for known in FORMATS:
+        if name == known:
+            return known
+    raise UsageError(f"{out} has the suffix of no known format; give --format {'|'.join(FORMATS)}.")
+
+
+def encode(rows: Sequence[Row], format: Format, extra: Sequence[str]) -> bytes:
+    """-> one shard as bytes; the same rows give the same bytes. `extra`: which OPTIONAL_COLUMNS are written."""
+    if format == "parquet":
+        return _encode_parquet(rows, extra)
+    columns = (*COLUMNS, *extra)
+    if format == "jsonl":
+        return msgspec.json.Encoder(enc_hook=_plain).encode_lines({name: getattr(row, name) for name in columns} for row in rows)
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([_cell(getattr(row, name)) for name in columns] for row in rows)
+    return text.getvalue().encode()
+
+
+def assemble(shards: Iterable[Path], out: Path, format: Format, extra: Sequence[str]) -> None:
+    """Write the shards, in order, as one file that appears under its name only when it is complete and on disk."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with _replacing(out) as file:
+        if format == "parquet":
+            _join_parquet(shards, file, extra)
+            return
+        if format == "csv":
+            file.write((",".join((*COLUMNS, *extra)) + "\n").encode())
+        for shard in shards:
+            file.write(shard.read_bytes())
+
+
+@contextlib.contextmanager
+def _replacing(out: Path) -> Iterator[IO[bytes]]:
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, out)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(out.parent)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    raise NotImplementedError(type(value))
+
+
+def _cell(value: Any) -> Any:
+    """-> a CSV cell: lists as JSON; text that a spreadsheet would execute behind an apostrophe."""
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return "'" + value if value.startswith(FORMULA_STARTS) else value
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, list) else value
+
+
+def parquet_schema(extra: Sequence[str]) -> Any:
+    """-> the pyarrow schema of a predictions file."""
+    import pyarrow as pa
+
+    kinds = {
+        "path": pa.string(),
+        "status": pa.string(),
+        "error": pa.string(),
+        "label": pa.string(),
+        "label_id": pa.int32(),
+        "confidence": pa.float32(),
+        "top_k_labels": pa.list_(pa.string()),
+        "top_k_confidences": pa.list_(pa.float32()),
+        "width": pa.int32(),
+        "height": pa.int32(),
+        "logits": pa.list_(pa.float32()),
+        "embedding": pa.list_(pa.float32()),
+    }
+    return pa.schema([pa.field(name, kinds[name], nullable=name not in ("path", "status")) for name in (*COLUMNS, *extra)])
+
+
+def _encode_parquet(rows: Sequence[Row], extra: Sequence[str]) -> bytes:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = parquet_schema(extra)
+    arrays = [pa.array([getattr(row, field.name) for row in rows], type=field.type) for field in schema]
+    table = pa.table(arrays, schema=schema)
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return bytes(sink.getvalue())
+
+
+def _join_parquet(shards: Iterable[Path], file: IO[bytes], extra: Sequence[str]) -> None:
+    import pyarrow.parquet as pq
+
+    with pq.ParquetWriter(file, parquet_schema(extra), compression="zstd") as writer:
+        for shard in shards:
+            writer.write_table(pq.read_table(shard, schema=writer.schema))
