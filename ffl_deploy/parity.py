@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 
 from ffl_deploy.errors import CheckError
-from ffl_deploy.runtime import Outputs
+from ffl_deploy.runtime.session import Outputs
 from ffl_deploy.statistics import PairedDifference, log_softmax
 
 TIE = 1e-4
