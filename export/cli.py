@@ -6,11 +6,16 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ffl_deploy.command import run_command
 from ffl_deploy.errors import DONE, UsageError
 
-PRECISIONS = ("fp32",)
+if TYPE_CHECKING:
+    from export.tensorrt_engine import EngineOptions
+
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+RUNTIMES = ("onnxruntime", "openvino", "onnxruntime-cuda", "onnxruntime-tensorrt")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -26,6 +31,13 @@ def parser() -> argparse.ArgumentParser:
         "classifier that the run's best checkpoint was chosen by)",
     )  # fmt: skip
     parser.add_argument("--precision", action="append", choices=PRECISIONS, help="further variants beside fp32; may be repeated")
+    parser.add_argument(
+        "--runtime", action="append", choices=RUNTIMES, help="verify and measure every ONNX variant here too; may be repeated"
+    )
+    parser.add_argument("--tensorrt", action="store_true", help="build TensorRT engines from the suitable variants")
+    parser.add_argument(
+        "--compute-capability", action="append", metavar="X.Y", help="GPUs to build engines for, for example 8.9; may be repeated"
+    )
     parser.add_argument("--checkpoint", default="best", metavar="NAME", help="best (default), last or ema")
     parser.add_argument("--opset", type=int, metavar="N", help="ONNX opset")
     parser.add_argument("--batch", default="dynamic", metavar="dynamic|N", help="batch size of the graph (default: dynamic)")
@@ -45,6 +57,7 @@ def main(argv: Sequence[str]) -> int:
 
     from export.onnx_graph import OPSET, OPSETS, GraphOptions
     from export.pipeline import ExportOptions, export_run
+    from export.variants import VariantOptions
 
     opset = arguments.opset or OPSET
     if opset not in OPSETS:
@@ -52,9 +65,13 @@ def main(argv: Sequence[str]) -> int:
     options = ExportOptions(
         targets=tuple(arguments.target or [run.model.strong]),
         out=arguments.out or Path("bundles") / run.name,
-        precisions=tuple(dict.fromkeys(["fp32", *(arguments.precision or [])])),
+        variants=VariantOptions(
+            precisions=tuple(dict.fromkeys(["fp32", *(arguments.precision or [])])),
+            runtimes=tuple(dict.fromkeys(["onnxruntime", *(arguments.runtime or [])])),
+            graph=GraphOptions(opset, batch),
+            engines=_engines(arguments.tensorrt, arguments.compute_capability, batch),
+        ),
         checkpoint=arguments.checkpoint,
-        graph=GraphOptions(opset, batch),
         cam=arguments.cam,
         golden=arguments.golden,
     )
@@ -69,6 +86,18 @@ def _batch(text: str) -> int | None:
     if not text.isdecimal() or int(text) < 1:
         raise UsageError(f"--batch {text} is neither dynamic nor a number of images; give for example --batch 8.")
     return int(text)
+
+
+def _engines(wanted: bool, capabilities: list[str] | None, batch: int | None) -> EngineOptions | None:
+    """-> what --tensorrt and --compute-capability ask for. Raises UsageError."""
+    from export.tensorrt_engine import EngineOptions, installed_flavour
+
+    if not wanted:
+        if capabilities:
+            raise UsageError("--compute-capability is about TensorRT engines; add --tensorrt, or leave it out.")
+        return None
+    profile = (batch, batch, batch) if batch else EngineOptions().batches
+    return EngineOptions(installed_flavour(), tuple(capabilities) if capabilities else None, profile)
 
 
 def entry() -> None:

@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 
 from ffl_deploy.errors import CheckError
-from ffl_deploy.runtime import Outputs
+from ffl_deploy.runtime.session import Outputs
 from ffl_deploy.statistics import PairedDifference, log_softmax
 
 TIE = 1e-4
@@ -261,7 +261,7 @@ def measure(
 
 
 def run_in_batches(run: Callable[[np.ndarray], Outputs], read: Callable[[slice], np.ndarray], count: int, batch: int) -> Outputs:
-    """-> logits and probabilities of the first `count` images, `batch` at a time. Raises CheckError for a wrong number of rows."""
+    """-> logits and probabilities of the first `count` images, `batch` at a time. Raises CheckError for lost rows."""
     logits, probabilities = [], []
     for start in range(0, count, batch):
         part = read(slice(start, min(start + batch, count)))

@@ -14,12 +14,12 @@ import torch
 
 import ffl_deploy
 from ffl_deploy.checkpoint import MODEL, load_weights, read_checkpoint
-from ffl_deploy.datasets import DataSpec, ImageData, load_data
+from ffl_deploy.datasets import ArraySplit, DataSpec, ImageData, load_data
 from ffl_deploy.errors import UsageError
 from ffl_deploy.files import existing_folder, replace_file
 from ffl_deploy.networks.mutual import MutualNetwork, NetworkConfig
 from ffl_deploy.run_directory import CONFIG, REFERENCE, SCHEMA, SUMMARY, ModelRecord, RunConfig, write_json
-from train.batches import Batches, InMemoryBatches, Shares
+from train.batches import Batches, InMemoryBatches, Shares, crop_padding
 from train.config import TrainConfig
 from train.distributed import World, process_group, torchrun_world
 from train.evaluate import accuracies, logits_of
@@ -30,6 +30,7 @@ from train.options import options_to_json
 from train.randomness import seed_everything
 from train.record import draw_curves
 from train.stopping import stop_on_signals
+from train.streaming import StreamedBatches
 
 REFERENCE_IMAGES = 256
 
@@ -45,10 +46,12 @@ def run_training(config: TrainConfig) -> int:
             return 0
         method = build_method(config.model.method, config.model.temperature)
         method.check(config.model.branches)
-        data = load_data(data_spec(config))
+        data = load_data(data_spec(config), memory_limit(config))
         network_config = choose_network(config, method, data)
         seed_everything(config.seed, "weights")
         network = MutualNetwork(network_config).to(machine.device).to(memory_format=torch.channels_last)
+        if config.machine.sync_batchnorm:
+            network = synchronise_batchnorm(network, machine)
         batches = make_batches(config, data, machine, world)
         if world.is_main and config.output.resume is None:
             write_json(folder / CONFIG, describe(config, data, network_config, method, machine))
@@ -88,6 +91,14 @@ def data_spec(config: TrainConfig) -> DataSpec:
     )
 
 
+def memory_limit(config: TrainConfig) -> int | None:
+    """-> bytes of decoded images to hold in memory, None for the default."""
+    if config.data.augment == "resized-crop":
+        return 0  # its views are cut from the original images, which are only on disk
+    limit = config.machine.memory_limit
+    return None if limit is None else int(limit * 2**30)
+
+
 def choose_network(config: TrainConfig, method: Method, data: ImageData) -> NetworkConfig:
     """-> the architecture: branches from the configuration, what joins them from the method."""
     shared = config.model.shared_stages
@@ -104,13 +115,28 @@ def choose_network(config: TrainConfig, method: Method, data: ImageData) -> Netw
     )
 
 
+def synchronise_batchnorm(network: MutualNetwork, machine: Machine) -> MutualNetwork:
+    """-> the network with batch statistics over all processes; weights keep their names. Raises UsageError on a CPU."""
+    if machine.device.type != "cuda":
+        raise UsageError("--sync-batchnorm runs on GPUs only (torch has no CPU version); leave it out.")
+    return torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
+
+
 def make_batches(config: TrainConfig, data: ImageData, machine: Machine, world: World) -> Batches:
     """-> the source of batches that suits the data. Raises UsageError where one step cannot be filled."""
     optimisation = config.optimisation
     shares = Shares(world, optimisation.accumulate)
-    batches = InMemoryBatches(
-        data, config.data, optimisation.batch_size, optimisation.label_smoothing, config.seed, machine.device, shares
-    )
+    size, padding = data.preprocessing, crop_padding(config.data)
+    if padding >= min(size.height, size.width):
+        raise UsageError(f"--crop-padding {padding} is too wide for images of {size.width}x{size.height} pixels; use less.")
+    settings = (
+        data, config.data, optimisation.batch_size, optimisation.label_smoothing, config.seed, machine.device, shares,
+    )  # fmt: skip
+    batches: Batches
+    if isinstance(data.train, ArraySplit) and config.data.augment != "resized-crop":
+        batches = InMemoryBatches(*settings)
+    else:
+        batches = StreamedBatches(*settings, workers=config.machine.workers)
     if batches.steps_per_epoch == 0:
         raise UsageError(f"{len(data.train)} training images are too few for {shares.parts} micro-batches; use fewer.")
     return batches
@@ -129,7 +155,7 @@ def describe(config: TrainConfig, data: ImageData, network: NetworkConfig, metho
         preprocessing=data.preprocessing,
         mean=data.mean,
         std=data.std,
-        split={"images_per_class": counts, "skipped": data.skipped},
+        split={"images_per_class": counts, "skipped": data.skipped, "in_memory": isinstance(data.train, ArraySplit)},
         model=ModelRecord(config.model.method, method.strong, msgspec.to_builtins(network)),
         toolchain={
             "ffl_deploy": ffl_deploy.__version__,
