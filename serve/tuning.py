@@ -14,7 +14,7 @@ from serve.shards import Settings
 if TYPE_CHECKING:
     from serve.job import Job
 
-SMALL_RUN = 512  # items: below, measuring costs more than it gains
+SMALL_RUN = 2048  # items: below, measuring costs more than it gains
 SMALL_BATCH = 32
 SHARD_SIZE = 1024  # rows: some seconds of work, and a row group of the Parquet output
 BATCHES = (16, 64)

@@ -35,6 +35,14 @@ def test_items_travel_as_data(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert (failed.code, failed.message) == ("encrypted", "it is")
 
 
+def test_without_ray_the_engine_is_refused(predict: Predict, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    run = predict(folder, flags=["--engine", "ray"])
+    assert run.code == 2
+    assert "ffl-deploy[ray]" in run.stderr
+    assert not run.out.parent.exists() or not any(run.out.parent.iterdir())
+
+
 def start(*arguments: object) -> subprocess.Popen[str]:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "serve.predict", *map(str, arguments)]
