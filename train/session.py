@@ -49,7 +49,9 @@ def run_training(config: TrainConfig, stop: StopRequest | None = None) -> int:
         data = load_data(data_spec(config), memory_limit(config))
         network_config = choose_network(config, method, data)
         seed_everything(config.seed, "weights")
-        network = MutualNetwork(network_config).to(machine.device).to(memory_format=torch.channels_last)
+        # A run that is resumed has weights of its own.
+        pretrained = config.model.pretrained and existing_folder(folder / "checkpoints" / "last") is None
+        network = MutualNetwork(network_config, pretrained).to(machine.device).to(memory_format=torch.channels_last)
         if config.machine.sync_batchnorm:
             network = synchronise_batchnorm(network, machine)
         batches = make_batches(config, data, machine, world)
