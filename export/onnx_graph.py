@@ -39,7 +39,8 @@ class Normalise(nn.Module):
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        return (images.permute(0, 3, 1, 2).to(torch.float32) - self.mean) / self.std
+        # The cast comes first: TensorRT takes uint8 as an input, but computes nothing on it, not even a transposition.
+        return (images.to(torch.float32).permute(0, 3, 1, 2) - self.mean) / self.std
 
 
 class DeployedModel(nn.Module):

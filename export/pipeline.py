@@ -12,21 +12,18 @@ import msgspec
 import numpy as np
 
 from export.card import model_card
-from export.check import HeldOut, check_parity, file_batches, measure_accuracy, require_accuracy
+from export.check import HeldOut
 from export.evaluation import Evaluation, Reference, check_target, class_balanced
-from export.latency import measure_latency
-from export.localise import first_difference
-from export.onnx_graph import DeployedModel, GraphOptions, write_onnx
+from export.onnx_graph import DeployedModel
+from export.variants import TargetContext, VariantOptions, build_variants
 from ffl_deploy import __version__
 from ffl_deploy.bundle import (
-    DEFAULT_VARIANT,
     SCHEMA,
     Bundle,
     GoldenSamples,
     InputTensor,
     Manifest,
     OutputTensor,
-    Precision,
     Source,
     Variant,
     file_records,
@@ -36,16 +33,14 @@ from ffl_deploy.bundle import (
 )
 from ffl_deploy.checkpoint import LoadedNetwork, load_network
 from ffl_deploy.command import choices_sentence
-from ffl_deploy.errors import CheckError, UsageError
-from ffl_deploy.files import replace_folder, sha256_of, write_atomically
+from ffl_deploy.errors import UsageError
+from ffl_deploy.files import replace_folder, write_atomically
 from ffl_deploy.networks.targets import build_target, target_names
 from ffl_deploy.run_directory import Run
-from ffl_deploy.runtime import OnnxRuntimeSession
 from ffl_deploy.statistics import expected_calibration_error, fit_temperature, log_softmax
 
 GOLDEN_IMAGES = 64
 GOLDEN_BYTES = 8 << 20  # of pixels; large images get fewer samples, so that a bundle stays light
-LOCALISE_IMAGES = 8
 
 
 @dataclass(frozen=True)
@@ -54,9 +49,8 @@ class ExportOptions:
 
     targets: tuple[str, ...]
     out: Path
-    precisions: tuple[str, ...] = ("fp32",)
+    variants: VariantOptions = field(default_factory=VariantOptions)
     checkpoint: str = "best"
-    graph: GraphOptions = field(default_factory=GraphOptions)
     cam: bool = False
     golden: Path | None = None
 
@@ -103,15 +97,16 @@ def export_target(
     calibration = calibrate(evaluation, name)
     model = DeployedModel(target, run.mean, run.std, calibration.temperature, options.cam).eval()
     test = HeldOut(evaluation.data.test, evaluation.test_logits[name])
+    context = TargetContext(name, model, reference, test, evaluation, loaded.sha256)
     with replace_folder(options.out / name) as folder:
-        variant = write_fp32(folder, name, model, reference, test, loaded, run, options)
+        variants = build_variants(folder, context, options.variants)
         samples, origin = golden_samples(model, reference, options.golden, run)
         golden = write_golden(folder, samples, origin)
         manifest = Manifest(
             schema=SCHEMA,
             target=name,
             classes=run.classes,
-            input=InputTensor(run.preprocessing),
+            input=InputTensor(run.preprocessing, batch=options.variants.graph.batch),
             outputs=output_tensors(model, len(run.classes)),
             source=Source(
                 run=run.name,
@@ -123,7 +118,7 @@ def export_target(
                 data=run.config.data_name,
                 parameters=sum(parameter.numel() for parameter in target.parameters()),
             ),
-            variants=[variant],
+            variants=variants,
             golden=golden,
             files={},
             toolchain=toolchain(),
@@ -135,40 +130,6 @@ def export_target(
     for variant in bundle.manifest.variants:
         report(f"{bundle.folder}: {variant.name} {variant_summary(variant)}")
     return bundle
-
-
-def write_fp32(
-    folder: Path,
-    name: str,
-    model: DeployedModel,
-    reference: Reference,
-    test: HeldOut,
-    loaded: LoadedNetwork,
-    run: Run,
-    options: ExportOptions,
-) -> Variant:
-    """Write and verify `model.onnx`. Raises CheckError."""
-    path = folder / "model.onnx"
-    shape = run.preprocessing
-    metadata = {"ffl.target": name, "ffl.checkpoint_sha256": loaded.sha256}
-    write_onnx(model, path, shape.height, shape.width, options.graph, metadata)
-    if file_batches(path) != options.graph.batch:
-        raise CheckError(f"the exporter froze the batch of {path.name} to {file_batches(path)}. No bundle was written.")
-    session = OnnxRuntimeSession(path, DEFAULT_VARIANT)
-    images = reference.images[:LOCALISE_IMAGES]
-    parity = check_parity(session, reference, "fp32", model.temperature, lambda: first_difference(path, model, images))
-    accuracy = require_accuracy(measure_accuracy(session, test, "fp32"), DEFAULT_VARIANT)
-    return Variant(
-        name=DEFAULT_VARIANT,
-        runtime=session.runtime,
-        file=path.name,
-        sha256=sha256_of(path),
-        bytes=path.stat().st_size,
-        precision=Precision("fp32", "fp32"),
-        parity=msgspec.to_builtins(parity),
-        accuracy=msgspec.to_builtins(accuracy),
-        latency=msgspec.to_builtins(measure_latency(session.run, reference.images)),
-    )
 
 
 def calibrate(evaluation: Evaluation, target: str) -> Calibration:

@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 
 from ffl_deploy.errors import CheckError
-from ffl_deploy.runtime import Outputs
+from ffl_deploy.runtime.session import Outputs
 from ffl_deploy.statistics import PairedDifference, log_softmax
 
 TIE = 1e-4
@@ -73,7 +73,7 @@ class Finding(msgspec.Struct, frozen=True):
 
     def __str__(self) -> str:
         where = f" at {self.where}" if self.where else ""
-        return f"{self.metric} is {self.measured:.3g}{where}, the gate is {self.limit:.3g}"
+        return f"{self.metric} is {self.measured:.3g}{where}, the gate is {self.limit:.6g}"
 
 
 class Verdict(msgspec.Struct, frozen=True):

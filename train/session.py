@@ -49,7 +49,11 @@ def run_training(config: TrainConfig, stop: StopRequest | None = None) -> int:
         data = load_data(data_spec(config), memory_limit(config))
         network_config = choose_network(config, method, data)
         seed_everything(config.seed, "weights")
-        network = MutualNetwork(network_config).to(machine.device).to(memory_format=torch.channels_last)
+        # A run that is resumed has weights of its own.
+        pretrained = config.model.pretrained and existing_folder(folder / "checkpoints" / "last") is None
+        network = MutualNetwork(network_config, pretrained).to(machine.device).to(memory_format=torch.channels_last)
+        if config.machine.sync_batchnorm:
+            network = synchronise_batchnorm(network, machine)
         batches = make_batches(config, data, machine, world)
         if world.is_main and config.output.resume is None:
             write_json(folder / CONFIG, describe(config, data, network_config, method, machine))
@@ -111,6 +115,13 @@ def choose_network(config: TrainConfig, method: Method, data: ImageData) -> Netw
         aggregator=method.aggregator,
         scale_trunk_gradient=method.scales_trunk_gradient,
     )
+
+
+def synchronise_batchnorm(network: MutualNetwork, machine: Machine) -> MutualNetwork:
+    """-> the network with batch statistics over all processes; weights keep their names. Raises UsageError on a CPU."""
+    if machine.device.type != "cuda":
+        raise UsageError("--sync-batchnorm runs on GPUs only (torch has no CPU version); leave it out.")
+    return torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
 
 
 def make_batches(config: TrainConfig, data: ImageData, machine: Machine, world: World) -> Batches:

@@ -80,7 +80,9 @@ def server(two_bundles: tuple[Bundle, Bundle]) -> Iterator[Running]:
 
 
 @contextlib.contextmanager
-def start_process(*arguments: str, module: str = "serve.app", wait: float = 60, env: dict[str, str] | None = None) -> Iterator[Running]:
+def start_process(
+    *arguments: str, module: str = "serve.app", wait: float = 60, env: dict[str, str] | None = None
+) -> Iterator[Running]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", module, *arguments, "--port", str(port), "--log-format", "json"]
