@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from export.calibration import IMAGES
 from export.check import HeldOut, check_parity, file_batches, measure_accuracy, require_accuracy
@@ -29,7 +30,6 @@ from ffl_deploy.runtime.session import FixedBatchSession
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 CPU_RUNTIMES = ("onnxruntime", "openvino")
-LOCALISE_IMAGES = 8
 VALIDATION_IMAGES = 512  # on which quantisation methods are compared
 
 
@@ -119,10 +119,9 @@ def verified(file: ModelFile, runtime: str, context: TargetContext, folder: Path
     if batch:
         session = FixedBatchSession(session, batch)
     precision = gate_precision(file.stored, computed)
-    source, images = folder / "model.onnx", context.reference.images[:LOCALISE_IMAGES]
 
-    def locate() -> str:
-        return first_difference(file.path, context.model, images, precision, source)
+    def locate(images: np.ndarray) -> str:
+        return first_difference(file.path, context.model, images, precision, folder / "model.onnx")
 
     parity = check_parity(session, context.reference, precision, context.model.temperature, locate)
     accuracy = require_accuracy(measure_accuracy(session, context.test, precision), name)

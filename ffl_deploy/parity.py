@@ -73,7 +73,7 @@ class Finding(msgspec.Struct, frozen=True):
 
     def __str__(self) -> str:
         where = f" at {self.where}" if self.where else ""
-        return f"{self.metric} is {self.measured:.3g}{where}, the gate is {self.limit:.3g}"
+        return f"{self.metric} is {self.measured:.3g}{where}, the gate is {self.limit:.6g}"
 
 
 class Verdict(msgspec.Struct, frozen=True):

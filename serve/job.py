@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import itertools
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -21,15 +20,13 @@ import msgspec
 from ffl_deploy.bundle import Bundle, load_bundle
 from ffl_deploy.errors import CheckError, Interrupted, UsageError
 from serve.items import Item
-from serve.labelled import count_labels
 from serve.labelled_report import make_report, report_screen, write_report
-from serve.pipeline import Chunk, Classifier, chunks, run_pipeline
 from serve.progress import Progress, Report
-from serve.rows import OK, Row, assemble, encode, format_of
-from serve.shards import Parts, Request, Settings, ShardRecord, count, hash_names, open_parts, parts_folder
+from serve.rows import assemble, format_of
+from serve.shards import Parts, Request, Settings, open_parts, parts_folder
 from serve.sources import Reading, check_inputs, count_inputs, read_inputs
 from serve.summary import Totals, screen, summarise, summary_path, write_summary
-from serve.supervise import CarefulShardDone, Recovery
+from serve.supervise import Recovery
 from serve.tuning import SMALL_RUN, choose_settings
 
 
@@ -57,6 +54,17 @@ class Job:
     recovery: Recovery = field(default_factory=Recovery)
 
 
+@dataclass(frozen=True)
+class Run:
+    """What an engine works with: the request, the model, where shards go, and what to keep count with."""
+
+    job: Job
+    bundle: Bundle
+    parts: Parts
+    totals: Totals
+    progress: Progress
+
+
 def run_job(job: Job) -> int:
     """Run it and -> the number of rows with an error.
 
@@ -71,9 +79,7 @@ def run_job(job: Job) -> int:
     first, items = peek(read_inputs(job.inputs, reading), SMALL_RUN)
     if not first:
         found = f" (skipped: {reading.skipped})" if reading.skipped.reasons else ""
-        raise UsageError(
-            f"there is nothing to classify in {', '.join(job.inputs)}{found}; name image files or a folder that holds some."
-        )
+        raise UsageError(f"nothing to classify in {', '.join(job.inputs)}{found}; name image files or a folder that holds some.")
     started = time.perf_counter()
 
     def settings() -> Settings:
@@ -83,13 +89,16 @@ def run_job(job: Job) -> int:
     with stop_signals(job.out), full_disks(job.out), open_parts(job.out, request, settings, resume) as parts:
         check_overrides(job, parts)
         totals = Totals()
-        session = bundle.session(job.variant, job.runtime, threads=parts.manifest.settings.threads)
-        classifier = Classifier(session, bundle.classes, job.top_k, job.columns)
         with Progress(job.report, lambda: count_inputs(job.inputs, reading)) as progress:
-            shards = predict_shards(items, parts, classifier, bundle, totals, progress, job.recovery)
-        assemble((parts.data_path(index) for index in range(shards)), job.out, request.format, job.columns)
+            run = Run(job, bundle, parts, totals, progress)
+            if job.engine == "ray":
+                from serve.cluster import predict_shards
+            else:
+                from serve.local import predict_shards
+            predict_shards(run, items)
+        assemble((parts.data_path(index) for index in range(totals.shards)), job.out, request.format, job.columns)
         summary = summarise(totals, parts.manifest, job.out, reading.skipped, time.perf_counter() - started)
-        report = make_report(totals.labelled, bundle.classes, classifier.top_k)
+        report = make_report(totals.labelled, bundle.classes, min(job.top_k, len(bundle.classes)))
         if report["labelled_rows"]:
             write_report(job.out, report, totals.labelled, bundle.classes)
             summary["labelled"] = {name: value for name, value in report.items() if not isinstance(value, list | dict)}
@@ -170,93 +179,6 @@ def peek(items: Iterator[Item], limit: int) -> tuple[list[Item], Iterator[Item]]
         if item.bound or len(seen) == limit:
             break
     return seen, itertools.chain(seen, items)
-
-
-def predict_shards(
-    items: Iterator[Item],
-    parts: Parts,
-    classifier: Classifier,
-    bundle: Bundle,
-    totals: Totals,
-    progress: Progress,
-    recovery: Recovery,
-) -> int:
-    """Make every shard that is not finished yet; -> the number of shards."""
-    settings = parts.manifest.settings
-    shards = 0
-
-    def work() -> Iterator[Chunk]:
-        nonlocal shards
-        for index, shard in enumerate(cut(items, settings.shard_size)):
-            shards = index + 1
-            record = parts.record(index)
-            if record is None:
-                yield from chunks(guarded(shard, index, settings, recovery), index, settings.batch_size)
-            else:
-                check_unchanged(record, shard, parts, index)
-                totals.add_record(record, resumed=True)
-                recovery.marker.finished(index + 1)
-                progress.advance(record.rows, record.rows - record.statuses.get(OK, 0))
-
-    rows: list[Row] = []
-    labels: list[str | None] = []
-    for finished in run_pipeline(
-        work(),
-        classifier,
-        bundle.preprocessing,
-        batch_size=settings.batch_size,
-        decoders=settings.decoders,
-        streams=settings.streams,
-    ):
-        rows += finished.rows
-        labels += finished.labels
-        totals.add_timing(finished)
-        progress.advance(len(finished.rows), sum(row.status != OK for row in finished.rows))
-        if finished.ends_shard:
-            totals.add_record(commit(parts, finished.shard, rows, labels, bundle.classes), resumed=False)
-            recovery.marker.finished(finished.shard + 1)
-            if finished.shard == recovery.careful:
-                raise CarefulShardDone
-            rows, labels = [], []
-    return shards
-
-
-def guarded(shard: Iterable[Item], index: int, settings: Settings, recovery: Recovery) -> Iterator[Item]:
-    """-> the shard's items, those behind which an earlier worker died refused or tried first."""
-    for number, item in enumerate(shard, index * settings.shard_size):
-        yield recovery.guarded(item, index, number)
-
-
-def cut(items: Iterator[Item], size: int) -> Iterator[Iterator[Item]]:
-    """-> consecutive runs of `size` items; each must be used up before the next is asked for."""
-    for first in items:
-        yield itertools.chain([first], itertools.islice(items, size - 1))
-
-
-def check_unchanged(record: ShardRecord, shard: Iterable[Item], parts: Parts, index: int) -> None:
-    """Raise UsageError unless the shard's inputs are still the ones its rows were made from."""
-    if hash_names(item.path for item in shard) != record.inputs_sha256:
-        raise UsageError(
-            f"the inputs changed since shard {index} of {parts.folder} was finished (a file was added, removed or renamed); "
-            "bring them back to what they were, or remove that folder and start again."
-        )
-
-
-def commit(parts: Parts, index: int, rows: list[Row], labels: list[str | None], classes: list[str]) -> ShardRecord:
-    """Write one shard; -> its record."""
-    request = parts.manifest.request
-    data = encode(rows, request.format, request.columns)
-    record = ShardRecord(
-        rows=len(rows),
-        sha256=hashlib.sha256(data).hexdigest(),
-        inputs_sha256=hash_names(row.path for row in rows),
-        statuses=count(row.status for row in rows),
-        labels=count(row.label for row in rows if row.label is not None),
-        remarks=count(row.error for row in rows if row.status == OK and row.error),
-        labelled=count_labels(rows, labels, classes),
-    )
-    parts.commit(index, data, record)
-    return record
 
 
 @contextmanager

@@ -69,9 +69,13 @@ def parse_flags(argv: Sequence[str], defaults: TrainConfig) -> TrainConfig:
 
 def one_sentence(box: str) -> str:
     """tyro's framed message -> its first paragraph, with the nearest existing flag where it names one."""
-    rows = [line.strip("│╭╮╰╯|+ ").replace("─", "-") for line in box.splitlines()]  # plain ASCII where the terminal is
-    rows = [row for row in rows if row and (set(row) == {"-"} or "---" not in row)]  # a ruled row with text is the title
-    inside = [list(group) for ruled, group in groupby(rows, lambda row: set(row) == {"-"}) if not ruled] or [[box.strip()]]
+    rows = [line.strip("│╭╮╰╯ ").replace("─", "-") for line in box.splitlines()]
+    paragraphs = [list(group) for ruled, group in groupby(filter(None, rows), lambda row: set(row) == {"-"}) if not ruled]
+    if "╭" in box:
+        paragraphs[0] = paragraphs[0][1:]  # the title is part of the frame
+    else:
+        paragraphs = paragraphs[1:]  # a plain terminal has the title above the first rule
+    inside = paragraphs or [[box.strip()]]
     near = next((words[1].split()[0] for words in inside[1:] if words[0].startswith("Perhaps") and len(words) > 1), None)
     return f"{' '.join(inside[0]).rstrip('.')}.{f' Did you mean {near}?' if near else ''}"
 
