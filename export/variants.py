@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from export.calibration import IMAGES
 from export.check import HeldOut, check_parity, file_batches, measure_accuracy, require_accuracy
@@ -29,7 +30,6 @@ from ffl_deploy.runtime.session import FixedBatchSession
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 CPU_RUNTIMES = ("onnxruntime", "openvino")
-LOCALISE_IMAGES = 8
 VALIDATION_IMAGES = 512  # on which quantisation methods are compared
 
 
@@ -106,10 +106,10 @@ def write_files(folder: Path, context: TargetContext, options: VariantOptions) -
             evaluation, validation = context.evaluation, context.evaluation.data.validation
             rows = class_balanced(validation.labels, VALIDATION_IMAGES)
             held = Held(validation.read(rows), evaluation.validation_logits[context.name][rows])
-            paths, choice = quantise(source, folder, evaluation.calibration_images(IMAGES), held)
-            details = {"quantisation": msgspec.to_builtins(choice)}
-            yield ModelFile("int8", paths["cpu"], "int8", options.runtimes, details)
-            yield ModelFile("int8-tensorrt", paths["tensorrt"], "int8", ("onnxruntime",), details)
+            forms = quantise(source, folder, evaluation.calibration_images(IMAGES), held)
+            for name, form in (("int8", forms["cpu"]), ("int8-tensorrt", forms["tensorrt"])):
+                runtimes = options.runtimes if name == "int8" else ("onnxruntime",)
+                yield ModelFile(name, form.path, "int8", runtimes, {"quantisation": msgspec.to_builtins(form.choice)})
 
 
 def verified(file: ModelFile, runtime: str, context: TargetContext, folder: Path, batch: int | None) -> Variant:
@@ -119,10 +119,9 @@ def verified(file: ModelFile, runtime: str, context: TargetContext, folder: Path
     if batch:
         session = FixedBatchSession(session, batch)
     precision = gate_precision(file.stored, computed)
-    source, images = folder / "model.onnx", context.reference.images[:LOCALISE_IMAGES]
 
-    def locate() -> str:
-        return first_difference(file.path, context.model, images, precision, source)
+    def locate(images: np.ndarray) -> str:
+        return first_difference(file.path, context.model, images, precision, folder / "model.onnx")
 
     parity = check_parity(session, context.reference, precision, context.model.temperature, locate)
     accuracy = require_accuracy(measure_accuracy(session, context.test, precision), name)

@@ -18,28 +18,28 @@ from ffl_deploy.datasets import ArraySplit, DataSpec, ImageData, load_data
 from ffl_deploy.errors import UsageError
 from ffl_deploy.files import existing_folder, replace_file
 from ffl_deploy.networks.mutual import MutualNetwork, NetworkConfig
-from ffl_deploy.run_directory import CONFIG, REFERENCE, SCHEMA, SUMMARY, ModelRecord, RunConfig, write_json
+from ffl_deploy.run_directory import CONFIG, PREDICTIONS, REFERENCE, SCHEMA, SUMMARY, ModelRecord, RunConfig, write_json
 from train.batches import Batches, InMemoryBatches, Shares, crop_padding
 from train.config import TrainConfig
 from train.distributed import World, process_group, torchrun_world
-from train.evaluate import accuracies, logits_of
+from train.evaluate import logits_of, predictions
 from train.loop import Position, fit
 from train.machine import Machine, choose_machine
 from train.methods import Method, build_method
 from train.options import options_to_json
 from train.randomness import seed_everything
 from train.record import draw_curves
-from train.stopping import stop_on_signals
+from train.stopping import StopRequest, stop_on_signals
 from train.streaming import StreamedBatches
 
 REFERENCE_IMAGES = 256
 
 
-def run_training(config: TrainConfig) -> int:
-    """Train as `config` says, or go on with the run it resumes; -> exit code."""
+def run_training(config: TrainConfig, stop: StopRequest | None = None) -> int:
+    """Train as `config` says, or go on with the run it resumes; -> exit code. Without `stop` it listens to signals itself."""
     world = torchrun_world()
     machine = choose_machine(config.machine, world)
-    with process_group(world, machine.device), stop_on_signals() as stop:
+    with process_group(world, machine.device), stop_on_signals(stop) as stop:
         folder = run_folder(config, world)
         if (folder / SUMMARY).is_file():
             say(f"{folder} is finished already; its results are in {folder / SUMMARY}.", config, world)
@@ -49,7 +49,9 @@ def run_training(config: TrainConfig) -> int:
         data = load_data(data_spec(config), memory_limit(config))
         network_config = choose_network(config, method, data)
         seed_everything(config.seed, "weights")
-        network = MutualNetwork(network_config).to(machine.device).to(memory_format=torch.channels_last)
+        # A run that is resumed has weights of its own.
+        pretrained = config.model.pretrained and existing_folder(folder / "checkpoints" / "last") is None
+        network = MutualNetwork(network_config, pretrained).to(machine.device).to(memory_format=torch.channels_last)
         if config.machine.sync_batchnorm:
             network = synchronise_batchnorm(network, machine)
         batches = make_batches(config, data, machine, world)
@@ -163,6 +165,7 @@ def describe(config: TrainConfig, data: ImageData, network: NetworkConfig, metho
             "torch": str(torch.__version__),
             "device": torch.cuda.get_device_name(machine.device) if machine.device.type == "cuda" else platform.machine(),
             "precision": machine.precision,
+            "threads": str(torch.get_num_threads()),
         },
     )
 
@@ -170,7 +173,7 @@ def describe(config: TrainConfig, data: ImageData, network: NetworkConfig, metho
 def finish(
     folder: Path, network: MutualNetwork, batches: Batches, data: ImageData, machine: Machine, world: World, at: Position
 ) -> None:
-    """Read the test set, once, with the best weights and in full precision; store accuracies and reference logits."""
+    """Read the test set, once, with the best weights and in full precision; store predictions, accuracies, reference logits."""
     rows = np.unique(np.linspace(0, len(data.test) - 1, REFERENCE_IMAGES).round().astype(np.int64))
     images = data.test.read(rows)
     arrays: dict[str, Any] = {"images": images, "labels": data.test.labels[rows], "indices": rows}
@@ -180,8 +183,12 @@ def finish(
         if checkpoint is not None:
             load_weights(network, read_checkpoint(checkpoint, (MODEL,)).tensors[MODEL], str(checkpoint))
             arrays |= {f"{name}/{classifier}": values for classifier, values in logits_of(network, normalised).items()}
-    accuracy = accuracies(network, batches, "test", machine.exact(), world)
+    predicted = predictions(network, batches, "test", len(data.test), machine.exact(), world)
+    accuracy = {name: float(np.mean(labels == data.test.labels)) for name, labels in predicted.items()}
     if world.is_main:
+        with replace_file(folder / PREDICTIONS) as file:
+            answers: dict[str, Any] = {"labels": data.test.labels, **predicted}
+            np.savez_compressed(file, **answers)
         with replace_file(folder / REFERENCE) as file:
             np.savez_compressed(file, **arrays)
         summary = {

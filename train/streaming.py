@@ -85,21 +85,21 @@ class TrainingSteps(Dataset[Pieces | UnreadableImage]):
         With --skip-bad-images the place of an unreadable image is taken by the next readable one of the step, together with
         its label: shapes stay as they are, and nothing is labelled as what it is not.
         """
-        images = torch.empty((len(places), *self.size, 3), dtype=torch.uint8)
-        labels = torch.empty(len(places), dtype=torch.int64)
+        images = np.empty((len(places), *self.size, 3), np.uint8)
+        labels = np.empty(len(places), np.int64)
         for index, place in enumerate(places):
             for turn in range(len(rows)):
                 row = rows[(place + turn) % len(rows)]
                 try:
-                    images[index] = torch.from_numpy(np.ascontiguousarray(view(row, place)))
+                    images[index] = view(row, place)
                 except UnreadableImage as error:
                     if not self.options.skip_bad_images or turn + 1 == len(rows):
                         raise
                     replaced.append(error)
                 else:
-                    labels[index] = int(self.split.labels[row])
+                    labels[index] = self.split.labels[row]
                     break
-        return images, labels
+        return torch.from_numpy(images), torch.from_numpy(labels)
 
     def padded_crops(self, step: int) -> View:
         """`none` and `crop`: the evaluation view, padded, cut and mirrored."""
@@ -119,7 +119,7 @@ class TrainingSteps(Dataset[Pieces | UnreadableImage]):
         first = self.epoch * len(self.split) + step * len(self.order[0])
 
         def view(row: int, place: int) -> Pixels:
-            image = torch.from_numpy(self.split.original(row)).permute(2, 0, 1)
+            image = torch.from_numpy(self.split.original(row).copy()).permute(2, 0, 1)  # torch takes no read-only arrays
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(derived_seed(self.seed, "augment", first + place))
                 pixels: Pixels = transform(image).permute(1, 2, 0).numpy()
