@@ -196,29 +196,34 @@ def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
 
 
 @pytest.mark.fault
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_28_fifty_sigkills_at_random_moments(tiny_bundle: Bundle, many: Path, tmp_path: Path) -> None:
-    """Each round: start, kill -9 at a random moment of the run, resume to the end. Every file is the same, bit for bit."""
+    """Each round: start, kill -9 at a random moment, resume to the end. Every file is the same, bit for bit.
+
+    A moment is some milliseconds after a random shard (of ten) is finished, or after the start: by wall time alone, a busy
+    machine would have all of them fall into the imports.
+    """
     rng = random.Random(20261123)
     flags = ("--batch-size", "16", "--shard-size", "32", "--threads", "1", "--quiet")
     whole = tmp_path / "whole.parquet"
-    started = time.monotonic()
     assert finish(start(tiny_bundle.folder, many, "--out", whole, *flags))[0] == 3
-    seconds = time.monotonic() - started
     wanted, interrupted_mid_run = whole.read_bytes(), 0
     for number in range(50):
-        out = tmp_path / f"{number}.parquet"
-        process = start(tiny_bundle.folder, many, "--out", out, *flags)
-        time.sleep(rng.uniform(0.2, 1.0) * seconds)
+        out, parts = tmp_path / f"{number}.parquet", tmp_path / f"{number}.parquet.parts"
+        process = start(tiny_bundle.folder, many, "--out", out, *flags, script=SLOW)
+        shard = rng.randint(-1, 9)
+        while shard >= 0 and process.poll() is None and not (parts / f"{shard:06d}.json").exists():
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.05 if shard >= 0 else 0.5))
         process.kill()
         finish(process)
-        parts = tmp_path / f"{number}.parquet.parts"
-        interrupted_mid_run += parts.exists() and any(parts.glob("[0-9]*.json"))
+        interrupted_mid_run += any(parts.glob("[0-9]*.json"))
         code, stderr = finish(start(tiny_bundle.folder, many, "--out", out, *flags, "--resume"))
         assert code in (0, 3), stderr
         assert out.read_bytes() == wanted
         assert not parts.exists()
-    assert interrupted_mid_run >= 5, "the kills missed the run; the test says nothing"
+    print(f"{interrupted_mid_run} of 50 kills left finished shards")
+    assert interrupted_mid_run >= 25, "the kills missed the run; the test says nothing"
 
 
 def test_27_a_full_disk_keeps_the_finished_shards(predict: Predict, many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
