@@ -74,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
         raise CheckError(f"no run came to its end: {'; '.join(failures)}")
     reference = "ffl" if "ffl" in options.methods else options.methods[0]
     command = shlex.join(["python", "-m", "train.compare", *argv])
-    print(write_report(compare(finished, reference, command), options.out))
+    print(write_report(compare(finished, reference, command), options.out), end="")
     for failure in failures:
         print(f"compare: error: {failure}", file=sys.stderr)
     return CHECK_FAILED if failures else DONE

@@ -135,13 +135,21 @@ def make_batches(config: TrainConfig, data: ImageData, machine: Machine, world: 
         data, config.data, optimisation.batch_size, optimisation.label_smoothing, config.seed, machine.device, shares,
     )  # fmt: skip
     batches: Batches
-    if isinstance(data.train, ArraySplit) and config.data.augment != "resized-crop":
+    if held_on_device(config, data, machine):
         batches = InMemoryBatches(*settings)
     else:
         batches = StreamedBatches(*settings, workers=config.machine.workers)
     if batches.steps_per_epoch == 0:
         raise UsageError(f"{len(data.train)} training images are too few for {shares.parts} micro-batches; use fewer.")
     return batches
+
+
+def held_on_device(config: TrainConfig, data: ImageData, machine: Machine) -> bool:
+    """-> whether the training images stay on the device; streamed, they give the same batches."""
+    if not isinstance(data.train, ArraySplit) or config.data.augment == "resized-crop":
+        return False
+    # A GPU needs the rest for the network and its activations; a CPU's share is load_data's decision already.
+    return machine.device.type != "cuda" or data.train.images.nbytes <= torch.cuda.mem_get_info(machine.device)[0] // 4
 
 
 def describe(config: TrainConfig, data: ImageData, network: NetworkConfig, method: Method, machine: Machine) -> RunConfig:

@@ -5,17 +5,22 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ffl_deploy.command import run_command
-from ffl_deploy.datasets import FileSplit
+from ffl_deploy.datasets import DataSpec, FileSplit, load_data
 from ffl_deploy.run_directory import load_run
 from train.batches import InMemoryBatches
+from train.config import DataOptions, TrainConfig
+from train.machine import Machine
 from train.run import main
+from train.session import held_on_device
 from train.streaming import StreamedBatches
 
 TrainTiny = Callable[..., Path]
@@ -94,6 +99,17 @@ def test_imagenets_recipe_on_imagenets_layout(image_folder: Callable[..., Path],
         "validation": 2,
         "test": 6,
     }
+
+
+def test_images_that_would_fill_a_gpu_are_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, gpu = load_data(DataSpec()), Machine(torch.device("cuda"), "fp32")
+    size = data.train.read(slice(None)).nbytes
+    for free, expected in ((4 * size, True), (4 * size - 1, False)):
+        monkeypatch.setattr("torch.cuda.mem_get_info", lambda device, free=free: (free, 10 * free))
+        assert held_on_device(TrainConfig(), data, gpu) is expected
+    assert held_on_device(TrainConfig(), data, Machine(torch.device("cpu"), "fp32"))
+    resized = replace(TrainConfig(), data=DataOptions(augment="resized-crop"))
+    assert not held_on_device(resized, data, Machine(torch.device("cpu"), "fp32"))
 
 
 def spoil(folder: Path) -> None:
