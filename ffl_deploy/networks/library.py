@@ -26,10 +26,14 @@ _PROBES = (128, 224)
 
 def library_stages(name: str, height: int, width: int, pretrained: bool = False) -> list[nn.Module]:
     """name: `torchvision:NAME` or `timm:NAME` -> its stages; see `build_backbone`. Raises UsageError."""
-    model = build_model(name, height, width, pretrained=pretrained).eval()
-    with torch.no_grad():
-        stages = torchvision_stages(name, model) if name.startswith("torchvision:") else timm_stages(name, model, height, width)
+    stages = stages_of(name, build_model(name, height, width, pretrained=pretrained).eval(), height, width)
     return [stage.train() for stage in stages]
+
+
+@torch.no_grad()
+def stages_of(name: str, model: nn.Module, height: int, width: int) -> list[nn.Module]:
+    """-> the stages of `model`, which `build_model` built and which is in eval mode. Raises UsageError."""
+    return torchvision_stages(name, model) if name.startswith("torchvision:") else timm_stages(name, model, height, width)
 
 
 def build_model(name: str, height: int, width: int, classes: int | None = None, pretrained: bool = False) -> nn.Module:
