@@ -33,7 +33,7 @@ def plain_weights(network: MutualNetwork, branch: int) -> PlainWeights:
     if not 0 <= branch < len(network.branches):
         raise UsageError(f"this run has branches 0 to {len(network.branches) - 1}, not {branch}.")
     name, config = network.config.branches[branch], network.config
-    body = [*network.trunk, *network.branches[branch]]
+    body = [*network.trunk.children(), *network.branches[branch].children()]
     head = network.heads[branch].state_dict()
     if name.startswith("resnet"):
         return PlainWeights(_as_resnet(body) | {f"fc.{key}": value for key, value in head.items()}, [])
@@ -61,10 +61,10 @@ def plain_weights(network: MutualNetwork, branch: int) -> PlainWeights:
 def _as_resnet(stages: Sequence[nn.Module]) -> dict[str, Tensor]:
     """-> the weights of a ResNet's stages as conv1, bn1, layer1, layer2, layer3."""
     stem = {"0": "conv1", "1": "bn1"}
-    names = [stem, *({str(block): f"layer{k}.{block}" for block in range(len(stages[k]))} for k in range(1, len(stages)))]
+    layers = [{block: f"layer{k}.{block}" for block, _ in stages[k].named_children()} for k in range(1, len(stages))]
     return {
         f"{new[key.partition('.')[0]]}.{key.partition('.')[2]}": value
-        for stage, new in zip(stages, names, strict=True)
+        for stage, new in zip(stages, [stem, *layers], strict=True)
         for key, value in stage.state_dict().items()
     }
 

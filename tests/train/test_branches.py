@@ -24,7 +24,7 @@ Train = Callable[..., Path]
     [
         ("resnet20,wrn16_2", 16, [(64, 4, 4), (128, 4, 4)]),
         ("torchvision:shufflenet_v2_x0_5,timm:mobilenetv3_small_050", 32, [(1024, 1, 1), (288, 1, 1)]),
-        ("timm:mobilenetv3_small_050,resnet20", 32, [(288, 1, 1), (64, 8, 8)]),
+        pytest.param("timm:mobilenetv3_small_050,resnet20", 32, [(288, 1, 1), (64, 8, 8)], marks=pytest.mark.slow),
         pytest.param("torchvision:resnet18,timm:mobilenetv3_small_100", 32, [(512, 1, 1), (576, 1, 1)], marks=pytest.mark.slow),
     ],
 )
