@@ -107,7 +107,7 @@ def export_target(
             target=name,
             classes=run.classes,
             input=InputTensor(run.preprocessing, batch=options.variants.graph.batch),
-            outputs=output_tensors(model, len(run.classes)),
+            outputs=output_tensors(model, run),
             source=Source(
                 run=run.name,
                 checkpoint=options.checkpoint,
@@ -178,18 +178,23 @@ def _golden_folder(model: DeployedModel, folder: Path, limit: int, run: Run) -> 
     return GoldenSamples(images, np.full(len(images), -1, dtype=np.int64), logits)
 
 
-def output_tensors(model: DeployedModel, classes: int) -> list[OutputTensor]:
-    outputs = [
-        OutputTensor("logits", ["batch", classes], "unnormalised scores"),
-        OutputTensor("probabilities", ["batch", classes], "softmax of logits / temperature"),
+OUTPUTS = {
+    "logits": "unnormalised scores",
+    "probabilities": "softmax of logits / temperature",
+    "cam": "class activation map of the predicted class, in logits per position",
+}
+
+
+def output_tensors(model: DeployedModel, run: Run) -> list[OutputTensor]:
+    """-> the graph's outputs with the shapes that the model gives."""
+    import torch
+
+    with torch.inference_mode():
+        values = model(torch.zeros(1, run.preprocessing.height, run.preprocessing.width, 3, dtype=torch.uint8))
+    return [
+        OutputTensor(name, ["batch", *value.shape[1:]], description)
+        for (name, description), value in zip(OUTPUTS.items(), values, strict=False)
     ]
-    if model.cam:
-        outputs.append(
-            OutputTensor(
-                "cam", ["batch", "height", "width"], "class activation map of the predicted class, in logits per position"
-            )
-        )
-    return outputs
 
 
 def variant_summary(variant: Variant) -> str:

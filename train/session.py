@@ -163,6 +163,7 @@ def describe(config: TrainConfig, data: ImageData, network: NetworkConfig, metho
             "torch": str(torch.__version__),
             "device": torch.cuda.get_device_name(machine.device) if machine.device.type == "cuda" else platform.machine(),
             "precision": machine.precision,
+            "threads": str(torch.get_num_threads()),
         },
     )
 
