@@ -60,11 +60,8 @@ class DeployedModel(nn.Module):
         cam: bool = False,
     ) -> None:
         super().__init__()
-        if cam and not (hasattr(target, "features") and hasattr(target, "classifier")):
-            raise UsageError(
-                "--cam needs a target with one feature map and one classifier (fused, branch0, ...); "
-                "leave --cam out for an ensemble."
-            )
+        if cam:
+            require_cam(target, "this target")
         self.normalise, self.target = Normalise(mean, std), target
         self.temperature, self.cam = temperature, cam
 
@@ -79,6 +76,15 @@ class DeployedModel(nn.Module):
         weights = target.classifier.weight[logits.argmax(dim=1)]
         cam = (weights[:, :, None, None] * features).sum(dim=1)
         return logits, torch.softmax(logits / self.temperature, dim=1), cam
+
+
+def require_cam(target: nn.Module, name: str) -> None:
+    """Raises UsageError where `target` has no single feature map and classifier that a map could be drawn from."""
+    if not (hasattr(target, "features") and hasattr(target, "classifier")):
+        raise UsageError(
+            f"--cam needs a target with one feature map and one classifier, which {name} is not; "
+            "export it without --cam (fused and branch0, ... can have it)."
+        )
 
 
 @dataclass(frozen=True)

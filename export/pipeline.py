@@ -14,8 +14,8 @@ import numpy as np
 from export.card import model_card
 from export.check import HeldOut
 from export.evaluation import Evaluation, Reference, check_target, class_balanced
-from export.onnx_graph import DeployedModel
-from export.variants import TargetContext, VariantOptions, build_variants
+from export.onnx_graph import DeployedModel, require_cam
+from export.variants import TargetContext, VariantOptions, build_variants, check_runtimes
 from ffl_deploy import __version__
 from ffl_deploy.bundle import (
     SCHEMA,
@@ -76,6 +76,10 @@ def export_run(run: Run, options: ExportOptions, report: Callable[[str], None]) 
     for target in targets:
         if target not in known:
             raise UsageError(f"{run.folder} has no target {target!r}. {choices_sentence(target, [*known, 'all'])}")
+    if options.cam:
+        for target in targets:
+            require_cam(build_target(loaded.network, target), target)
+    check_runtimes(options.variants)
     evaluation = Evaluation(run, loaded.network, options.checkpoint, targets)
     references = {target: evaluation.reference(target) for target in targets}  # before any work: a missing one stops here
     return [export_target(target, evaluation, references[target], loaded, options, report) for target in targets]

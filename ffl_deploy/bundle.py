@@ -9,6 +9,7 @@ Nothing here imports torch.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -138,6 +139,7 @@ class Bundle:
         self.folder = folder
         self.manifest = manifest
         self._sessions: dict[tuple[str | None, str | None], Session] = {}
+        self._lock = threading.Lock()
 
     @property
     def name(self) -> str:
@@ -187,38 +189,65 @@ class Bundle:
 
     def predict(
         self,
-        images: Sequence[Pixels | str | os.PathLike[str]],
+        images: Sequence[Pixels | bytes | str | os.PathLike[str]],
         *,
         top_k: int = 5,
         variant: str | None = None,
         runtime: str | None = None,
         batch_size: int = 64,
     ) -> list[Prediction]:
-        """Classify uint8 RGB arrays [h, w, 3] of any size, or paths of image files. Raises ImageError for one it cannot read.
+        """Classify images; -> one Prediction for each, in order.
 
-        Thread-safe: sessions are opened once per (variant, runtime) and may be run from several threads.
+        Args:
+            images: uint8 RGB arrays [height, width, 3] of any size, encoded images as bytes, or paths of image files.
+            top_k: classes in `Prediction.top` (at most all of them).
+            variant, runtime: as for `session`.
+            batch_size: images in one inference; bounds the memory, does not change the answers beyond the last bit.
+        Raises ImageError (with the image's path or position) for one that cannot be decoded, ValueError for an array of
+        another kind, UsageError and CheckError as `session`. For a row per image, errors included, use ffl-predict.
+
+        Thread-safe: one session per (variant, runtime) is opened, at the first call, and shared by all threads.
         """
-        from ffl_deploy.images import load, prepare
+        from ffl_deploy.images import prepare
 
-        key = (variant, runtime)
-        if key not in self._sessions:
-            self._sessions.setdefault(key, self.session(variant, runtime))
-        session = self._sessions[key]
+        session = self._shared_session(variant, runtime)
         predictions: list[Prediction] = []
         for start in range(0, len(images), batch_size):
             batch = [
-                load(image, self.preprocessing) if isinstance(image, (str, os.PathLike)) else prepare(image, self.preprocessing)
-                for image in images[start : start + batch_size]
+                prepare(_pixels(image, start + offset), self.preprocessing)
+                for offset, image in enumerate(images[start : start + batch_size])
             ]
             outputs = session.run(np.stack(batch))
             predictions += [self.prediction(outputs.logits[i], outputs.probabilities[i], top_k) for i in range(len(batch))]
         return predictions
+
+    def _shared_session(self, variant: str | None, runtime: str | None) -> Session:
+        key = (variant, runtime)
+        with self._lock:  # two first calls at once open one session, not two
+            if key not in self._sessions:
+                self._sessions[key] = self.session(variant, runtime)
+            return self._sessions[key]
 
     def prediction(self, logits: np.ndarray, probabilities: np.ndarray, top_k: int = 5) -> Prediction:
         """-> one image's Prediction from its logits [classes] and probabilities [classes]; equal values keep class order."""
         order = np.argsort(-probabilities, kind="stable")[:top_k]
         top = [(self.classes[i], float(probabilities[i])) for i in order]
         return Prediction(top[0][0], int(order[0]), top[0][1], top, logits)
+
+
+def _pixels(image: Pixels | bytes | str | os.PathLike[str], position: int) -> Pixels:
+    """-> uint8 [height, width, 3] of any kind of input to `predict`; an ImageError names the image."""
+    from ffl_deploy.images import ImageError, decode, load
+
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+            raise ValueError(f"image {position} is {image.dtype} {list(image.shape)}; give uint8 RGB [height, width, 3]")
+        return image
+    try:
+        return decode(image).pixels if isinstance(image, bytes) else load(image)
+    except ImageError as error:
+        name = f"image {position}" if isinstance(image, bytes) else os.fspath(image)
+        raise ImageError(error.code, f"{name}: {error}") from error
 
 
 def load_bundle(folder: str | os.PathLike[str]) -> Bundle:

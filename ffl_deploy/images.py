@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import io
+import logging
 import os
 import re
 import warnings
@@ -51,6 +52,7 @@ UNSUPPORTED = tuple(
 MAX_PIXELS = 50_000_000
 BACKGROUND = (255, 255, 255)  # what transparent pixels are composited on
 
+_MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*")
 _TRUNCATED = re.compile("truncated|unexpected end|premature end|eof", re.IGNORECASE)
 
 Pixels = np.ndarray
@@ -118,8 +120,7 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Decoded:
         except Image.DecompressionBombError as error:
             raise ImageError("too_large", f"the image unpacks to more than {_megapixels(max_pixels)}") from error
         except Exception as error:  # Pillow's plugins raise almost anything on hostile bytes; each becomes a row
-            code = "truncated" if isinstance(error, EOFError) or _TRUNCATED.search(str(error)) else "corrupt"
-            raise ImageError(code, f"the pixels cannot be decoded ({str(error) or type(error).__name__})") from error
+            raise ImageError(_code_of(error), f"the pixels cannot be decoded ({str(error) or type(error).__name__})") from error
 
 
 def _opened(data: bytes, max_pixels: int) -> Image.Image:
@@ -127,12 +128,13 @@ def _opened(data: bytes, max_pixels: int) -> Image.Image:
     if not data:
         raise ImageError("empty", "the file is empty")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of oversize and odd metadata; the checks of `decode` decide
-            return Image.open(io.BytesIO(data), formats=FORMATS)
+        _silence_pillow()
+        return Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise ImageError("too_large", f"the image is larger than {_megapixels(max_pixels)}") from error
     except UnidentifiedImageError as error:
+        if data.startswith(_MAGIC):
+            raise ImageError("corrupt", "it begins like an image, but its header cannot be read") from error
         for signature, name in UNSUPPORTED:
             if signature.match(data):
                 raise ImageError("unsupported", f"{name} is not supported; convert it to PNG or JPEG") from error
@@ -140,7 +142,18 @@ def _opened(data: bytes, max_pixels: int) -> Image.Image:
     except MemoryError:
         raise
     except Exception as error:  # as above: struct.error, zlib.error, KeyError, ... of a broken header
-        raise ImageError("corrupt", f"the header cannot be read ({str(error) or type(error).__name__})") from error
+        raise ImageError(_code_of(error), f"the header cannot be read ({str(error) or type(error).__name__})") from error
+
+
+def _code_of(error: Exception) -> str:
+    return "truncated" if isinstance(error, EOFError) or _TRUNCATED.search(str(error)) else "corrupt"
+
+
+@functools.cache
+def _silence_pillow() -> None:
+    """Once: Pillow warns and logs of odd metadata and oversize, which here become a status; catch_warnings is not thread-safe."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 
 def _megapixels(pixels: int) -> str:

@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-import hashlib
+import errno
 import itertools
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 
 from ffl_deploy.bundle import Bundle, load_bundle
-from ffl_deploy.errors import Interrupted, UsageError
+from ffl_deploy.errors import CheckError, Interrupted, UsageError
 from serve.items import Item
-from serve.labelled import count_labels
-from serve.pipeline import Chunk, Classifier, chunks, run_pipeline
+from serve.labelled_report import make_report, report_screen, write_report
 from serve.progress import Progress, Report
-from serve.rows import OK, Row, assemble, encode, format_of
-from serve.shards import Parts, Request, Settings, ShardRecord, count, hash_names, open_parts, parts_folder
+from serve.rows import assemble, format_of
+from serve.shards import Parts, Request, Settings, open_parts, parts_folder
 from serve.sources import Reading, check_inputs, count_inputs, read_inputs
 from serve.summary import Totals, screen, summarise, summary_path, write_summary
+from serve.supervise import Recovery
 from serve.tuning import SMALL_RUN, choose_settings
 
 
@@ -47,10 +47,22 @@ class Job:
     follow_links: bool = False
     batch_size: int | None = None
     threads: int | None = None
-    shard_size: int = 1024
+    shard_size: int | None = None
     resume: bool = False
     engine: Literal["local", "ray"] = "local"
     report: Report = "screen"
+    recovery: Recovery = field(default_factory=Recovery)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What an engine works with: the request, the model, where shards go, and what to keep count with."""
+
+    job: Job
+    bundle: Bundle
+    parts: Parts
+    totals: Totals
+    progress: Progress
 
 
 def run_job(job: Job) -> int:
@@ -67,26 +79,51 @@ def run_job(job: Job) -> int:
     first, items = peek(read_inputs(job.inputs, reading), SMALL_RUN)
     if not first:
         found = f" (skipped: {reading.skipped})" if reading.skipped.reasons else ""
-        raise UsageError(
-            f"there is nothing to classify in {', '.join(job.inputs)}{found}; name image files or a folder that holds some."
-        )
+        raise UsageError(f"nothing to classify in {', '.join(job.inputs)}{found}; name image files or a folder that holds some.")
     started = time.perf_counter()
 
     def settings() -> Settings:
         return choose_settings(bundle, job, small=len(first) < SMALL_RUN and not first[-1].bound)
 
-    with stop_signals(job.out), open_parts(job.out, request, settings, job.resume) as parts:
+    resume = job.resume or job.recovery.restarted
+    with stop_signals(job.out), full_disks(job.out), open_parts(job.out, request, settings, resume) as parts:
+        check_overrides(job, parts)
         totals = Totals()
-        session = bundle.session(job.variant, job.runtime, threads=parts.manifest.settings.threads)
-        classifier = Classifier(session, bundle.classes, job.top_k, job.columns)
         with Progress(job.report, lambda: count_inputs(job.inputs, reading)) as progress:
-            shards = predict_shards(items, parts, classifier, bundle, totals, progress)
-        assemble((parts.data_path(index) for index in range(shards)), job.out, request.format, job.columns)
+            run = Run(job, bundle, parts, totals, progress)
+            if job.engine == "ray":
+                from serve.cluster import predict_shards
+            else:
+                from serve.local import predict_shards
+            predict_shards(run, items)
+        assemble((parts.data_path(index) for index in range(totals.shards)), job.out, request.format, job.columns)
         summary = summarise(totals, parts.manifest, job.out, reading.skipped, time.perf_counter() - started)
+        report = make_report(totals.labelled, bundle.classes, min(job.top_k, len(bundle.classes)))
+        if report["labelled_rows"]:
+            write_report(job.out, report, totals.labelled, bundle.classes)
+            summary["labelled"] = {name: value for name, value in report.items() if not isinstance(value, list | dict)}
         write_summary(job.out, summary)
         parts.remove()
-    show(job.report, summary)
+    if job.report == "json":
+        print(msgspec.json.encode(summary).decode())
+    elif job.report == "screen":
+        print(screen(summary), *([report_screen(report)] if report["labelled_rows"] else []), sep="\n")
     return totals.errors
+
+
+def check_overrides(job: Job, parts: Parts) -> None:
+    """Raise UsageError where a flag contradicts what the interrupted run was computed with."""
+    settings = parts.manifest.settings
+    stored = {
+        "batch_size": settings.batch_size,
+        "shard_size": settings.shard_size,
+        "threads": settings.threads * settings.streams,
+    }
+    for name, value in stored.items():
+        asked = getattr(job, name)
+        if asked is not None and asked != value:
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(f"{parts.folder} was computed with {flag} {value}, not {asked}; leave {flag} away to resume it.")
 
 
 def make_request(job: Job, bundle: Bundle) -> Request:
@@ -144,90 +181,31 @@ def peek(items: Iterator[Item], limit: int) -> tuple[list[Item], Iterator[Item]]
     return seen, itertools.chain(seen, items)
 
 
-def predict_shards(
-    items: Iterator[Item], parts: Parts, classifier: Classifier, bundle: Bundle, totals: Totals, progress: Progress
-) -> int:
-    """Make every shard that is not finished yet; -> the number of shards."""
-    settings = parts.manifest.settings
-    shards = 0
-
-    def work() -> Iterator[Chunk]:
-        nonlocal shards
-        for index, shard in enumerate(cut(items, settings.shard_size)):
-            shards = index + 1
-            record = parts.record(index)
-            if record is None:
-                yield from chunks(shard, index, settings.batch_size)
-            else:
-                check_unchanged(record, shard, parts, index)
-                totals.add_record(record, resumed=True)
-                progress.advance(record.rows, record.rows - record.statuses.get(OK, 0))
-
-    rows: list[Row] = []
-    labels: list[str | None] = []
-    for finished in run_pipeline(
-        work(),
-        classifier,
-        bundle.preprocessing,
-        batch_size=settings.batch_size,
-        decoders=settings.decoders,
-        streams=settings.streams,
-    ):
-        rows += finished.rows
-        labels += finished.labels
-        totals.add_timing(finished)
-        progress.advance(len(finished.rows), sum(row.status != OK for row in finished.rows))
-        if finished.ends_shard:
-            totals.add_record(commit(parts, finished.shard, rows, labels, bundle.classes), resumed=False)
-            rows, labels = [], []
-    return shards
-
-
-def cut(items: Iterator[Item], size: int) -> Iterator[Iterator[Item]]:
-    """-> consecutive runs of `size` items; each must be used up before the next is asked for."""
-    for first in items:
-        yield itertools.chain([first], itertools.islice(items, size - 1))
-
-
-def check_unchanged(record: ShardRecord, shard: Iterable[Item], parts: Parts, index: int) -> None:
-    """Raise UsageError unless the shard's inputs are still the ones its rows were made from."""
-    if hash_names(item.path for item in shard) != record.inputs_sha256:
-        raise UsageError(
-            f"the inputs changed since shard {index} of {parts.folder} was finished (a file was added, removed or renamed); "
-            "bring them back to what they were, or remove that folder and start again."
-        )
-
-
-def commit(parts: Parts, index: int, rows: list[Row], labels: list[str | None], classes: list[str]) -> ShardRecord:
-    """Write one shard; -> its record."""
-    request = parts.manifest.request
-    data = encode(rows, request.format, request.columns)
-    record = ShardRecord(
-        rows=len(rows),
-        sha256=hashlib.sha256(data).hexdigest(),
-        inputs_sha256=hash_names(row.path for row in rows),
-        statuses=count(row.status for row in rows),
-        labels=count(row.label for row in rows if row.label is not None),
-        remarks=count(row.error for row in rows if row.status == OK and row.error),
-        labelled=count_labels(rows, labels, classes),
-    )
-    parts.commit(index, data, record)
-    return record
-
-
-def show(report: Report, summary: dict[str, Any]) -> None:
-    """Print the summary to standard output, in the form that was asked for."""
-    if report == "json":
-        print(msgspec.json.encode(summary).decode())
-    elif report == "screen":
-        print(screen(summary))
+@contextmanager
+def full_disks(out: Path) -> Iterator[None]:
+    """Say of a full disk, a quota or a size limit that nothing finished is lost. Raises CheckError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise CheckError(
+            f"the disk is full ({error.filename or out}); free some space and run the same command with --resume, "
+            "the finished part is kept."
+        ) from error
 
 
 @contextmanager
 def stop_signals(out: Path) -> Iterator[None]:
     """Inside the block SIGINT and SIGTERM raise Interrupted: finished shards are safe, a resume makes the rest."""
 
+    stopped = False
+
     def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal stopped
+        if stopped:  # the first one is already unwinding
+            return
+        stopped = True
         raise Interrupted(f"interrupted; the finished part is in {parts_folder(out)}: the same command with --resume goes on.")
 
     if threading.current_thread() is not threading.main_thread():

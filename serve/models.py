@@ -16,6 +16,7 @@ from ffl_deploy.errors import CheckError, UsageError
 from ffl_deploy.images import Decoded, Pixels, decode, prepare
 from ffl_deploy.parity import PARITY_GATES, gate_precision, judge, measure
 from ffl_deploy.runtime import Outputs, Session, available_cores
+from ffl_deploy.verify import check_files
 from serve.batcher import MicroBatcher, Overloaded
 from serve.protocol import Signature
 from serve.settings import Limits, ModelSpec, Settings
@@ -64,7 +65,7 @@ class Decoders:
 
     async def decode(self, data: bytes) -> Decoded:
         """-> the decoded image. Raises ImageError, Overloaded."""
-        return await self._in_thread(lambda: decode(data, self._limits.pixels))
+        return await self.run(lambda: decode(data, self._limits.pixels))
 
     async def prepare(self, files: Iterable[bytes], model: ServedModel) -> np.ndarray:
         """-> uint8 [n, height, width, 3]: what `model` is fed. Raises ImageError, Overloaded."""
@@ -73,9 +74,9 @@ class Decoders:
         def one(data: bytes) -> Pixels:
             return prepare(decode(data, self._limits.pixels).pixels, preprocessing)
 
-        return np.stack(await asyncio.gather(*[self._in_thread(one, data) for data in files]))
+        return np.stack(await asyncio.gather(*[self.run(one, data) for data in files]))
 
-    async def _in_thread(self, function: Callable[..., T], *arguments: object) -> T:
+    async def run(self, function: Callable[..., T], *arguments: object) -> T:
         if self._waiting >= self._limits.queued_decodes:
             raise Overloaded
         self._waiting += 1
@@ -108,8 +109,7 @@ def open_model(spec: ModelSpec, settings: Settings, observe: ObserveBatch) -> Se
     """
     bundle = load_bundle(spec.folder)
     variant = bundle.variant(spec.variant)
-    for file in bundle.manifest.files:
-        bundle.checked_file(file)
+    check_files(bundle)
     session = bundle.session(variant.name, settings.runtime, settings.threads)
     outputs = verify(bundle, variant, session, settings.max_batch)
     preprocessing = bundle.preprocessing
@@ -121,7 +121,7 @@ def open_model(spec: ModelSpec, settings: Settings, observe: ObserveBatch) -> Se
         bundle.classes,
         shapes,
         settings.limits.images_per_request,
-        platform=f"{session.runtime}_{variant.precision.computed}",
+        platform=f"{session.runtime}_{session.computed or variant.precision.computed}",
     )
     batcher = MicroBatcher(
         session.run,
@@ -139,11 +139,9 @@ def verify(bundle: Bundle, variant: Variant, session: Session, max_batch: int) -
     It also is the warm-up: the largest and the smallest batch have run before the first request. Raises CheckError.
     """
     golden = bundle.golden()
-    precision = gate_precision(variant.precision.stored, variant.precision.computed)
-    if precision not in PARITY_GATES:
-        raise CheckError(f"{bundle.folder}: there is no parity gate for the precision {precision!r}; export the bundle again.")
-    temperature = float((bundle.manifest.calibration or {}).get("temperature", 1.0))
-    verdict = judge(measure(session.run, golden.images, golden.logits, [max_batch], temperature), PARITY_GATES[precision])
+    temperature = (bundle.manifest.calibration or {}).get("temperature") or 1.0
+    gate = PARITY_GATES[gate_precision(variant.precision.stored, session.computed or variant.precision.computed)]
+    verdict = judge(measure(session.run, golden.images, golden.logits, [1, max_batch], temperature), gate)
     if verdict.failed:
         found = "; ".join(map(str, verdict.findings))
         raise CheckError(f"{bundle.folder} does not give its golden answers here ({found}); run ffl-verify, or export it again.")

@@ -15,7 +15,6 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from ffl_deploy.errors import FflError
 from ffl_deploy.images import ImageError, Pixels, Preprocessing, decode, prepare
 from ffl_deploy.runtime import Outputs, Session
 from serve.items import Item
@@ -78,8 +77,6 @@ class Classifier:
     def _classified(self, good: Sequence[Prepared]) -> list[Row]:
         try:
             outputs = self.session.run(np.stack([item.pixels for item in good if item.pixels is not None]))
-        except FflError:
-            raise
         except Exception as error:  # every runtime has its own classes; none of them may cost the other rows
             if len(good) > 1:  # out of memory, mostly: smaller batches may do
                 half = len(good) // 2

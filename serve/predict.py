@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ffl_deploy.command import run_command
 from ffl_deploy.errors import DONE, SOME_INPUTS_FAILED, UsageError
+from serve.supervise import Recovery, supervise
 
 DESCRIPTION = """\
 Classify images with an exported bundle: exactly one row per input, in input order.
@@ -43,9 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     speed = parser.add_argument_group("speed (default: measured in a second at the start)")
     speed.add_argument("--batch-size", type=positive, metavar="N", help="images per inference")
     speed.add_argument("--threads", type=positive, metavar="N", help="cores to use (default: all)")
-    speed.add_argument(
-        "--shard-size", type=positive, default=1024, metavar="N", help="rows per shard: what a kill can cost (default: 1024)"
-    )
+    speed.add_argument("--shard-size", type=positive, metavar="N", help="rows per shard: what a kill can cost (default: 1024)")
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--quiet", action="store_true", help="print errors only")
     output.add_argument("--json", action="store_true", help="progress as JSON lines on stderr, the summary as JSON on stdout")
@@ -60,7 +59,18 @@ def positive(text: str) -> int:
 
 
 def main(argv: Sequence[str]) -> int:
+    """Run in this process: for tests and for programs that call the command."""
+    return run(build_parser().parse_args(argv), Recovery())
+
+
+def supervised_main(argv: Sequence[str]) -> int:
+    """Run in a child process that is restarted when it dies."""
     arguments = build_parser().parse_args(argv)
+    return supervise(lambda recovery: run_command(lambda _: run(arguments, recovery)))
+
+
+def run(arguments: argparse.Namespace, recovery: Recovery) -> int:
+    """Do what the flags say; -> the exit code."""
     from serve.job import Job, run_job
 
     if arguments.out.is_dir():
@@ -82,6 +92,7 @@ def main(argv: Sequence[str]) -> int:
         shard_size=arguments.shard_size,
         resume=arguments.resume,
         engine=arguments.engine,
+        recovery=recovery,
         report="quiet" if arguments.quiet else "json" if arguments.json else "screen",
     )
     errors = run_job(job)
@@ -89,7 +100,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def entry() -> None:
-    sys.exit(run_command(main))
+    sys.exit(run_command(supervised_main))
 
 
 if __name__ == "__main__":

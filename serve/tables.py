@@ -112,7 +112,7 @@ def _parquet_rows(path: str, column: str, label_column: str | None) -> Iterator[
     if pa.types.is_struct(kind):  # Hugging Face datasets: {bytes, path}
         if kind.get_field_index("bytes") < 0:
             raise UsageError(f"{path}: the column {column!r} holds structs without a field `bytes`; choose another --column.")
-    elif not (is_bytes(pa, kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+    elif not (is_bytes(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         raise UsageError(f"{path}: the column {column!r} holds {kind}, not paths or bytes; choose another --column.")
     number = 0
     wanted = [column] + ([label_column] if label_column else [])
@@ -138,7 +138,9 @@ def _parquet_rows(path: str, column: str, label_column: str | None) -> Iterator[
                 number += 1
 
 
-def is_bytes(pa: Any, kind: Any) -> bool:
+def is_bytes(kind: Any) -> bool:
+    import pyarrow as pa
+
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind))
 
 
@@ -158,15 +160,9 @@ def _cell_item(table: str, number: int, cell: Any, label: Any) -> Item:
         if not cell.is_valid:
             return _path_item(table, number, None, label)
     buffer = cell.as_buffer()
-    if cell.type in _text_types():
-        return _path_item(table, number, cell.as_py(), label)
+    if not is_bytes(cell.type):
+        return _path_item(table, number, os.fsdecode(buffer.to_pybytes()), label)  # text that is not UTF-8 has no as_py()
     return Item(f"{displayed(table)}::{number}", partial(_cell_bytes, buffer), _label(label), True)
-
-
-def _text_types() -> tuple[Any, Any]:
-    import pyarrow as pa
-
-    return pa.string(), pa.large_string()
 
 
 def _cell_bytes(buffer: Any) -> bytes:

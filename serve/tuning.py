@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 SMALL_RUN = 512  # items: below, measuring costs more than it gains
 SMALL_BATCH = 32
+SHARD_SIZE = 1024  # rows: some seconds of work, and a row group of the Parquet output
 BATCHES = (16, 64)
 MEASURE_SECONDS = 0.25  # for each candidate
 WORTH = 1.05  # a larger or split configuration must be this much faster than the one before it
@@ -23,13 +24,21 @@ WORTH = 1.05  # a larger or split configuration must be this much faster than th
 
 def choose_settings(bundle: Bundle, job: Job, small: bool) -> Settings:
     """-> settings for a new run: what the flags say, and for the rest a measurement (or, for a small run, safe values)."""
+    if job.engine == "ray":  # an actor takes one core unless it was told otherwise: the cluster has as many as there are cores
+        return Settings(
+            job.batch_size or BATCHES[-1], job.shard_size or SHARD_SIZE, streams=1, threads=job.threads or 1, decoders=1
+        )
     cores = job.threads or available_cores()
     if small or (job.batch_size is not None and cores == 1):
         batch_size, streams = job.batch_size or SMALL_BATCH, 1
     else:
         batch_size, streams = measure(bundle, job, cores)
     return Settings(
-        batch_size=batch_size, shard_size=job.shard_size, streams=streams, threads=max(1, cores // streams), decoders=cores
+        batch_size=batch_size,
+        shard_size=job.shard_size or SHARD_SIZE,
+        streams=streams,
+        threads=max(1, cores // streams),
+        decoders=cores,
     )
 
 

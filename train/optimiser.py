@@ -26,7 +26,13 @@ def build_optimiser(network: MutualNetwork, options: OptimisationOptions) -> tor
     # fused: one kernel for all parameters; on GPUs it saves thousands of launches a step, on CPUs it is no slower.
     if options.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=options.lr, betas=(options.momentum, 0.999), fused=True)
-    return torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum, nesterov=options.momentum > 0, fused=True)
+    sgd = torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum, nesterov=options.momentum > 0, fused=True)
+    if options.momentum > 0:
+        # Starting from zero is what a first step does anyway. The fused step fails when only some parameters have momentum
+        # yet, which happens as soon as a method freezes others in the first steps.
+        for parameter in network.parameters():
+            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return sgd
 
 
 def optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -36,12 +42,18 @@ def optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimiser_tensors(optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """The inverse of optimiser_tensors; learning rates are set anew at every step."""
+    """The inverse of optimiser_tensors; learning rates are set anew at every step.
+
+    Files know no strides, but fused optimisers walk parameter and state by the same ones: each state takes its parameter's.
+    """
     content = optimiser.state_dict()
+    parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
+        index, name = int(key.split(".", 1)[0]), key.split(".", 1)[1]
+        parameter = parameters[index]
+        strided = value if value.shape != parameter.shape else torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        state.setdefault(index, {})[name] = strided
     content["state"] = state
     optimiser.load_state_dict(content)
 

@@ -22,12 +22,12 @@ from serve.service import Service
 from serve.settings import Limits
 
 API = "/gradio_api"
-UPLOADS = (f"{API}/upload", f"{API}/component_server")
+UPLOAD = f"{API}/upload"
 FILE = f"{API}/file="
 ROUTES = re.compile(
     r"/(config|theme\.css|favicon\.ico|robots\.txt|manifest\.json|pwa_icon(/\d+)?|(assets|static|svelte)/.+)?|"
-    rf"{API}/(info|openapi\.json|app_id|startup-events|queue/(join|data|status)|call/.+|cancel|reset|heartbeat/[^/]+|"
-    r"upload|upload_progress|component_server|theme\.css|file=.+|custom_component/.+)/?"
+    rf"{API}/(info|openapi\.json|app_id|startup-events|queue/(join|data|status)|call/.+|run/[^/]+|cancel|reset|heartbeat/[^/]+|"
+    r"upload|upload_progress|theme\.css|file=.+|custom_component/.+)/?"
 )
 OURS = ("/v2", "/metrics")
 
@@ -38,7 +38,7 @@ def body_limits(limits: Limits) -> Callable[[str], int]:
     def limit_of(path: str) -> int:
         if path.startswith("/v2/"):
             return limits.body_bytes
-        return limits.upload_bytes if path.rstrip("/") in UPLOADS else limits.demo_json_bytes
+        return limits.upload_bytes if path.rstrip("/") == UPLOAD else limits.demo_json_bytes
 
     return limit_of
 
@@ -59,10 +59,10 @@ class DemoGuard:
             if path.startswith(FILE) and not _in_upload_folder(path.removeprefix(FILE)):
                 raise Refused(403, "file", "only files of this demo can be read")
             if scope["method"] == "POST":
-                if path.rstrip("/") in UPLOADS:
+                if path.rstrip("/") == UPLOAD:
                     await self._check_room(scope)
-                if path.rstrip("/") != UPLOADS[0] and not _is_multipart(scope):
-                    receive = await _checked_json(scope, receive)
+                else:
+                    receive = await _checked_json(receive)
         except Refused as refused:
             return await send_refusal(send, refused)
         return await self.app(scope, receive, _with_page_headers(send))
@@ -98,11 +98,7 @@ def _folder_bytes(folder: Path) -> int:
     return total
 
 
-def _is_multipart(scope: Scope) -> bool:
-    return (header(scope, b"content-type") or "").startswith("multipart/form-data")
-
-
-async def _checked_json(scope: Scope, receive: Receive) -> Receive:
+async def _checked_json(receive: Receive) -> Receive:
     """Read a JSON body (its size is bounded already), check what it points at; -> a receive that gives it again."""
     parts: list[bytes] = []
     more = True

@@ -1,0 +1,149 @@
+"""The batch tab: many files or zips -> progress, a table, the uncertain images, downloads."""
+
+from __future__ import annotations
+
+import asyncio
+import html
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import numpy as np
+from PIL import Image
+
+from ffl_deploy.images import SUFFIXES, Pixels
+from serve.archives import ZIP_SUFFIXES
+from serve.batcher import Closed, Overloaded
+from serve.demo.batch import BatchState, classify_files, write_table
+from serve.demo.guard import upload_folder
+from serve.rows import OK, Row
+from serve.service import Service
+
+SHOWN_ROWS = 500
+THUMBNAIL = 160
+HEADERS = ["file", "status", "label", "confidence", "error"]
+
+
+def batch_tab(service: Service) -> None:
+    """Build the tab."""
+    names = list(service.models)
+    with gr.Row(equal_height=False):
+        with gr.Column(min_width=280, scale=1):
+            files = gr.File(
+                label="Images, or zip files of images",
+                file_count="multiple",
+                file_types=[*SUFFIXES, *ZIP_SUFFIXES],
+                type="filepath",
+                height=220,
+                elem_id="files",
+            )
+            model = gr.Dropdown(names, value=names[0], label="Model", visible=len(names) > 1, elem_id="batch-model")
+            with gr.Row():
+                start = gr.Button("Classify all", variant="primary", elem_id="start-batch")
+                stop = gr.Button("Stop", variant="stop", elem_id="stop-batch")
+        with gr.Column(min_width=280, scale=2):
+            status = gr.HTML(_status("Choose files, then press Classify all."), elem_id="batch-status", elem_classes=["status"])
+            with gr.Row():
+                csv = gr.DownloadButton("Download CSV", interactive=False, elem_id="csv")
+                parquet = gr.DownloadButton("Download Parquet", interactive=False, elem_id="parquet")
+            table = gr.Dataframe(
+                headers=HEADERS,
+                column_widths=["28%", "16%", "16%", "14%", "26%"],
+                interactive=False,
+                wrap=True,
+                max_height=320,
+                label="Predictions",
+                elem_id="rows",
+            )
+            gallery = gr.Gallery(
+                label="Least certain images",
+                columns=4,
+                height="auto",
+                object_fit="contain",
+                interactive=False,
+                buttons=[],
+                elem_id="uncertain",
+            )
+
+    async def run(paths: list[str] | None, name: str) -> AsyncIterator[list[Any]]:
+        nothing = [gr.skip()] * 4
+        if not paths:
+            yield [_status("Choose files first."), *nothing]
+            return
+        none = gr.DownloadButton(interactive=False)
+        yield [_progress(BatchState(), paths), None, None, none, none]
+        state = BatchState()
+        try:
+            async for state in classify_files(service, service.models[name], paths):
+                yield [_progress(state, paths), _cells(state.rows), *[gr.skip()] * 3]
+        except (Overloaded, Closed):
+            yield [_status("The server is too busy for a batch; try again later."), *nothing]
+            return
+        if not state.rows:
+            yield [_status("These files hold no images."), *nothing]
+            return
+        written = await asyncio.to_thread(_write, state)
+        downloads = [gr.DownloadButton(value=str(path), interactive=True) for path in written]
+        yield [_status(_summary(state)), _cells(state.rows), _gallery(state), *downloads]
+
+    running = start.click(
+        run,
+        [files, model],
+        [status, table, gallery, csv, parquet],
+        api_visibility="private",
+        concurrency_limit=1,  # one batch at a time: single images go on beside it
+        show_progress="hidden",
+        trigger_mode="once",
+    )
+    stop.click(lambda: _status("Stopped."), None, [status], cancels=[running], api_visibility="private", queue=False)
+
+
+def _write(state: BatchState) -> list[Path]:
+    folder = Path(tempfile.mkdtemp(prefix="batch-", dir=upload_folder()))
+    return [write_table(state.rows, folder, format) for format in ("csv", "parquet")]
+
+
+def _cells(rows: list[Row]) -> list[list[str]]:
+    return [
+        [row.path, row.status, row.label or "", "" if row.confidence is None else f"{row.confidence:.1%}", row.error or ""]
+        for row in rows[:SHOWN_ROWS]
+    ]
+
+
+def _gallery(state: BatchState) -> list[tuple[Image.Image, str]]:
+    return [(_thumbnail(entry.pixels), f"{entry.row.label} {entry.row.confidence:.0%} · {entry.row.path}") for entry in state.uncertain]
+
+
+def _thumbnail(pixels: Pixels) -> Image.Image:
+    """-> what the network saw, small images enlarged without smoothing."""
+    factor = max(1, THUMBNAIL // max(pixels.shape[:2]))
+    return Image.fromarray(np.kron(pixels, np.ones((factor, factor, 1), np.uint8)))
+
+
+def _summary(state: BatchState) -> str:
+    done = len(state.rows)
+    text = f"{done:,} images: {done - state.errors:,} classified"
+    if state.errors:
+        codes = sorted({row.status for row in state.rows if row.status != OK})
+        text += f", {state.errors:,} could not be read ({', '.join(codes)})"
+    if state.skipped.reasons:
+        text += f"; skipped {state.skipped}"
+    if state.limited:
+        text += "; the demo stops here, use ffl-predict for more"
+    if done > SHOWN_ROWS:
+        text += f". The table shows the first {SHOWN_ROWS}, the downloads hold all"
+    return text + "."
+
+
+def _progress(state: BatchState, paths: list[str]) -> str:
+    archives = any(path.lower().endswith(ZIP_SUFFIXES) for path in paths)
+    done = len(state.rows)
+    text = f"{done:,} images, {state.errors:,} errors" if archives else f"{done:,} of {len(paths):,} images, {state.errors:,} errors"
+    bar = "<progress></progress>" if archives else f'<progress value="{done}" max="{len(paths)}"></progress>'
+    return f'<p role="status">{html.escape(text)}</p>{bar}'
+
+
+def _status(text: str) -> str:
+    return f'<p role="status">{html.escape(text)}</p>'

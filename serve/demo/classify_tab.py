@@ -1,0 +1,201 @@
+"""One image, every model side by side: upload, paste, pick an example, or draw. And the endpoint for `gradio_client`."""
+
+from __future__ import annotations
+
+import asyncio
+import html
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from ffl_deploy.images import MAX_PIXELS, Pixels, prepare
+from serve.demo.answers import TOP_K, Answer, Unanswerable, ask_all, decode_upload, overlay
+from serve.demo.drawing_pad import drawing_of, drawing_pad
+from serve.demo.inputs import image_input
+from serve.demo.samples import DrawingStyle, frame_drawing
+from serve.service import Service
+
+CONCURRENT = 8  # actions at a time; their images meet again in the micro-batcher
+WAITING = "Waiting for an image."
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Where one model's answer appears."""
+
+    label: gr.Label
+    note: gr.Markdown
+    cam: gr.Image | None
+
+
+def classify_tab(service: Service, examples: list[Path]) -> None:
+    """Upload, paste or pick; answers appear as soon as there is an image."""
+    crisp = ["pixelated"] if _small(service) else []  # a digit of 8 x 8 pixels is no use as a smooth blur
+    with gr.Row(equal_height=False):
+        with gr.Column(min_width=280, scale=1):
+            image = image_input(
+                label="Image",
+                sources=["upload", "clipboard"],
+                height=280,
+                elem_id="image",
+                elem_classes=crisp,
+                placeholder=f"Drop an image here, or choose one. Up to {MAX_PIXELS // 1_000_000} megapixels.",
+            )
+            with gr.Column(elem_classes=crisp):
+                gr.Examples([[str(path)] for path in examples], inputs=[image], label="Examples: golden samples of the bundle")
+        with gr.Column(min_width=280, scale=2):
+            status = gr.HTML(_status(WAITING), elem_id="status", elem_classes=["status"])
+            panels = _panels(service)
+
+    async def show_image(path: str | None) -> list[Any]:
+        if path is None:
+            return [_status(WAITING), *_nothing(panels)]
+        return await _shown(service, panels, await asyncio.to_thread(Path(path).read_bytes))
+
+    image.change(
+        show_image,
+        [image],
+        [status, *_outputs(panels)],
+        api_visibility="private",
+        concurrency_limit=CONCURRENT,
+        show_progress="minimal",
+        trigger_mode="always_last",
+    )
+
+
+def draw_tab(service: Service, style: DrawingStyle) -> None:
+    """A pad; the drawing is framed as the network's own images are, and that frame is shown."""
+    with gr.Row(equal_height=False):
+        with gr.Column(min_width=280, scale=1):
+            pad = drawing_pad()
+        with gr.Column(min_width=280, scale=2):
+            status = gr.HTML(_status("Waiting for a drawing."), elem_id="drawing-status", elem_classes=["status"])
+            seen = gr.Image(
+                label="What the network sees", height=140, interactive=False, buttons=[], elem_id="seen", elem_classes=["pixelated"]
+            )
+            panels = _panels(service)
+
+    async def show_drawing(event: gr.EventData) -> list[Any]:
+        drawing, empty = drawing_of(event), [None, *_nothing(panels)]
+        if drawing is None:
+            return [_status("Draw something first."), *empty]
+        try:
+            framed = frame_drawing((await decode_upload(service, drawing)).pixels, style)
+            if framed is None:
+                return [_status("Draw something first."), *empty]
+            answers = await ask_all(service, framed)
+        except Unanswerable as error:
+            return [_problem(str(error)), *empty]
+        first = next(iter(service.models.values())).bundle.preprocessing
+        return [_status(_verdict(answers)), prepare(framed, first), *_filled(service, panels, answers, framed)]
+
+    pad.submit(
+        show_drawing,
+        None,
+        [status, seen, *_outputs(panels)],
+        api_visibility="private",
+        concurrency_limit=CONCURRENT,
+        show_progress="minimal",
+        trigger_mode="always_last",
+    )
+
+
+def ask_endpoint(service: Service) -> None:
+    """`client.predict(image=handle_file("photo.jpg"), api_name="/classify")`."""
+    image = image_input(label="image", visible=False)
+    answers = gr.JSON(label="answers", visible=False)
+    button = gr.Button(visible=False)
+
+    async def classify(image: str) -> dict[str, dict[str, Any]]:
+        if image is None:
+            raise gr.Error("Give an image file.", print_exception=False)
+        try:
+            decoded = await decode_upload(service, await asyncio.to_thread(Path(image).read_bytes))
+            found = await ask_all(service, decoded.pixels)
+        except Unanswerable as error:
+            raise gr.Error(str(error), print_exception=False) from error
+        return {answer.model: answer.as_json() for answer in found}
+
+    button.click(
+        classify,
+        [image],
+        [answers],
+        api_name="classify",
+        api_description=(
+            "Classify one image with every served model. Returns, for each model's name, label, confidence (0..1), "
+            f"top ({TOP_K} objects with label and confidence, falling) and milliseconds."
+        ),
+        concurrency_limit=CONCURRENT,
+    )
+
+
+def _small(service: Service) -> bool:
+    return max(max(model.signature.height, model.signature.width) for model in service.models.values()) <= 64
+
+
+def _panels(service: Service) -> list[Panel]:
+    panels = []
+    with gr.Row(equal_height=False):
+        for model in service.models.values():
+            with gr.Column(min_width=200):
+                label = gr.Label(label=model.name, num_top_classes=TOP_K, elem_classes=[f"answer-{model.name}"])
+                note = gr.Markdown(elem_classes=["quiet"])
+                cam = None
+                if "cam" in model.signature.outputs:
+                    cam = gr.Image(
+                        label=f"Where {model.name} looked",
+                        interactive=False,
+                        buttons=["fullscreen"],
+                        height=240,
+                        elem_classes=[f"cam-{model.name}"],
+                    )
+                panels.append(Panel(label, note, cam))
+    return panels
+
+
+def _outputs(panels: list[Panel]) -> list[Any]:
+    return [part for panel in panels for part in (panel.label, panel.note, panel.cam) if part is not None]
+
+
+def _nothing(panels: list[Panel]) -> list[Any]:
+    return [None for _ in _outputs(panels)]
+
+
+async def _shown(service: Service, panels: list[Panel], data: bytes) -> list[Any]:
+    try:
+        decoded = await decode_upload(service, data)
+        answers = await ask_all(service, decoded.pixels)
+    except Unanswerable as error:
+        return [_problem(str(error)), *_nothing(panels)]
+    remark = " Only the first frame of this animation was classified." if decoded.animated else ""
+    return [_status(_verdict(answers) + remark), *_filled(service, panels, answers, decoded.pixels)]
+
+
+def _filled(service: Service, panels: list[Panel], answers: list[Answer], pixels: Pixels) -> list[Any]:
+    values: list[Any] = []
+    for panel, answer in zip(panels, answers, strict=True):
+        model = service.models[answer.model]
+        values += [dict(answer.top), f"{answer.milliseconds:.1f} ms · {model.variant.name} on {model.session.runtime}"]
+        if panel.cam is not None:
+            assert answer.cam is not None
+            values.append(overlay(prepare(pixels, model.bundle.preprocessing), answer.cam))
+    return values
+
+
+def _verdict(answers: list[Answer]) -> str:
+    labels = {answer.top[0][0] for answer in answers}
+    if len(answers) == 1:
+        return f"{answers[0].model} says {answers[0].top[0][0]}."
+    if len(labels) == 1:
+        return f"{'Both' if len(answers) == 2 else f'All {len(answers)}'} models say {labels.pop()}."
+    return "The models disagree: " + ", ".join(f"{answer.model} says {answer.top[0][0]}" for answer in answers) + "."
+
+
+def _status(text: str) -> str:
+    return f'<p role="status">{html.escape(text)}</p>'
+
+
+def _problem(text: str) -> str:
+    return f'<p role="alert" class="problem">{html.escape(text)}</p>'
