@@ -51,6 +51,8 @@ def measure(bundle: Bundle, job: Job, cores: int) -> tuple[int, int]:
     for streams in dict.fromkeys((1, cores)):
         session = bundle.session(job.variant, job.runtime, threads=cores // streams)
         for batch_size in (job.batch_size,) if job.batch_size else BATCHES:
+            if batch_size > best_rate * 2 * MEASURE_SECONDS > 0:  # so slow a model gains nothing by more images at once
+                continue
             rate = measured_rate(session, bundle, batch_size, streams)
             if rate > best_rate * WORTH:
                 best, best_rate = (batch_size, streams), rate
