@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from starlette.requests import ClientDisconnect
 
 from serve.asgi import App, Message, Receive, Refused, Scope, Send, header, send_refusal
 from serve.service import Service
@@ -75,6 +76,8 @@ class DemoGuard:
         self._uploads += 1
         try:
             await self.app(scope, receive, _with_page_headers(send))
+        except ClientDisconnect:
+            pass  # no fault of ours, and nobody is there to hear of it
         finally:
             self._uploads -= 1
             _remove_pieces(older_than=self.limits.body_seconds if self._uploads else 0.0)

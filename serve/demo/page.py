@@ -10,6 +10,7 @@ from pathlib import Path
 
 import gradio as gr
 from fastapi import FastAPI
+from starlette.routing import Mount
 
 from serve.demo import in_gradio_thread, reports
 from serve.demo.batch_tab import batch_tab
@@ -128,5 +129,7 @@ async def mounted(service: Service) -> AsyncIterator[FastAPI]:
         css=CSS,
         app_kwargs={"docs_url": None, "redoc_url": None, "openapi_url": None},
     )
+    (page_app,) = [route.app for route in app.routes if isinstance(route, Mount)]
+    service.endless.append(page_app.stop_event.set)  # every open page holds a heartbeat stream
     async with app.router.lifespan_context(app):
         yield app
