@@ -4,7 +4,8 @@
                                        [--timm PATH/inference.py] [--out FILE]
 
 1. Bound: with D images/s decoded alone and I classified alone, each on all cores, one after the other cannot beat 1/(1/D + 1/I).
-   D, I and the whole run E are measured in turn, `rounds` times; the median of E / bound is reported.
+   D, I and the whole run E are measured in turn, `rounds` times; the median of E / bound is reported, by wall time and by
+   processor time (all of the command's, start-up included), which hardly suffers from what else the machine does.
 2. timm: its script and ffl-predict classify the same files with the same weights, also in turn. timm runs with the worker count
    and batch size that are best for it here, and is timed without its start-up by its own log.
 
@@ -17,12 +18,15 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +53,6 @@ from ffl_deploy.images import Preprocessing
 from ffl_deploy.runtime import available_cores
 from serve.items import file_item
 from serve.pipeline import prepare_item
-from serve.tuning import measured_rate
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -180,61 +183,78 @@ def build_bundle(folder: Path, name: str, size: int, weights: Path, photos: list
     return load_bundle(folder)
 
 
+@dataclass(frozen=True)
+class Rate:
+    """Images per second of wall time and of processor time; the second hardly suffers from what else the machine does."""
+
+    wall: float
+    processor: float
+
+    @classmethod
+    def of(cls, images: int, work: Callable[[], object]) -> Rate:
+        """-> the rate at which `work` handles `images`, in this process."""
+        wall, processor = time.perf_counter(), time.process_time()
+        work()
+        return cls(images / (time.perf_counter() - wall), images / (time.process_time() - processor))
+
+
 def against_bound(bundle: Bundle, folder: Path, variant: str, rounds: int) -> dict[str, Any]:
-    """-> D, I, E in images/s and the median of E / (1/(1/D + 1/I)), each round measured in turn."""
+    """-> D, I, E and the medians of E / (1/(1/D + 1/I)), by wall and by processor time; each round measured in turn."""
     photos = sorted((folder / "photos").rglob("*.jpg"))
     measured = []
     for _ in range(rounds):
         summary = predict(bundle, folder, variant)
-        settings = summary["settings"]
-        decode = decode_rate(photos, bundle)
-        infer = infer_rate(bundle, variant, settings)
-        bound = 1 / (1 / decode + 1 / infer)
-        whole = summary["images_per_second"]
-        measured.append(
-            {"decode": decode, "infer": infer, "whole": whole, "bound": bound, "share": whole / bound, "settings": settings}
-        )
-        print(variant, {k: round(v, 3) for k, v in measured[-1].items() if isinstance(v, float)}, file=sys.stderr)
-    return {"median_share_of_bound": statistics.median(m["share"] for m in measured), "rounds": measured}
+        decode, infer = decode_rate(photos, bundle), infer_rate(bundle, variant, summary["settings"])
+        whole = Rate(summary["images_per_second"], len(photos) / summary["processor_seconds"])
+        row: dict[str, Any] = {"settings": summary["settings"]}
+        for kind in ("wall", "processor"):
+            d, i, e = (getattr(rate, kind) for rate in (decode, infer, whole))
+            row[kind] = {"decode": d, "infer": i, "whole": e, "bound": 1 / (1 / d + 1 / i), "share": e * (1 / d + 1 / i)}
+        print(variant, {kind: {k: round(v, 2) for k, v in row[kind].items()} for kind in ("wall", "processor")}, file=sys.stderr)
+        measured.append(row)
+    medians = {kind: statistics.median(row[kind]["share"] for row in measured) for kind in ("wall", "processor")}
+    return {"median_share_of_bound": medians, "rounds": measured}
 
 
-def decode_rate(photos: list[Path], bundle: Bundle) -> float:
+def decode_rate(photos: list[Path], bundle: Bundle) -> Rate:
     """-> images/s read, decoded and resized by one thread for each core, nothing else running."""
-    from concurrent.futures import ThreadPoolExecutor
 
     def prepare(path: Path) -> None:
         prepare_item(file_item(str(path)), bundle.preprocessing)
 
     with ThreadPoolExecutor(available_cores()) as pool:
         list(pool.map(prepare, photos[:50]))
-        started = time.perf_counter()
-        list(pool.map(prepare, photos))
-        return len(photos) / (time.perf_counter() - started)
+        return Rate.of(len(photos), lambda: list(pool.map(prepare, photos)))
 
 
-def infer_rate(bundle: Bundle, variant: str, settings: dict[str, int]) -> float:
-    """-> images/s of the bare session, the better of one stream on all cores and one stream on each core."""
-    cores, rates = available_cores(), []
-    for streams in dict.fromkeys((1, cores)):
-        session = bundle.session(variant, threads=cores // streams)
-        rates.append(measured_rate(session, bundle, settings["batch_size"], streams, seconds=4))
-    return max(rates)
+def infer_rate(bundle: Bundle, variant: str, settings: dict[str, int], batches: int = 8) -> Rate:
+    """-> images/s of the bare session in the configuration that the run chose: `streams` callers, batch after batch."""
+    session = bundle.session(variant, threads=settings["threads"])
+    size = bundle.preprocessing
+    shape = (settings["batch_size"], size.height, size.width, 3)
+    batch = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    calls = batches * settings["streams"]
+    with ThreadPoolExecutor(settings["streams"]) as pool:
+        list(pool.map(session.run, [batch] * settings["streams"]))
+        return Rate.of(calls * len(batch), lambda: list(pool.map(session.run, [batch] * calls)))
 
 
 def predict(bundle: Bundle, folder: Path, variant: str) -> dict[str, Any]:
-    """-> the closing summary of one ffl-predict, with its wall time."""
+    """-> the closing summary of one ffl-predict, with the wall and processor seconds of the whole command."""
     out = folder / f"{variant}.parquet"
     command = [sys.executable, "-m", "serve.predict", str(bundle.folder), str(folder / "photos"), "--out", str(out)]
-    started = time.perf_counter()
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     run = subprocess.run([*command, "--variant", variant, "--json"], capture_output=True, text=True, check=True)
-    return json.loads(run.stdout) | {"wall": time.perf_counter() - started}
+    seconds, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
+    processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return json.loads(run.stdout) | {"wall_seconds": seconds, "processor_seconds": processor}
 
 
 def against_timm(bundle: Bundle, folder: Path, arguments: argparse.Namespace, weights: Path) -> dict[str, Any]:
     """-> images/s of timm's script (its best configuration) and of ffl-predict, in turn, and the ratios' medians."""
 
-    def timm_rate(workers: int, batch: int) -> tuple[float, float]:
-        """-> (images/s of its loop, seconds of the whole command)."""
+    def timm_rate(workers: int, batch: int) -> tuple[float, float, float]:
+        """-> (images/s of its loop, wall and processor seconds of the whole command)."""
         command = [
             sys.executable,
             str(arguments.timm),
@@ -247,32 +267,40 @@ def against_timm(bundle: Bundle, folder: Path, arguments: argparse.Namespace, we
         command += ["--device", "cpu", "-j", str(workers), "-b", str(batch), "--img-size", str(arguments.size), "--topk", "5"]
         command += ["--crop-pct", "0.95", "--interpolation", "bicubic", "--label-type", "name", "--exclude-output"]
         command += ["--results-file", str(folder / "timm.csv"), "--no-console-results", "--log-freq", "1"]
-        started = time.perf_counter()
+        before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
         run = subprocess.run(command, capture_output=True, text=True, check=True)
-        seconds = time.perf_counter() - started
+        seconds, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
         averages = re.findall(r"Time [\d.]+ \(([\d.]+)\)", run.stdout + run.stderr)
         batches = -(-arguments.images // batch)
         assert len(averages) == batches, run.stderr
-        return arguments.images / (float(averages[-1]) * batches), seconds
+        processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        return arguments.images / (float(averages[-1]) * batches), seconds, processor
 
     tried = {(workers, batch): timm_rate(workers, batch)[0] for workers in (1, 2) for batch in (16, 64)}
     best = max(tried, key=lambda key: tried[key])
     rounds = []
     for _ in range(arguments.rounds):
-        rate, seconds = timm_rate(*best)
-        row: dict[str, float] = {"timm": rate, "timm_seconds": seconds}
+        rate, seconds, processor = timm_rate(*best)
+        row: dict[str, Any] = {"timm": {"images_per_second": rate, "wall": seconds, "processor": processor}}
         for variant in ("fp32", "int8"):
             summary = predict(bundle, folder, variant)
-            row |= {variant: summary["images_per_second"], f"{variant}_seconds": summary["wall"]}
-        print({key: round(value, 2) for key, value in row.items()}, file=sys.stderr)
+            row[variant] = {
+                "images_per_second": summary["images_per_second"],
+                "wall": summary["wall_seconds"],
+                "processor": summary["processor_seconds"],
+            }
+        print({k: {n: round(x, 2) for n, x in v.items()} for k, v in row.items()}, file=sys.stderr)
         rounds.append(row)
+    configurations = {f"{workers} workers, batch {batch}": rate for (workers, batch), rate in tried.items()}
+    return {"configurations": configurations, "ratios": {v: ratios(rounds, v) for v in ("fp32", "int8")}, "rounds": rounds}
+
+
+def ratios(rounds: list[dict[str, Any]], variant: str) -> dict[str, float]:
+    """-> medians over the rounds of how many times faster than timm: its loop, the whole command, processor time."""
     return {
-        "configurations": {f"{workers} workers, batch {batch}": rate for (workers, batch), rate in tried.items()},
-        "median_ratio_fp32": statistics.median(row["fp32"] / row["timm"] for row in rounds),
-        "median_ratio_int8": statistics.median(row["int8"] / row["timm"] for row in rounds),
-        "median_ratio_wall_fp32": statistics.median(row["timm_seconds"] / row["fp32_seconds"] for row in rounds),
-        "median_ratio_wall_int8": statistics.median(row["timm_seconds"] / row["int8_seconds"] for row in rounds),
-        "rounds": rounds,
+        "loop": statistics.median(row[variant]["images_per_second"] / row["timm"]["images_per_second"] for row in rounds),
+        "wall": statistics.median(row["timm"]["wall"] / row[variant]["wall"] for row in rounds),
+        "processor": statistics.median(row["timm"]["processor"] / row[variant]["processor"] for row in rounds),
     }
 
 

@@ -14,6 +14,7 @@ from ffl_deploy.errors import DONE, UsageError
 if TYPE_CHECKING:
     from export.report import Limits
     from export.tensorrt_engine import EngineOptions
+    from ffl_deploy.bundle import Bundle
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 RUNTIMES = ("onnxruntime", "openvino", "onnxruntime-cuda", "onnxruntime-tensorrt")
@@ -42,7 +43,11 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint", default="best", metavar="NAME", help="best (default), last or ema")
     parser.add_argument("--opset", type=int, metavar="N", help="ONNX opset")
     parser.add_argument("--batch", default="dynamic", metavar="dynamic|N", help="batch size of the graph (default: dynamic)")
-    parser.add_argument("--cam", action="store_true", help="third output: the class activation map of the predicted class")
+    parser.add_argument("--cam", action="store_true", help="further output: the class activation map of the predicted class")
+    parser.add_argument("--embedding", action="store_true", help="further output: the pooled features")
+    parser.add_argument("--triton", type=Path, metavar="DIR", help="add the bundles to a Triton model repository")
+    parser.add_argument("--space", type=Path, metavar="DIR", help="write a Hugging Face Space with the demo and the bundles")
+    parser.add_argument("--sign", type=Path, metavar="PEM", help="sign each bundle with this private key (TARGET.sig beside it)")
     parser.add_argument("--golden", type=Path, metavar="DIR", help="take the golden images from here, not from the run's data")
     parser.add_argument("--max-latency-ms", type=float, metavar="X", help="report: recommend nothing slower (p50, one image)")
     parser.add_argument("--min-accuracy", type=float, metavar="X", help="report: recommend nothing less accurate (0 to 1)")
@@ -83,15 +88,35 @@ def main(argv: Sequence[str]) -> int:
             engines=_engines(arguments.tensorrt, arguments.compute_capability, batch),
         ),
         checkpoint=arguments.checkpoint,
-        cam=arguments.cam,
+        extras=tuple(name for name in ("cam", "embedding") if getattr(arguments, name)),
         golden=arguments.golden,
     )
-    export_run(run, options, lambda line: print(line, flush=True))
+    bundles = export_run(run, options, lambda line: print(line, flush=True))
+    _publish(bundles, arguments.triton, arguments.space, arguments.sign)
     if "all" in options.targets or any(
         value is not None for value in (limits.max_latency_ms, limits.min_accuracy, limits.max_bytes)
     ):
         return _report(out, limits)
     return DONE
+
+
+def _publish(bundles: Sequence[Bundle], triton: Path | None, space: Path | None, key: Path | None) -> None:
+    """Sign the verified bundles, and write them in the other forms that were asked for."""
+    if key:
+        from ffl_deploy.signing import sign_bundle
+
+        for bundle in bundles:
+            print(f"{sign_bundle(bundle.folder, key)}: signature of {bundle.folder}", flush=True)
+    if triton:
+        from export.triton import write_repository
+
+        models = [model for bundle in bundles for model in write_repository(bundle, triton)]
+        print(f"{triton}: Triton models {', '.join(model.name for model in models)}", flush=True)
+    if space:
+        from export.space import write_space
+
+        write_space(bundles, space)
+        print(f"{space}: a Hugging Face Space; start it here with: python {space / 'app.py'}", flush=True)
 
 
 def _limits(arguments: argparse.Namespace) -> Limits:

@@ -29,13 +29,12 @@ OPERATORS = (
     "Conv", "Gemm", "MatMul", "Add", "Mul", "Concat", "Relu", "Clip", "LeakyRelu", "Sigmoid", "MaxPool", "AveragePool",
     "GlobalAveragePool", "Flatten", "Reshape", "Resize", "Pad",
 )  # fmt: skip
-FORMS = ("cpu", "tensorrt")
 RISK = 0.5
 """Share of the KL gate from which on accuracy is at risk, so that keeping the ends of the network in float is tried."""
 
 
 class Candidate(msgspec.Struct, frozen=True):
-    """One way to quantise, and how far the CPU form's logits are from PyTorch's on the validation split."""
+    """One way to quantise, and how far its logits, on the CPU, are from PyTorch's on the validation split."""
 
     method: str
     reduce_range: bool
@@ -61,8 +60,16 @@ class Held:
     logits: np.ndarray
 
 
-def quantise(source: Path, folder: Path, images: np.ndarray, held: Held) -> tuple[dict[str, Path], Quantisation]:
-    """Write `model.int8.onnx` (CPU) and `model.int8-tensorrt.onnx` into `folder`; -> form -> path, and the choice.
+@dataclass(frozen=True)
+class Form:
+    """One of the two quantised files, and how it was chosen."""
+
+    path: Path
+    choice: Quantisation
+
+
+def quantise(source: Path, folder: Path, images: np.ndarray, held: Held) -> dict[str, Form]:
+    """Write `model.int8.onnx` (CPU) and `model.int8-tensorrt.onnx` into `folder`; -> form -> Form.
 
     Args: source: the verified fp32 file; images: class-balanced training images uint8 [n, h, w, 3], the evaluation view.
     Raises CheckError where a convolution of the CPU form stays in float that was not chosen to.
@@ -77,27 +84,32 @@ def quantise(source: Path, folder: Path, images: np.ndarray, held: Held) -> tupl
         proto = onnx.load(prepared)
         trial = Path(temporary) / "trial.onnx"
 
-        def measure(method: str, reduce_range: bool, float_layers: Sequence[str]) -> Candidate:
-            write_form(proto, trial, ranges[method], "cpu", reduce_range, float_layers)
-            return _measure(trial, held, method, reduce_range, float_layers)
+        forms = {}
+        for form, name in (("cpu", "model.int8.onnx"), ("tensorrt", "model.int8-tensorrt.onnx")):
 
-        chosen, candidates = choose(measure, _ends(proto))
-        paths = {"cpu": folder / "model.int8.onnx", "tensorrt": folder / "model.int8-tensorrt.onnx"}
-        for form, path in paths.items():
+            def measure(method: str, reduce_range: bool, float_layers: Sequence[str], form: str = form) -> Candidate:
+                write_form(proto, trial, ranges[method], form, reduce_range, float_layers)
+                return _measure(trial, held, method, reduce_range, float_layers)
+
             # reduce_range answers the saturation of CPUs without VNNI; a GPU has none.
-            reduce_range = chosen.reduce_range and form == "cpu"
-            write_form(proto, path, ranges[chosen.method], form, reduce_range, chosen.float_layers)
+            chosen, candidates = choose(measure, _ends(proto), may_reduce_range=form == "cpu")
+            path = folder / name
+            write_form(proto, path, ranges[chosen.method], form, chosen.reduce_range, chosen.float_layers)
             check_onnx(path)
+            forms[form] = Form(path, Quantisation(chosen, candidates, len(images), len(held.images)))
     convolutions = {node.name for node in proto.graph.node if node.op_type == "Conv"}
-    meant, found = len(convolutions & set(chosen.float_layers)), float_operators(operator_histogram(paths["cpu"]))
+    meant = len(convolutions & set(forms["cpu"].choice.chosen.float_layers))
+    found = float_operators(operator_histogram(forms["cpu"].path))
     if found > meant:
         raise CheckError(
             f"{found} convolutions of the int8 file run in float where {meant} were meant to. No bundle was written."
         )
-    return paths, Quantisation(chosen, candidates, len(images), len(held.images))
+    return forms
 
 
-def choose(measure: Callable[[str, bool, Sequence[str]], Candidate], ends: Sequence[str]) -> tuple[Candidate, list[Candidate]]:
+def choose(
+    measure: Callable[[str, bool, Sequence[str]], Candidate], ends: Sequence[str], may_reduce_range: bool
+) -> tuple[Candidate, list[Candidate]]:
     """-> (the best candidate, all that were measured), by mean KL on the validation split.
 
     First the method, then `reduce_range`; the first convolution and the classifier are kept in float only where the
@@ -105,8 +117,9 @@ def choose(measure: Callable[[str, bool, Sequence[str]], Candidate], ends: Seque
     """
     candidates = [measure(method, False, ()) for method in METHODS]
     best = min(candidates, key=lambda candidate: candidate.mean_kl)
-    candidates.append(measure(best.method, True, ()))
-    best = min(best, candidates[-1], key=lambda candidate: candidate.mean_kl)
+    if may_reduce_range:
+        candidates.append(measure(best.method, True, ()))
+        best = min(best, candidates[-1], key=lambda candidate: candidate.mean_kl)
     gate = PARITY_GATES["int8"]
     if best.mean_kl > RISK * gate.mean_kl or best.top1_agreement < gate.top1_agreement:
         candidates.append(measure(best.method, best.reduce_range, ends))

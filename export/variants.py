@@ -68,7 +68,6 @@ class TargetContext:
 
 def build_variants(folder: Path, context: TargetContext, options: VariantOptions) -> list[Variant]:
     """Write and verify everything that `options` asks for into `folder`, fp32 first. Raises CheckError, UsageError."""
-    check_runtimes(options)
     variants = []
     for file in write_files(folder, context, options):
         variants += [verified(file, runtime, context, folder, options.graph.batch) for runtime in file.runtimes]
@@ -106,10 +105,10 @@ def write_files(folder: Path, context: TargetContext, options: VariantOptions) -
             evaluation, validation = context.evaluation, context.evaluation.data.validation
             rows = class_balanced(validation.labels, VALIDATION_IMAGES)
             held = Held(validation.read(rows), evaluation.validation_logits[context.name][rows])
-            paths, choice = quantise(source, folder, evaluation.calibration_images(IMAGES), held)
-            details = {"quantisation": msgspec.to_builtins(choice)}
-            yield ModelFile("int8", paths["cpu"], "int8", options.runtimes, details)
-            yield ModelFile("int8-tensorrt", paths["tensorrt"], "int8", ("onnxruntime",), details)
+            forms = quantise(source, folder, evaluation.calibration_images(IMAGES), held)
+            for name, form in (("int8", forms["cpu"]), ("int8-tensorrt", forms["tensorrt"])):
+                runtimes = options.runtimes if name == "int8" else ("onnxruntime",)
+                yield ModelFile(name, form.path, "int8", runtimes, {"quantisation": msgspec.to_builtins(form.choice)})
 
 
 def verified(file: ModelFile, runtime: str, context: TargetContext, folder: Path, batch: int | None) -> Variant:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ffl_deploy.bundle import Bundle
 from ffl_deploy.runtime import Session, available_cores
+from serve.job import Job
 from serve.shards import Settings
 
-if TYPE_CHECKING:
-    from serve.job import Job
-
-SMALL_RUN = 512  # items: below, measuring costs more than it gains
+SMALL_RUN = 2048  # items: below, measuring costs more than it gains
 SMALL_BATCH = 32
 SHARD_SIZE = 1024  # rows: some seconds of work, and a row group of the Parquet output
 BATCHES = (16, 64)
@@ -51,6 +48,8 @@ def measure(bundle: Bundle, job: Job, cores: int) -> tuple[int, int]:
     for streams in dict.fromkeys((1, cores)):
         session = bundle.session(job.variant, job.runtime, threads=cores // streams)
         for batch_size in (job.batch_size,) if job.batch_size else BATCHES:
+            if batch_size > best_rate * 2 * MEASURE_SECONDS > 0:  # so slow a model gains nothing by more images at once
+                continue
             rate = measured_rate(session, bundle, batch_size, streams)
             if rate > best_rate * WORTH:
                 best, best_rate = (batch_size, streams), rate

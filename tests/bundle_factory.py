@@ -42,6 +42,8 @@ def make_bundle(
     seed: int = 0,
     nonfinite_above: float | None = None,
     embedding: bool = False,
+    cam: bool = False,
+    gray: bool = False,
     variants: Sequence[str] = ("fp32",),
     resize: str = "stretch",
     crop_fraction: float = 1.0,
@@ -54,15 +56,20 @@ def make_bundle(
         seed: of the weights; another seed is another model.
         nonfinite_above: the logits of an image whose mean pixel value (0..255) is above this become NaN.
         embedding: the graph also gives `embedding`, float32 [batch, CHANNELS]: the pooled features.
+        cam: the graph also gives `cam`, float32 [batch, size / 2, size / 2]: the mean of the feature maps.
+        gray: the golden images are light strokes on black, as digits are.
         variants: names; each is the same fp32 graph in a file of its own.
     """
     folder.mkdir(parents=True, exist_ok=True)
     files = {name: "model.onnx" if name == "fp32" else f"model.{name}.onnx" for name in variants}
-    model = build_model(size, len(classes), seed=seed, nonfinite_above=nonfinite_above, embedding=embedding)
+    model = build_model(size, len(classes), seed=seed, nonfinite_above=nonfinite_above, embedding=embedding, cam=cam)
     for file in files.values():
         onnx.save(model, folder / file)
     rng = np.random.default_rng(seed)
     images = rng.integers(0, 256, (golden_count, size, size, 3), dtype=np.uint8)
+    if gray:
+        images[:] = 0
+        images[:, 1:-1, size // 3 : size // 2] = rng.integers(180, 256, (golden_count, 1, 1, 1), dtype=np.uint8)
     labels = np.arange(golden_count, dtype=np.int64) % len(classes)
     np.savez(folder / "golden.npz", images=images, labels=labels, logits=_run(folder / next(iter(files.values())), images))
     (folder / "README.md").write_text("# A bundle for tests\n")
@@ -73,6 +80,8 @@ def make_bundle(
     ]
     if embedding:
         outputs.append(OutputTensor("embedding", ["batch", CHANNELS], "pooled features"))
+    if cam:
+        outputs.append(OutputTensor("cam", ["batch", size // 2, size // 2], "class activation map"))
     manifest = Manifest(
         schema=SCHEMA,
         target="fused",
@@ -93,7 +102,13 @@ def make_bundle(
 
 
 def build_model(
-    size: int, classes: int, *, seed: int = 0, nonfinite_above: float | None = None, embedding: bool = False
+    size: int,
+    classes: int,
+    *,
+    seed: int = 0,
+    nonfinite_above: float | None = None,
+    embedding: bool = False,
+    cam: bool = False,
 ) -> onnx.ModelProto:
     """images uint8 [batch, size, size, 3] -> normalise -> 3x3 conv -> ReLU -> global pool -> gemm -> logits -> softmax."""
     rng = np.random.default_rng(seed)
@@ -131,6 +146,10 @@ def build_model(
     outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", classes]) for name in ("logits", "probabilities")]
     if embedding:
         outputs.append(helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["batch", CHANNELS]))
+    if cam:
+        weights["cam_axes"] = np.array([1])
+        nodes.append(helper.make_node("ReduceMean", ["relu", "cam_axes"], ["cam"], keepdims=0))
+        outputs.append(helper.make_tensor_value_info("cam", TensorProto.FLOAT, ["batch", size // 2, size // 2]))
     graph = helper.make_graph(
         nodes,
         "tiny",

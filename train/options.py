@@ -29,6 +29,7 @@ def validate(config: TrainConfig) -> None:
     rules = [
         (o.epochs >= 1, "--epochs must be at least 1"),
         (o.batch_size >= 2, "--batch-size must be at least 2 (batch normalisation needs two images)"),
+        (config.machine.threads is None or config.machine.threads >= 1, "--threads must be at least 1"),
         (o.accumulate >= 1, "--accumulate must be at least 1"),
         (o.batch_size >= 2 * o.accumulate, "--batch-size must be at least twice --accumulate"),
         (o.lr > 0, "--lr must be above 0"),

@@ -67,15 +67,13 @@ def run_training(config: TrainConfig, stop: StopRequest | None = None) -> int:
 
 
 def run_folder(config: TrainConfig, world: World) -> Path:
-    """-> the run directory, which exists. Raises UsageError where a new run would overwrite another one."""
+    """-> the run directory, created with its first file. Raises UsageError where a new run would overwrite another one."""
     if config.output.resume is not None:
         return config.output.resume
     name = f"{Path(config.data.source).name}-{config.model.method}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(world.agree(str(config.output.out or Path("runs") / name)))
-    if world.is_main:
-        if (folder / CONFIG).exists():
-            raise UsageError(f"{folder} already holds a run; continue it with --resume {folder}, or choose another --out.")
-        folder.mkdir(parents=True, exist_ok=True)
+    if world.is_main and (folder / CONFIG).exists():
+        raise UsageError(f"{folder} already holds a run; continue it with --resume {folder}, or choose another --out.")
     world.barrier()
     return folder
 
@@ -173,6 +171,7 @@ def describe(config: TrainConfig, data: ImageData, network: NetworkConfig, metho
             "torch": str(torch.__version__),
             "device": torch.cuda.get_device_name(machine.device) if machine.device.type == "cuda" else platform.machine(),
             "precision": machine.precision,
+            "threads": str(torch.get_num_threads()),
         },
     )
 
@@ -200,12 +199,12 @@ def finish(
             np.savez_compressed(file, **arrays)
         summary = {
             "accuracy": {name: round(value, 6) for name, value in accuracy.items()},
-            "images_per_second": round(at.images / at.seconds, 1),
+            "images_per_second": round(at.images / at.seconds, 1) if at.seconds else 0.0,  # trained elsewhere
             "seconds": round(at.seconds, 1),
             "classes": list(data.classes),
             "epochs": at.epoch,
             "best_epoch": at.best_epoch,
-            "best_validation_accuracy": at.best_accuracy,
+            "best_validation_accuracy": at.best_accuracy if at.best_accuracy >= 0 else None,
             "test_images": len(data.test),
         }
         write_json(folder / SUMMARY, summary)  # last: its presence says that the run is finished

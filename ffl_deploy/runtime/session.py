@@ -51,13 +51,12 @@ class FixedBatchSession(Session):
 
     def run(self, images: np.ndarray) -> Outputs:
         parts = [self._run_padded(images[start : start + self._size]) for start in range(0, len(images), self._size)]
-        names = [name for name in Outputs._fields if getattr(parts[0], name) is not None]
-        return Outputs(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
+        return Outputs._make(None if columns[0] is None else np.concatenate(columns) for columns in zip(*parts, strict=True))
 
     def _run_padded(self, images: np.ndarray) -> Outputs:
         padding = np.zeros((self._size - len(images), *images.shape[1:]), images.dtype)
         outputs = self._session.run(np.concatenate([images, padding]))
-        return Outputs(**{name: value[: len(images)] for name, value in outputs._asdict().items() if value is not None})
+        return Outputs._make(None if value is None else value[: len(images)] for value in outputs)
 
 
 def available_cores() -> int:
