@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import msgspec
 import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
+from export.cost import multiply_adds
 from export.latency import measure_latency
 from export.quantize import Candidate, choose
 from export.report import Limits, Row, mark_pareto, recommend
@@ -87,6 +91,26 @@ def test_an_unproven_accuracy_is_said_and_an_unmeasured_artefact_never_recommend
     unsure = [msgspec.structs.replace(ROWS[1], accuracy_gate="inconclusive (n = 359)")]
     assert "inconclusive (n = 359)" in recommend(unsure, Limits()).reason
     assert recommend([ROWS[4]], Limits()).artefact is None
+
+
+def test_multiply_adds_are_counted_from_the_shapes(tmp_path: Path) -> None:
+    def info(name: str, shape: list[int | str]) -> onnx.ValueInfoProto:
+        return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+
+    weights = {"conv": (8, 2, 3, 3), "tokens": (64, 16), "head": (5, 1024)}  # two groups; head is transposed
+    nodes = [
+        helper.make_node("Conv", ["images", "conv"], ["maps"], group=2, pads=[1, 1, 1, 1]),  # 8 x 8 x 8 values of 2 x 9 products
+        helper.make_node("Reshape", ["maps", "shape"], ["sequence"]),
+        helper.make_node("MatMul", ["sequence", "tokens"], ["mixed"]),  # 8 tokens x 16 values of 64 products
+        helper.make_node("Concat", ["mixed"] * 8, ["wide"], axis=2),
+        helper.make_node("Flatten", ["wide"], ["flat"]),
+        helper.make_node("Gemm", ["flat", "head"], ["logits"], transB=1),
+    ]
+    tensors = [numpy_helper.from_array(np.zeros(shape, np.float32), name) for name, shape in weights.items()]
+    tensors.append(numpy_helper.from_array(np.array([-1, 8, 64]), "shape"))
+    graph = helper.make_graph(nodes, "g", [info("images", ["batch", 4, 8, 8])], [info("logits", ["batch", 5])], tensors)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]), tmp_path / "model.onnx")
+    assert multiply_adds(tmp_path / "model.onnx") == 8 * 64 * 18 + 8 * 16 * 64 + 5 * 1024
 
 
 def test_latency_takes_real_batches_and_the_best_throughput() -> None:
