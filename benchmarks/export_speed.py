@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -109,7 +110,7 @@ def main() -> None:
         folder = Path(temporary)
         model, network, images = build(folder, tuple(arguments.branches.split(",")), arguments.classes, arguments.size)
         calls = candidates(folder, model)
-        for batch, repeats in ((1, 20), (64, 2)):
+        for batch, repeats in ((1, 10), (64, 2)):
             taken = in_turns(calls, images[:batch], arguments.rounds, repeats)
             result[f"batch {batch}"] = {
                 name: {
@@ -124,6 +125,7 @@ def main() -> None:
                 form: round(float(np.median(taken[f"ONNX Runtime {form}"] / taken[f"ONNX Runtime {form}, bare"])), 4)
                 for form in ("fp32", "int8")
             }
+            print(json.dumps(result[f"batch {batch}"], indent=1), file=sys.stderr, flush=True)  # a long run shows its progress
         if arguments.engines:
             result["TensorRT-RTX build seconds"] = engine_seconds(folder, network, arguments.size)
     print(json.dumps(result, indent=1))

@@ -43,7 +43,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint", default="best", metavar="NAME", help="best (default), last or ema")
     parser.add_argument("--opset", type=int, metavar="N", help="ONNX opset")
     parser.add_argument("--batch", default="dynamic", metavar="dynamic|N", help="batch size of the graph (default: dynamic)")
-    parser.add_argument("--cam", action="store_true", help="third output: the class activation map of the predicted class")
+    parser.add_argument("--cam", action="store_true", help="further output: the class activation map of the predicted class")
+    parser.add_argument("--embedding", action="store_true", help="further output: the pooled features")
     parser.add_argument("--triton", type=Path, metavar="DIR", help="add the bundles to a Triton model repository")
     parser.add_argument("--space", type=Path, metavar="DIR", help="write a Hugging Face Space with the demo and the bundles")
     parser.add_argument("--sign", type=Path, metavar="PEM", help="sign each bundle with this private key (TARGET.sig beside it)")
@@ -87,7 +88,7 @@ def main(argv: Sequence[str]) -> int:
             engines=_engines(arguments.tensorrt, arguments.compute_capability, batch),
         ),
         checkpoint=arguments.checkpoint,
-        cam=arguments.cam,
+        extras=tuple(name for name in ("cam", "embedding") if getattr(arguments, name)),
         golden=arguments.golden,
     )
     bundles = export_run(run, options, lambda line: print(line, flush=True))

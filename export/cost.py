@@ -16,12 +16,14 @@ def multiply_adds(path: Path) -> int:
     graph = onnx.shape_inference.infer_shapes(proto, data_prop=True).graph
     shapes = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
     for value in (*graph.value_info, *graph.output):
-        shapes[value.name] = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        shapes[value.name] = [dim.dim_value or 1 for dim in value.type.tensor_type.shape.dim]  # symbolic: the batch, here 1
     total = 0
     for node in graph.node:
         if node.op_type == "Conv":
             # Weights [out, in / groups, kernel...]: each output value takes in / groups x kernel products.
             total += math.prod(shapes[node.output[0]]) * math.prod(shapes[node.input[1]][1:])
-        elif node.op_type in ("Gemm", "MatMul") and node.input[1] in shapes:
-            total += math.prod(shapes[node.input[1]])
+        elif node.op_type == "MatMul":
+            total += math.prod(shapes[node.output[0]]) * shapes[node.input[1]][-2]
+        elif node.op_type == "Gemm":
+            total += shapes[node.output[0]][0] * math.prod(shapes[node.input[1]])
     return total

@@ -14,8 +14,8 @@ import numpy as np
 from export.card import model_card
 from export.check import HeldOut
 from export.evaluation import Evaluation, Reference, check_target, class_balanced
-from export.onnx_graph import DeployedModel
-from export.variants import TargetContext, VariantOptions, build_variants
+from export.onnx_graph import DeployedModel, require_features
+from export.variants import TargetContext, VariantOptions, build_variants, check_runtimes
 from ffl_deploy import __version__
 from ffl_deploy.bundle import (
     SCHEMA,
@@ -51,7 +51,7 @@ class ExportOptions:
     out: Path
     variants: VariantOptions = field(default_factory=VariantOptions)
     checkpoint: str = "best"
-    cam: bool = False
+    extras: tuple[str, ...] = ()  # further outputs: cam, embedding
     golden: Path | None = None
 
 
@@ -76,6 +76,10 @@ def export_run(run: Run, options: ExportOptions, report: Callable[[str], None]) 
     for target in targets:
         if target not in known:
             raise UsageError(f"{run.folder} has no target {target!r}. {choices_sentence(target, [*known, 'all'])}")
+    if options.extras:
+        for target in targets:
+            require_features(build_target(loaded.network, target), options.extras, target)
+    check_runtimes(options.variants)
     evaluation = Evaluation(run, loaded.network, options.checkpoint, targets)
     references = {target: evaluation.reference(target) for target in targets}  # before any work: a missing one stops here
     return [export_target(target, evaluation, references[target], loaded, options, report) for target in targets]
@@ -95,7 +99,7 @@ def export_target(
     plain = DeployedModel(target, run.mean, run.std).eval()
     check_target(plain, reference, name)
     calibration = calibrate(evaluation, name)
-    model = DeployedModel(target, run.mean, run.std, calibration.temperature, options.cam).eval()
+    model = DeployedModel(target, run.mean, run.std, calibration.temperature, options.extras).eval()
     test = HeldOut(evaluation.data.test, evaluation.test_logits[name])
     context = TargetContext(name, model, reference, test, evaluation, loaded.sha256)
     with replace_folder(options.out / name) as folder:
@@ -182,6 +186,7 @@ OUTPUTS = {
     "logits": "unnormalised scores",
     "probabilities": "softmax of logits / temperature",
     "cam": "class activation map of the predicted class, in logits per position",
+    "embedding": "pooled features, which the classifier takes",
 }
 
 
@@ -192,8 +197,8 @@ def output_tensors(model: DeployedModel, run: Run) -> list[OutputTensor]:
     with torch.inference_mode():
         values = model(torch.zeros(1, run.preprocessing.height, run.preprocessing.width, 3, dtype=torch.uint8))
     return [
-        OutputTensor(name, ["batch", *value.shape[1:]], description)
-        for (name, description), value in zip(OUTPUTS.items(), values, strict=False)
+        OutputTensor(name, ["batch", *value.shape[1:]], OUTPUTS[name])
+        for name, value in zip(model.output_names, values, strict=True)
     ]
 
 

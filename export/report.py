@@ -5,6 +5,7 @@ Everything is read from the bundles' manifests, so a report can be written again
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -59,15 +60,15 @@ class Limits(msgspec.Struct, frozen=True):
     min_accuracy: float | None = None
     max_bytes: int | None = None
 
-    def broken_by(self, row: Row) -> list[str]:
-        """-> which limits `row` breaks, in words; a value that was not measured keeps no limit."""
-        broken = []
+    def broken_by(self, row: Row) -> dict[str, float]:
+        """-> limit in words -> by which share of it `row` breaks it; what was not measured keeps no limit."""
+        broken = {}
         if self.max_latency_ms is not None and not (row.p50_ms is not None and row.p50_ms <= self.max_latency_ms):
-            broken.append(f"--max-latency-ms {self.max_latency_ms:g}")
+            broken[f"--max-latency-ms {self.max_latency_ms:g}"] = (row.p50_ms or math.inf) / self.max_latency_ms - 1
         if self.min_accuracy is not None and not (row.accuracy is not None and row.accuracy >= self.min_accuracy):
-            broken.append(f"--min-accuracy {self.min_accuracy:g}")
+            broken[f"--min-accuracy {self.min_accuracy:g}"] = 1 - (row.accuracy or 0) / self.min_accuracy
         if self.max_bytes is not None and row.bytes > self.max_bytes:
-            broken.append(f"--max-bytes {self.max_bytes}")
+            broken[f"--max-bytes {self.max_bytes}"] = row.bytes / self.max_bytes - 1
         return broken
 
 
@@ -164,7 +165,7 @@ def recommend(rows: Sequence[Row], limits: Limits) -> Recommendation:
     if not measured:
         return Recommendation(None, "no artefact was measured on this machine, so none can be recommended.")
     if not fitting:
-        nearest = min(measured, key=lambda row: (len(limits.broken_by(row)), -_accuracy(row), _latency(row)))
+        nearest = min(measured, key=lambda row: sum(limits.broken_by(row).values()))
         return Recommendation(
             None,
             f"no artefact keeps the limits; {nearest.name} comes nearest ({_facts(nearest)}) and breaks "

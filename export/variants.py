@@ -68,7 +68,6 @@ class TargetContext:
 
 def build_variants(folder: Path, context: TargetContext, options: VariantOptions) -> list[Variant]:
     """Write and verify everything that `options` asks for into `folder`, fp32 first. Raises CheckError, UsageError."""
-    check_runtimes(options)
     variants = []
     for file in write_files(folder, context, options):
         variants += [verified(file, runtime, context, folder, options.graph.batch) for runtime in file.runtimes]

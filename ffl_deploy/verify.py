@@ -120,3 +120,7 @@ def main(argv: Sequence[str]) -> int:
 
 def entry() -> None:
     sys.exit(run_command(main))
+
+
+if __name__ == "__main__":
+    entry()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,9 @@ REFERENCE_IMAGES = 256
 def run_training(config: TrainConfig, stop: StopRequest | None = None) -> int:
     """Train as `config` says, or go on with the run it resumes; -> exit code. Without `stop` it listens to signals itself."""
     world = torchrun_world()
+    listening = stop_on_signals() if stop is None else nullcontext(stop)
     machine = choose_machine(config.machine, world)
-    with process_group(world, machine.device), stop_on_signals(stop) as stop:
+    with process_group(world, machine.device), listening as stop:
         folder = run_folder(config, world)
         if (folder / SUMMARY).is_file():
             say(f"{folder} is finished already; its results are in {folder / SUMMARY}.", config, world)
@@ -67,15 +69,13 @@ def run_training(config: TrainConfig, stop: StopRequest | None = None) -> int:
 
 
 def run_folder(config: TrainConfig, world: World) -> Path:
-    """-> the run directory, which exists. Raises UsageError where a new run would overwrite another one."""
+    """-> the run directory, created with its first file. Raises UsageError where a new run would overwrite another one."""
     if config.output.resume is not None:
         return config.output.resume
     name = f"{Path(config.data.source).name}-{config.model.method}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(world.agree(str(config.output.out or Path("runs") / name)))
-    if world.is_main:
-        if (folder / CONFIG).exists():
-            raise UsageError(f"{folder} already holds a run; continue it with --resume {folder}, or choose another --out.")
-        folder.mkdir(parents=True, exist_ok=True)
+    if world.is_main and (folder / CONFIG).exists():
+        raise UsageError(f"{folder} already holds a run; continue it with --resume {folder}, or choose another --out.")
     world.barrier()
     return folder
 
@@ -135,13 +135,21 @@ def make_batches(config: TrainConfig, data: ImageData, machine: Machine, world: 
         data, config.data, optimisation.batch_size, optimisation.label_smoothing, config.seed, machine.device, shares,
     )  # fmt: skip
     batches: Batches
-    if isinstance(data.train, ArraySplit) and config.data.augment != "resized-crop":
+    if held_on_device(config, data, machine):
         batches = InMemoryBatches(*settings)
     else:
         batches = StreamedBatches(*settings, workers=config.machine.workers)
     if batches.steps_per_epoch == 0:
         raise UsageError(f"{len(data.train)} training images are too few for {shares.parts} micro-batches; use fewer.")
     return batches
+
+
+def held_on_device(config: TrainConfig, data: ImageData, machine: Machine) -> bool:
+    """-> whether the training images stay on the device; streamed, they give the same batches."""
+    if not isinstance(data.train, ArraySplit) or config.data.augment == "resized-crop":
+        return False
+    # A GPU needs the rest for the network and its activations; a CPU's share is load_data's decision already.
+    return machine.device.type != "cuda" or data.train.images.nbytes <= torch.cuda.mem_get_info(machine.device)[0] // 4
 
 
 def describe(config: TrainConfig, data: ImageData, network: NetworkConfig, method: Method, machine: Machine) -> RunConfig:
@@ -193,12 +201,12 @@ def finish(
             np.savez_compressed(file, **arrays)
         summary = {
             "accuracy": {name: round(value, 6) for name, value in accuracy.items()},
-            "images_per_second": round(at.images / at.seconds, 1),
+            "images_per_second": round(at.images / at.seconds, 1) if at.seconds else 0.0,  # trained elsewhere
             "seconds": round(at.seconds, 1),
             "classes": list(data.classes),
             "epochs": at.epoch,
             "best_epoch": at.best_epoch,
-            "best_validation_accuracy": at.best_accuracy,
+            "best_validation_accuracy": at.best_accuracy if at.best_accuracy >= 0 else None,
             "test_images": len(data.test),
         }
         write_json(folder / SUMMARY, summary)  # last: its presence says that the run is finished

@@ -46,10 +46,12 @@ def colour_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture(scope="session")
 def exported(digits_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Bundles of `fused` (fp32, int8, with --cam) and `branch0` (fp32, int8) of the digits run, by the command itself."""
+    """Bundles of `fused` (fp32, int8, all outputs) and `branch0` (fp32) of the digits run, by the command itself."""
     from export.cli import main
 
     out = tmp_path_factory.mktemp("bundles")
-    assert main([str(digits_run.folder), "--target", "fused", "--precision", "int8", "--cam", "--out", str(out)]) == 0
+    assert (
+        main([str(digits_run.folder), "--target", "fused", "--precision", "int8", "--cam", "--embedding", "--out", str(out)]) == 0
+    )
     assert main([str(digits_run.folder), "--target", "branch0", "--out", str(out)]) == 0
     return out

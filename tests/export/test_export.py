@@ -34,7 +34,7 @@ def model(digits_run: Run, exported: Path) -> DeployedModel:
     """What bundle `fused` was exported from, in PyTorch."""
     temperature = load_bundle(exported / "fused").manifest.calibration["temperature"]
     target = build_target(load_network(digits_run).network, "fused")
-    return DeployedModel(target, digits_run.mean, digits_run.std, temperature, cam=True).eval()
+    return DeployedModel(target, digits_run.mean, digits_run.std, temperature, ["cam", "embedding"]).eval()
 
 
 def test_the_saved_file_gives_trainings_own_logits(digits_run: Run, exported: Path) -> None:
@@ -54,7 +54,7 @@ def test_the_graph_is_self_contained_and_carries_no_paths(exported: Path) -> Non
     dims = images.type.tensor_type.shape.dim
     assert images.type.tensor_type.elem_type == onnx.TensorProto.UINT8
     assert [dim.dim_param or dim.dim_value for dim in dims] == ["batch", 8, 8, 3]
-    assert [output.name for output in proto.graph.output] == ["logits", "probabilities", "cam"]
+    assert [output.name for output in proto.graph.output] == ["logits", "probabilities", "cam", "embedding"]
     keys = {entry.key for node in proto.graph.node for entry in node.metadata_props}
     assert keys == {SCOPES}
     content = path.read_bytes()
@@ -71,6 +71,7 @@ def test_a_target_holds_no_other_branch(exported: Path) -> None:
     assert branch.variants[0].bytes < fused.variants[0].bytes
 
 
+@pytest.mark.slow
 def test_the_same_checkpoint_gives_the_same_bytes_in_another_process(digits_run: Run, exported: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "export.cli", str(digits_run.folder), "--target", "branch0", "--out", str(tmp_path)]
     subprocess.run(command, check=True, capture_output=True)
@@ -102,12 +103,13 @@ def test_the_temperature_is_in_the_probabilities_and_not_in_the_logits(exported:
     assert outputs.probabilities == pytest.approx(scaled / scaled.sum(axis=1, keepdims=True), abs=1e-5)
 
 
-def test_the_class_activation_map_sums_to_the_predicted_logit(exported: Path, model: DeployedModel) -> None:
+def test_the_class_activation_map_and_the_embedding_lead_to_the_logits(exported: Path, model: DeployedModel) -> None:
     """Zhou et al. 2016: pooling the map of a class and adding its bias is the class's logit."""
     bundle = load_bundle(exported / "fused")
     outputs = bundle.session().run(bundle.golden().images)
-    bias = model.target.classifier.bias.numpy()
-    predicted = outputs.logits.argmax(axis=1)
+    head = model.target.classifier
+    bias, predicted = head.bias.numpy(), outputs.logits.argmax(axis=1)
+    assert outputs.embedding @ head.weight.numpy().T + head.bias.numpy() == pytest.approx(outputs.logits, rel=1e-3, abs=1e-3)
     assert outputs.cam.mean(axis=(1, 2)) + bias[predicted] == pytest.approx(outputs.logits.max(axis=1), rel=1e-4, abs=1e-4)
 
 
@@ -153,6 +155,7 @@ def test_fp16_stores_sixteen_bits_and_onnx_runtime_computes_in_thirty_two(
     outputs = OnnxRuntimeSession(path, "fp16").run(images)
     assert judge({"256": compare(logits, outputs.logits)}, PARITY_GATES["fp16"]).status == "passed"
     assert outputs.cam is not None
+    assert outputs.embedding.dtype == np.float32
 
 
 def test_second_opinions_agree(exported: Path) -> None:
