@@ -53,7 +53,7 @@ def build(folder: Path, branches: tuple[str, ...], classes: int, size: int) -> t
     return model, network, images
 
 
-def candidates(folder: Path, model: DeployedModel) -> dict[str, Call]:
+def candidates(folder: Path, model: DeployedModel, threads: int) -> dict[str, Call]:
     """-> name -> what runs one batch."""
     fast = DeployedModel(model.target, MEAN, STD).eval().to(memory_format=torch.channels_last)
 
@@ -65,7 +65,8 @@ def candidates(folder: Path, model: DeployedModel) -> dict[str, Call]:
         with torch.inference_mode():
             return fast(torch.from_numpy(images))
 
-    fp32, int8 = OnnxRuntimeSession(folder / "model.onnx", "fp32"), OnnxRuntimeSession(folder / "model.int8.onnx", "int8")
+    fp32 = OnnxRuntimeSession(folder / "model.onnx", "fp32", threads)
+    int8 = OnnxRuntimeSession(folder / "model.int8.onnx", "int8", threads)
     return {
         "PyTorch eager": eager,
         "PyTorch channels_last": channels_last,
@@ -73,9 +74,9 @@ def candidates(folder: Path, model: DeployedModel) -> dict[str, Call]:
         "ONNX Runtime fp32, bare": lambda images: fp32._session.run(None, {"images": images}),
         "ONNX Runtime int8": int8.run,
         "ONNX Runtime int8, bare": lambda images: int8._session.run(None, {"images": images}),
-        "OpenVINO fp32": OpenVinoSession(folder / "model.onnx", "fp32").run,
-        "OpenVINO int8": OpenVinoSession(folder / "model.int8.onnx", "int8").run,
-        "OpenVINO bf16": OpenVinoSession(folder / "model.bf16.onnx", "bf16", precision="bf16").run,
+        "OpenVINO fp32": OpenVinoSession(folder / "model.onnx", "fp32", threads).run,
+        "OpenVINO int8": OpenVinoSession(folder / "model.int8.onnx", "int8", threads).run,
+        "OpenVINO bf16": OpenVinoSession(folder / "model.bf16.onnx", "bf16", threads, "bf16").run,
     }
 
 
@@ -103,13 +104,14 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--engines", action="store_true", help="also time building a TensorRT-RTX engine of each target")
+    parser.add_argument("--threads", type=int, default=available_cores(), help="1 is robust on a busy machine")
     arguments = parser.parse_args()
-    torch.set_num_threads(available_cores())
-    result: dict[str, Any] = {"machine": machine_name(), "threads": available_cores(), "rounds": arguments.rounds}
+    torch.set_num_threads(arguments.threads)
+    result: dict[str, Any] = {"machine": machine_name(), "threads": arguments.threads, "rounds": arguments.rounds}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         model, network, images = build(folder, tuple(arguments.branches.split(",")), arguments.classes, arguments.size)
-        calls = candidates(folder, model)
+        calls = candidates(folder, model, arguments.threads)
         for batch, repeats in ((1, 10), (64, 2)):
             taken = in_turns(calls, images[:batch], arguments.rounds, repeats)
             result[f"batch {batch}"] = {
