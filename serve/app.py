@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from ffl_deploy.command import run_command
 from ffl_deploy.errors import DONE, UsageError
 from ffl_deploy.runtime import RUNTIMES
+from serve.demo import in_gradio_thread
 from serve.settings import Limits, ModelSpec, Settings
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ async def _running(service: Service, slot: DemoSlot, stop: Callable[[], None]) -
 
     task = asyncio.create_task(live())
     if service.settings.demo:
-        preload = asyncio.create_task(asyncio.to_thread(_import_demo))  # while the bundles are being verified
+        preload = asyncio.create_task(in_gradio_thread(_import_demo))  # while the bundles are being verified
         preload.add_done_callback(lambda done: done.cancelled() or done.exception())
     try:
         yield
@@ -137,7 +138,7 @@ def _import_demo() -> None:
 
 @contextlib.asynccontextmanager
 async def _demo(service: Service) -> AsyncIterator[FastAPI]:
-    await asyncio.to_thread(_import_demo)
+    await in_gradio_thread(_import_demo)
     from serve.demo.page import mounted
 
     async with mounted(service) as app:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import socket
 import threading
+import time
 from types import FrameType
 
 import uvicorn
@@ -19,12 +21,15 @@ from serve.settings import Settings
 # Longer than what clients and balancers keep idle connections for, so that they close first and never meet a closed one.
 KEEP_ALIVE_SECONDS = 75
 BACKLOG = 2048
+SETTLE_SECONDS = 1.0
 
 
 class DrainingServer(uvicorn.Server):
-    """A signal first makes the server not ready, with every answer ending its connection; the port closes later.
+    """Ends in three steps, so that no request that was accepted is lost.
 
-    Closing at once would reset clients whose next request is already on its way along an idle connection.
+    A signal makes the server not ready: balancers turn away, everybody is still answered. Then the port closes and every
+    answer ends its connection. What is idle after SETTLE_SECONDS is closed at last: closing it at once would reset
+    clients whose next request is already on its way.
     """
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
@@ -44,8 +49,17 @@ class DrainingServer(uvicorn.Server):
         return None
 
     def stop(self) -> None:
-        """Close the port; requests in flight are still answered."""
+        """Go on to `shutdown`; may be called from any thread."""
         self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for server in self.servers:
+            server.close()
+        self.service.become(Phase.CLOSING)
+        deadline = time.monotonic() + min(SETTLE_SECONDS, self.service.settings.shutdown_seconds)
+        while self.server_state.connections and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        await super().shutdown(sockets)
 
 
 def run_until_signal(settings: Settings) -> None:

@@ -147,13 +147,13 @@ class _Body:
     async def receive(self) -> Message:
         if self._complete:
             return await self._receive()  # waits for the client to go away
-        clock = asyncio.get_running_loop().time
-        self._deadline = self._deadline or clock() + self._owner.limits.body_seconds
+        limits, now = self._owner.limits, asyncio.get_running_loop().time()
+        self._deadline = self._deadline or now + limits.body_seconds
         try:
-            async with asyncio.timeout_at(self._deadline):
+            async with asyncio.timeout_at(min(self._deadline, now + limits.body_pause_seconds)):
                 message = await self._receive()
         except TimeoutError:
-            self.refuse(Refused(408, "slow", f"the body did not arrive in {self._owner.limits.body_seconds:g} s"))
+            self.refuse(Refused(408, "slow", "the body arrives too slowly; send a smaller one"))
         self._read += len(message.get("body", b""))
         self._complete = not message.get("more_body", False)
         if self._read > self._limit:

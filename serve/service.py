@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from enum import Enum
 
 from serve.logs import LOGGER
@@ -16,7 +17,8 @@ from serve.settings import Settings
 class Phase(Enum):
     STARTING = "starting"
     READY = "ready"
-    DRAINING = "draining"
+    DRAINING = "draining"  # not ready any more, still answering everybody
+    CLOSING = "closing"  # the port is closed; every answer ends its connection
 
 
 class Service:
@@ -30,6 +32,7 @@ class Service:
         self.phase = Phase.STARTING
         self.failure: Exception | None = None  # why loading ended; the command raises it
         self.url = ""  # where it listens, once it does
+        self.endless: list[Callable[[], None]] = []  # called to end the streams that would never end by themselves
         self._started = time.monotonic()
         self.log = logging.getLogger(LOGGER)
 
@@ -44,10 +47,14 @@ class Service:
             self.log.info("model verified", extra={"model": spec.name, "folder": str(spec.folder), **identity})
 
     def become(self, phase: Phase) -> None:
-        """Enter `phase`; a draining server never becomes ready again."""
-        if self.phase is not Phase.DRAINING:
-            self.phase = phase
-            self.metrics.ready.set(phase is Phase.READY)
+        """Enter `phase`, never going back: a draining server does not become ready again."""
+        if list(Phase).index(phase) < list(Phase).index(self.phase):
+            return
+        self.phase = phase
+        self.metrics.ready.set(phase is Phase.READY)
+        if phase is Phase.CLOSING:
+            for end in self.endless:
+                end()
 
     @property
     def ready(self) -> bool:

@@ -19,7 +19,8 @@ class Limits:
     upload_bytes: int = 256 * MIB  # of one upload to the demo: a zip of photos
     upload_folder_bytes: int = 2048 * MIB  # of all uploads that are kept
     bytes_in_flight: int = 512 * MIB  # of all bodies that are being read or answered
-    body_seconds: float = 60.0  # until a request's body has arrived
+    body_seconds: float = 600.0  # until a request's body has arrived
+    body_pause_seconds: float = 20.0  # between two pieces of it
     pixels: int = MAX_PIXELS  # of one image, by its header
     images_per_request: int = 64
     queued_images: int = 1024  # that wait for one model

@@ -1,4 +1,4 @@
-"""The outermost middleware: counts, times and logs every request, and ends connections while the server drains."""
+"""The outermost middleware: counts, times and logs every request, and ends connections while the server closes."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Tracking:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = headers = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
-                if self.service.phase is Phase.DRAINING:
+                if self.service.phase is Phase.CLOSING:
                     headers.append((b"connection", b"close"))
             await send(message)
 

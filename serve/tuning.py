@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ffl_deploy.bundle import Bundle
 from ffl_deploy.runtime import Session, available_cores
+from serve.job import Job
 from serve.shards import Settings
 
-if TYPE_CHECKING:
-    from serve.job import Job
-
-SMALL_RUN = 512  # items: below, measuring costs more than it gains
+SMALL_RUN = 2048  # items: below, measuring costs more than it gains
 SMALL_BATCH = 32
 SHARD_SIZE = 1024  # rows: some seconds of work, and a row group of the Parquet output
 BATCHES = (16, 64)

@@ -85,7 +85,7 @@ class Descriptions:
 
     async def model_ready(self, request: HttpRequest) -> Response:
         name = self._model(request).name
-        draining = self.service.phase is Phase.DRAINING
+        draining = self.service.phase in (Phase.DRAINING, Phase.CLOSING)
         return json_response({"name": name, "ready": not draining}, 503 if draining else 200)
 
     async def index(self, request: HttpRequest) -> Response:

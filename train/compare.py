@@ -22,7 +22,7 @@ from ffl_deploy.errors import CHECK_FAILED, DONE, CheckError, Interrupted, Usage
 from ffl_deploy.run_directory import CONFIG, SUMMARY, load_run
 from train.config import MethodName, Names, TrainConfig
 from train.options import differences, options_from_json
-from train.run import parse
+from train.run import complaints_in_one_sentence, parse
 
 MOST_SEEDS = 20  # the exact test over seeds looks at 2^seeds cases
 
@@ -55,13 +55,14 @@ class PlannedRun:
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; -> exit code."""
-    options, others = tyro.cli(
-        CompareOptions,
-        args=list(argv),
-        prog="python -m train.compare",
-        description=CompareOptions.__doc__,
-        return_unknown_args=True,
-    )
+    with complaints_in_one_sentence():
+        options, others = tyro.cli(
+            CompareOptions,
+            args=list(argv),
+            prog="python -m train.compare",
+            description=CompareOptions.__doc__,
+            return_unknown_args=True,
+        )
     runs = plan(options, others)
     failures = list(train_missing(runs))
 
@@ -73,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
         raise CheckError(f"no run came to its end: {'; '.join(failures)}")
     reference = "ffl" if "ffl" in options.methods else options.methods[0]
     command = shlex.join(["python", "-m", "train.compare", *argv])
-    print(write_report(compare(finished, reference, command), options.out))
+    print(write_report(compare(finished, reference, command), options.out), end="")
     for failure in failures:
         print(f"compare: error: {failure}", file=sys.stderr)
     return CHECK_FAILED if failures else DONE

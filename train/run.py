@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -51,16 +51,23 @@ def parse(argv: Sequence[str]) -> TrainConfig:
 
 def parse_flags(argv: Sequence[str], defaults: TrainConfig) -> TrainConfig:
     """-> `defaults` overridden by flags. Raises UsageError for flags that do not exist or values that do not fit."""
+    with complaints_in_one_sentence():
+        return tyro.cli(
+            tyro.conf.OmitArgPrefixes[TrainConfig],
+            args=list(argv),
+            default=defaults,
+            prog="python -m train.run",
+            description=TrainConfig.__doc__,
+        )
+
+
+@contextlib.contextmanager
+def complaints_in_one_sentence() -> Iterator[None]:
+    """Turn what tyro prints about wrong flags, before it exits, into a UsageError; --help still exits."""
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(
-                tyro.conf.OmitArgPrefixes[TrainConfig],
-                args=list(argv),
-                default=defaults,
-                prog="python -m train.run",
-                description=TrainConfig.__doc__,
-            )
+            yield
     except SystemExit as stopped:
         if stopped.code != UNUSABLE_INPUT:
             raise

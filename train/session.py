@@ -67,15 +67,13 @@ def run_training(config: TrainConfig, stop: StopRequest | None = None) -> int:
 
 
 def run_folder(config: TrainConfig, world: World) -> Path:
-    """-> the run directory, which exists. Raises UsageError where a new run would overwrite another one."""
+    """-> the run directory, created with its first file. Raises UsageError where a new run would overwrite another one."""
     if config.output.resume is not None:
         return config.output.resume
     name = f"{Path(config.data.source).name}-{config.model.method}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(world.agree(str(config.output.out or Path("runs") / name)))
-    if world.is_main:
-        if (folder / CONFIG).exists():
-            raise UsageError(f"{folder} already holds a run; continue it with --resume {folder}, or choose another --out.")
-        folder.mkdir(parents=True, exist_ok=True)
+    if world.is_main and (folder / CONFIG).exists():
+        raise UsageError(f"{folder} already holds a run; continue it with --resume {folder}, or choose another --out.")
     world.barrier()
     return folder
 
@@ -135,13 +133,21 @@ def make_batches(config: TrainConfig, data: ImageData, machine: Machine, world: 
         data, config.data, optimisation.batch_size, optimisation.label_smoothing, config.seed, machine.device, shares,
     )  # fmt: skip
     batches: Batches
-    if isinstance(data.train, ArraySplit) and config.data.augment != "resized-crop":
+    if held_on_device(config, data, machine):
         batches = InMemoryBatches(*settings)
     else:
         batches = StreamedBatches(*settings, workers=config.machine.workers)
     if batches.steps_per_epoch == 0:
         raise UsageError(f"{len(data.train)} training images are too few for {shares.parts} micro-batches; use fewer.")
     return batches
+
+
+def held_on_device(config: TrainConfig, data: ImageData, machine: Machine) -> bool:
+    """-> whether the training images stay on the device; streamed, they give the same batches."""
+    if not isinstance(data.train, ArraySplit) or config.data.augment == "resized-crop":
+        return False
+    # A GPU needs the rest for the network and its activations; a CPU's share is load_data's decision already.
+    return machine.device.type != "cuda" or data.train.images.nbytes <= torch.cuda.mem_get_info(machine.device)[0] // 4
 
 
 def describe(config: TrainConfig, data: ImageData, network: NetworkConfig, method: Method, machine: Machine) -> RunConfig:
@@ -193,12 +199,12 @@ def finish(
             np.savez_compressed(file, **arrays)
         summary = {
             "accuracy": {name: round(value, 6) for name, value in accuracy.items()},
-            "images_per_second": round(at.images / at.seconds, 1),
+            "images_per_second": round(at.images / at.seconds, 1) if at.seconds else 0.0,  # trained elsewhere
             "seconds": round(at.seconds, 1),
             "classes": list(data.classes),
             "epochs": at.epoch,
             "best_epoch": at.best_epoch,
-            "best_validation_accuracy": at.best_accuracy,
+            "best_validation_accuracy": at.best_accuracy if at.best_accuracy >= 0 else None,
             "test_images": len(data.test),
         }
         write_json(folder / SUMMARY, summary)  # last: its presence says that the run is finished

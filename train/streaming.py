@@ -40,10 +40,14 @@ class Pieces(NamedTuple):
     replaced: list[UnreadableImage]
 
 
+GRACE = 60
+"""Seconds that a worker lives on after SIGTERM, which service managers send to all processes of a run at once."""
+
+
 def _leave_signals_to_parent(worker: int) -> None:
-    # Ctrl-C reaches the whole group; the parent still needs the batches of the step that it finishes.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """The parent still needs the batches of the step that it finishes and saves; it ends its workers afterwards."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))
 
 
 class TrainingSteps(Dataset[Pieces | UnreadableImage]):
@@ -221,6 +225,8 @@ class StreamedBatches:
             raise CheckError(
                 "a process that decodes images was killed, probably for want of memory; go on with --resume and fewer --workers."
             ) from error
+        finally:
+            del answers  # ends the workers; an error's traceback would keep them, waiting for more work
 
     def report(self, replaced: list[UnreadableImage]) -> None:
         """Name each image that another one stands in for, once."""

@@ -26,10 +26,14 @@ _PROBES = (128, 224)
 
 def library_stages(name: str, height: int, width: int, pretrained: bool = False) -> list[nn.Module]:
     """name: `torchvision:NAME` or `timm:NAME` -> its stages; see `build_backbone`. Raises UsageError."""
-    model = build_model(name, height, width, pretrained=pretrained).eval()
-    with torch.no_grad():
-        stages = torchvision_stages(name, model) if name.startswith("torchvision:") else timm_stages(name, model, height, width)
+    stages = stages_of(name, build_model(name, height, width, pretrained=pretrained).eval(), height, width)
     return [stage.train() for stage in stages]
+
+
+@torch.no_grad()
+def stages_of(name: str, model: nn.Module, height: int, width: int) -> list[nn.Module]:
+    """-> the stages of `model`, which `build_model` built and which is in eval mode. Raises UsageError."""
+    return torchvision_stages(name, model) if name.startswith("torchvision:") else timm_stages(name, model, height, width)
 
 
 def build_model(name: str, height: int, width: int, classes: int | None = None, pretrained: bool = False) -> nn.Module:
@@ -130,9 +134,7 @@ def torchvision_stages(name: str, model: nn.Module) -> list[nn.Module]:
 
     seen = observe(name, model, features, [(side, side) for side in _PROBES])
     last = seen.visits[-1].after
-    endings = ([], [Visit(nn.ReLU(), last, last)])  # torchvision's DenseNet applies its last ReLU as a function
-    for ending in endings:
-        visits = seen.visits + ending
+    for visits in (seen.visits, [*seen.visits, Visit(nn.ReLU(), last, last)]):  # DenseNet's last ReLU is a function
         if agrees(compose(visits, seen.images), seen.features):
             return group(visits)
     raise _no_feature_map(name)
@@ -142,7 +144,8 @@ def timm_stages(name: str, model: nn.Module, height: int, width: int) -> list[nn
     """-> the stages of a timm model: what its `forward_features` calls, or that as a whole."""
     fixed = _takes_one_size(name.partition(":")[2])
     sizes = [(height, width)] if fixed else [(side, side) for side in _PROBES]
-    seen = observe(name, model, model.forward_features, sizes)
+    whole = ForwardFeatures(model)
+    seen = observe(name, model, whole, sizes)
     if not isinstance(seen.features, Tensor) or seen.features.ndim != 4:
         raise _no_feature_map(name)
     composed = compose(seen.visits, seen.images)
@@ -155,28 +158,27 @@ def timm_stages(name: str, model: nn.Module, height: int, width: int) -> list[nn
     for child_name, child in model.named_children():
         if not any(id(unit) in used for unit in (child, *units_of(child))):
             setattr(model, child_name, nn.Identity())  # the head, and whatever else the feature map does not need
-    return [ForwardFeatures(model, channels_come_last(seen.features.shape))]
+    return [nn.Sequential(whole, Permute(0, 3, 1, 2)) if channels_come_last(seen.features.shape) else whole]
 
 
 class ForwardFeatures(nn.Module):
-    """A timm model up to its feature map, as one stage."""
+    """A timm model up to its feature map."""
 
-    def __init__(self, model: nn.Module, permute: bool) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
-        self.permute = Permute(0, 3, 1, 2) if permute else nn.Identity()
 
     def forward(self, images: Tensor) -> Tensor:
-        """images: normalised [n, 3, h, w] -> [n, C, h', w']."""
-        return self.permute(self.model.forward_features(images))
+        """images: normalised [n, 3, h, w] -> what the model calls its features, [n, C, h', w'] or [n, h', w', C]."""
+        return self.model.forward_features(images)
 
 
 class Observation(NamedTuple):
     """One forward pass on `images`: the units that were called, and what they led to."""
 
     images: Tensor
-    features: Tensor
     visits: list[Visit]
+    features: Tensor
 
 
 def observe(name: str, model: nn.Module, features: Callable[[Tensor], Tensor], sizes: Sequence[tuple[int, int]]) -> Observation:
@@ -184,13 +186,10 @@ def observe(name: str, model: nn.Module, features: Callable[[Tensor], Tensor], s
     failure: Exception | None = None
     for height, width in sizes:
         images = torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(0))
-        results: list[Tensor] = []
         try:
-            visits = record(model, lambda images=images, results=results: results.append(features(images)))
+            return Observation(images, *record(model, features, images))
         except Exception as error:  # a size that the model cannot take; each one says so in its own way
             failure = error
-            continue
-        return Observation(images, results[0], visits)
     raise UsageError(f"{name} takes no images of {sizes[-1][0]}x{sizes[-1][1]} ({failure}); try another --image-size.")
 
 

@@ -46,8 +46,8 @@ def units_of(module: nn.Module) -> Iterator[nn.Module]:
             yield child
 
 
-def record(model: nn.Module, run: Callable[[], object]) -> list[Visit]:
-    """-> the calls of `model`'s units during `run`, in the order in which they ended."""
+def record(model: nn.Module, run: Callable[[Tensor], Tensor], images: Tensor) -> tuple[list[Visit], Tensor]:
+    """-> (the calls of `model`'s units during `run(images)`, in the order in which they ended; what it gives)."""
     visits: list[Visit] = []
 
     def hook(unit: nn.Module, inputs: tuple[object, ...], output: object) -> None:
@@ -55,11 +55,10 @@ def record(model: nn.Module, run: Callable[[], object]) -> list[Visit]:
 
     handles = [unit.register_forward_hook(hook) for unit in dict.fromkeys(units_of(model))]
     try:
-        run()
+        return visits, run(images)
     finally:
         for handle in handles:
             handle.remove()
-    return visits
 
 
 def _shape(value: object) -> torch.Size:
@@ -68,7 +67,7 @@ def _shape(value: object) -> torch.Size:
 
 def compose(visits: list[Visit], images: Tensor) -> Tensor | None:
     """-> what the units give one after the other, or None where they do not fit together that way."""
-    x: object = images
+    x = images
     for visit in visits:
         try:
             x = visit.unit(x)

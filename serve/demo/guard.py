@@ -8,14 +8,17 @@ its uploads, so that nothing else on this machine or any other is read for it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from starlette.requests import ClientDisconnect
 
 from serve.asgi import App, Message, Receive, Refused, Scope, Send, header, send_refusal
 from serve.service import Service
@@ -48,6 +51,7 @@ class DemoGuard:
 
     def __init__(self, app: App, service: Service) -> None:
         self.app, self.limits = app, service.settings.limits
+        self._uploads = 0  # in progress
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] in OURS or scope["path"].startswith("/v2/"):
@@ -61,11 +65,22 @@ class DemoGuard:
             if scope["method"] == "POST":
                 if path.rstrip("/") == UPLOAD:
                     await self._check_room(scope)
-                else:
-                    receive = await _checked_json(receive)
+                    return await self._upload(scope, receive, send)
+                receive = await _checked_json(receive)
         except Refused as refused:
             return await send_refusal(send, refused)
         return await self.app(scope, receive, _with_page_headers(send))
+
+    async def _upload(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Gradio keeps the pieces of an upload that broke off; with no other upload in progress they are all that is left."""
+        self._uploads += 1
+        try:
+            await self.app(scope, receive, _with_page_headers(send))
+        except ClientDisconnect:
+            pass  # no fault of ours, and nobody is there to hear of it
+        finally:
+            self._uploads -= 1
+            _remove_pieces(older_than=self.limits.body_seconds if self._uploads else 0.0)
 
     async def _check_room(self, scope: Scope) -> None:
         """Uploads are kept for an hour; a flood of them meets this bound before it fills the disk."""
@@ -78,6 +93,15 @@ class DemoGuard:
 def upload_folder() -> Path:
     """-> where Gradio keeps uploads (serve/offline.py sets it)."""
     return Path(os.environ.get("GRADIO_TEMP_DIR") or Path(tempfile.gettempdir(), "gradio"))
+
+
+def _remove_pieces(older_than: float) -> None:
+    """Remove unfinished uploads: a finished one lies in a folder of its own. older_than: seconds since the last write."""
+    newest = time.time() - older_than
+    with contextlib.suppress(FileNotFoundError):
+        for entry in os.scandir(upload_folder()):
+            if entry.name.startswith("tmp") and entry.is_file(follow_symlinks=False) and entry.stat().st_mtime <= newest:
+                os.unlink(entry.path)
 
 
 def _in_upload_folder(path: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import html
 import os
@@ -11,8 +10,9 @@ from pathlib import Path
 
 import gradio as gr
 from fastapi import FastAPI
+from starlette.routing import Mount
 
-from serve.demo import reports
+from serve.demo import in_gradio_thread, reports
 from serve.demo.batch_tab import batch_tab
 from serve.demo.classify_tab import ask_endpoint, classify_tab, draw_tab
 from serve.demo.guard import upload_folder
@@ -110,7 +110,7 @@ async def mounted(service: Service) -> AsyncIterator[FastAPI]:
 
     Settings: docs/serving.md. `show_error` is off so that a fault of ours shows no internals; our own messages still show.
     """
-    page = await asyncio.to_thread(build, service)
+    page = await in_gradio_thread(build, service)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     gr.mount_gradio_app(
         app,
@@ -129,5 +129,7 @@ async def mounted(service: Service) -> AsyncIterator[FastAPI]:
         css=CSS,
         app_kwargs={"docs_url": None, "redoc_url": None, "openapi_url": None},
     )
+    (page_app,) = [route.app for route in app.routes if isinstance(route, Mount)]
+    service.endless.append(page_app.stop_event.set)  # every open page holds a heartbeat stream
     async with app.router.lifespan_context(app):
         yield app

@@ -6,6 +6,7 @@ import contextlib
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ class Running:
     url: str
     service: Any = None
     process: subprocess.Popen[str] | None = None
+    read_log: Callable[[], str] = str
 
     @property
     def address(self) -> str:
@@ -86,22 +88,29 @@ def start_process(
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", module, *arguments, "--port", str(port), "--log-format", "json"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env, cwd=Path(__file__).parents[2])
+    log = tempfile.TemporaryFile("w+")  # a pipe that nobody reads would stop the server once it is full
+    process = subprocess.Popen(command, stderr=log, text=True, env=env, cwd=Path(__file__).parents[2])
     url = f"http://127.0.0.1:{port}"
+
+    def read_log() -> str:
+        log.seek(0)
+        return log.read()
+
     try:
         deadline = time.monotonic() + wait
         while wait:
-            assert process.poll() is None, process.stderr.read() if process.stderr else ""
+            assert process.poll() is None, read_log()
             assert time.monotonic() < deadline
             with contextlib.suppress(httpx.TransportError):
                 if httpx.get(f"{url}/v2/health/ready").status_code == 200:
                     break
             time.sleep(0.02)
-        yield Running(url, process=process)
+        yield Running(url, process=process, read_log=read_log)
     finally:
         if process.poll() is None:
             process.kill()
-        process.communicate()
+        process.wait()
+        log.close()
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,7 @@ from serve.offline import SILENCE, private_environment
 from serve.settings import Limits, ModelSpec, Settings
 
 Start = Callable[..., contextlib.AbstractContextManager[Any]]
-SMALL = Limits(body_bytes=20_000, demo_json_bytes=5_000, upload_bytes=50_000, bytes_in_flight=100_000, body_seconds=0.5)
+SMALL = Limits(body_bytes=20_000, demo_json_bytes=5_000, upload_bytes=50_000, bytes_in_flight=100_000, body_pause_seconds=0.5)
 
 
 @pytest.fixture(scope="module")

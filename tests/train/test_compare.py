@@ -43,6 +43,11 @@ def test_fewer_seeds_than_six_cannot_be_significant() -> None:
     assert sign_flip_p([1.0] * (SEEDS_FOR_A_CLAIM - 1)) > 0.05 > sign_flip_p([1.0] * SEEDS_FOR_A_CLAIM)
 
 
+@pytest.fixture(autouse=True)
+def without_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train.session.draw_curves", lambda folder: None)
+
+
 class FakeRun:
     """What `against` needs of a Finished run: its seed, and which images its strong classifier gets right."""
 
@@ -89,6 +94,8 @@ def test_every_method_gets_as_many_branches_as_it_trains(flags: list[str], expec
     [
         (["--methods", "ffl,dmll"], "there is no method 'dmll'. Did you mean 'dml'?"),
         (["--methods", "ffl,ffl"], "each once"),
+        (["--seeds", "many"], "Error parsing --seeds"),
+        (["--epoch", "3"], "Unrecognized options: --epoch, 3. Did you mean --epochs?"),
         (["--seeds", "0"], "--seeds must be from 1 to 20"),
         (["--seed", "3"], "--seed belongs to python -m train.run"),
         (["--method=ffl"], "--method belongs to"),

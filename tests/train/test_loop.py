@@ -67,7 +67,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, checks: int) -> Iterator[None]:
             return self.left < 0
 
     @contextmanager
-    def listen() -> Iterator[StopRequest]:
+    def listen(*arguments: object) -> Iterator[StopRequest]:
         yield Countdown()
 
     with monkeypatch.context() as patch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -145,6 +146,24 @@ def test_a_skipped_image_is_replaced_together_with_its_label(
     gone = [path for path in on_disk.train.paths if path.endswith(("b/007.png", "c/001.png"))]  # type: ignore[attr-defined]
     assert replaced == 2 * len(gone) > 0
     assert capsys.readouterr().err.count("left out") == len(gone)
+
+
+def test_an_error_leaves_no_worker_behind(on_disk: ImageData, folder: Path) -> None:
+    (folder / "train/b/007.png").write_bytes(b"")
+    with pytest.raises(UnreadableImage) as caught:
+        list(stream(on_disk, CROP, 2).training(0, 0))
+    assert caught.tb is not None  # which still holds the generator's frame
+    assert multiprocessing.active_children() == []
+
+
+def test_signals_to_the_whole_group_leave_the_workers_at_work(on_disk: ImageData) -> None:
+    batches = stream(on_disk, CROP, 2).training(0, 0)
+    first = next(batches)
+    for worker in multiprocessing.active_children():
+        assert worker.pid is not None
+        os.kill(worker.pid, signal.SIGINT)
+        os.kill(worker.pid, signal.SIGTERM)
+    assert same(iter([first, *batches]), stream(on_disk, CROP, 0).training(0, 0)) == 4
 
 
 def test_a_killed_worker_is_one_sentence(on_disk: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ffl_deploy.errors import UsageError
 from ffl_deploy.networks.backbones import build_backbone, feature_shape
-from ffl_deploy.networks.library import build_model, timm_stages, torchvision_stages
+from ffl_deploy.networks.library import build_model, stages_of
 from ffl_deploy.networks.mutual import MutualNetwork, NetworkConfig
 
 Disturb = Callable[[nn.Module], nn.Module]
@@ -22,13 +22,13 @@ Disturb = Callable[[nn.Module], nn.Module]
 FAST = {
     "torchvision:resnet18": (64, 5, 512),
     "torchvision:mobilenet_v2": (64, 5, 1280),
-    "torchvision:densenet121": (64, 5, 1024),
-    "timm:resnet18": (64, 5, 512),
     "timm:mobilenetv3_small_100": (64, 5, 576),
     "timm:convnext_atto": (64, 4, 320),
-    "timm:swin_tiny_patch4_window7_224": (56, 4, 768),
 }
 SLOW = {
+    "timm:swin_tiny_patch4_window7_224": (56, 4, 768),
+    "timm:resnet18": (64, 5, 512),
+    "torchvision:densenet121": (64, 5, 1024),
     "torchvision:alexnet": (96, 3, 256),
     "torchvision:vgg11_bn": (64, 5, 512),
     "torchvision:squeezenet1_1": (64, 4, 512),
@@ -95,7 +95,7 @@ def test_the_stages_compute_what_the_library_computes(name: str, disturb: Distur
     side, count, channels = {**FAST, **SLOW}[name]
     model = build_model(name, side, side).eval()
     with torch.no_grad():
-        stages = torchvision_stages(name, model) if name.startswith("torchvision:") else timm_stages(name, model, side, side)
+        stages = stages_of(name, model, side, side)
         disturb(model)  # the stages are made of the model's own modules
         images = torch.randn(2, 3, side, side)
         wanted, x = features_before_the_classifier(name, model.eval(), images), images
@@ -129,7 +129,9 @@ def test_every_weight_of_every_stage_learns(name: str) -> None:
     assert all(any(True for _ in stage.parameters()) for stage in stages), "a stage without weights cannot be a branch"
 
 
-@pytest.mark.parametrize("name", ["torchvision:vit_b_16", "timm:vit_tiny_patch16_224", "timm:mixer_s16_224", "timm:levit_128s"])
+@pytest.mark.parametrize(
+    "name", ["timm:vit_tiny_patch16_224", pytest.param("torchvision:vit_b_16", marks=pytest.mark.slow), "timm:levit_128s"]
+)
 def test_models_without_a_feature_map_are_refused(name: str) -> None:
     with pytest.raises(UsageError, match=f"{name} gives tokens, not a feature map"):
         build_backbone(name, 224, 224)
@@ -186,6 +188,7 @@ def test_branches_of_one_library_architecture_share_all_but_the_last_stage() -> 
     assert network(torch.randn(2, 3, 32, 32)).fused.shape == (2, 10)
 
 
+@pytest.mark.slow
 def test_maps_of_windowed_attention_reach_gate_and_fusion_channels_first() -> None:
     config = NetworkConfig(("timm:swin_tiny_patch4_window7_224",) * 2, 5, 56, 56, aggregator="gate")
     network = MutualNetwork(config).eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -33,6 +34,14 @@ def test_items_travel_as_data(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert item_of(bound).read() == bound.data
     failed = plain(failed_item("x", "encrypted", "it is"))
     assert (failed.code, failed.message) == ("encrypted", "it is")
+
+
+def test_without_ray_the_engine_is_refused(predict: Predict, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    run = predict(folder, flags=["--engine", "ray"])
+    assert run.code == 2
+    assert "ffl-deploy[ray]" in run.stderr
+    assert not run.out.parent.exists() or not any(run.out.parent.iterdir())
 
 
 def start(*arguments: object) -> subprocess.Popen[str]:
@@ -90,3 +99,45 @@ def test_32_a_killed_worker_costs_nothing(predict: Predict, tiny_bundle: Bundle,
     _, stderr = process.communicate(timeout=250)
     assert process.returncode == 0, stderr
     assert out.read_bytes() == predict(root, flags=FLAGS, out="local.parquet").out.read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.fault
+@pytest.mark.timeout(600)
+def test_32_an_image_that_kills_every_worker_ends_the_job_and_one_machine_finds_it(
+    tiny_bundle: Bundle, tmp_path: Path, photo: Photo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray")
+    (tmp_path / "patch").mkdir()
+    (tmp_path / "patch" / "sitecustomize.py").write_text(f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+from ffl_deploy import images
+real = images.decode
+images.decode = lambda data, *rest: os.kill(os.getpid(), 9) if data.startswith(b"deadly") else real(data, *rest)
+""")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'patch'}:{ROOT}")
+    root = tmp_path / "many"
+    root.mkdir()
+    for index in range(150):
+        (root / f"{index:04d}.jpg").write_bytes(b"deadly" if index == 120 else photo(index, size=(24, 20)))
+    arguments = [
+        sys.executable,
+        "-m",
+        "serve.predict",
+        str(tiny_bundle.folder),
+        str(root),
+        "--out",
+        str(tmp_path / "out.jsonl"),
+        *FLAGS,
+    ]
+    run = subprocess.run([*arguments, "--engine", "ray"], capture_output=True, text=True, timeout=400)
+    assert run.returncode == 1, run.stderr
+    assert "--resume" in run.stderr
+    assert "Traceback" not in run.stderr
+    assert not (tmp_path / "out.jsonl").exists()
+    run = subprocess.run([*arguments, "--resume"], capture_output=True, text=True, timeout=100)
+    assert run.returncode == 3, run.stderr
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [index for index, row in enumerate(rows) if row["status"] != "ok"] == [120]
+    assert rows[120]["status"] == "crashed"

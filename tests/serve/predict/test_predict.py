@@ -97,12 +97,12 @@ def test_variants_and_runtimes(predict: Predict, folder: Path, tmp_path: Path, m
 def test_the_old_output_stays_until_the_new_one_is_complete(
     predict: Predict, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from serve import job
+    from serve import runner
 
     first = predict(folder)
     before = first.out.read_bytes()
     (folder / "d.jpg").write_bytes(b"")
-    monkeypatch.setattr(job, "assemble", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(runner, "assemble", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert predict(folder).code == 130
     assert first.out.read_bytes() == before
     monkeypatch.undo()
@@ -213,7 +213,7 @@ def test_batches_do_not_depend_on_threads(predict: Predict, tmp_path: Path, phot
 def test_settings_are_measured_for_a_long_run_only(
     predict: Predict, tmp_path: Path, photo: Photo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from serve import job, tuning
+    from serve import runner, tuning
 
     calls = []
     real = tuning.measure
@@ -225,7 +225,7 @@ def test_settings_are_measured_for_a_long_run_only(
         (root / f"{index}.jpg").write_bytes(photo(index))
     predict(root)
     assert calls == []
-    monkeypatch.setattr(job, "SMALL_RUN", 10)
+    monkeypatch.setattr(runner, "SMALL_RUN", 10)
     run = predict(root)
     assert calls == [1]
     settings = json.loads(run.out.with_name("predictions.jsonl.summary.json").read_text())["settings"]
