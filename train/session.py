@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,9 @@ REFERENCE_IMAGES = 256
 def run_training(config: TrainConfig, stop: StopRequest | None = None) -> int:
     """Train as `config` says, or go on with the run it resumes; -> exit code. Without `stop` it listens to signals itself."""
     world = torchrun_world()
+    listening = stop_on_signals() if stop is None else nullcontext(stop)
     machine = choose_machine(config.machine, world)
-    with process_group(world, machine.device), stop_on_signals(stop) as stop:
+    with process_group(world, machine.device), listening as stop:
         folder = run_folder(config, world)
         if (folder / SUMMARY).is_file():
             say(f"{folder} is finished already; its results are in {folder / SUMMARY}.", config, world)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from ffl_deploy.datasets import (
+    CIFAR_STATISTICS,
     IMAGENET_STATISTICS,
     ArraySplit,
     DataSpec,
@@ -144,3 +146,17 @@ def test_statistics_are_sampled_evenly_beyond_the_limit(monkeypatch: pytest.Monk
     monkeypatch.setattr("ffl_deploy.datasets.STATISTICS_SAMPLE", 3)
     mean, _ = folder_statistics(ArraySplit(images, np.zeros(100, np.int64)), Preprocessing(4, 4), False)
     assert mean[0] == pytest.approx((0 + 50 + 99) / 3, abs=1e-4)
+
+
+@pytest.mark.cifar
+def test_cifar100_as_an_image_folder_has_the_official_statistics() -> None:
+    folder = os.environ.get("FFL_CIFAR100")
+    if not folder:
+        pytest.skip("set FFL_CIFAR100 to a folder with CIFAR-100's train/CLASS/* and test/CLASS/*")
+    data = load_data(DataSpec(source=folder), memory_limit=0)
+    assert [len(part) for part in (data.train, data.validation, data.test)] == [45_000, 5_000, 10_000]
+    assert len(data.classes) == 100
+    assert data.preprocessing == Preprocessing(32, 32, resize="crop")
+    assert np.bincount(data.validation.labels).tolist() == [50] * 100
+    np.testing.assert_allclose(data.mean, CIFAR_STATISTICS[0], atol=0.5)
+    np.testing.assert_allclose(data.std, CIFAR_STATISTICS[1], atol=0.5)
