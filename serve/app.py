@@ -133,7 +133,7 @@ async def _running(service: Service, slot: DemoSlot, stop: Callable[[], None]) -
 
 
 def _import_demo() -> None:
-    import serve.demo.page
+    pass
 
 
 @contextlib.asynccontextmanager
@@ -152,18 +152,28 @@ def parse_arguments(argv: Sequence[str], program: str = "ffl-serve") -> Settings
         description="Serve bundles: a demo at /, the Open Inference Protocol v2 at /v2, Prometheus metrics at /metrics.",
         epilog="SIGTERM drains: requests in flight are answered, then the exit code is 0. See docs/serving.md.",
     )
-    parser.add_argument("bundles", nargs="+", metavar="[NAME=]BUNDLE", help="a bundle folder, served under its folder's name or as NAME")
+    parser.add_argument(
+        "bundles", nargs="+", metavar="[NAME=]BUNDLE", help="a bundle folder, served under its folder's name or as NAME"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     parser.add_argument("--port", type=int, default=7860, help="0 takes any free port (default: 7860)")
     parser.add_argument("--variant", help="variant of every bundle, such as int8 (default: fp32)")
     parser.add_argument("--runtime", choices=sorted(RUNTIMES), help="default: the one that the variant was verified with")
     parser.add_argument("--threads", type=int, help="threads of one model (default: all cores)")
     parser.add_argument("--max-batch", type=int, default=32, help="images in one run of a model (default: 32)")
-    parser.add_argument("--max-queue", type=int, default=Limits.queued_images, help="images that may wait for one model; more get 503")
+    parser.add_argument(
+        "--max-queue", type=int, default=Limits.queued_images, help="images that may wait for one model; more get 503"
+    )
     parser.add_argument("--max-body-mib", type=int, default=Limits.body_bytes >> 20, help="largest /v2 request (default: 32)")
-    parser.add_argument("--token-file", type=Path, help="file with a secret: clients send it as bearer token, browsers as password")
-    parser.add_argument("--allow-host", action="append", default=[], metavar="NAME", help="a further Host name clients use (repeatable)")
-    parser.add_argument("--drain", type=float, default=1.0, metavar="SECONDS", help="from 'not ready' to closing the port (default: 1)")
+    parser.add_argument(
+        "--token-file", type=Path, help="file with a secret: clients send it as bearer token, browsers as password"
+    )
+    parser.add_argument(
+        "--allow-host", action="append", default=[], metavar="NAME", help="a further Host name clients use (repeatable)"
+    )
+    parser.add_argument(
+        "--drain", type=float, default=1.0, metavar="SECONDS", help="from 'not ready' to closing the port (default: 1)"
+    )
     parser.add_argument("--shutdown", type=float, default=30.0, metavar="SECONDS", help="for requests in flight (default: 30)")
     parser.add_argument("--access-log", action="store_true", help="log every request, not only refused ones")
     parser.add_argument("--log-format", choices=("json", "text"), help="default: text on a terminal, else json")

@@ -40,7 +40,9 @@ class DrainingServer(uvicorn.Server):
         if self.service.phase is not Phase.READY:
             return super().handle_exit(sig, frame)  # nothing to drain, or the second signal: now
         self.service.become(Phase.DRAINING)
-        self.service.log.info("draining", extra={"signal": signal.Signals(sig).name, "seconds": self.service.settings.drain_seconds})
+        self.service.log.info(
+            "draining", extra={"signal": signal.Signals(sig).name, "seconds": self.service.settings.drain_seconds}
+        )
         timer = threading.Timer(self.service.settings.drain_seconds, self.stop)
         timer.daemon = True
         timer.start()
@@ -82,7 +84,9 @@ def run_until_signal(settings: Settings) -> None:
         )
         server = DrainingServer(config, service)
         if settings.host not in LOOPBACK and not settings.token:
-            service.log.warning("other machines can reach this server without a token; see --token-file", extra={"host": settings.host})
+            service.log.warning(
+                "other machines can reach this server without a token; see --token-file", extra={"host": settings.host}
+            )
         # uvicorn raises the signals that it has caught once more when it is done: a drained SIGTERM is a success.
         for caught in (signal.SIGTERM, signal.SIGINT):
             signal.signal(caught, lambda number, frame: None)

@@ -21,14 +21,20 @@ class Metrics:
         ProcessCollector(registry=registry)
         self.requests = Counter("ffl_requests", "Answered requests.", ["route", "status"], registry=registry)
         self.request_seconds = Histogram(
-            "ffl_request_seconds", "From the request's header to the end of its answer.", ["route"], buckets=_SECONDS, registry=registry
+            "ffl_request_seconds",
+            "From the request's header to the end of its answer.",
+            ["route"],
+            buckets=_SECONDS,
+            registry=registry,
         )
         self.in_flight = Gauge("ffl_requests_in_flight", "Requests that are being read or answered.", registry=registry)
         self.images = Counter("ffl_images", "Images that a model has answered.", ["model"], registry=registry)
         self.batch_images = Histogram("ffl_batch_images", "Images in one run.", ["model"], buckets=_BATCHES, registry=registry)
         self.run_seconds = Histogram("ffl_run_seconds", "One run of a model.", ["model"], buckets=_SECONDS, registry=registry)
         self.queue = Gauge("ffl_queue_images", "Images that wait for a model.", ["model"], registry=registry)
-        self.ready = Gauge("ffl_ready", "1 when every bundle has loaded and verified and the server is not draining.", registry=registry)
+        self.ready = Gauge(
+            "ffl_ready", "1 when every bundle has loaded and verified and the server is not draining.", registry=registry
+        )
         self.model_info = Info("ffl_model", "What is served.", ["model"], registry=registry)
 
     def observe_batch(self, model: str, images: int, seconds: float) -> None:

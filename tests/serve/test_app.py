@@ -157,7 +157,9 @@ def test_bad_images_leave_the_good_ones_beside_them_unharmed(server: Any, two_bu
                 np.testing.assert_allclose(request.get_result().as_numpy("logits"), expected, rtol=1e-5)
 
 
-def test_nan_logits_are_an_error_of_their_request_only(make_bundle: Callable[..., Bundle], tmp_path: Path, start_server: Start) -> None:
+def test_nan_logits_are_an_error_of_their_request_only(
+    make_bundle: Callable[..., Bundle], tmp_path: Path, start_server: Start
+) -> None:
     bundle = make_bundle(tmp_path / "nan", nonfinite_above=200.0)
     dark, white = np.zeros((1, 32, 32, 3), np.uint8), np.full((1, 32, 32, 3), 255, np.uint8)
     with start_server(Settings((ModelSpec("nan", bundle.folder),), demo=False)) as running, httpx.Client() as client:
@@ -244,7 +246,9 @@ def test_a_client_that_goes_away_frees_its_place(
 
         monkeypatch.setattr(batcher, "_run", held)
         url = f"{running.url}/v2/models/fused/infer"
-        first = threading.Thread(target=httpx.post, args=(url,), kwargs={"json": json_request(pixels_of(bundle, 1)), "timeout": 30})
+        first = threading.Thread(
+            target=httpx.post, args=(url,), kwargs={"json": json_request(pixels_of(bundle, 1)), "timeout": 30}
+        )
         first.start()
         assert entered.wait(10)
         with pytest.raises(httpx.ReadTimeout):

@@ -28,7 +28,12 @@ Start = Callable[..., contextlib.AbstractContextManager[Any]]
 
 def infer_body(images: np.ndarray) -> tuple[bytes, dict[str, str]]:
     """-> (body, headers) of a binary request."""
-    tensor = {"name": "images", "shape": list(images.shape), "datatype": "UINT8", "parameters": {"binary_data_size": images.nbytes}}
+    tensor = {
+        "name": "images",
+        "shape": list(images.shape),
+        "datatype": "UINT8",
+        "parameters": {"binary_data_size": images.nbytes},
+    }
     header = json.dumps({"inputs": [tensor]}).encode()
     return header + images.tobytes(), {"inference-header-content-length": str(len(header))}
 

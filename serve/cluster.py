@@ -1,0 +1,113 @@
+"""Ray Serve: the same /v2 application in many replicas, with autoscaling, a bounded queue and rolling updates.
+
+    serve run serve.cluster:app bundles=bundles/fused,bundles/branch0 replicas=2
+
+A replica counts as healthy once its bundles are loaded and verified, so a rolling update to a new bundle (run the command
+again with another folder) moves traffic only to replicas that answer. Each replica micro-batches for itself. The demo is
+not served here: its sessions belong to one process.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from serve.app import model_spec
+from serve.asgi import Message
+from serve.offline import SILENCE
+from serve.settings import Limits, Settings
+
+os.environ.update(SILENCE)  # before Ray is imported; its workers inherit it
+
+import msgspec
+from ray import serve as ray_serve
+from starlette.requests import Request
+from starlette.responses import Response
+
+
+class Arguments(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What `serve run serve.cluster:app name=value ...` takes; every value arrives as text."""
+
+    bundles: str  # [NAME=]BUNDLE,...
+    variant: str | None = None
+    replicas: int | None = None  # a fixed number; else between min_replicas and max_replicas
+    min_replicas: int = 2  # with one, a rolling update stops it before its successor is ready
+    max_replicas: int = 4
+    threads: int = 1  # cores of one replica
+    ongoing: int = 64  # requests that one replica works on
+    queued: int = 256  # requests that wait for a replica; more get 503
+
+
+@dataclass(frozen=True)
+class Captured:
+    status: int
+    headers: list[tuple[bytes, bytes]]
+    body: bytes
+
+
+@ray_serve.deployment(health_check_period_s=5, graceful_shutdown_timeout_s=30)
+class Bundles:
+    """One replica: a process with its own sessions, batchers and metrics."""
+
+    async def __init__(self, bundles: Sequence[str], variant: str | None, threads: int) -> None:  # type: ignore[misc]  # Ray awaits it
+        from serve.app import create_app
+        from serve.service import Phase
+
+        models = tuple(model_spec(text, variant) for text in bundles)
+        # The cluster's proxy is the only one who connects; it bounds the queue and sets the Host.
+        settings = Settings(models, host="0.0.0.0", demo=False, threads=threads, limits=Limits())
+        self._app = create_app(settings)
+        self._service = self._app.state.service
+        await self._service.load_models()
+        self._service.become(Phase.READY)
+
+    def check_health(self) -> None:
+        """Ray replaces a replica whose health check raises."""
+        if not self._service.ready:
+            raise RuntimeError(f"the service is {self._service.phase.value}")
+
+    async def __call__(self, request: Request) -> Response:
+        """Any request, answered by the application."""
+        captured = await _capture(self._app, request)
+        response = Response(captured.body, captured.status)
+        response.raw_headers = captured.headers
+        return response
+
+
+async def _capture(app: Any, request: Request) -> Captured:
+    status, headers, parts = 500, [], []
+
+    async def send(message: Message) -> None:
+        nonlocal status, headers
+        if message["type"] == "http.response.start":
+            status, headers = message["status"], list(message["headers"])
+        elif message["type"] == "http.response.body":
+            parts.append(message.get("body", b""))
+
+    await app(dict(request.scope), request.receive, send)
+    return Captured(status, headers, b"".join(parts))
+
+
+def app(arguments: dict[str, str]) -> ray_serve.Application:
+    """-> the application for `serve run`. Raises msgspec.ValidationError for arguments that do not exist."""
+    given = msgspec.convert(arguments, Arguments, strict=False)
+    scaling: dict[str, Any] = {"num_replicas": given.replicas}
+    if given.replicas is None:
+        bounds = {"min_replicas": given.min_replicas, "max_replicas": given.max_replicas}
+        scaling = {"autoscaling_config": {**bounds, "target_ongoing_requests": max(1, given.ongoing // 2)}}
+    folders = [os.path.abspath(text) if "=" not in text else _absolute(text) for text in given.bundles.split(",")]
+    deployment = Bundles.options(  # type: ignore[attr-defined]  # the decorator makes it a Deployment
+        **scaling,
+        max_ongoing_requests=given.ongoing,
+        max_queued_requests=given.queued,
+        ray_actor_options={"num_cpus": given.threads},
+    )
+    return deployment.bind(folders, given.variant, given.threads)
+
+
+def _absolute(text: str) -> str:
+    """Replicas run in another working folder."""
+    name, _, folder = text.partition("=")
+    return f"{name}={os.path.abspath(folder)}"
