@@ -29,6 +29,7 @@ from ffl_deploy.statistics import Interval, PairedDifference, expected_calibrati
 BATCHES = (1, 2, 7, 64)
 """Compared besides all the reference images at once: one, the traced size, an odd one, a common one."""
 ACCURACY_BATCH = 64
+LOCALISE_IMAGES = 8
 
 
 class AccuracyRecord(msgspec.Struct, frozen=True):
@@ -57,12 +58,13 @@ def check_parity(
     reference: Reference,
     precision: str,
     temperature: float,
-    locate: Callable[[], str],
+    locate: Callable[[np.ndarray], str],
     batches: tuple[int, ...] = BATCHES,
 ) -> ParityRecord:
     """Compare a session with training's logits at every batch size. Raises CheckError with all findings and the place.
 
-    Args: precision: whose gate applies; locate: -> the first layer that differs, called only after a failure.
+    Args: precision: whose gate applies; locate: images -> the first layer that differs; called after a failure, with the images
+    that differ most (a changed weight need not show on every image).
     """
     sizes = sorted({min(batch, len(reference.images)) for batch in (*batches, len(reference.images))})
     try:
@@ -73,8 +75,16 @@ def check_parity(
     record = ParityRecord(gate, measured, judge(measured, gate))
     if record.verdict.failed:
         found = "; ".join(str(finding) for finding in record.verdict.findings[:4])
-        raise CheckError(f"variant {session.variant} does not give PyTorch's logits: {found}; {locate()}. No bundle was written.")
+        place = locate(reference.images[_worst_rows(session, reference)])
+        raise CheckError(f"variant {session.variant} does not give PyTorch's logits: {found}; {place}. No bundle was written.")
     return record
+
+
+def _worst_rows(session: Session, reference: Reference) -> np.ndarray:
+    """-> the rows whose logits differ most from the reference; NaN counts as most."""
+    outputs = run_in_batches(session.run, reference.images.__getitem__, len(reference.images), ACCURACY_BATCH)
+    difference = np.nan_to_num(np.abs(outputs.logits - reference.logits).max(axis=1), nan=np.inf)
+    return np.argsort(-difference, kind="stable")[:LOCALISE_IMAGES]
 
 
 def measure_accuracy(session: Session, test: HeldOut, precision: str) -> AccuracyRecord:
@@ -113,8 +123,12 @@ def require_accuracy(record: AccuracyRecord, variant: str) -> AccuracyRecord:
 def file_batches(path: Path) -> int | None:
     """-> the batch size an ONNX file is fixed to, None where it is dynamic. Raises CheckError where it has no batch axis."""
     import onnx
+    from google.protobuf.message import DecodeError
 
-    graph = onnx.load(path, load_external_data=False).graph
+    try:
+        graph = onnx.load(path, load_external_data=False).graph
+    except DecodeError as error:
+        raise CheckError(f"{path.name} is cut short or damaged ({error}). No bundle was written; export again.") from error
     dims = graph.input[0].type.tensor_type.shape.dim
     if len(graph.input) != 1 or graph.input[0].name != "images" or len(dims) != 4:
         raise CheckError(f"{path.name} does not take one input images [batch, height, width, 3]; export it again.")

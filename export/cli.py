@@ -6,11 +6,18 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ffl_deploy.command import run_command
 from ffl_deploy.errors import DONE, UsageError
 
-PRECISIONS = ("fp32",)
+if TYPE_CHECKING:
+    from export.report import Limits
+    from export.tensorrt_engine import EngineOptions
+    from ffl_deploy.bundle import Bundle
+
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+RUNTIMES = ("onnxruntime", "openvino", "onnxruntime-cuda", "onnxruntime-tensorrt")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -26,11 +33,26 @@ def parser() -> argparse.ArgumentParser:
         "classifier that the run's best checkpoint was chosen by)",
     )  # fmt: skip
     parser.add_argument("--precision", action="append", choices=PRECISIONS, help="further variants beside fp32; may be repeated")
+    parser.add_argument(
+        "--runtime", action="append", choices=RUNTIMES, help="verify and measure every ONNX variant here too; may be repeated"
+    )
+    parser.add_argument("--tensorrt", action="store_true", help="build TensorRT engines from the suitable variants")
+    parser.add_argument(
+        "--compute-capability", action="append", metavar="X.Y", help="GPUs to build engines for, for example 8.9; may be repeated"
+    )
     parser.add_argument("--checkpoint", default="best", metavar="NAME", help="best (default), last or ema")
     parser.add_argument("--opset", type=int, metavar="N", help="ONNX opset")
     parser.add_argument("--batch", default="dynamic", metavar="dynamic|N", help="batch size of the graph (default: dynamic)")
-    parser.add_argument("--cam", action="store_true", help="third output: the class activation map of the predicted class")
+    parser.add_argument("--cam", action="store_true", help="further output: the class activation map of the predicted class")
+    parser.add_argument("--embedding", action="store_true", help="further output: the pooled features")
+    parser.add_argument("--triton", type=Path, metavar="DIR", help="add the bundles to a Triton model repository")
+    parser.add_argument("--space", type=Path, metavar="DIR", help="write a Hugging Face Space with the demo and the bundles")
+    parser.add_argument("--sign", type=Path, metavar="PEM", help="sign each bundle with this private key (TARGET.sig beside it)")
     parser.add_argument("--golden", type=Path, metavar="DIR", help="take the golden images from here, not from the run's data")
+    parser.add_argument("--max-latency-ms", type=float, metavar="X", help="report: recommend nothing slower (p50, one image)")
+    parser.add_argument("--min-accuracy", type=float, metavar="X", help="report: recommend nothing less accurate (0 to 1)")
+    parser.add_argument("--max-bytes", type=int, metavar="N", help="report: recommend no larger file")
+    parser.add_argument("--report-only", action="store_true", help="write the report over the bundles in --out; export nothing")
     parser.add_argument("--out", type=Path, metavar="DIR", help="receives one folder per target (default: bundles/RUN)")
     return parser
 
@@ -38,27 +60,85 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
     arguments = parser().parse_args(argv)
     batch = _batch(arguments.batch)
+    limits = _limits(arguments)
+    if arguments.report_only and arguments.out:
+        return _report(arguments.out, limits)
 
     from ffl_deploy.run_directory import load_run, newest_run
 
     run = load_run(arguments.run or newest_run())
+    out = arguments.out or Path("bundles") / run.name
+    if arguments.report_only:
+        return _report(out, limits)
 
     from export.onnx_graph import OPSET, OPSETS, GraphOptions
     from export.pipeline import ExportOptions, export_run
+    from export.variants import VariantOptions
 
     opset = arguments.opset or OPSET
     if opset not in OPSETS:
         raise UsageError(f"--opset {opset} is not supported; choose {OPSETS.start} to {OPSETS.stop - 1} ({OPSET} by default).")
     options = ExportOptions(
         targets=tuple(arguments.target or [run.model.strong]),
-        out=arguments.out or Path("bundles") / run.name,
-        precisions=tuple(dict.fromkeys(["fp32", *(arguments.precision or [])])),
+        out=out,
+        variants=VariantOptions(
+            precisions=tuple(dict.fromkeys(["fp32", *(arguments.precision or [])])),
+            runtimes=tuple(dict.fromkeys(["onnxruntime", *(arguments.runtime or [])])),
+            graph=GraphOptions(opset, batch),
+            engines=_engines(arguments.tensorrt, arguments.compute_capability, batch),
+        ),
         checkpoint=arguments.checkpoint,
-        graph=GraphOptions(opset, batch),
-        cam=arguments.cam,
+        extras=tuple(name for name in ("cam", "embedding") if getattr(arguments, name)),
         golden=arguments.golden,
     )
-    export_run(run, options, lambda line: print(line, flush=True))
+    bundles = export_run(run, options, lambda line: print(line, flush=True))
+    _publish(bundles, arguments.triton, arguments.space, arguments.sign)
+    if "all" in options.targets or any(
+        value is not None for value in (limits.max_latency_ms, limits.min_accuracy, limits.max_bytes)
+    ):
+        return _report(out, limits)
+    return DONE
+
+
+def _publish(bundles: Sequence[Bundle], triton: Path | None, space: Path | None, key: Path | None) -> None:
+    """Sign the verified bundles, and write them in the other forms that were asked for."""
+    if key:
+        from ffl_deploy.signing import sign_bundle
+
+        for bundle in bundles:
+            print(f"{sign_bundle(bundle.folder, key)}: signature of {bundle.folder}", flush=True)
+    if triton:
+        from export.triton import write_repository
+
+        models = [model for bundle in bundles for model in write_repository(bundle, triton)]
+        print(f"{triton}: Triton models {', '.join(model.name for model in models)}", flush=True)
+    if space:
+        from export.space import write_space
+
+        write_space(bundles, space)
+        print(f"{space}: a Hugging Face Space; start it here with: python {space / 'app.py'}", flush=True)
+
+
+def _limits(arguments: argparse.Namespace) -> Limits:
+    """-> what --max-latency-ms, --min-accuracy and --max-bytes ask for. Raises UsageError for impossible values."""
+    from export.report import Limits
+
+    if arguments.min_accuracy is not None and not 0 <= arguments.min_accuracy <= 1:
+        raise UsageError(f"--min-accuracy {arguments.min_accuracy:g} is not a share; give for example 0.95 for 95 %.")
+    for flag in ("max_latency_ms", "max_bytes"):
+        value = getattr(arguments, flag)
+        if value is not None and value <= 0:
+            raise UsageError(f"--{flag.replace('_', '-')} {value:g} leaves nothing to recommend; give a positive number.")
+    return Limits(arguments.max_latency_ms, arguments.min_accuracy, arguments.max_bytes)
+
+
+def _report(folder: Path, limits: Limits) -> int:
+    """Write the report over the bundles in `folder` and print its recommendation; -> exit code."""
+    from export.report import require, write_report
+
+    report = write_report(folder, limits)
+    require(report)
+    print(f"{folder / 'report.md'}: ship {report.recommendation.reason}", flush=True)
     return DONE
 
 
@@ -69,6 +149,18 @@ def _batch(text: str) -> int | None:
     if not text.isdecimal() or int(text) < 1:
         raise UsageError(f"--batch {text} is neither dynamic nor a number of images; give for example --batch 8.")
     return int(text)
+
+
+def _engines(wanted: bool, capabilities: list[str] | None, batch: int | None) -> EngineOptions | None:
+    """-> what --tensorrt and --compute-capability ask for. Raises UsageError."""
+    from export.tensorrt_engine import EngineOptions, installed_flavour
+
+    if not wanted:
+        if capabilities:
+            raise UsageError("--compute-capability is about TensorRT engines; add --tensorrt, or leave it out.")
+        return None
+    profile = (batch, batch, batch) if batch else EngineOptions().batches
+    return EngineOptions(installed_flavour(), tuple(capabilities) if capabilities else None, profile)
 
 
 def entry() -> None:

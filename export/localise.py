@@ -32,16 +32,25 @@ class LayerDifference(msgspec.Struct, frozen=True):
 
 
 def first_difference(
-    path: Path, model: DeployedModel, images: np.ndarray, tolerance: float = TOLERANCE, scopes_from: Path | None = None
+    path: Path, model: DeployedModel, images: np.ndarray, precision: str = "fp32", scopes_from: Path | None = None
 ) -> str:
     """-> one clause that names the first layer of the file `path` whose output is off, or says that none is.
 
-    Args: images: uint8 [n, h, w, 3]; scopes_from: the file to take module paths from, where `path` was made from it by a
-    tool that drops them (quantisation keeps tensor names but not metadata).
+    Args: images: uint8 [n, h, w, 3]; precision: of the gate that failed; below fp32 every layer is off by some rounding, so
+    the layer where the error grows most is named; scopes_from: the fp32 file that `path` was made from, for module paths.
     """
+    if precision == "bf16":
+        return "the layers of a bf16 computation are not compared one by one"
     layers = layer_differences(path, model, images, scopes_from)
+    if precision != "fp32" and layers:
+        growth = np.diff([0.0, *(layer.difference for layer in layers)])
+        worst = layers[int(np.argmax(growth))]
+        return (
+            f"the error grows most at {worst.layer} (to {worst.difference:.2g} of its output's standard deviation, "
+            f"tensor {worst.tensor})"
+        )
     for layer in layers:
-        if not layer.difference <= tolerance:
+        if not layer.difference <= TOLERANCE:
             return (
                 f"the first layer that differs is {layer.layer} "
                 f"(by {layer.difference:.2g} of its output's standard deviation, tensor {layer.tensor})"
@@ -124,7 +133,7 @@ def _intermediates(proto: Any, tensors: Sequence[str], images: np.ndarray) -> di
     own = {output.name for output in proto.graph.output}
     for name in tensors:
         if name not in own:
-            proto.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
+            proto.graph.output.append(onnx.ValueInfoProto(name=name))  # ONNX Runtime infers its type
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 3

@@ -10,7 +10,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,15 +39,21 @@ class Normalise(nn.Module):
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        return (images.permute(0, 3, 1, 2).to(torch.float32) - self.mean) / self.std
+        # The cast comes first: TensorRT takes uint8 as an input, but computes nothing on it, not even a transposition.
+        return (images.to(torch.float32).permute(0, 3, 1, 2) - self.mean) / self.std
+
+
+EXTRAS = ("cam", "embedding")
+"""Further outputs that can be asked for, in the order in which a graph gives them."""
 
 
 class DeployedModel(nn.Module):
-    """What the ONNX file computes: pixels -> (logits, probabilities[, cam]).
+    """What the ONNX file computes: pixels -> (logits, probabilities, and what `extras` names).
 
     Args: target: normalised [n, 3, h, w] -> logits [n, classes]; temperature: probabilities = softmax(logits / temperature)
-    (Guo et al. 2017); cam: add the class activation map of the predicted class [n, h', w'] (Zhou et al. 2016, eq. 2), whose
-    spatial mean plus the class's bias is its logit. Raises UsageError where `cam` is asked of a target with several classifiers.
+    (Guo et al. 2017); extras: `cam`, the class activation map of the predicted class [n, h', w'] (Zhou et al. 2016, eq. 2), whose
+    spatial mean plus the class's bias is its logit; `embedding`, the pooled features [n, C].
+    Raises UsageError where extras are asked of a target with several classifiers.
     """
 
     def __init__(
@@ -56,28 +62,41 @@ class DeployedModel(nn.Module):
         mean: tuple[float, float, float],
         std: tuple[float, float, float],
         temperature: float = 1.0,
-        cam: bool = False,
+        extras: Sequence[str] = (),
     ) -> None:
         super().__init__()
-        if cam and not (hasattr(target, "features") and hasattr(target, "classifier")):
-            raise UsageError(
-                "--cam needs a target with one feature map and one classifier (fused, branch0, ...); "
-                "leave --cam out for an ensemble."
-            )
+        if extras:
+            require_features(target, extras, "this target")
         self.normalise, self.target = Normalise(mean, std), target
-        self.temperature, self.cam = temperature, cam
+        self.temperature, self.extras = temperature, tuple(name for name in EXTRAS if name in extras)
+
+    @property
+    def output_names(self) -> list[str]:
+        return ["logits", "probabilities", *self.extras]
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         normalised = self.normalise(images)
-        if not self.cam:
+        if not self.extras:
             logits = self.target(normalised)
             return logits, torch.softmax(logits / self.temperature, dim=1)
         target: Any = self.target  # BranchTarget or FusedTarget; the constructor has looked
         features = target.features(normalised)
-        logits = target.classifier(features.mean(dim=(2, 3)))
-        weights = target.classifier.weight[logits.argmax(dim=1)]
-        cam = (weights[:, :, None, None] * features).sum(dim=1)
-        return logits, torch.softmax(logits / self.temperature, dim=1), cam
+        embedding = features.mean(dim=(2, 3))
+        logits = target.classifier(embedding)
+        named = {"embedding": embedding}
+        if "cam" in self.extras:
+            weights = target.classifier.weight[logits.argmax(dim=1)]
+            named["cam"] = (weights[:, :, None, None] * features).sum(dim=1)
+        return logits, torch.softmax(logits / self.temperature, dim=1), *(named[name] for name in self.extras)
+
+
+def require_features(target: nn.Module, extras: Sequence[str], name: str) -> None:
+    """Raises UsageError where `target` has no single feature map and classifier that `extras` could be made from."""
+    if not (hasattr(target, "features") and hasattr(target, "classifier")):
+        raise UsageError(
+            f"--{extras[0]} needs a target with one feature map and one classifier, which {name} is not; "
+            f"export it without --{extras[0]} (fused and branch0, ... can have it)."
+        )
 
 
 @dataclass(frozen=True)
@@ -100,7 +119,6 @@ def write_onnx(
     training = [name or "the model" for name, module in model.named_modules() if module.training]
     if training:
         raise CheckError(f"{training[0]} is in training mode, so its BatchNorm would use batch statistics; call .eval() first.")
-    names = ["logits", "probabilities"] + (["cam"] if model.cam else [])
     # Traced with two images: a batch of one would be taken for a constant.
     example = torch.zeros(options.batch or 2, height, width, 3, dtype=torch.uint8)
     shapes = None if options.batch else {"images": {0: torch.export.Dim("batch", min=1, max=65536)}}
@@ -114,7 +132,7 @@ def write_onnx(
                 dynamic_shapes=shapes,
                 opset_version=options.opset,
                 input_names=["images"],
-                output_names=names,
+                output_names=model.output_names,
                 verbose=False,
             )
     except torch.onnx.errors.OnnxExporterError as error:

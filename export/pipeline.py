@@ -12,21 +12,18 @@ import msgspec
 import numpy as np
 
 from export.card import model_card
-from export.check import HeldOut, check_parity, file_batches, measure_accuracy, require_accuracy
+from export.check import HeldOut
 from export.evaluation import Evaluation, Reference, check_target, class_balanced
-from export.latency import measure_latency
-from export.localise import first_difference
-from export.onnx_graph import DeployedModel, GraphOptions, write_onnx
+from export.onnx_graph import DeployedModel, require_features
+from export.variants import TargetContext, VariantOptions, build_variants, check_runtimes
 from ffl_deploy import __version__
 from ffl_deploy.bundle import (
-    DEFAULT_VARIANT,
     SCHEMA,
     Bundle,
     GoldenSamples,
     InputTensor,
     Manifest,
     OutputTensor,
-    Precision,
     Source,
     Variant,
     file_records,
@@ -36,16 +33,14 @@ from ffl_deploy.bundle import (
 )
 from ffl_deploy.checkpoint import LoadedNetwork, load_network
 from ffl_deploy.command import choices_sentence
-from ffl_deploy.errors import CheckError, UsageError
-from ffl_deploy.files import replace_folder, sha256_of, write_atomically
+from ffl_deploy.errors import UsageError
+from ffl_deploy.files import replace_folder, write_atomically
 from ffl_deploy.networks.targets import build_target, target_names
 from ffl_deploy.run_directory import Run
-from ffl_deploy.runtime import OnnxRuntimeSession
 from ffl_deploy.statistics import expected_calibration_error, fit_temperature, log_softmax
 
 GOLDEN_IMAGES = 64
 GOLDEN_BYTES = 8 << 20  # of pixels; large images get fewer samples, so that a bundle stays light
-LOCALISE_IMAGES = 8
 
 
 @dataclass(frozen=True)
@@ -54,10 +49,9 @@ class ExportOptions:
 
     targets: tuple[str, ...]
     out: Path
-    precisions: tuple[str, ...] = ("fp32",)
+    variants: VariantOptions = field(default_factory=VariantOptions)
     checkpoint: str = "best"
-    graph: GraphOptions = field(default_factory=GraphOptions)
-    cam: bool = False
+    extras: tuple[str, ...] = ()  # further outputs: cam, embedding
     golden: Path | None = None
 
 
@@ -82,6 +76,10 @@ def export_run(run: Run, options: ExportOptions, report: Callable[[str], None]) 
     for target in targets:
         if target not in known:
             raise UsageError(f"{run.folder} has no target {target!r}. {choices_sentence(target, [*known, 'all'])}")
+    if options.extras:
+        for target in targets:
+            require_features(build_target(loaded.network, target), options.extras, target)
+    check_runtimes(options.variants)
     evaluation = Evaluation(run, loaded.network, options.checkpoint, targets)
     references = {target: evaluation.reference(target) for target in targets}  # before any work: a missing one stops here
     return [export_target(target, evaluation, references[target], loaded, options, report) for target in targets]
@@ -101,18 +99,19 @@ def export_target(
     plain = DeployedModel(target, run.mean, run.std).eval()
     check_target(plain, reference, name)
     calibration = calibrate(evaluation, name)
-    model = DeployedModel(target, run.mean, run.std, calibration.temperature, options.cam).eval()
+    model = DeployedModel(target, run.mean, run.std, calibration.temperature, options.extras).eval()
     test = HeldOut(evaluation.data.test, evaluation.test_logits[name])
+    context = TargetContext(name, model, reference, test, evaluation, loaded.sha256)
     with replace_folder(options.out / name) as folder:
-        variant = write_fp32(folder, name, model, reference, test, loaded, run, options)
+        variants = build_variants(folder, context, options.variants)
         samples, origin = golden_samples(model, reference, options.golden, run)
         golden = write_golden(folder, samples, origin)
         manifest = Manifest(
             schema=SCHEMA,
             target=name,
             classes=run.classes,
-            input=InputTensor(run.preprocessing),
-            outputs=output_tensors(model, len(run.classes)),
+            input=InputTensor(run.preprocessing, batch=options.variants.graph.batch),
+            outputs=output_tensors(model, run),
             source=Source(
                 run=run.name,
                 checkpoint=options.checkpoint,
@@ -123,7 +122,7 @@ def export_target(
                 data=run.config.data_name,
                 parameters=sum(parameter.numel() for parameter in target.parameters()),
             ),
-            variants=[variant],
+            variants=variants,
             golden=golden,
             files={},
             toolchain=toolchain(),
@@ -135,40 +134,6 @@ def export_target(
     for variant in bundle.manifest.variants:
         report(f"{bundle.folder}: {variant.name} {variant_summary(variant)}")
     return bundle
-
-
-def write_fp32(
-    folder: Path,
-    name: str,
-    model: DeployedModel,
-    reference: Reference,
-    test: HeldOut,
-    loaded: LoadedNetwork,
-    run: Run,
-    options: ExportOptions,
-) -> Variant:
-    """Write and verify `model.onnx`. Raises CheckError."""
-    path = folder / "model.onnx"
-    shape = run.preprocessing
-    metadata = {"ffl.target": name, "ffl.checkpoint_sha256": loaded.sha256}
-    write_onnx(model, path, shape.height, shape.width, options.graph, metadata)
-    if file_batches(path) != options.graph.batch:
-        raise CheckError(f"the exporter froze the batch of {path.name} to {file_batches(path)}. No bundle was written.")
-    session = OnnxRuntimeSession(path, DEFAULT_VARIANT)
-    images = reference.images[:LOCALISE_IMAGES]
-    parity = check_parity(session, reference, "fp32", model.temperature, lambda: first_difference(path, model, images))
-    accuracy = require_accuracy(measure_accuracy(session, test, "fp32"), DEFAULT_VARIANT)
-    return Variant(
-        name=DEFAULT_VARIANT,
-        runtime=session.runtime,
-        file=path.name,
-        sha256=sha256_of(path),
-        bytes=path.stat().st_size,
-        precision=Precision("fp32", "fp32"),
-        parity=msgspec.to_builtins(parity),
-        accuracy=msgspec.to_builtins(accuracy),
-        latency=msgspec.to_builtins(measure_latency(session.run, reference.images)),
-    )
 
 
 def calibrate(evaluation: Evaluation, target: str) -> Calibration:
@@ -217,18 +182,24 @@ def _golden_folder(model: DeployedModel, folder: Path, limit: int, run: Run) -> 
     return GoldenSamples(images, np.full(len(images), -1, dtype=np.int64), logits)
 
 
-def output_tensors(model: DeployedModel, classes: int) -> list[OutputTensor]:
-    outputs = [
-        OutputTensor("logits", ["batch", classes], "unnormalised scores"),
-        OutputTensor("probabilities", ["batch", classes], "softmax of logits / temperature"),
+OUTPUTS = {
+    "logits": "unnormalised scores",
+    "probabilities": "softmax of logits / temperature",
+    "cam": "class activation map of the predicted class, in logits per position",
+    "embedding": "pooled features, which the classifier takes",
+}
+
+
+def output_tensors(model: DeployedModel, run: Run) -> list[OutputTensor]:
+    """-> the graph's outputs with the shapes that the model gives."""
+    import torch
+
+    with torch.inference_mode():
+        values = model(torch.zeros(1, run.preprocessing.height, run.preprocessing.width, 3, dtype=torch.uint8))
+    return [
+        OutputTensor(name, ["batch", *value.shape[1:]], OUTPUTS[name])
+        for name, value in zip(model.output_names, values, strict=True)
     ]
-    if model.cam:
-        outputs.append(
-            OutputTensor(
-                "cam", ["batch", "height", "width"], "class activation map of the predicted class, in logits per position"
-            )
-        )
-    return outputs
 
 
 def variant_summary(variant: Variant) -> str:

@@ -40,6 +40,7 @@ class InputTensor(msgspec.Struct, frozen=True):
     dtype: str = "uint8"
     layout: str = "NHWC"
     color: str = "RGB"
+    batch: int | None = None  # the only batch size the graph takes; None: any
 
 
 class OutputTensor(msgspec.Struct, frozen=True):

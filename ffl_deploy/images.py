@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import io
+import logging
 import os
 import re
 import warnings
@@ -127,9 +128,8 @@ def _opened(data: bytes, max_pixels: int) -> Image.Image:
     if not data:
         raise ImageError("empty", "the file is empty")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of oversize and odd metadata; the checks of `decode` decide
-            return Image.open(io.BytesIO(data), formats=FORMATS)
+        _silence_pillow()
+        return Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise ImageError("too_large", f"the image is larger than {_megapixels(max_pixels)}") from error
     except UnidentifiedImageError as error:
@@ -147,6 +147,13 @@ def _opened(data: bytes, max_pixels: int) -> Image.Image:
 
 def _code_of(error: Exception) -> str:
     return "truncated" if isinstance(error, EOFError) or _TRUNCATED.search(str(error)) else "corrupt"
+
+
+@functools.cache
+def _silence_pillow() -> None:
+    """Once: Pillow warns and logs of odd metadata and oversize, which here become a status; catch_warnings is not thread-safe."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 
 def _megapixels(pixels: int) -> str:

@@ -1,6 +1,7 @@
 """The run directory: what training leaves and export reads. Nothing here imports torch.
 
-runs/NAME/  config.json  metrics.jsonl  summary.json  eval_reference.npz  curves.png  checkpoints/{last,best,...}/
+runs/NAME/  config.json  metrics.jsonl  summary.json  eval_reference.npz  test_predictions.npz
+            curves.png  checkpoints/{last,best,...}/
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ SCHEMA = 1
 CONFIG = "config.json"
 REFERENCE = "eval_reference.npz"
 SUMMARY = "summary.json"
+PREDICTIONS = "test_predictions.npz"  # labels, and every classifier's predicted labels: int64 [test images]
 
 
 class ModelRecord(msgspec.Struct, frozen=True):

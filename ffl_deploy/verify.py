@@ -19,6 +19,7 @@ from ffl_deploy.command import run_command
 from ffl_deploy.errors import DONE, CheckError, UsageError
 from ffl_deploy.onnx_wire import refuse_external_data
 from ffl_deploy.parity import PARITY_GATES, ParityRecord, gate_precision, judge, measure
+from ffl_deploy.signing import check_signature
 
 
 def check_files(bundle: Bundle) -> int:
@@ -107,7 +108,11 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("bundle", metavar="BUNDLE", help="the folder that ffl-export wrote (it holds bundle.json)")
     parser.add_argument("--variant", metavar="NAME", help="one variant (default: all whose runtime is installed)")
     parser.add_argument("--runtime", metavar="NAME", help="run it on this runtime: onnxruntime, openvino, tensorrt, ...")
+    parser.add_argument("--public-key", type=Path, metavar="PEM", help="also check the bundle's signature (BUNDLE.sig)")
     arguments = parser.parse_args(argv)
+    if arguments.public_key:
+        check_signature(Path(os.path.abspath(arguments.bundle)), arguments.public_key)
+        print(f"{arguments.bundle}: signed by the owner of {arguments.public_key}", flush=True)
     for line in verify(load_bundle(arguments.bundle), arguments.variant, arguments.runtime):
         print(line, flush=True)
     return DONE
@@ -115,3 +120,7 @@ def main(argv: Sequence[str]) -> int:
 
 def entry() -> None:
     sys.exit(run_command(main))
+
+
+if __name__ == "__main__":
+    entry()

@@ -25,6 +25,7 @@ class Item(NamedTuple):
     read: Callable[[], bytes]
     label: str | None = None
     bound: bool = False
+    file: str | None = None  # what `read` reads, where that is a file: another machine can read it too
 
     def loaded(self) -> Item:
         """-> this item with its bytes, or the reason why there are none, in memory."""
@@ -46,7 +47,7 @@ class Skipped:
 
 
 def file_item(path: str, label: str | None = None) -> Item:
-    return Item(displayed(path), partial(read_file, path), label)
+    return Item(displayed(path), partial(read_file, path), label, file=path)
 
 
 def failed_item(path: str, code: str, message: str) -> Item:

@@ -71,7 +71,8 @@ def supervised_main(argv: Sequence[str]) -> int:
 
 def run(arguments: argparse.Namespace, recovery: Recovery) -> int:
     """Do what the flags say; -> the exit code."""
-    from serve.job import Job, run_job
+    from serve.job import Job
+    from serve.runner import run_job
 
     if arguments.out.is_dir():
         raise UsageError(f"{arguments.out} is a folder; give --out a file inside it.")

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Literal
 
+from ffl_deploy.errors import FflError
+
 Report = Literal["screen", "json", "quiet"]
 JSON_INTERVAL = 1.0  # seconds between JSON lines
 
@@ -32,7 +34,10 @@ class Progress:
             threading.Thread(target=self._find_total, args=(count,), daemon=True).start()
 
     def _find_total(self, count: Callable[[], int | None]) -> None:
-        total = count()
+        try:
+            total = count()
+        except (FflError, OSError):  # the run itself meets the same fault and reports it
+            return
         self._total = total
         if self._bar is not None:
             self._bar.total = total

@@ -95,7 +95,7 @@ def walk(root: str, reading: Reading) -> Iterator[Item]:
             pending.pop()
             folders.pop()
             continue
-        kind, name = entry[-1], entry[:-1]
+        name, kind = entry.split("\0")
         path = os.path.join(folders[-1], name)
         if kind == _FOLDER:
             pending.append(_entries(path))
@@ -112,12 +112,12 @@ def walk(root: str, reading: Reading) -> Iterator[Item]:
             yield file_item(path, label_of(PurePath(path).relative_to(root).parts[:-1], reading.classes))
 
 
-# The kind of a folder entry, kept as one character behind its name: 10,000,000 tuples would need a gigabyte.
+# The kind of a folder entry, kept behind its name and a NUL (which sorts first): 10,000,000 tuples would need a gigabyte.
 _FILE, _FOLDER, _LINK, _OTHER, _ERROR = "f", "d", "l", "o", "e"
 
 
 def _entries(folder: str) -> Iterator[str]:
-    """-> names in `folder`, sorted, each followed by its kind."""
+    """-> names in `folder`, sorted, each with its kind."""
 
     def scan() -> Iterator[str]:
         try:
@@ -129,9 +129,9 @@ def _entries(folder: str) -> Iterator[str]:
                         kind = _FOLDER
                     else:
                         kind = _FILE if entry.is_file() else _OTHER
-                    yield entry.name + kind
+                    yield f"{entry.name}\0{kind}"
         except OSError as error:
-            yield f"the folder cannot be read ({error.strerror})" + _ERROR
+            yield f"the folder cannot be read ({error.strerror})\0{_ERROR}"
 
     return sorted_names(scan())
 
@@ -149,17 +149,20 @@ def sorted_names(names: Iterable[str], spill: int = SPILL) -> Iterator[str]:
     return map(os.fsdecode, heapq.merge(*runs) if len(runs) > 1 else runs[0])
 
 
+_END = b"\0/"  # no name holds a NUL, no kind is a slash
+
+
 def _spilled(names: list[bytes]) -> Iterator[bytes]:
     file = tempfile.TemporaryFile()  # noqa: SIM115 open for as long as the iterator lives
     for name in names:
-        file.write(name.replace(b"\0", b"") + b"\0")
+        file.write(name + _END)
     file.seek(0)
 
     def read() -> Iterator[bytes]:
         with file:
             rest = b""
             while block := file.read(1 << 16):
-                *complete, rest = (rest + block).split(b"\0")
+                *complete, rest = (rest + block).split(_END)
                 yield from complete
 
     return read()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ import numpy as np
 from ffl_deploy.files import write_atomically
 from serve.items import Skipped
 from serve.labelled import LabelCounts
-from serve.pipeline import Finished
 from serve.rows import OK
 from serve.shards import PartsManifest, ShardRecord
 
@@ -49,6 +49,7 @@ class Histogram:
 class Totals:
     """Everything the summary counts; memory does not grow with the number of rows."""
 
+    shards: int = 0
     rows: int = 0
     resumed_rows: int = 0  # of them from shards that an earlier, interrupted run finished
     statuses: Counter[str] = field(default_factory=Counter)
@@ -67,10 +68,12 @@ class Totals:
         self.remarks.update(record.remarks)
         self.labelled.add(record.labelled)
 
-    def add_timing(self, finished: Finished) -> None:
-        for seconds in finished.decode_seconds:
+    def add_timing(self, decode_seconds: Sequence[float], infer_seconds: Sequence[float]) -> None:
+        """decode_seconds: of images; infer_seconds: of batches."""
+        for seconds in decode_seconds:
             self.decode.add(seconds)
-        self.infer.add(finished.infer_seconds)
+        for seconds in infer_seconds:
+            self.infer.add(seconds)
 
     @property
     def errors(self) -> int:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ffl_deploy.bundle import Bundle
 from ffl_deploy.runtime import Session, available_cores
+from serve.job import Job
 from serve.shards import Settings
 
-if TYPE_CHECKING:
-    from serve.job import Job
-
-SMALL_RUN = 512  # items: below, measuring costs more than it gains
+SMALL_RUN = 2048  # items: below, measuring costs more than it gains
 SMALL_BATCH = 32
 SHARD_SIZE = 1024  # rows: some seconds of work, and a row group of the Parquet output
 BATCHES = (16, 64)
@@ -24,6 +21,10 @@ WORTH = 1.05  # a larger or split configuration must be this much faster than th
 
 def choose_settings(bundle: Bundle, job: Job, small: bool) -> Settings:
     """-> settings for a new run: what the flags say, and for the rest a measurement (or, for a small run, safe values)."""
+    if job.engine == "ray":  # an actor takes one core unless it was told otherwise: the cluster has as many as there are cores
+        return Settings(
+            job.batch_size or BATCHES[-1], job.shard_size or SHARD_SIZE, streams=1, threads=job.threads or 1, decoders=1
+        )
     cores = job.threads or available_cores()
     if small or (job.batch_size is not None and cores == 1):
         batch_size, streams = job.batch_size or SMALL_BATCH, 1
@@ -47,6 +48,8 @@ def measure(bundle: Bundle, job: Job, cores: int) -> tuple[int, int]:
     for streams in dict.fromkeys((1, cores)):
         session = bundle.session(job.variant, job.runtime, threads=cores // streams)
         for batch_size in (job.batch_size,) if job.batch_size else BATCHES:
+            if batch_size > best_rate * 2 * MEASURE_SECONDS > 0:  # so slow a model gains nothing by more images at once
+                continue
             rate = measured_rate(session, bundle, batch_size, streams)
             if rate > best_rate * WORTH:
                 best, best_rate = (batch_size, streams), rate

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -26,3 +26,27 @@ def make_bundle() -> Callable[..., Bundle]:
 def tiny_bundle(make_bundle: Callable[..., Bundle], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """A 32 x 32 bundle with the classes cat, dog, frog. Shared: a test that changes files makes its own."""
     return make_bundle(tmp_path_factory.mktemp("bundles") / "tiny")
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Callable[..., Path]:
+    """`image_folder(classes=("cat", "dog"), suffix=".png", size=(20, 16), val=2, ...)` -> DIR/PART/CLASS/N.png, random images.
+
+    The number of images per class and part is a keyword (train=10, test=4 if not given); every image is another one.
+    """
+    import numpy as np
+    from PIL import Image
+
+    def make(
+        classes: Sequence[str] = ("cat", "dog"), suffix: str = ".png", size: tuple[int, int] = (20, 16), **counts: int
+    ) -> Path:
+        folder, draws = tmp_path / "images", np.random.default_rng(0)
+        for part, count in ({"train": 10, "test": 4} | counts).items():
+            for name in classes:
+                (folder / part / name).mkdir(parents=True)
+                for number in range(count):
+                    pixels = draws.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+                    Image.fromarray(pixels).save(folder / part / name / f"{number:03d}{suffix}")
+        return folder
+
+    return make

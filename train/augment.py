@@ -1,6 +1,8 @@
-"""Training views of image batches, whole batches at a time, on the device that trains."""
+"""Training views of images: cut, mirrored, mixed; and soft labels. Every draw comes from a generator that is handed in."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -10,8 +12,32 @@ from torch.nn import functional
 from train.config import DataOptions
 
 
+class CropDraws(NamedTuple):
+    """Where each image of a batch is cut, and whether it is mirrored. top, left: int64 [b] in 0..2p; mirrored: bool [b]."""
+
+    top: Tensor
+    left: Tensor
+    mirrored: Tensor
+
+
+def draw_crops(count: int, padding: int, flip: bool, draws: torch.Generator) -> CropDraws:
+    """-> the cuts of a batch of `count` images, which batches in memory and streamed ones share."""
+    top, left = torch.randint(2 * padding + 1, (2, count), generator=draws)
+    mirrored = (torch.rand(count, generator=draws) < 0.5) & flip
+    return CropDraws(top, left, mirrored)
+
+
+def crop_one(image: np.ndarray, padding: int, top: int, left: int, mirrored: bool) -> np.ndarray:
+    """uint8 [h, w, 3] -> the same size: cut from the reflect-padded image, and mirrored."""
+    height, width = image.shape[:2]
+    if padding:
+        image = np.pad(image, ((padding, padding), (padding, padding), (0, 0)), mode="reflect")
+        image = image[top : top + height, left : left + width]
+    return image[:, ::-1] if mirrored else image
+
+
 class RandomCrops:
-    """Random cuts from reflect-padded images with mirroring, by indexing (Kim et al. 2019, section IV-A).
+    """`crop_one` for whole batches on the device that trains, by indexing (Kim et al. 2019, section IV-A).
 
     images: uint8 [n, 3, h, w], held padded in memory; a view of all (2p+1)^2 windows costs nothing, so a batch is
     one gather and no image is touched twice.
@@ -19,9 +45,9 @@ class RandomCrops:
 
     def __init__(self, images: Tensor, padding: int, flip: bool) -> None:
         height, width = images.shape[2:]
-        self.flip, self.choices = flip, 2 * padding + 1
+        self.padding, self.flip = padding, flip
         if padding:
-            # Reflection needs float or chunks; one chunk at a time keeps the peak at the padded copy itself.
+            # Reflection needs float; one chunk at a time keeps the peak at the padded copy itself.
             chunks = [
                 functional.pad(chunk.float(), [padding] * 4, mode="reflect").to(torch.uint8) for chunk in images.split(1024)
             ]
@@ -30,13 +56,10 @@ class RandomCrops:
 
     def __call__(self, indices: Tensor, draws: torch.Generator) -> Tensor:
         """indices: int64 [b] on the CPU -> uint8 [b, 3, h, w]."""
-        top, left = torch.randint(self.choices, (2, len(indices)), generator=draws)
-        mirrored = torch.rand(len(indices), generator=draws) < 0.5
         device = self.windows.device
-        batch = self.windows[indices.to(device), :, top.to(device), left.to(device)]
-        if self.flip:
-            batch = torch.where(mirrored.to(device)[:, None, None, None], batch.flip(3), batch)
-        return batch
+        top, left, mirrored = (values.to(device) for values in draw_crops(len(indices), self.padding, self.flip, draws))
+        batch = self.windows[indices.to(device), :, top, left]
+        return torch.where(mirrored[:, None, None, None], batch.flip(3), batch) if self.flip else batch
 
 
 def soften(labels: Tensor, classes: int, smoothing: float) -> Tensor:

@@ -1,7 +1,7 @@
-"""Batches for training and evaluation from images in memory.
+"""Batches for training and evaluation: what every source of them shares, and the source for images in memory.
 
-A data set that fits is one uint8 tensor on the training device. Which images make up step s, and how they are cut,
-depends on (seed, epoch, step) only; each process takes its share of the same batch.
+A data set that fits is one uint8 tensor on the training device; others are streamed (streaming.py). Which images make up
+step s, and how they are cut, depends on (seed, epoch, step) only; each process takes its share of the same batch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ffl_deploy.datasets import ImageData
+from ffl_deploy.datasets import ArraySplit, ImageData
 from train.augment import RandomCrops, mix, soften
 from train.config import DataOptions
 from train.distributed import World
@@ -87,6 +87,15 @@ def epoch_order(images: int, batch_size: int, parts: int, seed: int, epoch: int)
     return [chunk for chunk in order.split(batch_size) if len(chunk) >= 2 * parts]
 
 
+def crop_padding(options: DataOptions) -> int:
+    """-> pixels by which images are padded before they are cut."""
+    return options.crop_padding if options.augment == "crop" else 0
+
+
+def flips(options: DataOptions) -> bool:
+    return options.flip and options.augment != "none"
+
+
 class InMemoryBatches:
     """Batches of an ImageData held on `device`."""
 
@@ -105,9 +114,9 @@ class InMemoryBatches:
         self.device, self.evaluation_batch = device, evaluation_batch
         self.finish = Finish(data, options, label_smoothing, seed, device)
         self.normalise = self.finish.normalise
-        padding = options.crop_padding if options.augment == "crop" else 0
+        assert isinstance(data.train, ArraySplit), "images on disk are for StreamedBatches"
         images = torch.from_numpy(data.train.images).to(device).permute(0, 3, 1, 2)
-        self.crops = RandomCrops(images, padding, options.flip and options.augment != "none")
+        self.crops = RandomCrops(images, crop_padding(options), flips(options))
         self.labels = torch.from_numpy(data.train.labels).to(device)
         self.held_out = {"validation": data.validation, "test": data.test}
         self.steps_per_epoch = len(epoch_order(len(self.labels), batch_size, shares.parts, seed, 0))

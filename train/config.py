@@ -123,6 +123,8 @@ class MachineOptions:
     """auto takes the GPU where there is one."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of the forward and backward pass; auto is bf16 where the processor has it, else fp16 (GPU) or fp32."""
+    threads: int | None = None
+    """CPU threads of this process; one per core if not given. Part of the result: sums are added in another order."""
     compile: bool = False
     """Compile the network with torch.compile (pays on GPUs, not on CPUs)."""
     sync_batchnorm: bool = False

@@ -30,6 +30,26 @@ def accuracies(network: nn.Module, batches: Batches, part: str, machine: Machine
 
 
 @torch.inference_mode()
+def predictions(
+    network: nn.Module, batches: Batches, part: str, images: int, machine: Machine, world: World
+) -> dict[str, np.ndarray]:
+    """-> classifier -> predicted labels int64 [images] of all of `part`, in its order, on every process."""
+    network.eval()
+    mine: dict[str, list[Tensor]] = {}
+    for pixels, _ in batches.evaluation(part):
+        with machine.autocast():
+            outputs = network(pixels)
+        for name, logits in outputs.classifiers().items():
+            mine.setdefault(name, []).append(logits.argmax(dim=1))
+    found = {}
+    for name, chunks in mine.items():
+        whole = torch.zeros(images, dtype=torch.int64, device=machine.device)
+        whole[world.rank :: world.size] = torch.cat(chunks)  # as Batches.evaluation deals them out
+        found[name] = world.sum(whole).cpu().numpy()
+    return found
+
+
+@torch.inference_mode()
 def logits_of(network: nn.Module, images: Tensor) -> dict[str, np.ndarray]:
     """images: normalised [n, 3, h, w] -> classifier -> float32 logits [n, classes], in full precision."""
     network.eval()

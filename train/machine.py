@@ -34,7 +34,12 @@ class Machine:
 
 
 def choose_machine(options: MachineOptions, world: World) -> Machine:
-    """Resolve "auto". Raises UsageError for a GPU that is not there or a precision the processor does not have."""
+    """Resolve "auto" and set torch up for this process.
+
+    Raises UsageError for a GPU that is not there or a precision that the processor does not have.
+    """
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     has_gpu = torch.cuda.is_available()
     if options.device == "cuda" and not has_gpu:
         raise UsageError("--device cuda: torch finds no usable NVIDIA GPU here; use --device cpu, or install a CUDA build.")

@@ -12,7 +12,15 @@ from ffl_deploy.errors import CheckError, UsageError
 from train.config import TrainConfig
 
 # What a resumed run may do differently: none of it changes the result.
-MAY_CHANGE = {"output.resume", "output.out", "output.quiet", "output.checkpoint_minutes", "machine.workers", "recipe"}
+MAY_CHANGE = {
+    "output.resume",
+    "output.out",
+    "output.quiet",
+    "output.checkpoint_minutes",
+    "machine.workers",
+    "machine.memory_limit",
+    "recipe",
+}
 
 
 def validate(config: TrainConfig) -> None:
@@ -21,6 +29,7 @@ def validate(config: TrainConfig) -> None:
     rules = [
         (o.epochs >= 1, "--epochs must be at least 1"),
         (o.batch_size >= 2, "--batch-size must be at least 2 (batch normalisation needs two images)"),
+        (config.machine.threads is None or config.machine.threads >= 1, "--threads must be at least 1"),
         (o.accumulate >= 1, "--accumulate must be at least 1"),
         (o.batch_size >= 2 * o.accumulate, "--batch-size must be at least twice --accumulate"),
         (o.lr > 0, "--lr must be above 0"),
@@ -33,6 +42,11 @@ def validate(config: TrainConfig) -> None:
         (d.crop_padding >= 0, "--crop-padding must be 0 or more"),
         (d.mixup >= 0 and d.cutmix >= 0, "--mixup and --cutmix must be 0 (off) or more"),
         (config.model.temperature is None or config.model.temperature > 0, "--temperature must be above 0"),
+        (
+            config.machine.workers is None or config.machine.workers >= 0,
+            "--workers must be 0 (decode in the main process) or more",
+        ),
+        (config.machine.memory_limit is None or config.machine.memory_limit >= 0, "--memory-limit must be 0 (stream) or more"),
         (bool(config.model.branches), "--branches must name at least one backbone"),
     ]
     broken = [text for holds, text in rules if not holds]

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from ffl_deploy.command import choices_sentence
 from ffl_deploy.errors import UsageError
-from train.config import DataOptions, ModelOptions, OptimisationOptions, TrainConfig
+from train.config import DataOptions, MachineOptions, ModelOptions, OptimisationOptions, TrainConfig
 
 # Kim et al. 2019, section IV, and the official code: SGD 0.1, batch 128, 300 epochs, x0.1 at 150 and 225.
 _PAPER_CIFAR = OptimisationOptions(epochs=300, batch_size=128, lr=0.1, weight_decay=1e-4, schedule="multistep")
@@ -38,6 +38,8 @@ RECIPES: dict[str, TrainConfig] = {
         data=DataOptions(crop_padding=1, flip=False),
         model=ModelOptions(branches=("resnet20", "resnet20")),
         optimisation=replace(_FAST_CIFAR, epochs=40, batch_size=64, lr=0.1),
+        # Layers of 8x8 pixels are too small to share: a second thread mostly waits, for ever where others use the cores.
+        machine=MachineOptions(threads=1),
     ),
     "folder": TrainConfig(
         data=DataOptions(source="DIR"),

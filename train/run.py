@@ -5,14 +5,17 @@ The flags and their help are derived from the dataclasses in config.py. torch is
 
 from __future__ import annotations
 
+import contextlib
+import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 import tyro
 
 from ffl_deploy.command import run_command
-from ffl_deploy.errors import UsageError
+from ffl_deploy.errors import UNUSABLE_INPUT, UsageError
 from ffl_deploy.run_directory import load_run
 from train.config import TrainConfig
 from train.options import differences, flatten, options_from_json, options_to_json, validate
@@ -34,13 +37,7 @@ def parse(argv: Sequence[str]) -> TrainConfig:
     """-> the recipe's configuration, overridden by flags; with --resume the run's own, which flags may only repeat."""
     resumed = flag_value(argv, "--resume")
     stored = None if resumed is None else options_from_json(load_run(resumed).config.options)
-    config = tyro.cli(
-        tyro.conf.OmitArgPrefixes[TrainConfig],
-        args=list(argv),
-        default=stored or recipe_for(argv),
-        prog="python -m train.run",
-        description=TrainConfig.__doc__,
-    )
+    config = parse_flags(argv, stored or recipe_for(argv))
     if stored is not None:
         changed = differences(stored, config)
         if changed:
@@ -50,6 +47,44 @@ def parse(argv: Sequence[str]) -> TrainConfig:
             )
     validate(config)
     return config
+
+
+def parse_flags(argv: Sequence[str], defaults: TrainConfig) -> TrainConfig:
+    """-> `defaults` overridden by flags. Raises UsageError for flags that do not exist or values that do not fit."""
+    with complaints_in_one_sentence():
+        return tyro.cli(
+            tyro.conf.OmitArgPrefixes[TrainConfig],
+            args=list(argv),
+            default=defaults,
+            prog="python -m train.run",
+            description=TrainConfig.__doc__,
+        )
+
+
+@contextlib.contextmanager
+def complaints_in_one_sentence() -> Iterator[None]:
+    """Turn what tyro prints about wrong flags, before it exits, into a UsageError; --help still exits."""
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            yield
+    except SystemExit as stopped:
+        if stopped.code != UNUSABLE_INPUT:
+            raise
+        raise UsageError(f"{one_sentence(complaint.getvalue())} See --help.") from None
+
+
+def one_sentence(box: str) -> str:
+    """tyro's framed message -> its first paragraph, with the nearest existing flag where it names one."""
+    rows = [line.strip("│╭╮╰╯ ").replace("─", "-") for line in box.splitlines()]
+    paragraphs = [list(group) for ruled, group in groupby(filter(None, rows), lambda row: set(row) == {"-"}) if not ruled]
+    if "╭" in box:
+        paragraphs[0] = paragraphs[0][1:]  # the title is part of the frame
+    else:
+        paragraphs = paragraphs[1:]  # a plain terminal has the title above the first rule
+    inside = paragraphs or [[box.strip()]]
+    near = next((words[1].split()[0] for words in inside[1:] if words[0].startswith("Perhaps") and len(words) > 1), None)
+    return f"{' '.join(inside[0]).rstrip('.')}.{f' Did you mean {near}?' if near else ''}"
 
 
 def print_recipes() -> None:

@@ -14,41 +14,46 @@ import torch
 
 import ffl_deploy
 from ffl_deploy.checkpoint import MODEL, load_weights, read_checkpoint
-from ffl_deploy.datasets import DataSpec, ImageData, load_data
+from ffl_deploy.datasets import ArraySplit, DataSpec, ImageData, load_data
 from ffl_deploy.errors import UsageError
 from ffl_deploy.files import existing_folder, replace_file
 from ffl_deploy.networks.mutual import MutualNetwork, NetworkConfig
-from ffl_deploy.run_directory import CONFIG, REFERENCE, SCHEMA, SUMMARY, ModelRecord, RunConfig, write_json
-from train.batches import Batches, InMemoryBatches, Shares
+from ffl_deploy.run_directory import CONFIG, PREDICTIONS, REFERENCE, SCHEMA, SUMMARY, ModelRecord, RunConfig, write_json
+from train.batches import Batches, InMemoryBatches, Shares, crop_padding
 from train.config import TrainConfig
 from train.distributed import World, process_group, torchrun_world
-from train.evaluate import accuracies, logits_of
+from train.evaluate import logits_of, predictions
 from train.loop import Position, fit
 from train.machine import Machine, choose_machine
 from train.methods import Method, build_method
 from train.options import options_to_json
 from train.randomness import seed_everything
 from train.record import draw_curves
-from train.stopping import stop_on_signals
+from train.stopping import StopRequest, stop_on_signals
+from train.streaming import StreamedBatches
 
 REFERENCE_IMAGES = 256
 
 
-def run_training(config: TrainConfig) -> int:
-    """Train as `config` says, or go on with the run it resumes; -> exit code."""
+def run_training(config: TrainConfig, stop: StopRequest | None = None) -> int:
+    """Train as `config` says, or go on with the run it resumes; -> exit code. Without `stop` it listens to signals itself."""
     world = torchrun_world()
     machine = choose_machine(config.machine, world)
-    with process_group(world, machine.device), stop_on_signals() as stop:
+    with process_group(world, machine.device), stop_on_signals(stop) as stop:
         folder = run_folder(config, world)
         if (folder / SUMMARY).is_file():
             say(f"{folder} is finished already; its results are in {folder / SUMMARY}.", config, world)
             return 0
         method = build_method(config.model.method, config.model.temperature)
         method.check(config.model.branches)
-        data = load_data(data_spec(config))
+        data = load_data(data_spec(config), memory_limit(config))
         network_config = choose_network(config, method, data)
         seed_everything(config.seed, "weights")
-        network = MutualNetwork(network_config).to(machine.device).to(memory_format=torch.channels_last)
+        # A run that is resumed has weights of its own.
+        pretrained = config.model.pretrained and existing_folder(folder / "checkpoints" / "last") is None
+        network = MutualNetwork(network_config, pretrained).to(machine.device).to(memory_format=torch.channels_last)
+        if config.machine.sync_batchnorm:
+            network = synchronise_batchnorm(network, machine)
         batches = make_batches(config, data, machine, world)
         if world.is_main and config.output.resume is None:
             write_json(folder / CONFIG, describe(config, data, network_config, method, machine))
@@ -62,15 +67,13 @@ def run_training(config: TrainConfig) -> int:
 
 
 def run_folder(config: TrainConfig, world: World) -> Path:
-    """-> the run directory, which exists. Raises UsageError where a new run would overwrite another one."""
+    """-> the run directory, created with its first file. Raises UsageError where a new run would overwrite another one."""
     if config.output.resume is not None:
         return config.output.resume
     name = f"{Path(config.data.source).name}-{config.model.method}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(world.agree(str(config.output.out or Path("runs") / name)))
-    if world.is_main:
-        if (folder / CONFIG).exists():
-            raise UsageError(f"{folder} already holds a run; continue it with --resume {folder}, or choose another --out.")
-        folder.mkdir(parents=True, exist_ok=True)
+    if world.is_main and (folder / CONFIG).exists():
+        raise UsageError(f"{folder} already holds a run; continue it with --resume {folder}, or choose another --out.")
     world.barrier()
     return folder
 
@@ -86,6 +89,14 @@ def data_spec(config: TrainConfig) -> DataSpec:
         validation=config.data.validation,
         skip_bad_images=config.data.skip_bad_images,
     )
+
+
+def memory_limit(config: TrainConfig) -> int | None:
+    """-> bytes of decoded images to hold in memory, None for the default."""
+    if config.data.augment == "resized-crop":
+        return 0  # its views are cut from the original images, which are only on disk
+    limit = config.machine.memory_limit
+    return None if limit is None else int(limit * 2**30)
 
 
 def choose_network(config: TrainConfig, method: Method, data: ImageData) -> NetworkConfig:
@@ -104,16 +115,39 @@ def choose_network(config: TrainConfig, method: Method, data: ImageData) -> Netw
     )
 
 
+def synchronise_batchnorm(network: MutualNetwork, machine: Machine) -> MutualNetwork:
+    """-> the network with batch statistics over all processes; weights keep their names. Raises UsageError on a CPU."""
+    if machine.device.type != "cuda":
+        raise UsageError("--sync-batchnorm runs on GPUs only (torch has no CPU version); leave it out.")
+    return torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
+
+
 def make_batches(config: TrainConfig, data: ImageData, machine: Machine, world: World) -> Batches:
     """-> the source of batches that suits the data. Raises UsageError where one step cannot be filled."""
     optimisation = config.optimisation
     shares = Shares(world, optimisation.accumulate)
-    batches = InMemoryBatches(
-        data, config.data, optimisation.batch_size, optimisation.label_smoothing, config.seed, machine.device, shares
-    )
+    size, padding = data.preprocessing, crop_padding(config.data)
+    if padding >= min(size.height, size.width):
+        raise UsageError(f"--crop-padding {padding} is too wide for images of {size.width}x{size.height} pixels; use less.")
+    settings = (
+        data, config.data, optimisation.batch_size, optimisation.label_smoothing, config.seed, machine.device, shares,
+    )  # fmt: skip
+    batches: Batches
+    if held_on_device(config, data, machine):
+        batches = InMemoryBatches(*settings)
+    else:
+        batches = StreamedBatches(*settings, workers=config.machine.workers)
     if batches.steps_per_epoch == 0:
         raise UsageError(f"{len(data.train)} training images are too few for {shares.parts} micro-batches; use fewer.")
     return batches
+
+
+def held_on_device(config: TrainConfig, data: ImageData, machine: Machine) -> bool:
+    """-> whether the training images stay on the device; streamed, they give the same batches."""
+    if not isinstance(data.train, ArraySplit) or config.data.augment == "resized-crop":
+        return False
+    # A GPU needs the rest for the network and its activations; a CPU's share is load_data's decision already.
+    return machine.device.type != "cuda" or data.train.images.nbytes <= torch.cuda.mem_get_info(machine.device)[0] // 4
 
 
 def describe(config: TrainConfig, data: ImageData, network: NetworkConfig, method: Method, machine: Machine) -> RunConfig:
@@ -129,7 +163,7 @@ def describe(config: TrainConfig, data: ImageData, network: NetworkConfig, metho
         preprocessing=data.preprocessing,
         mean=data.mean,
         std=data.std,
-        split={"images_per_class": counts, "skipped": data.skipped},
+        split={"images_per_class": counts, "skipped": data.skipped, "in_memory": isinstance(data.train, ArraySplit)},
         model=ModelRecord(config.model.method, method.strong, msgspec.to_builtins(network)),
         toolchain={
             "ffl_deploy": ffl_deploy.__version__,
@@ -137,6 +171,7 @@ def describe(config: TrainConfig, data: ImageData, network: NetworkConfig, metho
             "torch": str(torch.__version__),
             "device": torch.cuda.get_device_name(machine.device) if machine.device.type == "cuda" else platform.machine(),
             "precision": machine.precision,
+            "threads": str(torch.get_num_threads()),
         },
     )
 
@@ -144,7 +179,7 @@ def describe(config: TrainConfig, data: ImageData, network: NetworkConfig, metho
 def finish(
     folder: Path, network: MutualNetwork, batches: Batches, data: ImageData, machine: Machine, world: World, at: Position
 ) -> None:
-    """Read the test set, once, with the best weights and in full precision; store accuracies and reference logits."""
+    """Read the test set, once, with the best weights and in full precision; store predictions, accuracies, reference logits."""
     rows = np.unique(np.linspace(0, len(data.test) - 1, REFERENCE_IMAGES).round().astype(np.int64))
     images = data.test.read(rows)
     arrays: dict[str, Any] = {"images": images, "labels": data.test.labels[rows], "indices": rows}
@@ -154,18 +189,22 @@ def finish(
         if checkpoint is not None:
             load_weights(network, read_checkpoint(checkpoint, (MODEL,)).tensors[MODEL], str(checkpoint))
             arrays |= {f"{name}/{classifier}": values for classifier, values in logits_of(network, normalised).items()}
-    accuracy = accuracies(network, batches, "test", machine.exact(), world)
+    predicted = predictions(network, batches, "test", len(data.test), machine.exact(), world)
+    accuracy = {name: float(np.mean(labels == data.test.labels)) for name, labels in predicted.items()}
     if world.is_main:
+        with replace_file(folder / PREDICTIONS) as file:
+            answers: dict[str, Any] = {"labels": data.test.labels, **predicted}
+            np.savez_compressed(file, **answers)
         with replace_file(folder / REFERENCE) as file:
             np.savez_compressed(file, **arrays)
         summary = {
             "accuracy": {name: round(value, 6) for name, value in accuracy.items()},
-            "images_per_second": round(at.images / at.seconds, 1),
+            "images_per_second": round(at.images / at.seconds, 1) if at.seconds else 0.0,  # trained elsewhere
             "seconds": round(at.seconds, 1),
             "classes": list(data.classes),
             "epochs": at.epoch,
             "best_epoch": at.best_epoch,
-            "best_validation_accuracy": at.best_accuracy,
+            "best_validation_accuracy": at.best_accuracy if at.best_accuracy >= 0 else None,
             "test_images": len(data.test),
         }
         write_json(folder / SUMMARY, summary)  # last: its presence says that the run is finished

@@ -21,8 +21,11 @@ class StopRequest:
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
-    """Yield a StopRequest that listens during the block (in the main thread; elsewhere it never fires)."""
+def stop_on_signals(outer: StopRequest | None = None) -> Iterator[StopRequest]:
+    """Yield a StopRequest that listens during the block (in the main thread; elsewhere it never fires); or `outer`, if given."""
+    if outer is not None:
+        yield outer
+        return
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request

@@ -11,11 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 
 from ffl_deploy.command import choices_sentence
 from ffl_deploy.errors import UsageError
+from ffl_deploy.networks.densenet import densenet
+from ffl_deploy.networks.resnet import cifar_resnet
+from ffl_deploy.networks.vgg import vgg16_bn
+from ffl_deploy.networks.wide_resnet import wide_resnet
 
 
 @dataclass(frozen=True)
@@ -26,42 +29,12 @@ class Backbone:
     stages: tuple[nn.Module, ...]
 
 
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions with a shortcut (He et al. 2016); a 1x1 convolution where shape changes, as FFL's code has it."""
-
-    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.downsample: nn.Module | None = None
-        if stride != 1 or channels_in != channels:
-            self.downsample = nn.Sequential(nn.Conv2d(channels_in, channels, 1, stride, bias=False), nn.BatchNorm2d(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        shortcut = x if self.downsample is None else self.downsample(x)
-        out = functional.relu(self.bn1(self.conv1(x)))
-        return functional.relu(self.bn2(self.conv2(out)) + shortcut)
-
-
-def cifar_resnet(depth: int) -> list[nn.Module]:
-    """ResNet of `depth` = 6n+2 layers for small images (He et al. 2016, section 4.2): 16, 32 and 64 channels."""
-    blocks = (depth - 2) // 6
-    stages: list[nn.Module] = [
-        nn.Sequential(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True))
-    ]
-    channels_in = 16
-    for channels, stride in ((16, 1), (32, 2), (64, 2)):
-        first = BasicBlock(channels_in, channels, stride)
-        stages.append(nn.Sequential(first, *(BasicBlock(channels, channels, 1) for _ in range(blocks - 1))))
-        channels_in = channels
-    return stages
-
-
 # pattern -> (what to call with the pattern's numbers, the names to show)
 _FAMILIES: dict[str, tuple[Callable[..., list[nn.Module]], tuple[str, ...]]] = {
     r"resnet(20|32|44|56|110)": (cifar_resnet, ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110")),
+    r"wrn(16|40)_(2)|wrn(20)_(8)|wrn(28)_(10)": (wide_resnet, ("wrn16_2", "wrn20_8", "wrn28_10", "wrn40_2")),
+    r"vgg16_bn": (vgg16_bn, ("vgg16_bn",)),
+    r"densenet(40)_(12)": (densenet, ("densenet40_12",)),
 }
 
 
@@ -70,15 +43,31 @@ def backbone_names() -> list[str]:
     return [name for _, names in _FAMILIES.values() for name in names]
 
 
-def build_backbone(name: str) -> Backbone:
-    """-> a freshly initialised backbone. Raises UsageError that names the known ones."""
+def is_library_name(name: str) -> bool:
+    """-> whether `name` is `torchvision:NAME` or `timm:NAME`."""
+    return name.partition(":")[0] in ("torchvision", "timm") and ":" in name
+
+
+def build_backbone(name: str, height: int, width: int, pretrained: bool = False) -> Backbone:
+    """-> a freshly initialised backbone; `torchvision:` and `timm:` ones have their library's own initialisation.
+
+    height, width: of the images; only networks that are built for one size (windowed attention) depend on them.
+    pretrained: start `torchvision:` and `timm:` backbones from their published weights.
+    Raises UsageError that names the known ones, or says why this one cannot be built.
+    """
+    if is_library_name(name):
+        from ffl_deploy.networks.library import library_stages  # torchvision and timm only where they are asked for
+
+        return Backbone(name, tuple(library_stages(name, height, width, pretrained)))
     for pattern, (build, _) in _FAMILIES.items():
         if match := re.fullmatch(pattern, name):
-            stages = build(*(int(number) for number in match.groups()))
+            stages = build(*(int(number) for number in match.groups() if number))
             for stage in stages:
                 initialise(stage)
             return Backbone(name, tuple(stages))
-    raise UsageError(f"there is no backbone {name!r}. {choices_sentence(name, backbone_names())}")
+    raise UsageError(
+        f"there is no backbone {name!r}. {choices_sentence(name, [*backbone_names(), 'torchvision:NAME', 'timm:NAME'])}"
+    )
 
 
 def initialise(module: nn.Module) -> None:
@@ -100,8 +89,8 @@ def feature_shape(stages: nn.Module, height: int, width: int) -> tuple[int, int,
     stages.eval()
     try:
         shape = stages(torch.zeros(1, 3, height, width)).shape
-    except RuntimeError as error:
-        raise UsageError(f"images of {height}x{width} are too small for this backbone; use a larger --image-size.") from error
+    except (RuntimeError, ValueError, AssertionError) as error:  # what the libraries raise for a size they cannot take
+        raise UsageError(f"images of {height}x{width} do not suit this backbone ({error}); use a larger --image-size.") from error
     finally:
         stages.train(was_training)
     return int(shape[1]), int(shape[2]), int(shape[3])

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ffl_deploy.errors import UsageError
 from ffl_deploy.networks.aggregators import build_aggregator, mean
-from ffl_deploy.networks.backbones import build_backbone, feature_shape
+from ffl_deploy.networks.backbones import build_backbone, feature_shape, is_library_name
 from ffl_deploy.networks.fusion import build_fusion, pool
 
 
@@ -51,12 +51,20 @@ class Outputs(NamedTuple):
 
 
 class MutualNetwork(nn.Module):
-    """Networks that are trained together; each classifier can be deployed alone (targets.py)."""
+    """Networks that are trained together; each classifier can be deployed alone (targets.py).
 
-    def __init__(self, config: NetworkConfig) -> None:
+    pretrained: start from the libraries' published weights; a matter of initialisation, so no part of the architecture.
+    """
+
+    def __init__(self, config: NetworkConfig, pretrained: bool = False) -> None:
         super().__init__()
         self.config = config
-        backbones = [build_backbone(name) for name in config.branches]
+        if pretrained and not any(is_library_name(name) for name in config.branches):
+            raise UsageError(
+                f"there are no published weights of {', '.join(dict.fromkeys(config.branches))}: --pretrained is for "
+                "torchvision:NAME and timm:NAME branches."
+            )
+        backbones = [build_backbone(name, config.height, config.width, pretrained) for name in config.branches]
         shared = number_of_shared_stages(config, [len(backbone.stages) for backbone in backbones])
         self.trunk = nn.Sequential(*backbones[0].stages[:shared])
         self.branches = nn.ModuleList(nn.Sequential(*backbone.stages[shared:]) for backbone in backbones)

@@ -67,7 +67,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, checks: int) -> Iterator[None]:
             return self.left < 0
 
     @contextmanager
-    def listen() -> Iterator[StopRequest]:
+    def listen(*arguments: object) -> Iterator[StopRequest]:
         yield Countdown()
 
     with monkeypatch.context() as patch:
@@ -256,3 +256,10 @@ def test_optimiser_state_takes_the_strides_of_its_parameters(train_tiny: TrainTi
     for parameter, state in fresh.state.items():
         assert state["momentum_buffer"].stride() == parameter.stride()
         assert torch.equal(state["momentum_buffer"], optimiser.state[parameter]["momentum_buffer"])
+
+
+@pytest.mark.slow
+def test_compile_computes_the_same_losses(train_tiny: TrainTiny) -> None:
+    flags = ["--precision", "fp32", "--epochs", "1"]
+    eager, compiled = read_metrics(train_tiny("eager", *flags)), read_metrics(train_tiny("compiled", *flags, "--compile"))
+    assert compiled[0]["loss"] == pytest.approx(eager[0]["loss"], rel=1e-3)

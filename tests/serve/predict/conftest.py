@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 from collections.abc import Callable, Sequence
@@ -76,9 +75,8 @@ def predict(tiny_bundle: Bundle, tmp_path: Path, capfd: pytest.CaptureFixture[st
         code = run_command(main, [folder, *map(str, inputs), "--out", str(path), *flags])
         captured = capfd.readouterr()
         rows = []
-        with contextlib.suppress(FileNotFoundError):
-            if path.suffix == ".jsonl":
-                rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if path.suffix == ".jsonl" and path.is_file():
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         return Run(code, rows, path, captured.out, captured.err)
 
     return run

@@ -1,0 +1,308 @@
+"""How fast is ffl-predict? Against what its two halves allow, and against timm's inference.py.
+
+    python benchmarks/predict_speed.py [--model resnet18] [--size 224] [--images 1000] [--rounds 3]
+                                       [--timm PATH/inference.py] [--out FILE]
+
+1. Bound: with D images/s decoded alone and I classified alone, each on all cores, one after the other cannot beat 1/(1/D + 1/I).
+   D, I and the whole run E are measured in turn, `rounds` times; the median of E / bound is reported, by wall time and by
+   processor time (all of the command's, start-up included), which hardly suffers from what else the machine does.
+2. timm: its script and ffl-predict classify the same files with the same weights, also in turn. timm runs with the worker count
+   and batch size that are best for it here, and is timed without its start-up by its own log.
+
+JPEGs: seeded crops of scikit-learn's two sample photos, 640 x 480. Needs the extras `train`, `export`, `predict` and `cpu`.
+timm's inference.py is not part of its wheel: give the path of the file in a checkout of huggingface/pytorch-image-models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ffl_deploy.bundle import (
+    SCHEMA,
+    Bundle,
+    Golden,
+    GoldenSamples,
+    InputTensor,
+    Manifest,
+    OutputTensor,
+    Precision,
+    Source,
+    Variant,
+    file_records,
+    load_bundle,
+    write_golden,
+    write_manifest,
+)
+from ffl_deploy.images import Preprocessing
+from ffl_deploy.runtime import available_cores
+from serve.items import file_item
+from serve.pipeline import prepare_item
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="resnet18", help="of timm, with random weights (speed does not depend on them)")
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--timm", type=Path, help="timm's inference.py")
+    parser.add_argument("--out", type=Path, help="JSON with every measurement")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        write_photos(folder / "photos" / "all", arguments.images)
+        weights = folder / "weights.safetensors"
+        bundle = build_bundle(
+            folder / "bundle", arguments.model, arguments.size, weights, sorted((folder / "photos").rglob("*.jpg"))
+        )
+        results: dict[str, Any] = {"model": arguments.model, "size": arguments.size, "images": arguments.images}
+        results["cores"] = available_cores()
+        for variant in ("fp32", "int8"):
+            results[variant] = against_bound(bundle, folder, variant, arguments.rounds)
+        if arguments.timm:
+            results["timm"] = against_timm(bundle, folder, arguments, weights)
+    print(json.dumps(results, indent=2))
+    if arguments.out:
+        arguments.out.write_text(json.dumps(results, indent=2) + "\n")
+
+
+def write_photos(folder: Path, count: int) -> None:
+    """Seeded crops of two real photos, resized to 640 x 480, at the qualities that cameras and web sites use."""
+    from sklearn.datasets import load_sample_images
+
+    rng = np.random.default_rng(0)
+    originals = [Image.fromarray(image) for image in load_sample_images().images]
+    folder.mkdir(parents=True)
+    for index in range(count):
+        image = originals[index % 2]
+        width = int(rng.integers(320, image.width + 1))
+        height = width * 3 // 4 if width * 3 // 4 <= image.height else image.height
+        left, top = int(rng.integers(0, image.width - width + 1)), int(rng.integers(0, image.height - height + 1))
+        crop = image.crop((left, top, left + width, top + height)).resize((640, 480), Image.Resampling.BICUBIC)
+        crop.save(folder / f"{index:05d}.jpg", quality=int(rng.integers(75, 96)))
+
+
+def build_bundle(folder: Path, name: str, size: int, weights: Path, photos: list[Path]) -> Bundle:
+    """A timm model as a bundle with the variants fp32 and int8 (U8S8, what ONNX Runtime's CPU is fast with)."""
+    import timm
+    import torch
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+    from safetensors.torch import save_file
+
+    class Deployed(torch.nn.Module):
+        def __init__(self, network: torch.nn.Module) -> None:
+            super().__init__()
+            self.network = network
+            self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1) * 255)
+            self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1) * 255)
+
+        def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            logits = self.network((images.permute(0, 3, 1, 2).float() - self.mean) / self.std)
+            return logits, logits.softmax(1)
+
+    torch.manual_seed(0)
+    network = timm.create_model(name).eval()
+    save_file(network.state_dict(), weights)
+    folder.mkdir()
+    example = torch.zeros(2, size, size, 3, dtype=torch.uint8)
+    torch.onnx.export(
+        Deployed(network).eval(),
+        (example,),
+        folder / "model.onnx",
+        dynamo=True,
+        external_data=False,
+        input_names=["images"],
+        output_names=["logits", "probabilities"],
+        dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+        verbose=False,
+    )
+    preprocessing = Preprocessing(size, size, resize="crop", crop_fraction=0.95, filter="bicubic")
+
+    class Photos(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.items: Iterator[dict[str, np.ndarray]] = iter(
+                {"images": np.stack([p for p in [prepare_item(file_item(str(path)), preprocessing).pixels] if p is not None])}
+                for path in photos[:64]
+            )
+
+        def get_next(self) -> dict[str, np.ndarray]:
+            return next(self.items, None)  # type: ignore[return-value]  # None ends the calibration
+
+    quant_pre_process(folder / "model.onnx", folder / "prepared.onnx", skip_symbolic_shape=True)
+    quantize_static(
+        folder / "prepared.onnx",
+        folder / "model.int8.onnx",
+        Photos(),
+        quant_format=QuantFormat.QDQ,
+        op_types_to_quantize=["Conv", "Gemm", "MatMul", "Add", "Relu", "MaxPool", "GlobalAveragePool", "ReduceMean"],
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+        per_channel=True,
+    )
+    (folder / "prepared.onnx").unlink()
+    noise = np.random.default_rng(0).integers(0, 256, (2, size, size, 3), dtype=np.uint8)
+    golden = GoldenSamples(noise, np.array([-1, -1]), np.zeros((2, 1000), np.float32))
+    record: Golden = write_golden(folder, golden, "noise")
+    files = file_records(folder)
+    variants = [
+        Variant(variant, "onnxruntime", file, files[file].sha256, files[file].bytes, Precision(variant, variant))
+        for variant, file in (("fp32", "model.onnx"), ("int8", "model.int8.onnx"))
+    ]
+    manifest = Manifest(
+        schema=SCHEMA,
+        target="benchmark",
+        classes=[str(i) for i in range(1000)],
+        input=InputTensor(preprocessing),
+        outputs=[OutputTensor("logits", ["batch", 1000]), OutputTensor("probabilities", ["batch", 1000])],
+        source=Source("benchmark", "last", "0" * 64, 0, "none", [name], "none", sum(p.numel() for p in network.parameters())),
+        variants=variants,
+        golden=record,
+        files=files,
+        toolchain={"torch": str(torch.__version__)},
+    )
+    write_manifest(folder, manifest)
+    return load_bundle(folder)
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Images per second of wall time and of processor time; the second hardly suffers from what else the machine does."""
+
+    wall: float
+    processor: float
+
+    @classmethod
+    def of(cls, images: int, work: Callable[[], object]) -> Rate:
+        """-> the rate at which `work` handles `images`, in this process."""
+        wall, processor = time.perf_counter(), time.process_time()
+        work()
+        return cls(images / (time.perf_counter() - wall), images / (time.process_time() - processor))
+
+
+def against_bound(bundle: Bundle, folder: Path, variant: str, rounds: int) -> dict[str, Any]:
+    """-> D, I, E and the medians of E / (1/(1/D + 1/I)), by wall and by processor time; each round measured in turn."""
+    photos = sorted((folder / "photos").rglob("*.jpg"))
+    measured = []
+    for _ in range(rounds):
+        summary = predict(bundle, folder, variant)
+        decode, infer = decode_rate(photos, bundle), infer_rate(bundle, variant, summary["settings"])
+        whole = Rate(summary["images_per_second"], len(photos) / summary["processor_seconds"])
+        row: dict[str, Any] = {"settings": summary["settings"]}
+        for kind in ("wall", "processor"):
+            d, i, e = (getattr(rate, kind) for rate in (decode, infer, whole))
+            row[kind] = {"decode": d, "infer": i, "whole": e, "bound": 1 / (1 / d + 1 / i), "share": e * (1 / d + 1 / i)}
+        print(variant, {kind: {k: round(v, 2) for k, v in row[kind].items()} for kind in ("wall", "processor")}, file=sys.stderr)
+        measured.append(row)
+    medians = {kind: statistics.median(row[kind]["share"] for row in measured) for kind in ("wall", "processor")}
+    return {"median_share_of_bound": medians, "rounds": measured}
+
+
+def decode_rate(photos: list[Path], bundle: Bundle) -> Rate:
+    """-> images/s read, decoded and resized by one thread for each core, nothing else running."""
+
+    def prepare(path: Path) -> None:
+        prepare_item(file_item(str(path)), bundle.preprocessing)
+
+    with ThreadPoolExecutor(available_cores()) as pool:
+        list(pool.map(prepare, photos[:50]))
+        return Rate.of(len(photos), lambda: list(pool.map(prepare, photos)))
+
+
+def infer_rate(bundle: Bundle, variant: str, settings: dict[str, int], batches: int = 8) -> Rate:
+    """-> images/s of the bare session in the configuration that the run chose: `streams` callers, batch after batch."""
+    session = bundle.session(variant, threads=settings["threads"])
+    size = bundle.preprocessing
+    shape = (settings["batch_size"], size.height, size.width, 3)
+    batch = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    calls = batches * settings["streams"]
+    with ThreadPoolExecutor(settings["streams"]) as pool:
+        list(pool.map(session.run, [batch] * settings["streams"]))
+        return Rate.of(calls * len(batch), lambda: list(pool.map(session.run, [batch] * calls)))
+
+
+def predict(bundle: Bundle, folder: Path, variant: str) -> dict[str, Any]:
+    """-> the closing summary of one ffl-predict, with the wall and processor seconds of the whole command."""
+    out = folder / f"{variant}.parquet"
+    command = [sys.executable, "-m", "serve.predict", str(bundle.folder), str(folder / "photos"), "--out", str(out)]
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    run = subprocess.run([*command, "--variant", variant, "--json"], capture_output=True, text=True, check=True)
+    seconds, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
+    processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return json.loads(run.stdout) | {"wall_seconds": seconds, "processor_seconds": processor}
+
+
+def against_timm(bundle: Bundle, folder: Path, arguments: argparse.Namespace, weights: Path) -> dict[str, Any]:
+    """-> images/s of timm's script (its best configuration) and of ffl-predict, in turn, and the ratios' medians."""
+
+    def timm_rate(workers: int, batch: int) -> tuple[float, float, float]:
+        """-> (images/s of its loop, wall and processor seconds of the whole command)."""
+        command = [
+            sys.executable,
+            str(arguments.timm),
+            str(folder / "photos"),
+            "--model",
+            arguments.model,
+            "--checkpoint",
+            str(weights),
+        ]
+        command += ["--device", "cpu", "-j", str(workers), "-b", str(batch), "--img-size", str(arguments.size), "--topk", "5"]
+        command += ["--crop-pct", "0.95", "--interpolation", "bicubic", "--label-type", "name", "--exclude-output"]
+        command += ["--results-file", str(folder / "timm.csv"), "--no-console-results", "--log-freq", "1"]
+        before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+        run = subprocess.run(command, capture_output=True, text=True, check=True)
+        seconds, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
+        averages = re.findall(r"Time [\d.]+ \(([\d.]+)\)", run.stdout + run.stderr)
+        batches = -(-arguments.images // batch)
+        assert len(averages) == batches, run.stderr
+        processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        return arguments.images / (float(averages[-1]) * batches), seconds, processor
+
+    tried = {(workers, batch): timm_rate(workers, batch)[0] for workers in (1, 2) for batch in (16, 64)}
+    best = max(tried, key=lambda key: tried[key])
+    rounds = []
+    for _ in range(arguments.rounds):
+        rate, seconds, processor = timm_rate(*best)
+        row: dict[str, Any] = {"timm": {"images_per_second": rate, "wall": seconds, "processor": processor}}
+        for variant in ("fp32", "int8"):
+            summary = predict(bundle, folder, variant)
+            row[variant] = {
+                "images_per_second": summary["images_per_second"],
+                "wall": summary["wall_seconds"],
+                "processor": summary["processor_seconds"],
+            }
+        print({k: {n: round(x, 2) for n, x in v.items()} for k, v in row.items()}, file=sys.stderr)
+        rounds.append(row)
+    configurations = {f"{workers} workers, batch {batch}": rate for (workers, batch), rate in tried.items()}
+    return {"configurations": configurations, "ratios": {v: ratios(rounds, v) for v in ("fp32", "int8")}, "rounds": rounds}
+
+
+def ratios(rounds: list[dict[str, Any]], variant: str) -> dict[str, float]:
+    """-> medians over the rounds of how many times faster than timm: its loop, the whole command, processor time."""
+    return {
+        "loop": statistics.median(row[variant]["images_per_second"] / row["timm"]["images_per_second"] for row in rounds),
+        "wall": statistics.median(row["timm"]["wall"] / row[variant]["wall"] for row in rounds),
+        "processor": statistics.median(row["timm"]["processor"] / row[variant]["processor"] for row in rounds),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""A bundle's variants: which files there are for the asked precisions, and each one verified on each asked runtime."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from export.calibration import IMAGES
+from export.check import HeldOut, check_parity, file_batches, measure_accuracy, require_accuracy
+from export.evaluation import Evaluation, Reference, class_balanced
+from export.half import write_half
+from export.latency import measure_latency
+from export.localise import first_difference
+from export.onnx_graph import DeployedModel, GraphOptions, write_onnx
+from export.precision import computed_precision
+from export.quantize import Held, quantise
+from export.tensorrt_engine import EngineOptions, build_engine
+from ffl_deploy.bundle import DEFAULT_VARIANT, Precision, Variant
+from ffl_deploy.errors import CheckError, UsageError
+from ffl_deploy.files import sha256_of
+from ffl_deploy.parity import gate_precision
+from ffl_deploy.runtime import OnnxRuntimeSession, Session
+from ffl_deploy.runtime.session import FixedBatchSession
+
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+CPU_RUNTIMES = ("onnxruntime", "openvino")
+VALIDATION_IMAGES = 512  # on which quantisation methods are compared
+
+
+@dataclass(frozen=True)
+class VariantOptions:
+    """precisions and runtimes: what to write, and where to verify it; fp32 and onnxruntime are always among them."""
+
+    precisions: tuple[str, ...] = ("fp32",)
+    runtimes: tuple[str, ...] = ("onnxruntime",)
+    graph: GraphOptions = field(default_factory=GraphOptions)
+    engines: EngineOptions | None = None
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """A written ONNX file that is still to be verified; `runtimes` are those it is for."""
+
+    name: str
+    path: Path
+    stored: str
+    runtimes: tuple[str, ...]
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TargetContext:
+    """One target in PyTorch, with everything that its files are compared with."""
+
+    name: str
+    model: DeployedModel
+    reference: Reference
+    test: HeldOut
+    evaluation: Evaluation
+    checkpoint_sha256: str
+
+
+def build_variants(folder: Path, context: TargetContext, options: VariantOptions) -> list[Variant]:
+    """Write and verify everything that `options` asks for into `folder`, fp32 first. Raises CheckError, UsageError."""
+    variants = []
+    for file in write_files(folder, context, options):
+        variants += [verified(file, runtime, context, folder, options.graph.batch) for runtime in file.runtimes]
+        if options.engines and file.name != "int8":  # the CPU form, which TensorRT refuses
+            variants.append(engine_variant(file, folder, context, options.engines))
+    return variants
+
+
+def check_runtimes(options: VariantOptions) -> None:
+    """Raises UsageError where a runtime that is needed is not installed; before any work is done."""
+    needed = set(options.runtimes) | ({"openvino"} if "bf16" in options.precisions else set())
+    if "openvino" in needed and importlib.util.find_spec("openvino") is None:
+        raise UsageError(
+            "OpenVINO is not installed, and bf16 can be verified on no other CPU runtime; "
+            "run: pip install 'ffl-deploy[openvino]', or leave --precision bf16 and --runtime openvino out."
+        )
+
+
+def write_files(folder: Path, context: TargetContext, options: VariantOptions) -> Iterator[ModelFile]:
+    """Write the ONNX files one by one; fp32 comes first and must have been verified before the next is asked for."""
+    run, model = context.evaluation.run, context.model
+    source = folder / "model.onnx"
+    metadata = {"ffl.target": context.name, "ffl.checkpoint_sha256": context.checkpoint_sha256}
+    write_onnx(model, source, run.preprocessing.height, run.preprocessing.width, options.graph, metadata)
+    if file_batches(source) != options.graph.batch:
+        raise CheckError(f"the exporter froze the batch of {source.name} to {file_batches(source)}. No bundle was written.")
+    yield ModelFile(DEFAULT_VARIANT, source, "fp32", options.runtimes)
+    for precision in options.precisions:
+        if precision in ("fp16", "bf16"):
+            path = folder / f"model.{precision}.onnx"
+            write_half(source, path, precision)
+            # ONNX Runtime's CPU has no bf16 convolution; OpenVINO computes both formats where the processor has them.
+            yield ModelFile(precision, path, precision, options.runtimes if precision == "fp16" else ("openvino",))
+        elif precision == "int8":
+            evaluation, validation = context.evaluation, context.evaluation.data.validation
+            rows = class_balanced(validation.labels, VALIDATION_IMAGES)
+            held = Held(validation.read(rows), evaluation.validation_logits[context.name][rows])
+            forms = quantise(source, folder, evaluation.calibration_images(IMAGES), held)
+            for name, form in (("int8", forms["cpu"]), ("int8-tensorrt", forms["tensorrt"])):
+                runtimes = options.runtimes if name == "int8" else ("onnxruntime",)
+                yield ModelFile(name, form.path, "int8", runtimes, {"quantisation": msgspec.to_builtins(form.choice)})
+
+
+def verified(file: ModelFile, runtime: str, context: TargetContext, folder: Path, batch: int | None) -> Variant:
+    """Open `file` on `runtime`, hold it to the gates of its precision, measure it. Raises CheckError."""
+    name = file.name if runtime == file.runtimes[0] else f"{file.name}-{runtime}"
+    session, computed, details = open_file(file, runtime, name)
+    if batch:
+        session = FixedBatchSession(session, batch)
+    precision = gate_precision(file.stored, computed)
+
+    def locate(images: np.ndarray) -> str:
+        return first_difference(file.path, context.model, images, precision, folder / "model.onnx")
+
+    parity = check_parity(session, context.reference, precision, context.model.temperature, locate)
+    accuracy = require_accuracy(measure_accuracy(session, context.test, precision), name)
+    return Variant(
+        name=name,
+        runtime=runtime,
+        file=file.path.relative_to(folder).as_posix(),
+        sha256=sha256_of(file.path),
+        bytes=file.path.stat().st_size,
+        precision=Precision(file.stored, computed),
+        parity=msgspec.to_builtins(parity),
+        accuracy=msgspec.to_builtins(accuracy),
+        latency=msgspec.to_builtins(measure_latency(session.run, context.reference.images)),
+        details=details,
+    )
+
+
+def open_file(file: ModelFile, runtime: str, name: str) -> tuple[Session, str, dict[str, Any]]:
+    """-> (session, the precision it computes in, read back from the runtime, details for the manifest)."""
+    if runtime == "openvino":
+        from ffl_deploy.runtime.openvino_runtime import OpenVinoSession
+
+        session = OpenVinoSession(file.path, name, precision=file.stored)
+        return session, session.computed or file.stored, {**file.details, "layers": session.layer_precisions()}
+    computed, histogram = computed_precision(file.path)
+    if runtime != "onnxruntime":  # a GPU provider computes in what the file stores
+        computed = file.stored
+    return OnnxRuntimeSession(file.path, name, runtime=runtime), computed, {**file.details, "operators": histogram}
+
+
+def engine_variant(file: ModelFile, folder: Path, context: TargetContext, options: EngineOptions) -> Variant:
+    """Build a TensorRT engine from a verified file. Its own parity is checked where it can run: by ffl-verify on a GPU."""
+    name = f"{file.name.removesuffix('-tensorrt')}-engine"
+    path = folder / "engines" / f"{name.removesuffix('-engine')}.engine"
+    shape = context.evaluation.run.preprocessing
+    record = build_engine(file.path, path, shape.height, shape.width, options)
+    return Variant(
+        name=name,
+        runtime="tensorrt",
+        file=path.relative_to(folder).as_posix(),
+        sha256=sha256_of(path),
+        bytes=path.stat().st_size,
+        precision=Precision(file.stored, file.stored),
+        details={"engine": msgspec.to_builtins(record)},
+    )

@@ -1,0 +1,200 @@
+"""Backbones of other libraries: `torchvision:NAME` (classification models) and `timm:NAME` (models with a feature map).
+
+A model is built as its library builds it and run once on noise; the modules that were called on the way to the
+feature map become the stages, if one after the other they give the same map. timm models whose parts are joined in
+other ways become one stage. Weights keep their library's initialisation, and can be given back by name
+(plain_weights.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ffl_deploy.errors import UsageError
+from ffl_deploy.networks.stages import Permute, Visit, agrees, channels_come_last, compose, group, record, units_of
+
+# What torchvision calls the modules after the feature map.
+_HEADS = ("avgpool", "dropout", "classifier", "fc", "head", "heads")
+# Sides of the noise image: large enough for a map of several pixels; some networks take their own size only.
+_PROBES = (128, 224)
+
+
+def library_stages(name: str, height: int, width: int, pretrained: bool = False) -> list[nn.Module]:
+    """name: `torchvision:NAME` or `timm:NAME` -> its stages; see `build_backbone`. Raises UsageError."""
+    stages = stages_of(name, build_model(name, height, width, pretrained=pretrained).eval(), height, width)
+    return [stage.train() for stage in stages]
+
+
+@torch.no_grad()
+def stages_of(name: str, model: nn.Module, height: int, width: int) -> list[nn.Module]:
+    """-> the stages of `model`, which `build_model` built and which is in eval mode. Raises UsageError."""
+    return torchvision_stages(name, model) if name.startswith("torchvision:") else timm_stages(name, model, height, width)
+
+
+def build_model(name: str, height: int, width: int, classes: int | None = None, pretrained: bool = False) -> nn.Module:
+    """-> the library's own model, with a classifier for `classes` where they are given. Raises UsageError."""
+    library, _, model = name.partition(":")
+    known = _known_names(library)
+    if model.partition(".")[0] not in known:  # timm names may end in .TAG, which selects published weights
+        near = get_close_matches(model, known, n=3)
+        hint = f"Did you mean {', '.join(repr(f'{library}:{other}') for other in near)}?" if near else "Check the spelling."
+        listing = "timm" if library == "timm" else "torchvision.models"
+        raise UsageError(f"{library} has no model {model!r}. {hint} ({listing}.list_models() lists all {len(known)}.)")
+    try:
+        if library == "torchvision":
+            return _torchvision_model(model, classes, pretrained)
+        return _timm_model(model, height, width, classes, pretrained)
+    except Exception as error:  # each library, and each way to fail at a download, has exceptions of its own
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        if pretrained:
+            raise UsageError(
+                f"the published weights of {name} cannot be had ({reason}); check the network connection, "
+                "or train from scratch without --pretrained."
+            ) from error
+        raise UsageError(
+            f"{name} cannot be built for images of {height}x{width} ({reason}); try another name or --image-size."
+        ) from error
+
+
+def _known_names(library: str) -> Sequence[str]:
+    try:
+        if library == "torchvision":
+            from torchvision import models
+
+            return models.list_models(module=models)
+        import timm
+
+        return timm.list_models()
+    except ImportError as error:
+        raise UsageError(f"{library} is not installed; install it with: pip install 'ffl-deploy[train]'") from error
+
+
+def _torchvision_model(name: str, classes: int | None, pretrained: bool) -> nn.Module:
+    from torchvision import models
+
+    options: dict[str, Any] = {} if classes is None else {"num_classes": classes}
+    if name in ("googlenet", "inception_v3"):
+        options["aux_logits"] = False  # auxiliary classifiers are not part of the way to the feature map
+        if not pretrained:
+            options["init_weights"] = True
+    if pretrained and name == "inception_v3":
+        del options["aux_logits"]  # its published weights have them, and are refused without
+    model = models.get_model(name, weights="DEFAULT" if pretrained else None, **options)
+    if hasattr(model, "transform_input"):
+        model.transform_input = False  # normalisation is this project's, from the training images
+    return model
+
+
+def _timm_model(name: str, height: int, width: int, classes: int | None, pretrained: bool) -> nn.Module:
+    import timm
+
+    options: dict[str, Any] = {"num_classes": classes or 0, "pretrained": pretrained}
+    if _takes_one_size(name):
+        options["img_size"] = (height, width)
+    return timm.create_model(name, **options)
+
+
+def _takes_one_size(timm_name: str) -> bool:
+    """-> whether the model's windows or positions are laid out for one image size."""
+    import timm
+
+    configuration = timm.get_pretrained_cfg(timm_name)
+    return configuration is not None and bool(configuration.fixed_input_size)
+
+
+class _HeadReachedError(Exception):
+    """Ends a forward pass at the first module of the head."""
+
+    def __init__(self, given: Tensor) -> None:
+        super().__init__()
+        self.given = given
+
+
+def torchvision_stages(name: str, model: nn.Module) -> list[nn.Module]:
+    """-> the stages of a torchvision classification model: what is called before its pooling and classifier."""
+
+    def stop(head: nn.Module, inputs: tuple[Any, ...]) -> None:
+        raise _HeadReachedError(inputs[0])
+
+    def features(images: Tensor) -> Tensor:
+        heads = [head for head_name, head in model.named_children() if head_name in _HEADS]
+        handles = [head.register_forward_pre_hook(stop) for head in heads]
+        try:
+            return model(images)
+        except _HeadReachedError as reached:
+            return reached.given
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    seen = observe(name, model, features, [(side, side) for side in _PROBES])
+    last = seen.visits[-1].after
+    for visits in (seen.visits, [*seen.visits, Visit(nn.ReLU(), last, last)]):  # DenseNet's last ReLU is a function
+        if agrees(compose(visits, seen.images), seen.features):
+            return group(visits)
+    raise _no_feature_map(name)
+
+
+def timm_stages(name: str, model: nn.Module, height: int, width: int) -> list[nn.Module]:
+    """-> the stages of a timm model: what its `forward_features` calls, or that as a whole."""
+    fixed = _takes_one_size(name.partition(":")[2])
+    sizes = [(height, width)] if fixed else [(side, side) for side in _PROBES]
+    whole = ForwardFeatures(model)
+    seen = observe(name, model, whole, sizes)
+    if not isinstance(seen.features, Tensor) or seen.features.ndim != 4:
+        raise _no_feature_map(name)
+    composed = compose(seen.visits, seen.images)
+    if composed is not None and composed.ndim == 4 and agrees(composed, seen.features):
+        # A unit with weights that is called twice would be stored twice.
+        weighted = [id(visit.unit) for visit in seen.visits if visit.has_weights]
+        if len(weighted) == len(set(weighted)):
+            return group(seen.visits)
+    used = {id(visit.unit) for visit in seen.visits}
+    for child_name, child in model.named_children():
+        if not any(id(unit) in used for unit in (child, *units_of(child))):
+            setattr(model, child_name, nn.Identity())  # the head, and whatever else the feature map does not need
+    return [nn.Sequential(whole, Permute(0, 3, 1, 2)) if channels_come_last(seen.features.shape) else whole]
+
+
+class ForwardFeatures(nn.Module):
+    """A timm model up to its feature map."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images: normalised [n, 3, h, w] -> what the model calls its features, [n, C, h', w'] or [n, h', w', C]."""
+        return self.model.forward_features(images)
+
+
+class Observation(NamedTuple):
+    """One forward pass on `images`: the units that were called, and what they led to."""
+
+    images: Tensor
+    visits: list[Visit]
+    features: Tensor
+
+
+def observe(name: str, model: nn.Module, features: Callable[[Tensor], Tensor], sizes: Sequence[tuple[int, int]]) -> Observation:
+    """Run `features` on noise of the first of `sizes` that the model takes. Raises UsageError where it takes none."""
+    failure: Exception | None = None
+    for height, width in sizes:
+        images = torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(0))
+        try:
+            return Observation(images, *record(model, features, images))
+        except Exception as error:  # a size that the model cannot take; each one says so in its own way
+            failure = error
+    raise UsageError(f"{name} takes no images of {sizes[-1][0]}x{sizes[-1][1]} ({failure}); try another --image-size.")
+
+
+def _no_feature_map(name: str) -> UsageError:
+    return UsageError(
+        f"{name} gives tokens, not a feature map of [n, channels, height, width], which fusion and pooling work on; "
+        "choose a convolutional or hierarchical network such as torchvision:resnet18 or timm:convnext_atto."
+    )

@@ -1,0 +1,10 @@
+"""A bundle's variant -> Session. One interface over the runtimes that can execute it.
+
+Runtimes are imported when a session is opened, so a machine needs only the one it uses.
+"""
+
+from ffl_deploy.runtime.onnx_runtime import OnnxRuntimeSession, import_onnxruntime
+from ffl_deploy.runtime.registry import RUNTIMES, open_session
+from ffl_deploy.runtime.session import Outputs, Session, available_cores
+
+__all__ = ["RUNTIMES", "OnnxRuntimeSession", "Outputs", "Session", "available_cores", "import_onnxruntime", "open_session"]

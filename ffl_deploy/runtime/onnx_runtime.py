@@ -1,0 +1,95 @@
+"""ONNX Runtime: on the CPU, on an NVIDIA GPU (CUDA), and on one through TensorRT."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ffl_deploy.errors import CheckError, UsageError
+from ffl_deploy.runtime.session import Outputs, Session, available_cores, outputs_from
+
+
+@dataclass(frozen=True)
+class Provider:
+    """An execution provider: its name in ONNX Runtime, its options, and the providers that take what it cannot run."""
+
+    name: str
+    options: Mapping[str, str] = field(default_factory=dict)
+    behind: tuple[str, ...] = ()
+
+
+CPU = "CPUExecutionProvider"
+PROVIDERS = {
+    "onnxruntime": Provider(CPU),
+    # The exhaustive search for a convolution algorithm costs seconds once; TF32 would break the fp32 gate.
+    "onnxruntime-cuda": Provider(
+        "CUDAExecutionProvider", {"device_id": "0", "cudnn_conv_algo_search": "EXHAUSTIVE", "use_tf32": "0"}, (CPU,)
+    ),
+    # No engine cache: a cached engine is native code that no hash covers.
+    "onnxruntime-tensorrt": Provider(
+        "TensorrtExecutionProvider", {"device_id": "0", "trt_engine_cache_enable": "0"}, ("CUDAExecutionProvider", CPU)
+    ),
+}
+
+
+class OnnxRuntimeSession(Session):
+    """An ONNX file in ONNX Runtime.
+
+    Args: threads: cores to compute on (all); runtime: a key of PROVIDERS.
+    Raises CheckError where the file cannot be loaded, UsageError where the provider is not there or silently fell back.
+    """
+
+    def __init__(self, model: Path, variant: str, threads: int | None = None, runtime: str = "onnxruntime") -> None:
+        ort = import_onnxruntime()
+        provider = PROVIDERS[runtime]
+        self.runtime, self.variant = runtime, variant
+        self.device = provider.name.removesuffix("ExecutionProvider")
+        if provider.name not in ort.get_available_providers():
+            raise UsageError(
+                f"this ONNX Runtime {ort.__version__} has no {provider.name} (it has "
+                f"{', '.join(ort.get_available_providers())}); run: pip install 'ffl-deploy[gpu]' instead of [cpu]."
+            )
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads or available_cores()
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3  # errors only; warnings are about graph clean-up the user did not write
+        # Spinning workers burn the cores that decoding needs.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        providers = [(provider.name, dict(provider.options)), *((name, {}) for name in provider.behind)]
+        try:
+            self._session = ort.InferenceSession(model, options, providers=providers)
+        except Exception as error:  # ORT's exception classes have no common public base
+            raise CheckError(f"ONNX Runtime {ort.__version__} cannot load {model}: {_reason(error)}") from error
+        chosen = self._session.get_providers()[0]
+        if chosen != provider.name:
+            raise UsageError(
+                f"ONNX Runtime could not start {provider.name} and fell back to {chosen}; check the GPU's driver, CUDA and "
+                f"{'TensorRT' if 'Tensorrt' in provider.name else 'cuDNN'} libraries, or use --runtime onnxruntime."
+            )
+        self._outputs = [output.name for output in self._session.get_outputs()]
+
+    def run(self, images: np.ndarray) -> Outputs:
+        try:
+            values: list[Any] = self._session.run(self._outputs, {"images": images})
+        except Exception as error:
+            raise CheckError(f"ONNX Runtime cannot run a batch of {len(images)}: {_reason(error)}") from error
+        return outputs_from(dict(zip(self._outputs, values, strict=True)))
+
+
+def import_onnxruntime() -> Any:
+    """-> the onnxruntime module, its telemetry off (it must be switched off before the import). Raises UsageError."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise UsageError("ONNX Runtime is not installed; run: pip install 'ffl-deploy[cpu]' (or [gpu]).") from error
+    return onnxruntime
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,64 @@
+"""What every runtime offers: pixels in, logits and probabilities out."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Outputs(NamedTuple):
+    """A batch's answers."""
+
+    logits: np.ndarray  # float32 [n, classes]
+    probabilities: np.ndarray  # float32 [n, classes]
+    cam: np.ndarray | None = None  # float32 [n, h, w], where the bundle was exported with --cam
+    embedding: np.ndarray | None = None  # float32 [n, features], where the bundle's graph gives it
+
+
+class Session(ABC):
+    """An open model. `run` may be called from several threads at once.
+
+    runtime: the name it was opened by; variant: of the bundle; computed: the precision that the processor computes in,
+    where the runtime can tell (None: not known, take the file's); device: what runs it, for people.
+    """
+
+    runtime: str
+    variant: str
+    computed: str | None = None
+    device: str = "CPU"
+
+    @abstractmethod
+    def run(self, images: np.ndarray) -> Outputs:
+        """images: uint8 [n, height, width, 3] -> Outputs with n rows. Raises CheckError where the runtime fails."""
+
+
+def outputs_from(values: Mapping[str, np.ndarray]) -> Outputs:
+    """-> Outputs by name; further outputs of a graph, which a bundle from elsewhere may have, are left out."""
+    return Outputs(**{name: values[name] for name in Outputs._fields if name in values})
+
+
+class FixedBatchSession(Session):
+    """A session on a graph with a static batch: takes any number of images, pads the last batch, and drops the padding."""
+
+    def __init__(self, session: Session, size: int) -> None:
+        self.runtime, self.variant = session.runtime, session.variant
+        self.computed, self.device = session.computed, session.device
+        self._session, self._size = session, size
+
+    def run(self, images: np.ndarray) -> Outputs:
+        parts = [self._run_padded(images[start : start + self._size]) for start in range(0, len(images), self._size)]
+        return Outputs._make(None if columns[0] is None else np.concatenate(columns) for columns in zip(*parts, strict=True))
+
+    def _run_padded(self, images: np.ndarray) -> Outputs:
+        padding = np.zeros((self._size - len(images), *images.shape[1:]), images.dtype)
+        outputs = self._session.run(np.concatenate([images, padding]))
+        return Outputs._make(None if value is None else value[: len(images)] for value in outputs)
+
+
+def available_cores() -> int:
+    """-> cores this process may use, which in a container is often fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,210 @@
+"""A TensorRT engine on an NVIDIA GPU, in either flavour: `tensorrt` (data centre and all GPUs) or `tensorrt_rtx`.
+
+Loading an engine runs native code, so it happens only after the hash check (registry.open_session), and only for an engine
+that was built by this version for this GPU. Buffers come from cuda-python; torch is not needed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+
+from ffl_deploy.errors import CheckError, UsageError
+from ffl_deploy.runtime.session import Outputs, Session, outputs_from
+
+if TYPE_CHECKING:
+    from ffl_deploy.bundle import Variant
+
+EXTRAS = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}
+"""Flavour, which is the Python module's name -> the extra of ffl-deploy that installs it."""
+
+
+class EngineRecord(msgspec.Struct, frozen=True):
+    """What an engine was built by and for: the sidecar `engines/NAME.json`, and `details["engine"]` of its variant."""
+
+    flavour: str  # tensorrt or tensorrt_rtx
+    version: str
+    compute_capabilities: list[str]  # "8.9"; empty: the GPU that it was built on only
+    profile: dict[str, int]  # batch sizes: min, opt, max
+    source: str  # the ONNX file beside it, to rebuild from
+    source_sha256: str
+    platform: str
+    build_seconds: float
+    log: list[str]  # warnings of builder and parser
+
+
+class TensorRtSession(Session):
+    """An engine, its execution context and its device buffers. Calls from several threads take turns.
+
+    Raises UsageError where TensorRT or a GPU is missing, CheckError where the engine was built for something else.
+    """
+
+    runtime = "tensorrt"
+
+    def __init__(self, model: Path, variant: Variant) -> None:
+        self.variant = variant.name
+        record = engine_record(variant)
+        trt = import_tensorrt(record.flavour)
+        self._cuda = import_cuda()
+        self.device = check_machine(record, str(trt.__version__), device_capability(self._cuda), model)
+        self._logger = message_collector(trt)
+        self._runtime = trt.Runtime(self._logger)
+        self._engine = self._runtime.deserialize_cuda_engine(model.read_bytes())
+        if self._engine is None:
+            raise CheckError(
+                f"TensorRT cannot load {model}: {'; '.join(self._logger.errors) or 'no reason given'}; {_rebuild(record)}"
+            )
+        self._context = self._engine.create_execution_context()
+        if self._context is None:
+            raise CheckError(f"TensorRT cannot prepare {model}: {'; '.join(self._logger.errors)}; free some GPU memory.")
+        self._max_batch = record.profile["max"]
+        self._lock = Lock()
+        self._stream = self._call(self._cuda.cudaStreamCreate())
+        self._buffers = self._allocate(trt)
+
+    def _allocate(self, trt: Any) -> dict[str, tuple[int, np.dtype[Any], bool]]:
+        """-> tensor name -> (device pointer for the largest batch, dtype, is it an input)."""
+        buffers = {}
+        for index in range(self._engine.num_io_tensors):
+            name = self._engine.get_tensor_name(index)
+            dtype = np.dtype(trt.nptype(self._engine.get_tensor_dtype(name)))
+            count = self._max_batch * math.prod(int(size) for size in tuple(self._engine.get_tensor_shape(name))[1:])
+            pointer = self._call(self._cuda.cudaMalloc(count * dtype.itemsize))
+            self._context.set_tensor_address(name, pointer)
+            buffers[name] = (pointer, dtype, self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT)
+        return buffers
+
+    def run(self, images: np.ndarray) -> Outputs:
+        parts = [self._run(images[start : start + self._max_batch]) for start in range(0, len(images), self._max_batch)]
+        return outputs_from({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+
+    def _run(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        pixels = np.ascontiguousarray(images)
+        kinds = self._cuda.cudaMemcpyKind
+        results: dict[str, np.ndarray] = {}
+        with self._lock:
+            if not self._context.set_input_shape("images", pixels.shape):
+                raise CheckError(f"the engine takes no batch of shape {pixels.shape}: {'; '.join(self._logger.errors)}.")
+            for name, (pointer, dtype, is_input) in self._buffers.items():
+                if is_input:
+                    copied = self._cuda.cudaMemcpyAsync(
+                        pointer, pixels.ctypes.data, pixels.nbytes, kinds.cudaMemcpyHostToDevice, self._stream
+                    )
+                    self._call(copied)
+                else:
+                    results[name] = np.empty(tuple(self._context.get_tensor_shape(name)), dtype)
+            if not self._context.execute_async_v3(int(self._stream)):
+                raise CheckError(f"TensorRT cannot run a batch of {len(images)}: {'; '.join(self._logger.errors)}.")
+            for name, value in results.items():
+                pointer = self._buffers[name][0]
+                copied = self._cuda.cudaMemcpyAsync(
+                    value.ctypes.data, pointer, value.nbytes, kinds.cudaMemcpyDeviceToHost, self._stream
+                )
+                self._call(copied)
+            self._call(self._cuda.cudaStreamSynchronize(self._stream))
+        return results
+
+    def _call(self, answer: tuple[Any, ...]) -> Any:
+        return checked(self._cuda, answer)
+
+    def close(self) -> None:
+        """Give the device memory back; the session cannot be used afterwards."""
+        for pointer, _, _ in self._buffers.values():
+            self._cuda.cudaFree(pointer)
+        self._buffers = {}
+        self._cuda.cudaStreamDestroy(self._stream)
+
+
+def engine_record(variant: Variant) -> EngineRecord:
+    """-> what the manifest says about an engine. Raises CheckError where it says nothing valid."""
+    try:
+        return msgspec.convert(variant.details.get("engine"), EngineRecord)
+    except msgspec.ValidationError as error:
+        raise CheckError(f"variant {variant.name} has no valid engine record ({error}); export the bundle again.") from error
+
+
+def check_machine(record: EngineRecord, version: str, capability: tuple[int, int], engine: Path) -> str:
+    """-> what runs it, for people. Raises CheckError where the engine was built for another version or GPU."""
+    if record.version != version:
+        raise CheckError(
+            f"{engine.name} was built by {record.flavour} {record.version}, this machine has {version}, and engines do not carry "
+            f"over; {_rebuild(record)}"
+        )
+    own = f"{capability[0]}.{capability[1]}"
+    if record.compute_capabilities and own not in record.compute_capabilities:
+        raise CheckError(
+            f"{engine.name} was built for compute capability {', '.join(record.compute_capabilities)}, this GPU has {own}; "
+            f"{_rebuild(record)}"
+        )
+    return f"GPU {own}"
+
+
+def _rebuild(record: EngineRecord) -> str:
+    return f"run ffl-export --tensorrt on this machine, or use {record.source} with --runtime onnxruntime-tensorrt."
+
+
+def import_tensorrt(flavour: str) -> Any:
+    """-> the module `tensorrt` or `tensorrt_rtx`. Raises UsageError where it is not installed."""
+    if flavour not in EXTRAS:
+        raise UsageError(f"{flavour!r} is no flavour of TensorRT; known: {', '.join(EXTRAS)}.")
+    try:
+        return importlib.import_module(flavour)
+    except ImportError as error:
+        raise UsageError(f"{flavour} is not installed; run: pip install 'ffl-deploy[{EXTRAS[flavour]}]'.") from error
+
+
+def import_cuda() -> Any:
+    """-> cuda-python's runtime API. Raises UsageError where it is not installed."""
+    try:
+        from cuda.bindings import runtime
+    except ImportError as error:
+        raise UsageError("cuda-python is not installed; run: pip install 'ffl-deploy[tensorrt]'.") from error
+    return runtime
+
+
+def device_capability(cuda: Any) -> tuple[int, int]:
+    """-> compute capability of GPU 0. Raises UsageError where there is no usable GPU."""
+    status, count = cuda.cudaGetDeviceCount()
+    if int(status) != 0 or not count:
+        raise UsageError(
+            f"TensorRT engines need an NVIDIA GPU and its driver ({status.name}); use the bundle's ONNX variants here: "
+            "--variant fp32 --runtime onnxruntime."
+        )
+    properties = checked(cuda, cuda.cudaGetDeviceProperties(0))
+    return int(properties.major), int(properties.minor)
+
+
+def checked(cuda: Any, answer: tuple[Any, ...]) -> Any:
+    """cuda-python's (status, value...) -> value. Raises CheckError with CUDA's own name and text of the error."""
+    status, *values = answer
+    if int(status) != 0:
+        _, text = cuda.cudaGetErrorString(status)
+        raise CheckError(f"CUDA failed: {status.name} ({text.decode() if isinstance(text, bytes) else text}).")
+    return values[0] if values else None
+
+
+def message_collector(trt: Any) -> Any:
+    """-> a TensorRT logger that keeps messages instead of printing them: `errors` and `warnings`, lists of text.
+
+    Builder and parser return None on failure; what went wrong is only in these messages.
+    """
+
+    class Collector(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+            self.warnings: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
+                self.errors.append(message)
+            elif severity == trt.ILogger.WARNING:
+                self.warnings.append(message)
+
+    return Collector()

@@ -1,0 +1,120 @@
+"""Runtimes behind one interface: the same answers, from several threads, and no silent fallback."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import msgspec
+import numpy as np
+import pytest
+
+from ffl_deploy.bundle import Bundle
+from ffl_deploy.errors import CheckError, UsageError
+from ffl_deploy.runtime import RUNTIMES, OnnxRuntimeSession, Outputs, Session
+from ffl_deploy.runtime.session import FixedBatchSession
+
+
+def images(count: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_a_runtime_gives_the_golden_logits_at_any_batch(tiny_bundle: Bundle, runtime: str) -> None:
+    pytest.importorskip(runtime)
+    session, golden = tiny_bundle.session(runtime=runtime), tiny_bundle.golden()
+    assert session.runtime == runtime
+    for batch in (1, 3, len(golden.images)):
+        logits = session.run(golden.images[:batch]).logits
+        assert logits.dtype == np.float32
+        assert logits == pytest.approx(golden.logits[:batch], abs=1e-4 * float(golden.logits.std()))
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_a_session_serves_several_threads_at_once(tiny_bundle: Bundle, runtime: str) -> None:
+    pytest.importorskip(runtime)
+    session = tiny_bundle.session(runtime=runtime, threads=1)
+    batches = [images(1 + seed % 5, seed) for seed in range(40)]
+    alone = [session.run(batch).logits.copy() for batch in batches]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda batch: session.run(batch).logits, batches))
+    for expected, found in zip(alone, together, strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_openvino_computes_an_fp32_file_in_fp32(tiny_bundle: Bundle) -> None:
+    """Left alone it takes bf16 where the processor has it, which breaks the fp32 gate a hundred times over."""
+    openvino = pytest.importorskip("ffl_deploy.runtime.openvino_runtime")
+    pytest.importorskip("openvino")
+    model = tiny_bundle.folder / "model.onnx"
+    assert openvino.OpenVinoSession(model, "fp32").computed == "fp32"
+    assert openvino.OpenVinoSession(model, "fp32").layer_precisions().keys() == {"fp32"}
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_what_cannot_be_loaded_or_run_is_one_sentence(tiny_bundle: Bundle, runtime: str, tmp_path: Path) -> None:
+    pytest.importorskip(runtime)
+    broken = tmp_path / "model.onnx"
+    broken.write_bytes((tiny_bundle.folder / "model.onnx").read_bytes()[:200])
+    with pytest.raises(CheckError) as caught:
+        RUNTIMES[runtime](broken, tiny_bundle.variant(), None)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(CheckError, match="cannot run a batch of 2") as caught:
+        tiny_bundle.session(runtime=runtime).run(np.zeros((2, 5, 32, 3), np.uint8))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_provider_that_falls_back_silently_is_an_error(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """onnxruntime-gpu without a working GPU opens the session on the CPU and says nothing."""
+    import onnxruntime
+
+    class Fallen:
+        def __init__(self, *_: object, **__: object) -> None: ...
+
+        def get_providers(self) -> list[str]:
+            return ["CPUExecutionProvider"]
+
+    fake = SimpleNamespace(
+        __version__="1",
+        SessionOptions=onnxruntime.SessionOptions,
+        InferenceSession=Fallen,
+        get_available_providers=lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"],
+    )
+    monkeypatch.setattr("ffl_deploy.runtime.onnx_runtime.import_onnxruntime", lambda: fake)
+    with pytest.raises(UsageError, match="fell back to CPUExecutionProvider"):
+        OnnxRuntimeSession(tiny_bundle.folder / "model.onnx", "fp32", runtime="onnxruntime-cuda")
+    with pytest.raises(UsageError, match=r"has no TensorrtExecutionProvider.*\[gpu\]"):
+        OnnxRuntimeSession(tiny_bundle.folder / "model.onnx", "fp32", runtime="onnxruntime-tensorrt")
+
+
+class Echo(Session):
+    """Gives back each image's first pixel as its logits, and remembers the batches it was called with."""
+
+    runtime, variant = "echo", "fp32"
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+
+    def run(self, images: np.ndarray) -> Outputs:
+        self.batches.append(len(images))
+        first = images[:, 0, 0, :].astype(np.float32)
+        return Outputs(first, first / 255)
+
+
+@pytest.mark.parametrize("count", [1, 4, 6, 9])
+def test_a_static_batch_is_padded_and_the_padding_dropped(count: int) -> None:
+    echo = Echo()
+    pixels = images(count)
+    outputs = FixedBatchSession(echo, 4).run(pixels)
+    np.testing.assert_array_equal(outputs.logits, pixels[:, 0, 0, :].astype(np.float32))
+    assert outputs.cam is None
+    assert set(echo.batches) == {4}
+    assert len(echo.batches) == -(-count // 4)
+
+
+def test_the_manifest_says_whether_to_pad(tiny_bundle: Bundle) -> None:
+    static = msgspec.structs.replace(tiny_bundle.manifest.input, batch=4)
+    bundle = Bundle(tiny_bundle.folder, msgspec.structs.replace(tiny_bundle.manifest, input=static))
+    assert isinstance(bundle.session(), FixedBatchSession)
+    assert isinstance(tiny_bundle.session(), OnnxRuntimeSession)

@@ -1,0 +1,236 @@
+"""Batches from images that do not fit into memory, or whose training views need the original pixels: worker processes read.
+
+A worker makes whole steps. What a step contains is a function of (seed, epoch, position) alone, as in batches.py: any number
+of workers gives the same batches, `crop` gives those of images in memory, and a resumed epoch reads nothing it skips.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from ffl_deploy.datasets import ImageData, Split
+from ffl_deploy.errors import CheckError
+from ffl_deploy.images import Pixels
+from ffl_deploy.runtime import available_cores
+from ffl_deploy.splits import UnreadableImage
+from train.augment import crop_one, draw_crops
+from train.batches import Batch, Finish, Shares, crop_padding, epoch_order, flips
+from train.config import DataOptions
+from train.randomness import derived_seed, generator
+
+View = Callable[[int, int], Pixels]
+"""(row of the split, place within the step) -> uint8 [height, width, 3], the training view."""
+
+
+class Pieces(NamedTuple):
+    """One process's part of a step. images: uint8 [b, h, w, 3] and labels: int64 [b], per micro-batch."""
+
+    images: list[Tensor]
+    labels: list[Tensor]
+    replaced: list[UnreadableImage]
+
+
+GRACE = 60
+"""Seconds that a worker lives on after SIGTERM, which service managers send to all processes of a run at once."""
+
+
+def _leave_signals_to_parent(worker: int) -> None:
+    """The parent still needs the batches of the step that it finishes and saves; it ends its workers afterwards."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))
+
+
+class TrainingSteps(Dataset[Pieces | UnreadableImage]):
+    """One epoch: step -> this process's pieces of it. An error is an answer too, since an exception would lose its type."""
+
+    def __init__(
+        self,
+        split: Split,
+        options: DataOptions,
+        size: tuple[int, int],
+        order: Sequence[Tensor],
+        shares: Shares,
+        seed: int,
+        epoch: int,
+    ) -> None:
+        self.split, self.options, self.size, self.order = split, options, size, order
+        self.shares, self.seed, self.epoch = shares, seed, epoch
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, step: int) -> Pieces | UnreadableImage:
+        rows = self.order[step]
+        view = self.resized_crops(step) if self.options.augment == "resized-crop" else self.padded_crops(step)
+        cuts = torch.arange(len(rows)).tensor_split(self.shares.parts)
+        pieces = Pieces([], [], [])
+        try:
+            for part in self.shares.mine:
+                images, labels = self.read(rows.tolist(), cuts[part].tolist(), view, pieces.replaced)
+                pieces.images.append(images)
+                pieces.labels.append(labels)
+        except UnreadableImage as error:
+            return error
+        return pieces
+
+    def read(self, rows: list[int], places: list[int], view: View, replaced: list[UnreadableImage]) -> tuple[Tensor, Tensor]:
+        """-> images and labels of these places of a step.
+
+        With --skip-bad-images the place of an unreadable image is taken by the next readable one of the step, together with
+        its label: shapes stay as they are, and nothing is labelled as what it is not.
+        """
+        images = np.empty((len(places), *self.size, 3), np.uint8)
+        labels = np.empty(len(places), np.int64)
+        for index, place in enumerate(places):
+            for turn in range(len(rows)):
+                row = rows[(place + turn) % len(rows)]
+                try:
+                    images[index] = view(row, place)
+                except UnreadableImage as error:
+                    if not self.options.skip_bad_images or turn + 1 == len(rows):
+                        raise
+                    replaced.append(error)
+                else:
+                    labels[index] = self.split.labels[row]
+                    break
+        return torch.from_numpy(images), torch.from_numpy(labels)
+
+    def padded_crops(self, step: int) -> View:
+        """`none` and `crop`: the evaluation view, padded, cut and mirrored."""
+        padding = crop_padding(self.options)
+        draws = generator(self.seed, "augment", self.epoch * len(self.order) + step)
+        top, left, mirrored = (
+            values.tolist() for values in draw_crops(len(self.order[step]), padding, flips(self.options), draws)
+        )
+        return lambda row, place: crop_one(self.split.prepared(row), padding, top[place], left[place], mirrored[place])
+
+    def resized_crops(self, step: int) -> View:
+        """`resized-crop`: a random part of the original, resized (Szegedy et al. 2015), and mirrored."""
+        from torchvision.transforms import v2
+
+        steps: list[torch.nn.Module] = [v2.RandomResizedCrop(self.size, antialias=True)]
+        transform = v2.Compose([*steps, v2.RandomHorizontalFlip()] if self.options.flip else steps)
+        first = self.epoch * len(self.split) + step * len(self.order[0])
+
+        def view(row: int, place: int) -> Pixels:
+            image = torch.from_numpy(self.split.original(row).copy()).permute(2, 0, 1)  # torch takes no read-only arrays
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(derived_seed(self.seed, "augment", first + place))
+                pixels: Pixels = transform(image).permute(1, 2, 0).numpy()
+            return pixels
+
+        return view
+
+
+class EvaluationBatches(Dataset[tuple[Tensor, Tensor] | UnreadableImage]):
+    """One process's share of a held-out split: number -> (images uint8 [b, h, w, 3], labels int64 [b])."""
+
+    def __init__(self, split: Split, rows: list[range]) -> None:
+        self.split, self.rows = split, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor] | UnreadableImage:
+        rows = self.rows[number]
+        try:
+            images = np.stack([self.split.prepared(row) for row in rows])
+        except UnreadableImage as error:
+            return error
+        return torch.from_numpy(images), torch.from_numpy(self.split.labels[rows.start : rows.stop : rows.step])
+
+
+class StreamedBatches:
+    """Batches of an ImageData read by `workers` processes (one per core if None; with 0 this process reads)."""
+
+    def __init__(
+        self,
+        data: ImageData,
+        options: DataOptions,
+        batch_size: int,
+        label_smoothing: float,
+        seed: int,
+        device: torch.device,
+        shares: Shares,
+        workers: int | None = None,
+        evaluation_batch: int = 128,
+    ) -> None:
+        self.data, self.options, self.batch_size, self.seed = data, options, batch_size, seed
+        self.device, self.shares, self.evaluation_batch = device, shares, evaluation_batch
+        beside = int(os.environ.get("LOCAL_WORLD_SIZE", shares.world.size))  # processes on this machine, says torchrun
+        self.workers = max(1, available_cores() // beside) if workers is None else workers
+        self.finish = Finish(data, options, label_smoothing, seed, device)
+        self.normalise = self.finish.normalise
+        self.steps_per_epoch = len(self.order(0))
+        self.reported: set[str] = set()
+
+    def order(self, epoch: int) -> list[Tensor]:
+        return epoch_order(len(self.data.train), self.batch_size, self.shares.parts, self.seed, epoch)
+
+    def training(self, epoch: int, first_step: int) -> Iterator[list[Batch]]:
+        size = (self.data.preprocessing.height, self.data.preprocessing.width)
+        steps = TrainingSteps(self.data.train, self.options, size, self.order(epoch), self.shares, self.seed, epoch)
+        for step, pieces in enumerate(self.load(steps, range(first_step, len(steps))), start=first_step):
+            self.report(pieces.replaced)
+            draw = (epoch * self.steps_per_epoch + step) * self.shares.parts
+            yield [
+                self.finish(self.to_device(images), labels.to(self.device, non_blocking=True), draw + part)
+                for images, labels, part in zip(pieces.images, pieces.labels, self.shares.mine, strict=True)
+            ]
+
+    def evaluation(self, part: str) -> Iterator[tuple[Tensor, Tensor]]:
+        split = {"validation": self.data.validation, "test": self.data.test}[part]
+        mine = range(self.shares.world.rank, len(split), self.shares.world.size)
+        rows = [mine[start : start + self.evaluation_batch] for start in range(0, len(mine), self.evaluation_batch)]
+        for images, labels in self.load(EvaluationBatches(split, rows), range(len(rows))):
+            yield self.normalise(self.to_device(images)), labels.to(self.device, non_blocking=True)
+
+    def to_device(self, images: Tensor) -> Tensor:
+        """uint8 [b, h, w, 3] -> uint8 [b, 3, h, w] on the device."""
+        return images.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+
+    def load(self, dataset: Dataset[Any], indices: range) -> Iterator[Any]:
+        """Yield the answers of `dataset` for `indices`, in order, read ahead by the workers. Raises CheckError."""
+        if not indices:
+            return
+        loader = DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=list(indices),
+            num_workers=min(self.workers, len(indices)),
+            worker_init_fn=_leave_signals_to_parent,
+            pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),  # the loader draws a seed for its workers, which must not be the run's
+        )
+        answers = iter(loader)
+        try:
+            for _ in indices:
+                answer = next(answers)
+                if isinstance(answer, UnreadableImage):
+                    raise answer
+                yield answer
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise CheckError(
+                "a process that decodes images was killed, probably for want of memory; go on with --resume and fewer --workers."
+            ) from error
+        finally:
+            del answers  # ends the workers; an error's traceback would keep them, waiting for more work
+
+    def report(self, replaced: list[UnreadableImage]) -> None:
+        """Name each image that another one stands in for, once."""
+        for error in replaced:
+            if error.path not in self.reported:
+                self.reported.add(error.path)
+                tqdm.write(f"left out {error.path} ({error.reason}); another image takes its place", file=sys.stderr)
