@@ -192,7 +192,8 @@ def test_ten_minutes_of_everything(two_bundles: tuple[Bundle, Bundle], serve_pro
         assert running.process.wait(40) == 0
     early, late = np.median(memory[len(memory) // 4 : len(memory) // 2]), np.median(memory[-len(memory) // 4 :])
     p50, p99 = np.percentile(latencies, [50, 99]) * 1000
-    print(f"\n{dict(counts)}\np50 {p50:.1f} ms, p99 {p99:.1f} ms, memory {early:.0f} -> {late:.0f} MiB, {files} open files, clean after {time.monotonic() - ended:.1f} s")
+    clean = f"{files} open files, clean and ended after {time.monotonic() - ended:.1f} s"
+    print(f"\n{dict(counts)}\np50 {p50:.1f} ms, p99 {p99:.1f} ms, memory {early:.0f} -> {late:.0f} MiB, {clean}")
     assert set(counts) == {"good", "bad", "oversized", "gone", "upload", "call", "demo", "broken upload"}, counts
     assert late < early * 1.1 + 10
     assert files < 80
