@@ -133,7 +133,7 @@ async def _running(service: Service, slot: DemoSlot, stop: Callable[[], None]) -
 
 
 def _import_demo() -> None:
-    import serve.demo.page
+    pass
 
 
 @contextlib.asynccontextmanager

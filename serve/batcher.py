@@ -136,7 +136,7 @@ class MicroBatcher:
         start = 0
         for job in jobs:
             rows = slice(start, start + len(job.images))
-            results.append(Outputs._make(None if values is None else values[rows] for values in outputs))
+            results.append(Outputs._make([None if values is None else values[rows] for values in outputs]))
             start = rows.stop
         return results
 
@@ -153,7 +153,7 @@ class MicroBatcher:
             pieces.append(outputs)
         if len(pieces) == 1:
             return pieces[0]
-        return Outputs._make(None if values[0] is None else np.concatenate(values) for values in zip(*pieces, strict=True))
+        return Outputs._make([None if values[0] is None else np.concatenate(values) for values in zip(*pieces, strict=True)])
 
 
 def _call_in(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *arguments: object) -> None:

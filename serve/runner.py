@@ -74,9 +74,9 @@ def run_job(job: Job) -> int:
 def engine_of(job: Job) -> Callable[[Run, Iterator[Item]], None]:
     """-> what makes the shards; Ray is imported only where it is asked for."""
     if job.engine == "ray":
-        from serve import cluster
+        from serve import ray_engine
 
-        return cluster.predict_shards
+        return ray_engine.predict_shards
     return local.predict_shards
 
 

@@ -111,7 +111,7 @@ class Infer:
             async with _while_connected(receive):
                 parts, header_length = await self._answer(model, body, _header_length(scope))
         except ClientGone:
-            return
+            return None
         except ProtocolError as error:
             return await send_json(send, 400, {"error": str(error)})
         except ImageError as error:

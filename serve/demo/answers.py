@@ -52,7 +52,10 @@ async def decode_upload(service: Service, data: bytes) -> Decoded:
 
 async def ask_all(service: Service, pixels: Pixels) -> list[Answer]:
     """-> every model's answer to uint8 RGB [h, w, 3] of any size. One after the other, so that no latency includes another's."""
-    return [await ask(model, await asyncio.to_thread(prepare, pixels, model.bundle.preprocessing)) for model in service.models.values()]
+    return [
+        await ask(model, await asyncio.to_thread(prepare, pixels, model.bundle.preprocessing))
+        for model in service.models.values()
+    ]
 
 
 async def ask(model: ServedModel, pixels: Pixels) -> Answer:
@@ -78,10 +81,10 @@ def overlay(pixels: Pixels, cam: np.ndarray, size: int = 320) -> Image.Image:
     scaled = evidence / evidence.max() if evidence.max() > 0 else evidence
     heat = Image.fromarray((scaled * 255).astype(np.uint8)).resize(shown, Image.Resampling.BICUBIC)
     strength = np.asarray(heat, dtype=np.float32)[..., None] / 255
-    gray = np.asarray(Image.fromarray(pixels).convert("L").convert("RGB").resize(shown, Image.Resampling.NEAREST), dtype=np.float32)
+    gray = np.asarray(
+        Image.fromarray(pixels).convert("L").convert("RGB").resize(shown, Image.Resampling.NEAREST), dtype=np.float32
+    )
     # From dark violet over orange to yellow: ordered by lightness, so that it reads without colour vision too.
     stops = np.array([[68, 1, 84], [225, 90, 50], [253, 231, 37]], np.float32)
     colours = np.stack([np.interp(strength[..., 0], [0, 0.5, 1], stops[:, channel]) for channel in range(3)], axis=-1)
     return Image.fromarray((gray * (1 - 0.75 * strength) + colours * 0.75 * strength).astype(np.uint8))
-
-

@@ -109,7 +109,9 @@ def read_files(paths: Sequence[str], skipped: Skipped) -> Iterator[Item]:
     """Uploaded files and the image members of uploaded zip files -> items that show the name the person gave."""
     for path in paths:
         folder = f"{Path(path).parent}/"
-        found = archives.members(path, frozenset(), skipped) if path.lower().endswith(archives.ZIP_SUFFIXES) else [file_item(path)]
+        found = (
+            archives.members(path, frozenset(), skipped) if path.lower().endswith(archives.ZIP_SUFFIXES) else [file_item(path)]
+        )
         for item in found:
             yield item._replace(path=item.path.removeprefix(folder))
 
@@ -125,7 +127,9 @@ async def classify_files(service: Service, model: ServedModel, paths: Sequence[s
     while chunk := await asyncio.to_thread(take, items, min(CHUNK, limit + 1 - len(state.rows))):
         if len(state.rows) + len(chunk) > limit:
             state.limited, chunk = True, chunk[: limit - len(state.rows)]
-        prepared = await asyncio.gather(*[patiently(partial(service.decoders.run, prepare_item, item, preprocessing)) for item in chunk])
+        prepared = await asyncio.gather(
+            *[patiently(partial(service.decoders.run, prepare_item, item, preprocessing)) for item in chunk]
+        )
         state.add(await asyncio.to_thread(classifier.rows, prepared), prepared)
         yield state
         if state.limited:

@@ -113,7 +113,10 @@ def _cells(rows: list[Row]) -> list[list[str]]:
 
 
 def _gallery(state: BatchState) -> list[tuple[Image.Image, str]]:
-    return [(_thumbnail(entry.pixels), f"{entry.row.label} {entry.row.confidence:.0%} · {entry.row.path}") for entry in state.uncertain]
+    return [
+        (_thumbnail(entry.pixels), f"{entry.row.label} {entry.row.confidence:.0%} · {entry.row.path}")
+        for entry in state.uncertain
+    ]
 
 
 def _thumbnail(pixels: Pixels) -> Image.Image:
@@ -140,7 +143,9 @@ def _summary(state: BatchState) -> str:
 def _progress(state: BatchState, paths: list[str]) -> str:
     archives = any(path.lower().endswith(ZIP_SUFFIXES) for path in paths)
     done = len(state.rows)
-    text = f"{done:,} images, {state.errors:,} errors" if archives else f"{done:,} of {len(paths):,} images, {state.errors:,} errors"
+    text = (
+        f"{done:,} images, {state.errors:,} errors" if archives else f"{done:,} of {len(paths):,} images, {state.errors:,} errors"
+    )
     bar = "<progress></progress>" if archives else f'<progress value="{done}" max="{len(paths)}"></progress>'
     return f'<p role="status">{html.escape(text)}</p>{bar}'
 

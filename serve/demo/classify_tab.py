@@ -73,7 +73,12 @@ def draw_tab(service: Service, style: DrawingStyle) -> None:
         with gr.Column(min_width=280, scale=2):
             status = gr.HTML(_status("Waiting for a drawing."), elem_id="drawing-status", elem_classes=["status"])
             seen = gr.Image(
-                label="What the network sees", height=140, interactive=False, buttons=[], elem_id="seen", elem_classes=["pixelated"]
+                label="What the network sees",
+                height=140,
+                interactive=False,
+                buttons=[],
+                elem_id="seen",
+                elem_classes=["pixelated"],
             )
             panels = _panels(service)
 

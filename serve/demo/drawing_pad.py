@@ -1,4 +1,4 @@
-"""The pad on which digits are drawn: a plain canvas. (Gradio's own needs a tool to be chosen first and no keyboard reaches it.)"""
+"""The pad on which digits are drawn: a plain canvas. Gradio's own wants a tool chosen first, and no keyboard reaches it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ HTML = """
 CSS = """
 .pad {display: flex; flex-direction: column; gap: 0.75rem; align-items: stretch; max-width: 320px; margin: 0 auto;}
 .paper {position: relative; line-height: 0;}
-canvas {width: 100%; border: 1px solid var(--border-color-primary); border-radius: 8px; touch-action: none; cursor: crosshair; background: #fff;}
+canvas {width: 100%; border: 1px solid var(--border-color-primary); border-radius: 8px;
+  touch-action: none; cursor: crosshair; background: #fff;}
 .pen {position: absolute; width: 12px; height: 12px; margin: -6px; left: 50%; top: 50%; border-radius: 50%;
   border: 2px solid #ea580c; pointer-events: none; visibility: hidden;}
 canvas:focus-visible + .pen {visibility: visible;}

@@ -165,7 +165,10 @@ def _check_references(value: Any) -> None:
 
 
 # The browser itself then refuses any request off the machine. Gradio's page needs inline scripts, workers and data images.
-CONTENT_SECURITY_POLICY = "default-src 'self' blob: data: 'unsafe-inline' 'unsafe-eval'; frame-ancestors 'self'; base-uri 'self'; form-action 'self'; object-src 'none'"
+CONTENT_SECURITY_POLICY = (
+    "default-src 'self' blob: data: 'unsafe-inline' 'unsafe-eval'; frame-ancestors 'self'; "
+    "base-uri 'self'; form-action 'self'; object-src 'none'"
+)
 PAGE_HEADERS = [
     (b"content-security-policy", CONTENT_SECURITY_POLICY.encode()),
     (b"x-content-type-options", b"nosniff"),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import gradio as gr
 from fastapi import FastAPI
+from gradio.routes import App
 from starlette.routing import Mount
 
 from serve.demo import in_gradio_thread, reports
@@ -74,9 +75,11 @@ def _heading(service: Service) -> str:
 
 def _which_model_tab(service: Service) -> None:
     models = list(service.models.values())
-    gr.Markdown("Measured at export, on the machine that exported. Served here: " + ", ".join(
-        f"**{model.name}** ({model.variant.name} on {model.session.runtime})" for model in models
-    ) + ".")
+    gr.Markdown(
+        "Measured at export, on the machine that exported. Served here: "
+        + ", ".join(f"**{model.name}** ({model.variant.name} on {model.session.runtime})" for model in models)
+        + "."
+    )
     gr.Dataframe(reports.table(models), headers=list(reports.COLUMNS), interactive=False, wrap=True, label="Models and variants")
     found = reports.reports(models)
     for report in found:
@@ -129,7 +132,7 @@ async def mounted(service: Service) -> AsyncIterator[FastAPI]:
         css=CSS,
         app_kwargs={"docs_url": None, "redoc_url": None, "openapi_url": None},
     )
-    (page_app,) = [route.app for route in app.routes if isinstance(route, Mount)]
+    (page_app,) = [route.app for route in app.routes if isinstance(route, Mount) and isinstance(route.app, App)]
     service.endless.append(page_app.stop_event.set)  # every open page holds a heartbeat stream
     async with app.router.lifespan_context(app):
         yield app

@@ -50,7 +50,9 @@ def drawing_style(bundle: Bundle) -> DrawingStyle | None:
     border = np.concatenate([gray[:, 0].ravel(), gray[:, -1].ravel(), gray[:, :, 0].ravel(), gray[:, :, -1].ravel()])
     light_on_dark = bool(np.median(border) < 0.5)
     ink = gray if light_on_dark else 1 - gray
-    extents = [max(np.ptp(np.nonzero(mask.any(axis=axis))[0]) + 1 for axis in (0, 1)) / len(mask) for mask in ink > 0.25 if mask.any()]
+    extents = [
+        max(np.ptp(np.nonzero(mask.any(axis=axis))[0]) + 1 for axis in (0, 1)) / len(mask) for mask in ink > 0.25 if mask.any()
+    ]
     return DrawingStyle(light_on_dark, float(np.median(extents)) if extents else 1.0)
 
 
@@ -64,7 +66,7 @@ def frame_drawing(pixels: Pixels, style: DrawingStyle) -> Pixels | None:
     if not len(rows):
         return None
     drawn = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    side = max(int(round(max(drawn.shape) / style.extent)), *drawn.shape)
+    side = max(round(max(drawn.shape) / style.extent), *drawn.shape)
     square = np.zeros((side, side), np.uint8)
     top, left = (side - drawn.shape[0]) // 2, (side - drawn.shape[1]) // 2
     square[top : top + drawn.shape[0], left : left + drawn.shape[1]] = drawn

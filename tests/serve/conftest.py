@@ -88,7 +88,7 @@ def start_process(
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", module, *arguments, "--port", str(port), "--log-format", "json"]
-    log = tempfile.TemporaryFile("w+")  # a pipe that nobody reads would stop the server once it is full
+    log = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed below; a pipe that nobody reads would stop the server once it is full
     process = subprocess.Popen(command, stderr=log, text=True, env=env, cwd=Path(__file__).parents[2])
     url = f"http://127.0.0.1:{port}"
 

@@ -1,4 +1,4 @@
-"""The demo in a real Chromium, as a person uses it. The screenshots in docs/ come from here: FFL_SCREENSHOTS=docs pytest -m browser."""
+"""The demo in a real Chromium, as a person uses it. `FFL_SCREENSHOTS=docs pytest -m browser` takes the pictures in docs/."""
 
 from __future__ import annotations
 
@@ -219,7 +219,9 @@ def test_which_model_and_its_card(watched: Watched, request: pytest.FixtureReque
     watched.page.get_by_text("Models and variants").wait_for()
     shoot(watched, "which-model", request)
     watched.tab("Model card")
-    watched.page.get_by_role("heading", name="A bundle for tests").or_(watched.page.get_by_text("Where it comes from")).first.wait_for()
+    watched.page.get_by_role("heading", name="A bundle for tests").or_(
+        watched.page.get_by_text("Where it comes from")
+    ).first.wait_for()
     shoot(watched, "card", request)
 
 

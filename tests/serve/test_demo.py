@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import csv
-
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -188,7 +187,15 @@ def test_only_a_drawing_is_taken_from_the_pads_event() -> None:
         return SimpleNamespace(_data=data)
 
     assert drawing_of(event({"drawing": "data:image/png;base64,AAAA"})) == b"\0\0\0"
-    for bad in (None, 1, {}, {"drawing": 1}, {"drawing": "http://x"}, {"drawing": "data:image/png;base64,!"}, {"drawing": "/etc/passwd"}):
+    for bad in (
+        None,
+        1,
+        {},
+        {"drawing": 1},
+        {"drawing": "http://x"},
+        {"drawing": "data:image/png;base64,!"},
+        {"drawing": "/etc/passwd"},
+    ):
         assert drawing_of(event(bad)) is None
 
 
@@ -258,5 +265,3 @@ def test_an_upload_that_breaks_off_leaves_no_file(demo: Any) -> None:
     while {path for path in upload_folder().rglob("*") if path.is_file()} != before and time.monotonic() < deadline:
         time.sleep(0.05)
     assert {path for path in upload_folder().rglob("*") if path.is_file()} == before
-
-

@@ -14,8 +14,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-
-
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -50,7 +48,9 @@ def file_data(**fields: Any) -> dict[str, Any]:
     return {"meta": {"_type": "gradio.FileData"}, "orig_name": "x.png", **fields}
 
 
-@pytest.mark.parametrize("path", ["/v2/models/fused/infer", "/gradio_api/call/classify", "/gradio_api/upload", "/gradio_api/queue/join"])
+@pytest.mark.parametrize(
+    "path", ["/v2/models/fused/infer", "/gradio_api/call/classify", "/gradio_api/upload", "/gradio_api/queue/join"]
+)
 @pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://127.0.0.1:1", "https://127.0.0.1.evil.example"])
 def test_a_post_from_a_foreign_page_is_never_executed(demo: Any, path: str, origin: str) -> None:
     """CVE-2024-47084 and CVE-2024-47168's kind: a page elsewhere drives a server on this machine."""
@@ -277,7 +277,12 @@ def test_the_token_is_needed_everywhere_but_for_probes(locked: Any) -> None:
     from tritonclient import http as triton
 
     for path in ("/v2", "/v2/models/fused", "/metrics", "/"):
-        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic !"}, {"authorization": "correct-horse-battery"}):
+        for headers in (
+            {},
+            {"authorization": "Bearer wrong"},
+            {"authorization": "Basic !"},
+            {"authorization": "correct-horse-battery"},
+        ):
             refused = httpx.get(locked.url + path, headers=headers)
             assert refused.status_code == 401
             assert refused.headers["www-authenticate"].startswith("Basic")
@@ -382,5 +387,3 @@ def test_bind_to_the_world_warns(two_bundles: tuple[Bundle, Bundle]) -> None:
     finally:
         process.terminate()
         process.communicate(timeout=20)
-
-

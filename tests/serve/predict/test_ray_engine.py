@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from ffl_deploy.bundle import Bundle
-from serve.cluster import PlainItem, item_of, plain
 from serve.items import failed_item, file_item
+from serve.ray_engine import PlainItem, item_of, plain
 
 Photo = Callable[..., bytes]
 Predict = Callable[..., Any]
