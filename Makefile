@@ -23,7 +23,7 @@ $(VENV)/.ready: $(BIN)/python pyproject.toml constraints.txt
 
 # Everything that the tests use on top.
 $(VENV)/.ready-dev: $(VENV)/.ready
-	$(PIP) -e '.[export,serve,cpu,openvino,tensorrt-rtx,dev]'
+	$(PIP) -e '.[export,serve,cpu,openvino,tensorrt-rtx,signing,triton,dev]'
 	@touch $@
 
 quickstart: $(VENV)/.ready
