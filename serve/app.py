@@ -159,7 +159,10 @@ def parse_arguments(argv: Sequence[str], program: str = "ffl-serve") -> Settings
     parser.add_argument("--port", type=int, default=7860, help="0 takes any free port (default: 7860)")
     parser.add_argument("--variant", help="variant of every bundle, such as int8 (default: fp32)")
     parser.add_argument("--runtime", choices=sorted(RUNTIMES), help="default: the one that the variant was verified with")
-    parser.add_argument("--threads", type=int, help="threads of one model (default: all cores)")
+    parser.add_argument("--threads", type=int, help="threads of one run (default: the cores, shared among the workers)")
+    parser.add_argument(
+        "--workers", type=int, default=2, help="runs of one model at a time; 1 answers a lone request soonest (default: 2)"
+    )
     parser.add_argument("--max-batch", type=int, default=32, help="images in one run of a model (default: 32)")
     parser.add_argument(
         "--max-queue", type=int, default=Limits.queued_images, help="images that may wait for one model; more get 503"
@@ -181,7 +184,7 @@ def parse_arguments(argv: Sequence[str], program: str = "ffl-serve") -> Settings
     given = parser.parse_args(argv)
     if not 0 <= given.port <= 65535:
         raise UsageError(f"--port is {given.port}; it has to be from 0 to 65535.")
-    for flag in ("max_batch", "max_queue", "max_body_mib"):
+    for flag in ("workers", "max_batch", "max_queue", "max_body_mib"):
         if getattr(given, flag) < 1:
             raise UsageError(f"--{flag.replace('_', '-')} has to be at least 1.")
     if given.drain < 0 or given.shutdown < 0:
@@ -194,6 +197,7 @@ def parse_arguments(argv: Sequence[str], program: str = "ffl-serve") -> Settings
         runtime=given.runtime,
         threads=given.threads,
         max_batch=given.max_batch,
+        workers=given.workers,
         token=_read_token(given.token_file) if given.token_file else None,
         allowed_hosts=tuple(name.lower() for name in given.allow_host),
         drain_seconds=given.drain,

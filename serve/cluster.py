@@ -57,7 +57,7 @@ class Bundles:
 
         models = tuple(model_spec(text, variant) for text in bundles)
         # The cluster's proxy is the only one who connects; it bounds the queue and sets the Host.
-        settings = Settings(models, host="0.0.0.0", demo=False, threads=threads, limits=Limits())
+        settings = Settings(models, host="0.0.0.0", demo=False, workers=1, threads=threads, limits=Limits())
         self._app = create_app(settings)
         self._service = self._app.state.service
         await self._service.load_models()

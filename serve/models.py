@@ -110,7 +110,9 @@ def open_model(spec: ModelSpec, settings: Settings, observe: ObserveBatch) -> Se
     bundle = load_bundle(spec.folder)
     variant = bundle.variant(spec.variant)
     check_files(bundle)
-    session = bundle.session(variant.name, settings.runtime, settings.threads)
+    workers = min(settings.workers, available_cores())
+    threads = settings.threads or max(1, available_cores() // workers)
+    session = bundle.session(variant.name, settings.runtime, threads)
     outputs = verify(bundle, variant, session, settings.max_batch)
     preprocessing = bundle.preprocessing
     shapes = {name: values.shape[1:] for name, values in outputs._asdict().items() if values is not None}
@@ -126,6 +128,7 @@ def open_model(spec: ModelSpec, settings: Settings, observe: ObserveBatch) -> Se
     batcher = MicroBatcher(
         session.run,
         max_batch=settings.max_batch,
+        workers=workers,
         max_queue=settings.limits.queued_images,
         observe=lambda images, seconds: observe(spec.name, images, seconds),
         name=spec.name,

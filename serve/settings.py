@@ -49,7 +49,8 @@ class Settings:
     protocol: bool = True  # serve /v2
     demo: bool = True  # serve the Gradio demo at /
     runtime: str | None = None
-    threads: int | None = None
+    threads: int | None = None  # of one run; None shares the cores among the workers
+    workers: int = 2  # runs of one model at a time, at most one for each core
     max_batch: int = 32  # images in one run of a model
     token: str | None = field(default=None, repr=False)
     allowed_hosts: tuple[str, ...] = ()  # further Host names, behind a proxy or in a cluster

@@ -193,7 +193,7 @@ def test_overload_is_refused_at_once_with_exact_counts(
     """One request runs, two wait, the queue is then full: of eleven exactly eight are refused, and none of them waits."""
     bundle = two_bundles[0]
     limits = Limits(queued_images=2)
-    with start_server(Settings((ModelSpec("fused", bundle.folder),), demo=False, limits=limits)) as running:
+    with start_server(Settings((ModelSpec("fused", bundle.folder),), demo=False, workers=1, limits=limits)) as running:
         model = running.service.models["fused"]
         release, entered = threading.Event(), threading.Event()
         run = model.batcher._run
@@ -232,7 +232,7 @@ def test_a_client_that_goes_away_frees_its_place(
 ) -> None:
     """Bad input 34."""
     bundle = two_bundles[0]
-    with start_server(Settings((ModelSpec("fused", bundle.folder),), demo=False)) as running:
+    with start_server(Settings((ModelSpec("fused", bundle.folder),), demo=False, workers=1)) as running:
         batcher = running.service.models["fused"].batcher
         release, entered = threading.Event(), threading.Event()
         ran: list[int] = []

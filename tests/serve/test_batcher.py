@@ -162,3 +162,16 @@ def test_closing_fails_what_waits_instead_of_leaving_it_hanging() -> None:
             await batcher.infer(image(1))
 
     run(body)
+
+
+def test_two_workers_run_two_batches_at_a_time_and_both_end() -> None:
+    async def body(batcher: MicroBatcher, model: Model) -> None:
+        model.gate.clear()
+        tasks = [asyncio.create_task(batcher.infer(image(value, 8))) for value in (1, 2, 3)]
+        await asyncio.sleep(0.05)
+        assert batcher.waiting_images == 8
+        model.gate.set()
+        answers = await asyncio.gather(*tasks)
+        assert [answer.logits[0].item() for answer in answers] == [1, 2, 3]
+
+    run(body, workers=2, max_queue=64)
