@@ -1,7 +1,7 @@
 """A TensorRT engine on an NVIDIA GPU, in either flavour: `tensorrt` (data centre and all GPUs) or `tensorrt_rtx`.
 
 Loading an engine runs native code, so it happens only after the hash check (registry.open_session), and only for an engine
-that was built by this version for this GPU. Buffers come from cuda-python; torch is not needed.
+that was built by this version for this GPU. Buffers come from cuda-bindings; torch is not needed.
 """
 
 from __future__ import annotations
@@ -160,11 +160,11 @@ def import_tensorrt(flavour: str) -> Any:
 
 
 def import_cuda() -> Any:
-    """-> cuda-python's runtime API. Raises UsageError where it is not installed."""
+    """-> the runtime API of cuda-bindings. Raises UsageError where it is not installed."""
     try:
         from cuda.bindings import runtime
     except ImportError as error:
-        raise UsageError("cuda-python is not installed; run: pip install 'ffl-deploy[tensorrt]'.") from error
+        raise UsageError("cuda-bindings is not installed; run: pip install 'ffl-deploy[tensorrt]'.") from error
     return runtime
 
 
@@ -181,7 +181,7 @@ def device_capability(cuda: Any) -> tuple[int, int]:
 
 
 def checked(cuda: Any, answer: tuple[Any, ...]) -> Any:
-    """cuda-python's (status, value...) -> value. Raises CheckError with CUDA's own name and text of the error."""
+    """cuda-bindings' (status, value...) -> value. Raises CheckError with CUDA's own name and text of the error."""
     status, *values = answer
     if int(status) != 0:
         _, text = cuda.cudaGetErrorString(status)
