@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from train.methods import METHODS
 from train.record import read_metrics
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -90,7 +91,7 @@ def wait_for(path: Path) -> None:
 
 @pytest.mark.fault
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("method", ["ffl", "dml", "one", "okddip", "dualnet"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_at_random_moments_the_result_is_the_same(
     method: str, processes: int, tiny_flags: list[str], tmp_path: Path
