@@ -83,13 +83,14 @@ def run_until_signal(settings: Settings) -> None:
             proxy_headers=False,
         )
         server = DrainingServer(config, service)
+        # uvicorn raises the signals that it has caught once more when it is done: a drained SIGTERM is a success.
+        # A signal that comes before uvicorn listens has to end it all the same.
+        for caught in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(caught, lambda number, frame: server.stop())
         if settings.host not in LOOPBACK and not settings.token:
             service.log.warning(
                 "other machines can reach this server without a token; see --token-file", extra={"host": settings.host}
             )
-        # uvicorn raises the signals that it has caught once more when it is done: a drained SIGTERM is a success.
-        for caught in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(caught, lambda number, frame: None)
         server.run(sockets=[port])
     if service.failure:
         raise service.failure

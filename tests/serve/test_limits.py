@@ -385,5 +385,6 @@ def test_bind_to_the_world_warns(two_bundles: tuple[Bundle, Bundle]) -> None:
         assert first["level"] == "warning"
         assert "without a token" in first["message"]
     finally:
-        process.terminate()
-        process.communicate(timeout=20)
+        process.terminate()  # at once: a signal during start-up must not be lost
+        process.communicate(timeout=60)
+    assert process.returncode == 0
