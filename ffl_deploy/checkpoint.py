@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -106,7 +105,3 @@ def load_network(run: Run, checkpoint: str = "best") -> LoadedNetwork:
     network = build_network(run)
     load_weights(network, content.tensors[MODEL], str(folder))
     return LoadedNetwork(network.eval(), int(content.state["epoch"]), content.state["sha256"][MODEL])
-
-
-def to_device(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    return {name: tensor.to(device) for name, tensor in tensors.items()}

@@ -37,7 +37,7 @@ class Meter:
             return
         rows = torch.stack([row for _, row in self._pending]).double().cpu().numpy()
         for (step, _), row in zip(self._pending, rows, strict=True):
-            losses = dict(zip(self.names, row, strict=False))
+            losses = dict(zip(self.names, row[: len(self.names)], strict=True))
             if not np.isfinite(list(losses.values())).all():
                 shown = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
                 raise CheckError(
@@ -52,7 +52,7 @@ class Meter:
         """-> {"loss", "parts": means, "train": accuracies 0..1} over all processes."""
         sums = world.sum(torch.from_numpy(self.sums.copy()).to(device)).cpu().numpy()
         rows, images = sums[-2], sums[-1]
-        parts = {name: float(value / rows) for name, value in zip(self.names, sums, strict=False)}
+        parts = {name: float(value / rows) for name, value in zip(self.names, sums[: len(self.names)], strict=True)}
         hits = sums[len(self.names) : -2]
         return {
             "loss": sum(parts.values()),
