@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,10 +45,24 @@ GRACE = 60
 """Seconds that a worker lives on after SIGTERM, which service managers send to all processes of a run at once."""
 
 
+TO_THE_GROUP = {signal.SIGINT, signal.SIGTERM}
+
+
 def _leave_signals_to_parent(worker: int) -> None:
     """The parent still needs the batches of the step that it finishes and saves; it ends its workers afterwards."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, TO_THE_GROUP)
+
+
+@contextmanager
+def _held_signals() -> Iterator[None]:
+    """Children made inside start with Ctrl-C and SIGTERM held back, so that neither can end one before it is set up."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, TO_THE_GROUP)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class TrainingSteps(Dataset[Pieces | UnreadableImage]):
@@ -212,7 +227,8 @@ class StreamedBatches:
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # the loader draws a seed for its workers, which must not be the run's
         )
-        answers = iter(loader)
+        with _held_signals():
+            answers = iter(loader)
         try:
             for _ in indices:
                 answer = next(answers)

@@ -166,6 +166,20 @@ def test_signals_to_the_whole_group_leave_the_workers_at_work(on_disk: ImageData
     assert same(iter([first, *batches]), stream(on_disk, CROP, 0).training(0, 0)) == 4
 
 
+def test_signals_while_the_workers_start_leave_them_at_work(on_disk: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both signals reach each worker before it could have said that it ignores them."""
+    start = multiprocessing.context.Process.start
+
+    def start_and_signal(worker: multiprocessing.context.Process) -> None:
+        start(worker)
+        assert worker.pid is not None
+        os.kill(worker.pid, signal.SIGINT)
+        os.kill(worker.pid, signal.SIGTERM)
+
+    monkeypatch.setattr(multiprocessing.context.Process, "start", start_and_signal)
+    assert same(stream(on_disk, CROP, 2).training(0, 0), stream(on_disk, CROP, 0).training(0, 0)) == 4
+
+
 def test_a_killed_worker_is_one_sentence(on_disk: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FileSplit, "original", lambda split, row: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(CheckError, match=r"a process that decodes images was killed.*--resume and fewer --workers"):
