@@ -62,6 +62,14 @@ class RandomCrops:
         return torch.where(mirrored[:, None, None, None], batch.flip(3), batch) if self.flip else batch
 
 
+def shrink(images: Tensor, size: int) -> Tensor:
+    """uint8 [b, 3, h, w] -> float [b, 3, h', w'] in 0..255: antialiased, the shorter side `size` pixels."""
+    height, width = images.shape[2:]
+    scale = size / min(height, width)
+    shape = [round(height * scale), round(width * scale)]
+    return functional.interpolate(images.float(), shape, mode="bilinear", antialias=True, align_corners=False)
+
+
 def soften(labels: Tensor, classes: int, smoothing: float) -> Tensor:
     """int64 [n] -> float [n, classes]: 1 - smoothing on the label, smoothing / classes everywhere (Szegedy et al. 2016)."""
     return functional.one_hot(labels, classes).float() * (1 - smoothing) + smoothing / classes

@@ -7,13 +7,14 @@ step s, and how they are cut, depends on (seed, epoch, step) only; each process 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ffl_deploy.datasets import ArraySplit, ImageData
-from train.augment import RandomCrops, mix, soften
+from train.augment import RandomCrops, mix, shrink, soften
 from train.config import DataOptions
 from train.distributed import World
 from train.randomness import generator
@@ -58,11 +59,32 @@ class Shares(NamedTuple):
         return [self.world.rank + turn * self.world.size for turn in range(self.accumulate)]
 
 
-class Finish:
-    """The last steps of every training batch: normalisation, soft labels, mixing."""
+@dataclass(frozen=True)
+class Plan:
+    """How steps are made of images, whatever their source.
 
-    def __init__(self, data: ImageData, options: DataOptions, label_smoothing: float, seed: int, device: torch.device) -> None:
-        self.options, self.smoothing, self.seed, self.classes = options, label_smoothing, seed, len(data.classes)
+    batch_size: images per step of all processes; small_epochs: so many epochs are trained at options.small_size.
+    """
+
+    options: DataOptions
+    batch_size: int
+    label_smoothing: float
+    seed: int
+    device: torch.device
+    shares: Shares
+    small_epochs: int = 0
+
+    def order(self, images: int, epoch: int) -> list[Tensor]:
+        """-> the indices of each step of `epoch`, out of `images`."""
+        return epoch_order(images, self.batch_size, self.shares.parts, self.seed, epoch)
+
+
+class Finish:
+    """The last steps of every training batch: size, normalisation, soft labels, mixing."""
+
+    def __init__(self, data: ImageData, plan: Plan) -> None:
+        self.plan, self.options, self.classes = plan, plan.options, len(data.classes)
+        device = plan.device
         self.mean = torch.tensor(data.mean, device=device).view(1, 3, 1, 1)
         self.scale = 1 / torch.tensor(data.std, device=device).view(1, 3, 1, 1)
 
@@ -70,14 +92,16 @@ class Finish:
         """uint8 [n, 3, h, w] -> float channels_last, mean 0 and standard deviation 1 on the training images."""
         return (images.float() - self.mean).mul_(self.scale).contiguous(memory_format=torch.channels_last)
 
-    def __call__(self, images: Tensor, labels: Tensor, draw: int) -> Batch:
+    def __call__(self, images: Tensor, labels: Tensor, epoch: int, draw: int) -> Batch:
         """images: uint8 [n, 3, h, w]; draw: number of this micro-batch within the run, which decides its mixing."""
+        if self.options.small_size and epoch < self.plan.small_epochs:
+            images = shrink(images, self.options.small_size)
         normalised, targets = self.normalise(images), labels
         mixes = self.options.mixup > 0 or self.options.cutmix > 0
-        if self.smoothing or mixes:
-            targets = soften(labels, self.classes, self.smoothing)
+        if self.plan.label_smoothing or mixes:
+            targets = soften(labels, self.classes, self.plan.label_smoothing)
         if mixes:
-            normalised, targets = mix(normalised, targets, self.options, generator(self.seed, "mix", draw))
+            normalised, targets = mix(normalised, targets, self.options, generator(self.plan.seed, "mix", draw))
         return Batch(normalised, labels, targets)
 
 
@@ -97,42 +121,31 @@ def flips(options: DataOptions) -> bool:
 
 
 class InMemoryBatches:
-    """Batches of an ImageData held on `device`."""
+    """Batches of an ImageData held on the plan's device."""
 
-    def __init__(
-        self,
-        data: ImageData,
-        options: DataOptions,
-        batch_size: int,
-        label_smoothing: float,
-        seed: int,
-        device: torch.device,
-        shares: Shares,
-        evaluation_batch: int = 512,
-    ) -> None:
-        self.batch_size, self.seed, self.shares = batch_size, seed, shares
-        self.device, self.evaluation_batch = device, evaluation_batch
-        self.finish = Finish(data, options, label_smoothing, seed, device)
+    def __init__(self, data: ImageData, plan: Plan, evaluation_batch: int = 512) -> None:
+        self.plan, self.evaluation_batch = plan, evaluation_batch
+        self.finish = Finish(data, plan)
         self.normalise = self.finish.normalise
         assert isinstance(data.train, ArraySplit), "images on disk are for StreamedBatches"
-        images = torch.from_numpy(data.train.images).to(device).permute(0, 3, 1, 2)
-        self.crops = RandomCrops(images, crop_padding(options), flips(options))
-        self.labels = torch.from_numpy(data.train.labels).to(device)
+        images = torch.from_numpy(data.train.images).to(plan.device).permute(0, 3, 1, 2)
+        self.crops = RandomCrops(images, crop_padding(plan.options), flips(plan.options))
+        self.labels = torch.from_numpy(data.train.labels).to(plan.device)
         self.held_out = {"validation": data.validation, "test": data.test}
-        self.steps_per_epoch = len(epoch_order(len(self.labels), batch_size, shares.parts, seed, 0))
+        self.steps_per_epoch = len(plan.order(len(self.labels), 0))
 
     def training(self, epoch: int, first_step: int) -> Iterator[list[Batch]]:
-        order = epoch_order(len(self.labels), self.batch_size, self.shares.parts, self.seed, epoch)
+        order, shares = self.plan.order(len(self.labels), epoch), self.plan.shares
         for step in range(first_step, len(order)):
             number = epoch * self.steps_per_epoch + step
-            images = self.crops(order[step], generator(self.seed, "augment", number))
-            labels = self.labels[order[step].to(self.device)]
-            cuts = list(zip(images.tensor_split(self.shares.parts), labels.tensor_split(self.shares.parts), strict=True))
-            yield [self.finish(*cuts[part], draw=number * self.shares.parts + part) for part in self.shares.mine]
+            images = self.crops(order[step], generator(self.plan.seed, "augment", number))
+            labels = self.labels[order[step].to(self.plan.device)]
+            cuts = list(zip(images.tensor_split(shares.parts), labels.tensor_split(shares.parts), strict=True))
+            yield [self.finish(*cuts[part], epoch, draw=number * shares.parts + part) for part in shares.mine]
 
     def evaluation(self, part: str) -> Iterator[tuple[Tensor, Tensor]]:
-        split, world = self.held_out[part], self.shares.world
+        split, world, device = self.held_out[part], self.plan.shares.world, self.plan.device
         for start in range(world.rank, len(split), self.evaluation_batch * world.size):
             rows = slice(start, start + self.evaluation_batch * world.size, world.size)
-            images = torch.from_numpy(split.read(rows)).to(self.device).permute(0, 3, 1, 2)
-            yield self.normalise(images), torch.from_numpy(split.labels[rows]).to(self.device)
+            images = torch.from_numpy(split.read(rows)).to(device).permute(0, 3, 1, 2)
+            yield self.normalise(images), torch.from_numpy(split.labels[rows]).to(device)

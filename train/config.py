@@ -55,6 +55,10 @@ class DataOptions:
     """Border by which `crop` pads, reflected."""
     flip: bool = True
     """Mirror half of the training images (wrong for digits and text)."""
+    small_size: Annotated[int | None, arg(metavar="PIXELS")] = None
+    """Side of the training images in the first epochs, which then cost less (progressive resizing); off if not given."""
+    small_share: float = 0.5
+    """Share of the epochs that are trained at --small-size."""
     mixup: Annotated[float, arg(metavar="ALPHA")] = 0.0
     """Beta parameter of mixup (Zhang et al. 2018); 0 is off."""
     cutmix: Annotated[float, arg(metavar="ALPHA")] = 0.0
@@ -122,7 +126,7 @@ class MachineOptions:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes the GPU where there is one."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Arithmetic of the forward and backward pass; auto is bf16 where the processor has it, else fp16 (GPU) or fp32."""
+    """Arithmetic of the two passes. auto: on a GPU bf16 if it has that, else fp16; on a CPU bf16 if that is faster, else fp32."""
     threads: int | None = None
     """CPU threads of this process; one per core if not given. Part of the result: sums are added in another order."""
     compile: bool = False

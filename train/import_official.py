@@ -86,12 +86,14 @@ def import_official(
     Raises UsageError for files that are something else and for data with other classes, CheckError for weights that
     do not fit the network.
     """
+    import torch
+
     from ffl_deploy.checkpoint import MODEL, load_weights, save_checkpoint
     from ffl_deploy.datasets import CIFAR_STATISTICS, load_data
     from ffl_deploy.networks.mutual import MutualNetwork
     from train.distributed import World
     from train.loop import Position
-    from train.machine import choose_machine
+    from train.machine import Machine
     from train.methods import build_method
     from train.session import choose_network, data_spec, describe, finish, make_batches
 
@@ -114,7 +116,7 @@ def import_official(
             "give the data that it was trained on."
         )
     method, world = build_method("ffl"), World()
-    machine = choose_machine(config.machine, world)
+    machine = Machine(torch.device("cpu"), "fp32")
     architecture = choose_network(config, method, data)
     network = MutualNetwork(architecture)
     load_weights(network, weights.tensors, f"{model} with {module}")

@@ -39,6 +39,8 @@ def validate(config: TrainConfig) -> None:
         (o.clip >= 0, "--clip is a gradient norm, 0 (off) or more"),
         (0 < d.validation < 1, "--validation is a share, above 0 and below 1"),
         (d.image_size is None or d.image_size >= 4, "--image-size must be at least 4 pixels"),
+        (d.small_size is None or d.small_size >= 4, "--small-size must be at least 4 pixels"),
+        (0 < d.small_share < 1, "--small-share is a share of the epochs, above 0 and below 1"),
         (d.crop_padding >= 0, "--crop-padding must be 0 or more"),
         (d.mixup >= 0 and d.cutmix >= 0, "--mixup and --cutmix must be 0 (off) or more"),
         (config.model.temperature is None or config.model.temperature > 0, "--temperature must be above 0"),

@@ -19,13 +19,13 @@ from ffl_deploy.datasets import ArraySplit, DataSpec, ImageData, load_data
 from ffl_deploy.errors import UsageError
 from ffl_deploy.files import existing_folder, replace_file
 from ffl_deploy.networks.mutual import MutualNetwork, NetworkConfig
-from ffl_deploy.run_directory import CONFIG, PREDICTIONS, REFERENCE, SCHEMA, SUMMARY, ModelRecord, RunConfig, write_json
-from train.batches import Batches, InMemoryBatches, Shares, crop_padding
+from ffl_deploy.run_directory import CONFIG, PREDICTIONS, REFERENCE, SCHEMA, SUMMARY, ModelRecord, RunConfig, load_run, write_json
+from train.batches import Batches, InMemoryBatches, Plan, Shares, crop_padding
 from train.config import TrainConfig
 from train.distributed import World, process_group, torchrun_world
 from train.evaluate import logits_of, predictions
 from train.loop import Position, fit
-from train.machine import Machine, choose_machine
+from train.machine import Machine, choose_device, choose_machine
 from train.methods import Method, build_method
 from train.options import options_to_json
 from train.randomness import seed_everything
@@ -40,12 +40,13 @@ def run_training(config: TrainConfig, stop: StopRequest | None = None) -> int:
     """Train as `config` says, or go on with the run it resumes; -> exit code. Without `stop` it listens to signals itself."""
     world = torchrun_world()
     listening = stop_on_signals() if stop is None else nullcontext(stop)
-    machine = choose_machine(config.machine, world)
-    with process_group(world, machine.device), listening as stop:
+    device = choose_device(config.machine, world)
+    with process_group(world, device), listening as stop:
         folder = run_folder(config, world)
         if (folder / SUMMARY).is_file():
             say(f"{folder} is finished already; its results are in {folder / SUMMARY}.", config, world)
             return 0
+        machine = choose_machine(wanted_precision(config), device, world)
         method = build_method(config.model.method, config.model.temperature)
         method.check(config.model.branches)
         data = load_data(data_spec(config), memory_limit(config))
@@ -54,6 +55,7 @@ def run_training(config: TrainConfig, stop: StopRequest | None = None) -> int:
         # A run that is resumed has weights of its own.
         pretrained = config.model.pretrained and existing_folder(folder / "checkpoints" / "last") is None
         network = MutualNetwork(network_config, pretrained).to(machine.device).to(memory_format=torch.channels_last)
+        check_small_size(config, network, machine)
         if config.machine.sync_batchnorm:
             network = synchronise_batchnorm(network, machine)
         batches = make_batches(config, data, machine, world)
@@ -78,6 +80,13 @@ def run_folder(config: TrainConfig, world: World) -> Path:
         raise UsageError(f"{folder} already holds a run; continue it with --resume {folder}, or choose another --out.")
     world.barrier()
     return folder
+
+
+def wanted_precision(config: TrainConfig) -> str:
+    """-> --precision; a resumed run goes on in the one it was started in, whatever `auto` would choose now."""
+    if config.output.resume is None:
+        return config.machine.precision
+    return load_run(config.output.resume).config.toolchain["precision"]
 
 
 def data_spec(config: TrainConfig) -> DataSpec:
@@ -117,6 +126,21 @@ def choose_network(config: TrainConfig, method: Method, data: ImageData) -> Netw
     )
 
 
+def check_small_size(config: TrainConfig, network: MutualNetwork, machine: Machine) -> None:
+    """Raise UsageError where --small-size makes images larger, or smaller than the network can take."""
+    small, full = config.data.small_size, min(network.config.height, network.config.width)
+    if small is None:
+        return
+    if small >= full:
+        raise UsageError(f"--small-size {small} is not below the images' own {full} pixels; use less, or leave it out.")
+    try:
+        with torch.inference_mode():
+            network.eval()(torch.zeros(2, 3, small, small, device=machine.device))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        names = ", ".join(dict.fromkeys(config.model.branches))
+        raise UsageError(f"{names} cannot take images of {small} pixels ({error}); use a larger --small-size.") from error
+
+
 def synchronise_batchnorm(network: MutualNetwork, machine: Machine) -> MutualNetwork:
     """-> the network with batch statistics over all processes; weights keep their names. Raises UsageError on a CPU."""
     if machine.device.type != "cuda":
@@ -131,14 +155,15 @@ def make_batches(config: TrainConfig, data: ImageData, machine: Machine, world: 
     size, padding = data.preprocessing, crop_padding(config.data)
     if padding >= min(size.height, size.width):
         raise UsageError(f"--crop-padding {padding} is too wide for images of {size.width}x{size.height} pixels; use less.")
-    settings = (
-        data, config.data, optimisation.batch_size, optimisation.label_smoothing, config.seed, machine.device, shares,
-    )  # fmt: skip
+    small_epochs = round(config.data.small_share * optimisation.epochs)
+    plan = Plan(
+        config.data, optimisation.batch_size, optimisation.label_smoothing, config.seed, machine.device, shares, small_epochs
+    )
     batches: Batches
     if held_on_device(config, data, machine):
-        batches = InMemoryBatches(*settings)
+        batches = InMemoryBatches(data, plan)
     else:
-        batches = StreamedBatches(*settings, workers=config.machine.workers)
+        batches = StreamedBatches(data, plan, config.machine.workers)
     if batches.steps_per_epoch == 0:
         raise UsageError(f"{len(data.train)} training images are too few for {shares.parts} micro-batches; use fewer.")
     return batches

@@ -25,7 +25,7 @@ from ffl_deploy.images import Pixels
 from ffl_deploy.runtime import available_cores
 from ffl_deploy.splits import UnreadableImage
 from train.augment import crop_one, draw_crops
-from train.batches import Batch, Finish, Shares, crop_padding, epoch_order, flips
+from train.batches import Batch, Finish, Plan, Shares, crop_padding, flips
 from train.config import DataOptions
 from train.randomness import derived_seed, generator
 
@@ -168,51 +168,37 @@ class EvaluationBatches(Dataset[tuple[Tensor, Tensor] | UnreadableImage]):
 class StreamedBatches:
     """Batches of an ImageData read by `workers` processes (one per core if None; with 0 this process reads)."""
 
-    def __init__(
-        self,
-        data: ImageData,
-        options: DataOptions,
-        batch_size: int,
-        label_smoothing: float,
-        seed: int,
-        device: torch.device,
-        shares: Shares,
-        workers: int | None = None,
-        evaluation_batch: int = 128,
-    ) -> None:
-        self.data, self.options, self.batch_size, self.seed = data, options, batch_size, seed
-        self.device, self.shares, self.evaluation_batch = device, shares, evaluation_batch
-        beside = int(os.environ.get("LOCAL_WORLD_SIZE", shares.world.size))  # processes on this machine, says torchrun
+    def __init__(self, data: ImageData, plan: Plan, workers: int | None = None, evaluation_batch: int = 128) -> None:
+        self.data, self.plan, self.evaluation_batch = data, plan, evaluation_batch
+        beside = int(os.environ.get("LOCAL_WORLD_SIZE", plan.shares.world.size))  # processes on this machine, says torchrun
         self.workers = max(1, available_cores() // beside) if workers is None else workers
-        self.finish = Finish(data, options, label_smoothing, seed, device)
+        self.finish = Finish(data, plan)
         self.normalise = self.finish.normalise
-        self.steps_per_epoch = len(self.order(0))
+        self.steps_per_epoch = len(plan.order(len(data.train), 0))
         self.reported: set[str] = set()
 
-    def order(self, epoch: int) -> list[Tensor]:
-        return epoch_order(len(self.data.train), self.batch_size, self.shares.parts, self.seed, epoch)
-
     def training(self, epoch: int, first_step: int) -> Iterator[list[Batch]]:
-        size = (self.data.preprocessing.height, self.data.preprocessing.width)
-        steps = TrainingSteps(self.data.train, self.options, size, self.order(epoch), self.shares, self.seed, epoch)
+        size, shares = (self.data.preprocessing.height, self.data.preprocessing.width), self.plan.shares
+        order = self.plan.order(len(self.data.train), epoch)
+        steps = TrainingSteps(self.data.train, self.plan.options, size, order, shares, self.plan.seed, epoch)
         for step, pieces in enumerate(self.load(steps, range(first_step, len(steps))), start=first_step):
             self.report(pieces.replaced)
-            draw = (epoch * self.steps_per_epoch + step) * self.shares.parts
+            draw = (epoch * self.steps_per_epoch + step) * shares.parts
             yield [
-                self.finish(self.to_device(images), labels.to(self.device, non_blocking=True), draw + part)
-                for images, labels, part in zip(pieces.images, pieces.labels, self.shares.mine, strict=True)
+                self.finish(self.to_device(images), labels.to(self.plan.device, non_blocking=True), epoch, draw + part)
+                for images, labels, part in zip(pieces.images, pieces.labels, shares.mine, strict=True)
             ]
 
     def evaluation(self, part: str) -> Iterator[tuple[Tensor, Tensor]]:
-        split = {"validation": self.data.validation, "test": self.data.test}[part]
-        mine = range(self.shares.world.rank, len(split), self.shares.world.size)
+        split, world = {"validation": self.data.validation, "test": self.data.test}[part], self.plan.shares.world
+        mine = range(world.rank, len(split), world.size)
         rows = [mine[start : start + self.evaluation_batch] for start in range(0, len(mine), self.evaluation_batch)]
         for images, labels in self.load(EvaluationBatches(split, rows), range(len(rows))):
-            yield self.normalise(self.to_device(images)), labels.to(self.device, non_blocking=True)
+            yield self.normalise(self.to_device(images)), labels.to(self.plan.device, non_blocking=True)
 
     def to_device(self, images: Tensor) -> Tensor:
         """uint8 [b, h, w, 3] -> uint8 [b, 3, h, w] on the device."""
-        return images.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+        return images.to(self.plan.device, non_blocking=True).permute(0, 3, 1, 2)
 
     def load(self, dataset: Dataset[Any], indices: range) -> Iterator[Any]:
         """Yield the answers of `dataset` for `indices`, in order, read ahead by the workers. Raises CheckError."""
@@ -224,7 +210,7 @@ class StreamedBatches:
             sampler=list(indices),
             num_workers=min(self.workers, len(indices)),
             worker_init_fn=_leave_signals_to_parent,
-            pin_memory=self.device.type == "cuda",
+            pin_memory=self.plan.device.type == "cuda",
             generator=torch.Generator(),  # the loader draws a seed for its workers, which must not be the run's
         )
         with _held_signals():

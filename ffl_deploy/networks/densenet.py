@@ -16,7 +16,7 @@ class DenseLayer(nn.Module):
         self.conv = nn.Conv2d(channels_in, growth, 3, padding=1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([x, self.conv(functional.relu(self.bn(x)))], dim=1)
+        return torch.cat([x, self.conv(functional.relu(self.bn(x), inplace=True))], dim=1)
 
 
 def densenet(depth: int, growth: int) -> list[nn.Module]:

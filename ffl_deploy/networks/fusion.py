@@ -60,8 +60,8 @@ class FusionModule(nn.Module):
 
     def features(self, maps: Sequence[Tensor]) -> Tensor:
         """maps: the branches' [n, C_k, h_k, w_k] -> the fused map [n, N, h, w]."""
-        x = functional.relu(self.bn1(self.depthwise(torch.cat(self.align(maps), dim=1))))
-        return functional.relu(self.bn2(self.pointwise(x)))
+        x = functional.relu(self.bn1(self.depthwise(torch.cat(self.align(maps), dim=1))), inplace=True)
+        return functional.relu(self.bn2(self.pointwise(x)), inplace=True)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """maps: the branches' [n, C_k, h_k, w_k] -> fused logits [n, classes]."""

@@ -19,9 +19,9 @@ class PreActivationBlock(nn.Module):
         self.downsample = nn.Conv2d(channels_in, channels, 1, stride, bias=False) if changes else None
 
     def forward(self, x: Tensor) -> Tensor:
-        activated = functional.relu(self.bn1(x))
+        activated = functional.relu(self.bn1(x), inplace=True)
         shortcut = x if self.downsample is None else self.downsample(activated)
-        out = functional.relu(self.bn2(self.conv1(activated)))
+        out = functional.relu(self.bn2(self.conv1(activated)), inplace=True)
         return self.conv2(out) + shortcut
 
 

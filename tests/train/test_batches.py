@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
 from ffl_deploy.datasets import ArraySplit, ImageData
 from ffl_deploy.images import Preprocessing
-from train.batches import InMemoryBatches, Shares, epoch_order
+from train.batches import InMemoryBatches, Plan, Shares, epoch_order
 from train.config import DataOptions
 from train.distributed import World
 
@@ -38,7 +41,7 @@ def data() -> ImageData:
 
 def batches(data: ImageData, world: World | None = None, accumulate: int = 1, **options: object) -> InMemoryBatches:
     chosen = DataOptions(**{"augment": "none", **options})  # type: ignore[arg-type]
-    return InMemoryBatches(data, chosen, 16, 0.0, 5, CPU, Shares(world or World(), accumulate), evaluation_batch=4)
+    return InMemoryBatches(data, Plan(chosen, 16, 0.0, 5, CPU, Shares(world or World(), accumulate)), evaluation_batch=4)
 
 
 def numbers(images: torch.Tensor) -> list[int]:
@@ -136,7 +139,19 @@ def test_evaluation_reads_every_held_out_image_once(data: ImageData, size: int) 
 def test_targets_are_labels_unless_they_are_softened(data: ImageData) -> None:
     (plain,) = next(batches(data).training(0, 0))
     assert plain.targets is plain.labels
-    smooth = InMemoryBatches(data, DataOptions(augment="none"), 16, 0.3, 5, CPU, Shares(World(), 1))
+    smooth = InMemoryBatches(data, Plan(DataOptions(augment="none"), 16, 0.3, 5, CPU, Shares(World(), 1)))
     (batch,) = next(smooth.training(0, 0))
     assert batch.targets.shape == (16, 3)
     torch.testing.assert_close(batch.targets.max(dim=1).values, torch.full((16,), 0.8))
+
+
+def test_the_first_epochs_are_small_and_show_the_same_views(data: ImageData) -> None:
+    plan = Plan(DataOptions(crop_padding=1, small_size=4), 16, 0.0, 5, CPU, Shares(World(), 1))
+    small, full = InMemoryBatches(data, replace(plan, small_epochs=2)), InMemoryBatches(data, plan)
+    for epoch, size in ((0, 4), (1, 4), (2, 6)):
+        (reduced,), (views,) = next(small.training(epoch, 0)), next(full.training(epoch, 0))
+        assert reduced.images.shape == (16, 3, size, size)
+        assert torch.equal(reduced.labels, views.labels)
+        expected = functional.interpolate(views.images, (size, size), mode="bilinear", antialias=True)
+        torch.testing.assert_close(reduced.images, expected if size < 6 else views.images, rtol=1e-4, atol=1e-4)
+    assert next(small.evaluation("test"))[0].shape[2:] == (6, 6)

@@ -137,7 +137,7 @@ def test_resume_in_mid_epoch_is_bit_identical(method: str, train_tiny: TrainTiny
     [
         ["--ema", "0.9", "--clip", "0.5", "--accumulate", "2", "--optimizer", "adamw", "--lr", "0.001"],
         ["--mixup", "0.2", "--cutmix", "1.0", "--label-smoothing", "0.1", "--schedule", "cosine", "--precision", "fp32"],
-        ["--precision", "bf16"],
+        ["--precision", "bf16", "--small-size", "6"],
     ],
 )
 def test_resume_is_bit_identical_with_every_option(

@@ -56,6 +56,8 @@ def test_recipes_are_printable(capsys: pytest.CaptureFixture[str]) -> None:
         (["--epoch", "3"], "Unrecognized options: --epoch, 3. Did you mean --epochs?"),
         (["--epochs", "many"], "Error parsing --epochs"),
         (["--device", "tpu"], "--device"),
+        (["--small-size", "3"], "--small-size must be at least 4 pixels"),
+        (["--small-size", "8"], "--small-size 8 is not below the images' own 8 pixels"),
         (["--epochs", "0"], "--epochs must be at least 1"),
         (["--lr", "-1"], "--lr must be above 0"),
         (["--resume", "no/such/run"], "no run directory"),

@@ -17,7 +17,7 @@ from ffl_deploy.datasets import DataSpec, FileSplit, ImageData, load_data
 from ffl_deploy.errors import CheckError
 from ffl_deploy.images import Preprocessing
 from ffl_deploy.splits import UnreadableImage
-from train.batches import Batch, Batches, InMemoryBatches, Shares
+from train.batches import Batch, Batches, InMemoryBatches, Plan, Shares
 from train.config import DataOptions
 from train.distributed import World
 from train.streaming import StreamedBatches
@@ -37,10 +37,14 @@ def on_disk(folder: Path) -> ImageData:
     return load_data(DataSpec(source=str(folder)), memory_limit=0)
 
 
+def toy_plan(options: DataOptions, world: World | None = None, accumulate: int = 1) -> Plan:
+    return Plan(options, 16, 0.1, 5, CPU, Shares(world or World(), accumulate), small_epochs=2)
+
+
 def stream(
     data: ImageData, options: DataOptions, workers: int, world: World | None = None, accumulate: int = 1
 ) -> StreamedBatches:
-    return StreamedBatches(data, options, 16, 0.1, 5, CPU, Shares(world or World(), accumulate), workers, evaluation_batch=4)
+    return StreamedBatches(data, toy_plan(options, world, accumulate), workers, evaluation_batch=4)
 
 
 def same(one: Iterator[list[Batch]], other: Iterator[list[Batch]]) -> int:
@@ -53,13 +57,15 @@ def same(one: Iterator[list[Batch]], other: Iterator[list[Batch]]) -> int:
     return count
 
 
-@pytest.mark.parametrize("options", [CROP, DataOptions(augment="none"), replace(CROP, mixup=0.5, flip=False)])
+@pytest.mark.parametrize(
+    "options", [CROP, DataOptions(augment="none"), replace(CROP, mixup=0.5, flip=False), replace(CROP, small_size=12)]
+)
 @pytest.mark.parametrize(("world", "accumulate"), [(World(), 1), (World(1, 2), 2)])
 def test_streamed_batches_are_those_of_images_in_memory(
     folder: Path, on_disk: ImageData, options: DataOptions, world: World, accumulate: int
 ) -> None:
     held = load_data(DataSpec(source=str(folder)))
-    memory = InMemoryBatches(held, options, 16, 0.1, 5, CPU, Shares(world, accumulate), evaluation_batch=4)
+    memory = InMemoryBatches(held, toy_plan(options, world, accumulate), evaluation_batch=4)
     streamed = stream(on_disk, options, 0, world, accumulate)
     assert streamed.steps_per_epoch == memory.steps_per_epoch == (4 if world.size == 1 else 3)
     assert same(memory.training(3, 0), streamed.training(3, 0)) == memory.steps_per_epoch

@@ -1,0 +1,184 @@
+"""Does this trainer learn what the official FFL code learns? The paper's recipe on both sides, CIFAR-100, ResNet-32.
+
+    python -m benchmarks.learn_vs_official --official CLONE --data DIR [--steps 30] [--epochs 3] [--seeds 2] [--images 10000]
+
+Two questions. The same arithmetic: from the same weights, on the same batches, the loss of each step (ours in fp32 and in its
+default precision). The same learning: runs of their own from several seeds, each side with its own initialisation, order and
+augmentation; the schedule is compressed to the epochs (learning rate x0.1 after two thirds, ramp-up over 80/300 of them).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.official import OurTraining, cifar_images, official_training, our_training
+from ffl_deploy.checkpoint import load_weights
+from ffl_deploy.command import run_command
+from ffl_deploy.datasets import ImageData
+from ffl_deploy.networks.mutual import MutualNetwork
+from ffl_deploy.run_directory import read_metrics
+from train.batches import Batch, Batches
+from train.evaluate import accuracies
+from train.import_official import read_official
+from train.machine import Machine
+
+DROP = 2 / 3  # share of the epochs after which the learning rate falls
+RAMP_UP = 80 / 300
+CLASSIFIERS = ("fused", "ensemble", "branch0", "branch1")
+
+
+class FixedBatches:
+    """One given batch an epoch, so that the record of a run has the loss of every step."""
+
+    steps_per_epoch = 1
+
+    def __init__(self, steps: list[Batch], source: Batches) -> None:
+        self.steps, self.normalise = steps, source.normalise
+
+    def training(self, epoch: int, first_step: int) -> Iterator[list[Batch]]:
+        yield [self.steps[epoch]]
+
+    def evaluation(self, part: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        yield self.steps[0].images[:2], self.steps[0].labels[:2]
+
+
+def same_arithmetic(clone: Path, data: ImageData, device: str, steps: int) -> dict[str, list[float]]:
+    """-> side -> loss of each step, all from the official initial weights and on the same batches, distillation at full weight."""
+    official = official_training(clone, data, torch.device(device), seed=0)
+    start = our_weights(official.network, official.module)
+    ours = our_training(data, device, seed=0, epochs=steps, milestones=())
+    ours = ours._replace(config=dataclasses.replace(ours.config, model=dataclasses.replace(ours.config.model, ramp_up=0.0)))
+    batches = [micro[0] for _, micro in zip(range(steps), ours.batches.training(0, 0), strict=False)]
+    losses = {"official": [official.run([(batch.images, batch.labels)], 100)[0] for batch in batches]}
+    for name, machine in (("ours, fp32", ours.machine.exact()), (f"ours, {ours.machine.precision}", ours.machine)):
+        if name in losses:
+            continue
+        network = MutualNetwork(ours.network.config).to(ours.machine.device)
+        load_weights(network, start, "the official initial weights")
+        network = network.to(memory_format=torch.channels_last)
+        run = ours._replace(network=network, batches=FixedBatches(batches, ours.batches), machine=machine)
+        losses[name] = [line["loss"] for line in trained(run)]
+    return losses
+
+
+def our_weights(network: torch.nn.Module, module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Official modules -> their weights under this project's names, by way of the files that the official code saves."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = Path(folder) / "Model_0.pth", Path(folder) / "Module_0.pth"
+        for path, part in zip(files, (network, module), strict=True):
+            torch.save({"epoch": 0, "state_dict": copy.deepcopy(part.state_dict())}, path)
+        return dict(read_official(*files).tensors)
+
+
+def trained(run: OurTraining) -> list[dict[str, Any]]:
+    """Train; -> the lines of metrics.jsonl."""
+    with tempfile.TemporaryDirectory() as folder:
+        run.fit(Path(folder))
+        return read_metrics(Path(folder))
+
+
+def official_run(clone: Path, data: ImageData, device: str, seed: int, epochs: int) -> dict[str, Any]:
+    """-> {"loss": per epoch, "test": classifier -> accuracy}; evaluated here, since its own `eval` prints the training loss."""
+    training = official_training(clone, data, torch.device(device), seed, RAMP_UP * epochs)
+    schedules = [
+        torch.optim.lr_scheduler.MultiStepLR(optimiser, [round(DROP * epochs)], 0.1) for optimiser in training.optimizers
+    ]
+    losses = []
+    for epoch in range(epochs):
+        losses.append(training.run(training.trainloader, epoch)[0])
+        for schedule in schedules:
+            schedule.step()
+    training.network.eval()
+    training.module.eval()
+    hits, count = dict.fromkeys(CLASSIFIERS, 0), 0
+    with torch.inference_mode():
+        for images, labels in training.testloader:
+            one, two, maps = training.network(images.to(device))
+            logits = dict(zip(CLASSIFIERS, (training.module(*maps), (one + two) / 2, one, two), strict=True))
+            count += len(labels)
+            for name, values in logits.items():
+                hits[name] += int((values.argmax(dim=1).cpu() == labels).sum())
+    return {"loss": losses, "test": {name: value / count for name, value in hits.items()}}
+
+
+def our_run(data: ImageData, device: str, seed: int, epochs: int) -> dict[str, Any]:
+    run = our_training(data, device, seed, epochs=epochs, milestones=(DROP,))
+    losses = [line["loss"] for line in trained(run)]
+    machine = Machine(run.machine.device, "fp32")
+    return {"loss": losses, "test": accuracies(run.network, run.batches, "test", machine, run.world)}
+
+
+def arithmetic_table(losses: dict[str, list[float]]) -> str:
+    official = np.array(losses["official"])
+    shown = sorted({0, 1, 2, 4, 9, len(official) - 1} & set(range(len(official))))
+    lines = [
+        f"| step | {' | '.join(str(step + 1) for step in shown)} | largest difference |",
+        "|---|" + "---|" * (len(shown) + 1),
+    ]
+    for name, values in losses.items():
+        difference = np.abs(np.array(values) / official - 1).max()
+        cells = [f"{values[step]:.5f}" for step in shown] + ["" if name == "official" else f"{difference:.1e}"]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def learning_table(runs: dict[str, list[dict[str, Any]]]) -> str:
+    epochs = len(runs["official"][0]["loss"])
+    head = ["side", "seed", *(f"loss, epoch {epoch + 1}" for epoch in range(epochs)), *(f"{name} %" for name in CLASSIFIERS)]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for side, results in runs.items():
+        for seed, result in enumerate(results):
+            cells = [f"{loss:.3f}" for loss in result["loss"]] + [f"{100 * result['test'][name]:.2f}" for name in CLASSIFIERS]
+            lines.append(f"| {side} | {seed} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> int:
+    """-> exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--official", type=Path, required=True, metavar="CLONE", help="a clone of Jangho-Kim/FFL-pytorch")
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="CIFAR-100 as train/CLASS/* and test/CLASS/*")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--steps", type=int, default=30, help="steps on the same batches; 0 leaves this part out")
+    parser.add_argument("--epochs", type=int, default=3, help="epochs of the runs; 0 leaves this part out")
+    parser.add_argument("--seeds", type=int, default=2, help="runs of each side")
+    parser.add_argument("--images", type=int, metavar="N", help="training images, as many of each class; all if not given")
+    parser.add_argument("--json", type=Path, metavar="OUT")
+    arguments = parser.parse_args(argv)
+    result: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "device": arguments.device}
+    if arguments.steps:
+        few = cifar_images(arguments.data, 100 * max(1, -(-128 * arguments.steps // 100)))
+        result["arithmetic"] = same_arithmetic(arguments.official, few, arguments.device, arguments.steps)
+        print(arithmetic_table(result["arithmetic"]), flush=True)
+    if arguments.epochs:
+        data = cifar_images(arguments.data, arguments.images)
+        result["images"], runs = len(data.train), {"official": [], "ours": []}
+        for seed in range(arguments.seeds):
+            for name, job in (
+                ("official", lambda seed: official_run(arguments.official, data, arguments.device, seed, arguments.epochs)),
+                ("ours", lambda seed: our_run(data, arguments.device, seed, arguments.epochs)),
+            ):
+                started = time.monotonic()
+                runs[name].append({**job(seed), "seconds": time.monotonic() - started})
+                print(f"{name}, seed {seed}: {runs[name][-1]}", file=sys.stderr, flush=True)
+        result["learning"] = runs
+        print(f"\n{len(data.train)} training images\n\n{learning_table(runs)}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

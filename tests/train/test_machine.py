@@ -1,0 +1,89 @@
+"""Device, precision and allocator of a run."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import train.machine
+from ffl_deploy.errors import UsageError
+from ffl_deploy.networks.mutual import MutualNetwork, NetworkConfig
+from ffl_deploy.run_directory import CONFIG, load_run
+from train.config import DataOptions, ModelOptions, TrainConfig
+from train.distributed import World
+from train.machine import Machine, bf16_speed_up, choose_machine, keep_freed_memory
+from train.session import check_small_size
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(("speed_up", "expected"), [(0.0, "fp32"), (0.6, "fp32"), (1.1, "fp32"), (1.3, "bf16"), (5.0, "bf16")])
+def test_a_cpu_trains_in_bf16_where_that_is_faster(speed_up: float, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train.machine, "bf16_speed_up", lambda: speed_up)
+    assert choose_machine("auto", CPU, World()).precision == expected
+
+
+def test_a_precision_that_was_asked_for_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train.machine, "bf16_speed_up", lambda: pytest.fail("measured"))
+    assert choose_machine("bf16", CPU, World()).precision == "bf16"
+    with pytest.raises(UsageError, match="--precision fp16 needs a GPU"):
+        choose_machine("fp16", CPU, World())
+
+
+def test_bf16_is_not_tried_where_it_would_be_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False)
+    assert bf16_speed_up() == 0
+
+
+def test_measuring_leaves_the_random_numbers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    assert bf16_speed_up() > 0
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_a_resumed_run_keeps_its_precision(train_tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = train_tiny("run", "--epochs", "1")
+    content = json.loads((folder / CONFIG).read_text())
+    content["toolchain"]["precision"] = "bf16"
+    content["options"]["optimisation"]["epochs"] = 2
+    (folder / CONFIG).write_text(json.dumps(content))
+    (folder / "summary.json").unlink()
+    used = []
+    fit = train.session.fit
+    monkeypatch.setattr(train.session, "fit", lambda *arguments: used.append(arguments[4].precision) or fit(*arguments))
+    monkeypatch.setattr(train.machine, "bf16_speed_up", lambda: 0.0)
+    train_tiny("run", "--resume", str(folder))
+    assert used == ["bf16"]
+    assert load_run(folder).config.options["machine"]["precision"] == "auto"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_freed_memory_is_used_again_without_page_faults() -> None:
+    keep_freed_memory()
+    size, times, page = 32 * 2**20, 50, resource.getpagesize()
+    torch.ones(size, dtype=torch.uint8)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(times):
+        torch.ones(size, dtype=torch.uint8)
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    assert faults < 2 * size // page  # returned to the system each time, it would be `times` as many
+
+
+def test_a_size_that_the_network_cannot_take_is_refused() -> None:
+    network = MutualNetwork(NetworkConfig(("vgg16_bn",), 3, 32, 32, fusion=None))
+    config = TrainConfig(data=DataOptions(small_size=16), model=ModelOptions(branches=("vgg16_bn",)))
+    check_small_size(config, network, Machine(CPU, "fp32"))
+    config = replace(config, data=DataOptions(small_size=8))
+    with pytest.raises(UsageError, match=r"vgg16_bn cannot take images of 8 pixels .*larger --small-size"):
+        check_small_size(config, network, Machine(CPU, "fp32"))
