@@ -55,7 +55,7 @@ class FixedBatches:
 
 
 def same_arithmetic(clone: Path, data: ImageData, device: str, steps: int) -> dict[str, list[float]]:
-    """-> side -> loss of each step, all from the official initial weights and on the same batches, distillation at full weight."""
+    """-> side -> loss of each step, all from the official initial weights, on the same batches, with full distillation."""
     official = official_training(clone, data, torch.device(device), seed=0)
     start = our_weights(official.network, official.module)
     ours = our_training(data, device, seed=0, epochs=steps, milestones=())
