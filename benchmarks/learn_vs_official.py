@@ -28,11 +28,11 @@ from ffl_deploy.checkpoint import load_weights
 from ffl_deploy.command import run_command
 from ffl_deploy.datasets import ImageData
 from ffl_deploy.networks.mutual import MutualNetwork
-from ffl_deploy.run_directory import read_metrics
 from train.batches import Batch, Batches
 from train.evaluate import accuracies
 from train.import_official import read_official
 from train.machine import Machine
+from train.record import read_metrics
 
 DROP = 2 / 3  # share of the epochs after which the learning rate falls
 RAMP_UP = 80 / 300

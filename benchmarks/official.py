@@ -60,7 +60,7 @@ class Cifar100(torch.utils.data.Dataset):
 
 
 def cifar_images(folder: Path, images: int | None = None) -> ImageData:
-    """folder: CIFAR-100 as train/CLASS/* and test/CLASS/*; images: so many for training, equally many of each class, None for all.
+    """folder: CIFAR-100 as train/CLASS/* and test/CLASS/*; images: how many for training, equally many of each class.
 
     -> the data that both sides take, a tenth of the training images held out.
     """

@@ -2,8 +2,9 @@
 
     python -m benchmarks.train_scaling [--device cuda] [--steps 8] [--json OUT]
 
-FFL on 100 classes of 32x32 pixels, random images (speed does not depend on them), each configuration in a process of its own: `fit`
-as it is, batches in memory. The clock runs from one request for a batch to the next; peak memory is the process's (RSS, or CUDA's).
+FFL on 100 classes of 32x32 pixels, random images (speed does not depend on them), each configuration in a process of its own:
+`fit` as it is, batches in memory. The clock runs from one request for a batch to the next; peak memory is the process's resident
+set, or what torch allocated on the GPU.
 """
 
 from __future__ import annotations
