@@ -1,0 +1,231 @@
+"""docs/results.md from stored JSON: what the CIFAR-100 model of examples/cifar100 reaches, and how it was trained.
+
+    python -m benchmarks.results --run runs/cifar100 --report bundles/cifar100/report.json \
+        --reliability fused.report.json branch0.report.json       # once, after training, export and labelled ffl-predict
+    python -m benchmarks.results                                  # the page and its figures again
+
+The first form stores what the page needs in docs/results/; the second needs neither the run nor the data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+
+from export.plot import draw_report
+from export.report import Report, markdown
+from ffl_deploy.bundle import load_bundle
+from ffl_deploy.command import run_command
+from ffl_deploy.errors import UsageError
+from ffl_deploy.images import load
+from ffl_deploy.run_directory import PREDICTIONS, SUMMARY, load_run
+from ffl_deploy.statistics import paired_difference, wilson_interval
+from train.record import draw_curves, read_metrics
+
+DOCS, EXAMPLES = Path("docs"), Path("examples/cifar100")
+STORED = DOCS / "results"
+KEPT_OPTIONS = ("data", "model", "optimisation")
+
+
+def collect(run_folder: Path, report: Path, reliability: list[Path]) -> None:
+    """Store what the page needs of a finished run, its export report and labelled predictions."""
+    run = load_run(run_folder)
+    with np.load(run_folder / PREDICTIONS, allow_pickle=False) as arrays:
+        right = {name: arrays[name] == arrays["labels"] for name in arrays if name != "labels"}
+    pairs = [
+        {"one": one, "other": other, **msgspec.to_builtins(paired_difference(right[one], right[other]))}
+        for one, other in itertools.combinations(right, 2)
+    ]
+    options = {group: values for group, values in run.config.options.items() if group in KEPT_OPTIONS}
+    options["data"] = {**options["data"], "source": run.config.data_name}  # the folder's place is this machine's affair
+    training = {
+        "recipe": run.config.options["recipe"],
+        "options": options,
+        "images_per_class": {part: sorted(set(counts)) for part, counts in run.config.split["images_per_class"].items()},
+        "summary": json.loads((run_folder / SUMMARY).read_text()),
+        "metrics": read_metrics(run_folder),
+        "pairs": pairs,
+        "toolchain": run.config.toolchain,
+    }
+    STORED.mkdir(exist_ok=True)
+    (STORED / "training.json").write_text(json.dumps(training, indent=1) + "\n")
+    shutil.copy(report, STORED / "report.json")
+    for path in reliability:
+        content = json.loads(path.read_text())
+        content.pop("confusion")
+        (STORED / f"reliability-{path.name.split('.')[0]}.json").write_text(json.dumps(content, indent=1) + "\n")
+    (STORED / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in training["metrics"]))
+    draw_curves(STORED)
+    (STORED / "metrics.jsonl").unlink()
+
+
+def draw_reliability(path: Path) -> list[dict[str, Any]]:
+    """One diagram per stored labelled run; -> these runs' reports."""
+    files = sorted(STORED.glob("reliability-*.json"), reverse=True)
+    reports = [json.loads(file.read_text()) | {"name": file.stem.removeprefix("reliability-")} for file in files]
+    figure = Figure(figsize=(5 * max(1, len(reports)), 4.6), layout="constrained")
+    for position, report in enumerate(reports, start=1):
+        axes = figure.add_subplot(1, len(reports), position)
+        bins = [one for one in report["calibration"] if one["rows"]]
+        axes.plot([0, 1], [0, 1], ":", color="gray")
+        axes.bar(
+            [one["from"] for one in bins], [one["accuracy"] for one in bins], 1 / 15, align="edge", alpha=0.5, edgecolor="C0"
+        )
+        axes.plot([one["confidence"] for one in bins], [one["accuracy"] for one in bins], "o", color="C1")
+        title = f"{report['name']}: expected calibration error {report['expected_calibration_error']:.3f}"
+        axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1), title=title)
+    FigureCanvasAgg(figure).print_figure(path, dpi=100)
+    return reports
+
+
+def draw_attention(path: Path) -> list[tuple[str, dict[str, tuple[str, float]]]]:
+    """Class activation maps of the committed bundles on the example images; -> image -> bundle -> (label, confidence)."""
+    bundles = [load_bundle(EXAMPLES / name) for name in ("fused", "branch0")]
+    sessions = [bundle.session() for bundle in bundles]
+    images = sorted((EXAMPLES / "images").glob("*.jpg"))
+    figure = Figure(figsize=(2 * len(images), 2.25 * (1 + len(bundles))), layout="constrained")
+    found: list[tuple[str, dict[str, tuple[str, float]]]] = []
+    for column, image in enumerate(images):
+        axes = figure.add_subplot(1 + len(bundles), len(images), 1 + column)
+        axes.imshow(Image.open(image).convert("RGB").resize((256, 256)))
+        axes.set_title(image.name, fontsize=9)
+        axes.axis("off")
+        answers = {}
+        for row, (bundle, session) in enumerate(zip(bundles, sessions, strict=True), start=1):
+            pixels = load(image, bundle.preprocessing)
+            outputs = session.run(pixels[None])
+            best = bundle.prediction(outputs.logits[0], outputs.probabilities[0])
+            answers[bundle.manifest.target] = (best.label, best.confidence)
+            axes = figure.add_subplot(1 + len(bundles), len(images), 1 + column + row * len(images))
+            axes.imshow(pixels, extent=(0, 1, 0, 1))
+            axes.imshow(np.maximum(outputs.cam[0], 0), extent=(0, 1, 0, 1), cmap="jet", alpha=0.45, interpolation="bicubic")
+            axes.set_title(f"{bundle.manifest.target}: {best.label} {best.confidence:.0%}", fontsize=9)
+            axes.axis("off")
+        found.append((image.name, answers))
+    FigureCanvasAgg(figure).print_figure(path, dpi=90)
+    return found
+
+
+def page() -> str:
+    """-> docs/results.md."""
+    if not (STORED / "training.json").is_file():
+        raise UsageError(f"{STORED} holds no results; store them first with --run, --report and --reliability.")
+    training = json.loads((STORED / "training.json").read_text())
+    report = msgspec.json.decode((STORED / "report.json").read_bytes(), type=Report)
+    draw_report(report, STORED / "pareto.png")
+    calibrations = draw_reliability(STORED / "reliability.png")
+    attention = draw_attention(STORED / "cam.png")
+    return (
+        "\n\n".join(
+            [
+                "# Results on CIFAR-100",
+                "Generated by `python -m benchmarks.results` from the JSON in `docs/results/`; the model is the one in "
+                "[`examples/cifar100`](../examples/cifar100/README.md).",
+                "## The model",
+                model_text(training),
+                "![validation accuracy, losses and schedules](results/curves.png)",
+                "## What to deploy",
+                deployment_text(report),
+                "![accuracy against latency](results/pareto.png)",
+                "## Calibration",
+                "The temperature is fitted on the validation split and part of the graph; measured here on the 10,000 test images "
+                "through `ffl-predict`:",
+                "\n".join(
+                    f"- `{one['name']}`: accuracy {one['accuracy']:.2%}, mean confidence {one['mean_confidence']:.2%}, "
+                    f"expected calibration error {one['expected_calibration_error']:.4f}"
+                    for one in calibrations
+                ),
+                "![reliability diagrams](results/reliability.png)",
+                "## Where it looks",
+                "Class activation maps of the predicted class on the example images, which the network has never seen "
+                "(two of them are drawings):",
+                "![class activation maps of fused and branch0](results/cam.png)",
+                attention_table(attention),
+                comparison_text(),
+            ]
+        )
+        + "\n"
+    )
+
+
+def model_text(training: dict[str, Any]) -> str:
+    summary, options = training["summary"], training["options"]
+    branches, count = " + ".join(options["model"]["branches"]), summary["test_images"]
+    lines = [
+        f"FFL with {branches}, recipe `{training['recipe']}`: {summary['epochs']} epochs in {summary['seconds'] / 60:.0f} minutes "
+        f"({training['toolchain']['device']}, {training['toolchain']['threads']} threads, {training['toolchain']['precision']}), "
+        f"{training['images_per_class']['train'][0]} training images of each class, the weights of epoch {summary['best_epoch']} "
+        "chosen on the validation split, the test set read once.",
+        "",
+        "    python -m train.run --data CIFAR100_FOLDER --recipe cifar100-resnet32-fast --out runs/cifar100",
+        "",
+        f"| classifier | test accuracy ({count:,} images) | 95 % interval (Wilson) |",
+        "|---|---|---|",
+    ]
+    for name, accuracy in summary["accuracy"].items():
+        interval = wilson_interval(round(accuracy * count), count)
+        lines.append(f"| {name} | {accuracy:.2%} | {interval.low:.2%} to {interval.high:.2%} |")
+    lines += ["", "On the same images, pair by pair (exact McNemar, two-sided, not corrected for their number):", ""]
+    lines += ["| | minus | points | 95 % interval (Tango) | right alone | p |", "|---|---|---|---|---|---|"]
+    for pair in training["pairs"]:
+        low, high = (100 * pair["interval"][side] for side in ("low", "high"))
+        lines.append(
+            f"| {pair['other']} | {pair['one']} | {100 * pair['delta']:+.2f} | {low:+.2f} to {high:+.2f} "
+            f"| {pair['gained']} / {pair['lost']} | {pair['p_different']:.2g} |"
+        )
+    return "\n".join(lines)
+
+
+def deployment_text(report: Report) -> str:
+    body = markdown(report).split("\n", 2)[2].split("![accuracy")[0].strip()
+    return f"{body}\n\n    ffl-export runs/cifar100 --target all --precision int8 --runtime openvino --cam --out bundles/cifar100"
+
+
+def attention_table(attention: list[tuple[str, dict[str, tuple[str, float]]]]) -> str:
+    names = list(attention[0][1])
+    lines = [f"| image | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
+    for image, answers in attention:
+        lines.append(f"| {image} | {' | '.join(f'{label} {confidence:.0%}' for label, confidence in answers.values())} |")
+    return "\n".join(lines)
+
+
+def comparison_text() -> str:
+    """-> a link to the comparison of methods, where it has been made."""
+    files = [name for name in ("compare-cifar100", "ablations-cifar100") if (DOCS / f"{name}.md").is_file()]
+    if not files:
+        return "## What this does not show\n\nOne run, one seed: nothing here says that FFL beats another method."
+    links = ", ".join(f"[{name}]({name}.md)" for name in files)
+    return f"## Against other methods\n\n{links}\n\n## What this does not show\n\nThe model above is one run with one seed."
+
+
+def main(argv: list[str]) -> int:
+    """-> exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, metavar="RUN", help="store this finished run")
+    parser.add_argument("--report", type=Path, metavar="JSON", help="report.json of its export")
+    parser.add_argument(
+        "--reliability", type=Path, nargs="*", default=[], metavar="JSON", help="TARGET.report.json of ffl-predict"
+    )
+    arguments = parser.parse_args(argv)
+    if (arguments.run is None) != (arguments.report is None):
+        raise UsageError("--run and --report belong together; give both.")
+    if arguments.run:
+        collect(arguments.run, arguments.report, arguments.reliability)
+    (DOCS / "results.md").write_text(page())
+    print(DOCS / "results.md")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
