@@ -161,9 +161,9 @@ def page() -> str:
 
 def model_text(training: dict[str, Any]) -> str:
     summary, options = training["summary"], training["options"]
-    branches, count = " + ".join(options["model"]["branches"]), summary["test_images"]
+    branches, count, minutes = " + ".join(options["model"]["branches"]), summary["test_images"], summary["seconds"] / 60
     lines = [
-        f"FFL with {branches}, recipe `{training['recipe']}`: {summary['epochs']} epochs in {summary['seconds'] / 60:.0f} minutes "
+        f"FFL with {branches}, recipe `{training['recipe']}`: {summary['epochs']} epochs in {minutes:.0f} minutes "
         f"({training['toolchain']['device']}, {training['toolchain']['threads']} threads, {training['toolchain']['precision']}), "
         f"{training['images_per_class']['train'][0]} training images of each class, the weights of epoch {summary['best_epoch']} "
         "chosen on the validation split, the test set read once.",
