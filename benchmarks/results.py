@@ -139,7 +139,7 @@ def page() -> str:
                 deployment_text(report),
                 "![accuracy against latency](results/pareto.png)",
                 "## Calibration",
-                "The temperature is fitted on the validation split and part of the graph; measured here on the 10,000 test images "
+                "The temperature is fitted on the validation split and part of the graph; measured here on the test images "
                 "through `ffl-predict`:",
                 "\n".join(
                     f"- `{one['name']}`: accuracy {one['accuracy']:.2%}, mean confidence {one['mean_confidence']:.2%}, "

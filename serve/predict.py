@@ -1,14 +1,14 @@
-"""`ffl-predict BUNDLE INPUT... --out FILE`: classify images, exactly one row per input, in order."""
+"""`ffl-predict BUNDLE INPUT... [--out FILE]`: classify images, exactly one row per input, in order."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ffl_deploy.command import run_command
-from ffl_deploy.errors import DONE, SOME_INPUTS_FAILED, UsageError
+from ffl_deploy.errors import DONE, SOME_INPUTS_FAILED, Interrupted, UsageError
 from serve.supervise import Recovery, supervise
 
 DESCRIPTION = """\
@@ -16,7 +16,7 @@ Classify images with an exported bundle: exactly one row per input, in input ord
 
 INPUT is a file, a folder (searched recursively), a quoted glob, a zip or tar archive (streamed, never unpacked), a CSV or
 Parquet table with a column of paths or image bytes, or - for paths on standard input. An image that cannot be used gets a
-row that says why, and the run goes on.
+row that says why, and the run goes on. Without --out the rows are printed.
 
 Exit: 0 all rows ok; 1 corrupt bundle, full disk; 2 unusable input; 3 finished, some rows have errors; 130 interrupted (--resume).
 """
@@ -26,7 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("ffl-predict", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", metavar="BUNDLE", help="folder that ffl-export wrote")
     parser.add_argument("inputs", metavar="INPUT", nargs="+", help="what to classify")
-    parser.add_argument("--out", metavar="FILE", required=True, type=Path, help="predictions; the suffix chooses the format")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="where the rows go; the suffix chooses the format")
     parser.add_argument("--format", choices=("parquet", "jsonl", "csv"), help="default: by the suffix of FILE, else parquet")
     parser.add_argument("--variant", metavar="NAME", help="of the bundle (default: fp32)")
     parser.add_argument("--runtime", metavar="NAME", help="onnxruntime, openvino or tensorrt (default: the variant's own)")
@@ -60,26 +60,40 @@ def positive(text: str) -> int:
 
 def main(argv: Sequence[str]) -> int:
     """Run in this process: for tests and for programs that call the command."""
-    return run(build_parser().parse_args(argv), Recovery())
+    arguments = build_parser().parse_args(argv)
+    return delivered(arguments, lambda out: run(arguments, out, Recovery()))
 
 
 def supervised_main(argv: Sequence[str]) -> int:
     """Run in a child process that is restarted when it dies."""
     arguments = build_parser().parse_args(argv)
-    return supervise(lambda recovery: run_command(lambda _: run(arguments, recovery)))
+    return delivered(arguments, lambda out: supervise(lambda recovery: run_command(lambda _: run(arguments, out, recovery))))
 
 
-def run(arguments: argparse.Namespace, recovery: Recovery) -> int:
-    """Do what the flags say; -> the exit code."""
+def delivered(arguments: argparse.Namespace, job: Callable[[Path], int]) -> int:
+    """Run `job` on --out, or on a temporary file whose rows are then printed; -> its exit code."""
+    if arguments.out:
+        if arguments.out.is_dir():
+            raise UsageError(f"{arguments.out} is a folder; give --out a file inside it.")
+        return job(arguments.out)
+    from serve.screen import rows_on_screen, show
+
+    with rows_on_screen(arguments) as rows:
+        code = job(rows)
+        if code in (DONE, SOME_INPUTS_FAILED):
+            show(rows, arguments.format)
+    return code
+
+
+def run(arguments: argparse.Namespace, out: Path, recovery: Recovery) -> int:
+    """Do what the flags say, with the rows in `out`; -> the exit code."""
     from serve.job import Job
     from serve.runner import run_job
 
-    if arguments.out.is_dir():
-        raise UsageError(f"{arguments.out} is a folder; give --out a file inside it.")
     job = Job(
         bundle=arguments.bundle,
         inputs=list(arguments.inputs),
-        out=arguments.out,
+        out=out,
         format=arguments.format,
         variant=arguments.variant,
         runtime=arguments.runtime,
@@ -94,9 +108,12 @@ def run(arguments: argparse.Namespace, recovery: Recovery) -> int:
         resume=arguments.resume,
         engine=arguments.engine,
         recovery=recovery,
-        report="quiet" if arguments.quiet else "json" if arguments.json else "screen",
+        report="quiet" if arguments.quiet or not arguments.out else "json" if arguments.json else "screen",
     )
-    errors = run_job(job)
+    try:
+        errors = run_job(job)
+    except Interrupted as stopped:
+        raise stopped if arguments.out else Interrupted("interrupted; a run with --out FILE can be resumed.") from None
     return SOME_INPUTS_FAILED if errors else DONE
 
 

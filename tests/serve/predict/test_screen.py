@@ -1,0 +1,60 @@
+"""Without --out the rows are printed."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from ffl_deploy.bundle import Bundle
+from ffl_deploy.command import run_command
+from serve.predict import main
+
+
+def predict(bundle: Bundle, *arguments: object) -> int:
+    return run_command(main, [str(bundle.folder), *map(str, arguments)])
+
+
+def test_a_line_per_input(tiny_bundle: Bundle, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "bad.jpg").write_bytes(b"no image")
+    assert predict(tiny_bundle, folder, "--top-k", "2") == 3
+    printed = capsys.readouterr()
+    lines = printed.out.splitlines()
+    assert printed.err == ""
+    (expected,) = tiny_bundle.predict([folder / "a.jpg"], top_k=2)
+    shown = ", ".join(f"{label} {100 * value:.1f} %" for label, value in expected.top)
+    assert lines[0] == f"{folder / 'a.jpg'}: {shown}"
+    assert [line.split(": ")[0] for line in lines] == [str(folder / name) for name in ("a.jpg", "b.png", "bad.jpg", "sub/c.webp")]
+    assert "(" in lines[2]
+    assert "%" not in lines[2]
+
+
+def test_machines_get_rows(tiny_bundle: Bundle, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert predict(tiny_bundle, folder, "--format", "jsonl") == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert predict(tiny_bundle, folder, "--format", "csv") == 0
+    table = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [row["label"] for row in rows] == [row["label"] for row in table]
+    assert len(rows) == 3
+
+
+def test_nothing_is_left_behind(tiny_bundle: Bundle, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    assert predict(tiny_bundle, folder / "a.jpg") == 0
+    assert list(scratch.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"), [("--resume", "give its --out"), ("--json", "with --out"), ("--format=parquet", "give --out FILE")]
+)
+def test_flags_that_need_a_file_say_so(
+    flag: str, words: str, tiny_bundle: Bundle, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert predict(tiny_bundle, folder, flag) == 2
+    assert words in capsys.readouterr().err
