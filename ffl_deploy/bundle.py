@@ -13,11 +13,12 @@ import threading
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import msgspec
 import numpy as np
 
+from ffl_deploy.arrays import read_arrays
 from ffl_deploy.command import choices_sentence
 from ffl_deploy.errors import CheckError, UsageError
 from ffl_deploy.files import replace_file, sha256_of, write_atomically
@@ -40,7 +41,7 @@ class InputTensor(msgspec.Struct, frozen=True):
     dtype: str = "uint8"
     layout: str = "NHWC"
     color: str = "RGB"
-    batch: int | None = None  # the only batch size the graph takes; None: any
+    batch: Annotated[int, msgspec.Meta(ge=1)] | None = None  # the only batch size the graph takes; None: any
 
 
 class OutputTensor(msgspec.Struct, frozen=True):
@@ -67,7 +68,7 @@ class Source(msgspec.Struct, frozen=True):
 class Precision(msgspec.Struct, frozen=True):
     """What the file stores and what the processor that verified it computed in; they differ more often than one thinks."""
 
-    stored: str
+    stored: Literal["fp32", "fp16", "bf16", "int8"]
     computed: str
 
 
@@ -175,11 +176,25 @@ class Bundle:
             raise CheckError(f"{path} was changed since export (SHA-256 differs); export the bundle again or copy it anew.")
         return path
 
+    @property
+    def temperature(self) -> float:
+        """What the graph divides the logits by before the softmax. Raises CheckError where the manifest has no number for it."""
+        value = (self.manifest.calibration or {}).get("temperature", 1.0)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+            raise CheckError(f"{self.folder / MANIFEST} gives the temperature {value!r}; export the bundle again.")
+        return float(value)
+
     def golden(self) -> GoldenSamples:
-        """-> the golden samples, after a hash check. Raises CheckError."""
+        """-> the golden samples, after a check of their hash and shapes. Raises CheckError."""
         path = self.checked_file(self.manifest.golden.file)
-        with np.load(path, allow_pickle=False) as arrays:
-            return GoldenSamples(arrays["images"], arrays["labels"], arrays["logits"])
+        arrays = read_arrays(path, GoldenSamples._fields)
+        samples = GoldenSamples(**{name: arrays[name] for name in GoldenSamples._fields})
+        size, count = self.preprocessing, len(np.atleast_1d(samples.labels))
+        shapes = [(count, size.height, size.width, 3), (count,), (count, len(self.classes))]
+        if [array.shape for array in samples] != shapes or samples.images.dtype != np.uint8 or count == 0:
+            found = ", ".join(f"{name} {array.dtype} {list(array.shape)}" for name, array in samples._asdict().items())
+            raise CheckError(f"{path} does not hold samples of this bundle ({found}); export the bundle again.")
+        return samples
 
     def session(self, variant: str | None = None, runtime: str | None = None, threads: int | None = None) -> Session:
         """-> a new Session on `variant` (fp32) with `runtime` (the variant's own), using `threads` cores (all)."""
@@ -200,16 +215,21 @@ class Bundle:
 
         Args:
             images: uint8 RGB arrays [height, width, 3] of any size, encoded images as bytes, or paths of image files.
-            top_k: classes in `Prediction.top` (at most all of them).
+            top_k: classes in `Prediction.top` (at least 1, at most all of them).
             variant, runtime: as for `session`.
             batch_size: images in one inference; bounds the memory, does not change the answers beyond the last bit.
-        Raises ImageError (with the image's path or position) for one that cannot be decoded, ValueError for an array of
-        another kind, UsageError and CheckError as `session`. For a row per image, errors included, use ffl-predict.
+        Raises ImageError (with the image's path or position) for one that cannot be decoded, OSError for a path that cannot
+        be read, ValueError for an array of another kind and for numbers below 1, CheckError where the model's output is not
+        finite, UsageError and CheckError as `session`. For a row per image, errors included, use ffl-predict.
 
         Thread-safe: one session per (variant, runtime) is opened, at the first call, and shared by all threads.
         """
         from ffl_deploy.images import prepare
 
+        if isinstance(images, str | bytes | os.PathLike):
+            raise ValueError(f"images is one {type(images).__name__}; give a list: predict([image])")
+        if top_k < 1 or batch_size < 1:
+            raise ValueError(f"top_k is {top_k} and batch_size is {batch_size}; both have to be at least 1")
         session = self._shared_session(variant, runtime)
         predictions: list[Prediction] = []
         for start in range(0, len(images), batch_size):
@@ -218,6 +238,9 @@ class Bundle:
                 for offset, image in enumerate(images[start : start + batch_size])
             ]
             outputs = session.run(np.stack(batch))
+            bad = np.flatnonzero(~(np.isfinite(outputs.logits).all(axis=1) & np.isfinite(outputs.probabilities).all(axis=1)))
+            if len(bad):
+                raise CheckError(f"the model's output for image {start + bad[0]} is not a finite number.")
             predictions += [self.prediction(outputs.logits[i], outputs.probabilities[i], top_k) for i in range(len(batch))]
         return predictions
 
@@ -269,7 +292,7 @@ def read_manifest(path: Path) -> Manifest:
     """-> a manifest whose schema is known and whose names stay inside its folder. Raises CheckError."""
     try:
         manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CheckError(f"{path} is not a valid manifest ({error}); export the bundle again.") from error
     if manifest.schema != SCHEMA:
         raise CheckError(f"{path} has schema {manifest.schema}, this version reads {SCHEMA}; export the bundle again.")

@@ -12,7 +12,7 @@ import os
 import re
 import warnings
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
@@ -90,10 +90,10 @@ class Preprocessing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     `size / crop_fraction` and cuts out the centre (torchvision's Resize + CenterCrop with 0.875 = 256 -> 224).
     """
 
-    height: int
-    width: int
+    height: Annotated[int, msgspec.Meta(ge=1)]
+    width: Annotated[int, msgspec.Meta(ge=1)]
     resize: Literal["stretch", "crop"] = "crop"
-    crop_fraction: float = 1.0
+    crop_fraction: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
     filter: Literal["box", "bilinear", "bicubic", "lanczos"] = "bilinear"
 
 

@@ -30,7 +30,7 @@ def refuse_external_data(path: Path) -> None:
     """Raises CheckError where the ONNX file keeps a tensor in another file, or is not an ONNX file."""
     try:
         names = list(_external_tensors(memoryview(path.read_bytes()), "model"))
-    except (IndexError, ValueError) as error:
+    except (IndexError, ValueError, RecursionError) as error:  # the last: messages in messages, a thousand deep
         raise CheckError(f"{path} is not a readable ONNX file ({error}); export the bundle again.") from error
     if names:
         raise CheckError(

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from ffl_deploy.arrays import read_arrays
 from ffl_deploy.datasets import DataSpec
 from ffl_deploy.errors import CheckError, UsageError
 from ffl_deploy.files import existing_folder, write_atomically
@@ -99,18 +100,30 @@ class Run:
         return folder
 
     def reference(self, checkpoint: str, classifier: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """-> (images uint8 [n, h, w, 3], labels int64 [n], logits float32 [n, classes]) of training's own evaluation."""
+        """-> (images uint8 [n, h, w, 3], labels int64 [n], logits float32 [n, classes]) of training's own evaluation.
+
+        Raises UsageError where there is none of this classifier, CheckError where the file is damaged.
+        """
+        arrays = self._evaluation()
+        key = f"{checkpoint}/{classifier}"
+        if key not in arrays:
+            raise UsageError(
+                f"{self.folder / REFERENCE} has no logits of {key}; it has {', '.join(k for k in arrays if '/' in k)}."
+            )
+        return arrays["images"], arrays["labels"], arrays[key]
+
+    def reference_rows(self) -> np.ndarray:
+        """-> int64 [n]: which images of the test split those of `reference` are."""
+        return self._evaluation()["indices"]
+
+    def _evaluation(self) -> dict[str, np.ndarray]:
         path = self.folder / REFERENCE
         if not path.is_file():
             raise UsageError(
                 f"{self.folder} has no {REFERENCE}, which training writes at its end; finish it with: "
                 f"python -m train.run --resume {self.folder}"
             )
-        with np.load(path, allow_pickle=False) as arrays:
-            key = f"{checkpoint}/{classifier}"
-            if key not in arrays:
-                raise UsageError(f"{path} has no logits of {key}; it has {', '.join(k for k in arrays if '/' in k)}.")
-            return arrays["images"], arrays["labels"], arrays[key]
+        return read_arrays(path, ("images", "labels", "indices"))
 
 
 def load_run(folder: str | os.PathLike[str]) -> Run:

@@ -53,9 +53,8 @@ def check_parity(bundle: Bundle, variant: Variant, runtime: str | None = None, t
     """
     golden = bundle.golden()
     session = bundle.session(variant.name, runtime, threads)
-    temperature = (bundle.manifest.calibration or {}).get("temperature") or 1.0
     batches = sorted({1, min(7, len(golden.images)), len(golden.images)})
-    measured = measure(session.run, golden.images, golden.logits, batches, temperature)
+    measured = measure(session.run, golden.images, golden.logits, batches, bundle.temperature)
     gate = PARITY_GATES[gate_precision(variant.precision.stored, session.computed or variant.precision.computed)]
     return ParityRecord(gate, measured, judge(measured, gate))
 

@@ -30,14 +30,7 @@ def predict_shards(run: Run, items: Iterator[Item]) -> None:
 
     rows: list[Row] = []
     labels: list[str | None] = []
-    for finished in run_pipeline(
-        work(),
-        classifier,
-        run.bundle.preprocessing,
-        batch_size=settings.batch_size,
-        decoders=settings.decoders,
-        streams=settings.streams,
-    ):
+    for finished in run_pipeline(work(), classifier, run.bundle.preprocessing, settings):
         rows += finished.rows
         labels += finished.labels
         run.totals.add_timing(finished.decode_seconds, [finished.infer_seconds])

@@ -142,9 +142,8 @@ def verify(bundle: Bundle, variant: Variant, session: Session, max_batch: int) -
     It also is the warm-up: the largest and the smallest batch have run before the first request. Raises CheckError.
     """
     golden = bundle.golden()
-    temperature = (bundle.manifest.calibration or {}).get("temperature") or 1.0
     gate = PARITY_GATES[gate_precision(variant.precision.stored, session.computed or variant.precision.computed)]
-    verdict = judge(measure(session.run, golden.images, golden.logits, [1, max_batch], temperature), gate)
+    verdict = judge(measure(session.run, golden.images, golden.logits, [1, max_batch], bundle.temperature), gate)
     if verdict.failed:
         found = "; ".join(map(str, verdict.findings))
         raise CheckError(f"{bundle.folder} does not give its golden answers here ({found}); run ffl-verify, or export it again.")

@@ -19,6 +19,7 @@ from ffl_deploy.images import ImageError, Pixels, Preprocessing, decode, prepare
 from ffl_deploy.runtime import Outputs, Session
 from serve.items import Item
 from serve.rows import OK, Row
+from serve.shards import Settings
 
 DECODE_CHUNK = 16  # items a decoding thread takes at a time: hand-over costs 30 us, a small image decodes in 50
 ANIMATED = "animated: only the first frame was classified"
@@ -147,20 +148,21 @@ def chunks(items: Iterable[Item], shard: int, batch_size: int) -> Iterator[Chunk
 
 
 def run_pipeline(
-    work: Iterable[Chunk], classifier: Classifier, preprocessing: Preprocessing, *, batch_size: int, decoders: int, streams: int
+    work: Iterable[Chunk], classifier: Classifier, preprocessing: Preprocessing, settings: Settings
 ) -> Iterator[Finished]:
     """Yield each batch's rows in order, while later batches are decoded and classified.
 
-    Args: decoders: decoding threads. streams: batches in inference at the same time.
+    Of the settings it needs the batch size, the decoding threads and the streams.
     At most about `decoders` + 2 batches of decoded, resized images are held, however many items there are.
     """
+    ahead = settings.decoders + 2 * -(-settings.batch_size // DECODE_CHUNK)  # chunks
 
     def decode_chunk(chunk: Chunk) -> tuple[Chunk, list[Prepared]]:
         return chunk, [prepare_item(item, preprocessing) for item in chunk.items]
 
     def batches() -> Iterator[tuple[Chunk, list[Prepared]]]:
         batch: list[Prepared] = []
-        for chunk, prepared in ordered_map(decode_chunk, work, decoding, decoders + 2 * -(-batch_size // DECODE_CHUNK)):
+        for chunk, prepared in ordered_map(decode_chunk, work, decoding, ahead):
             batch += prepared
             if chunk.ends_batch:
                 yield chunk, batch
@@ -176,11 +178,11 @@ def run_pipeline(
         )
 
     with ExitStack() as stack:
-        decoding = ThreadPoolExecutor(decoders, "decode")
-        inferring = ThreadPoolExecutor(streams, "infer")
+        decoding = ThreadPoolExecutor(settings.decoders, "decode")
+        inferring = ThreadPoolExecutor(settings.streams, "infer")
         stack.callback(decoding.shutdown, cancel_futures=True)
         stack.callback(inferring.shutdown, cancel_futures=True)
-        yield from ordered_map(classify, batches(), inferring, streams + 1)
+        yield from ordered_map(classify, batches(), inferring, settings.streams + 1)
 
 
 def ordered_map(

@@ -52,14 +52,8 @@ class ShardMaker:
         labels: list[str | None] = []
         decode_seconds: list[float] = []
         infer_seconds: list[float] = []
-        for finished in run_pipeline(
-            chunks(map(item_of, items), index, settings.batch_size),
-            self.classifier,
-            self.bundle.preprocessing,
-            batch_size=settings.batch_size,
-            decoders=settings.decoders,
-            streams=settings.streams,
-        ):
+        work = chunks(map(item_of, items), index, settings.batch_size)
+        for finished in run_pipeline(work, self.classifier, self.bundle.preprocessing, settings):
             rows += finished.rows
             labels += finished.labels
             decode_seconds += finished.decode_seconds

@@ -9,6 +9,7 @@ import msgspec
 import numpy as np
 from scipy import stats
 
+from ffl_deploy.arrays import read_arrays
 from ffl_deploy.checkpoint import build_network
 from ffl_deploy.networks.targets import build_target, target_names
 from ffl_deploy.run_directory import PREDICTIONS, SUMMARY, Run, load_run
@@ -114,8 +115,8 @@ def compare(planned: Sequence[PlannedRun], reference: str, command: str) -> Comp
 
 def read_finished(planned: PlannedRun) -> Finished:
     summary = msgspec.json.decode((planned.folder / SUMMARY).read_bytes())
-    with np.load(planned.folder / PREDICTIONS, allow_pickle=False) as arrays:
-        right = {name: arrays[name] == arrays["labels"] for name in arrays if name != "labels"}
+    arrays = read_arrays(planned.folder / PREDICTIONS, ("labels",))
+    right = {name: arrays[name] == arrays["labels"] for name in arrays if name != "labels"}
     return Finished(planned.seed, load_run(planned.folder), summary["accuracy"], summary["seconds"], right)
 
 

@@ -120,13 +120,18 @@ def test_a_clean_file_passes(export_with: Callable[[Fault], tuple[int, str]]) ->
 def test_faults_in_the_graph_are_caught_and_located(
     export_with: Callable[[Fault], tuple[int, str]], fault: Callable[[onnx.ModelProto], None], said: list[str]
 ) -> None:
-    start = time.process_time()  # not the wall: other tests may share the cores
     code, error = export_with(lambda path: edit(path, fault))
     assert code == 1
     assert "Traceback" not in error
     for part in said:
         assert part in error, error
-    assert time.process_time() - start < 10, "locating a mismatch takes under ten seconds"
+
+
+@pytest.mark.slow
+def test_locating_a_mismatch_takes_under_ten_seconds(export_with: Callable[[Fault], tuple[int, str]]) -> None:
+    start = time.perf_counter()
+    assert export_with(lambda path: edit(path, perturbed_weight))[0] == 1
+    assert time.perf_counter() - start < 10
 
 
 def test_a_truncated_file_is_caught(export_with: Callable[[Fault], tuple[int, str]]) -> None:

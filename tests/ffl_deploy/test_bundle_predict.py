@@ -15,7 +15,7 @@ from PIL import Image
 
 from ffl_deploy import load_bundle
 from ffl_deploy.bundle import Bundle
-from ffl_deploy.errors import UsageError
+from ffl_deploy.errors import CheckError, UsageError
 from ffl_deploy.images import ImageError
 
 
@@ -57,7 +57,23 @@ def test_errors_name_the_image(tiny_bundle: Bundle, tmp_path: Path) -> None:
             tiny_bundle.predict([good, bad])
     with pytest.raises(UsageError, match="fp32"):
         tiny_bundle.predict([good], variant="fp33")
+    with pytest.raises(FileNotFoundError):
+        tiny_bundle.predict([tmp_path / "gone.jpg"])
+    for one in ("photo.jpg", tmp_path / "bad.jpg", b"<html>"):
+        with pytest.raises(ValueError, match=r"give a list: predict\(\[image\]\)"):
+            tiny_bundle.predict(one)  # type: ignore[arg-type]
+    for numbers in ({"top_k": 0}, {"batch_size": 0}, {"batch_size": -1}):
+        with pytest.raises(ValueError, match="at least 1"):
+            tiny_bundle.predict([good], **numbers)
     assert tiny_bundle.predict([]) == []
+
+
+def test_an_answer_that_is_no_number_is_none(make_bundle: Callable[..., Bundle], tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "nan", nonfinite_above=200.0)
+    dark, white = np.zeros((4, 4, 3), np.uint8), np.full((4, 4, 3), 255, np.uint8)
+    assert len(bundle.predict([dark, dark])) == 2
+    with pytest.raises(CheckError, match="image 3 is not a finite number"):
+        bundle.predict([dark, dark, dark, white], batch_size=2)
 
 
 def test_threads_share_one_session_and_agree(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
+import json
+import os
 import socket
 import subprocess
 import sys
@@ -35,6 +38,16 @@ class Running:
         return self.url.removeprefix("http://")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def patient_clients() -> Iterator[None]:
+    """httpx gives up after 5 s unless told otherwise; a busy machine may take longer, and no test is about that."""
+    default = inspect.signature(httpx.get).parameters["timeout"].default
+    with pytest.MonkeyPatch.context() as patch:
+        for part in ("connect", "read", "write", "pool"):
+            patch.setattr(default, part, 60.0)
+        yield
+
+
 @pytest.fixture(scope="session")
 def two_bundles(make_bundle: Callable[..., Bundle], tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, Bundle]:
     """`fused` and `branch0`: two models of one run, 32 x 32, in one folder."""
@@ -57,7 +70,7 @@ def serve_in_thread(settings: Settings) -> Iterator[Running]:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [port]})
         thread.start()
         try:
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 120
             while not service.ready:
                 assert service.failure is None, service.failure
                 assert time.monotonic() < deadline
@@ -82,30 +95,21 @@ def server(two_bundles: tuple[Bundle, Bundle]) -> Iterator[Running]:
 
 
 @contextlib.contextmanager
-def start_process(
-    *arguments: str, module: str = "serve.app", wait: float = 60, env: dict[str, str] | None = None
-) -> Iterator[Running]:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", module, *arguments, "--port", str(port), "--log-format", "json"]
-    log = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed below; a pipe that nobody reads would stop the server once it is full
+def start_process(*arguments: str, env: dict[str, str] | None = None) -> Iterator[Running]:
+    command = [sys.executable, "-m", "serve.app", *arguments, "--port", "0", "--log-format", "json"]
+    log = tempfile.TemporaryFile()  # noqa: SIM115  # closed below; a pipe that nobody reads would stop the server once it is full
     process = subprocess.Popen(command, stderr=log, text=True, env=env, cwd=Path(__file__).parents[2])
-    url = f"http://127.0.0.1:{port}"
 
     def read_log() -> str:
-        log.seek(0)
-        return log.read()
+        return os.pread(log.fileno(), 1 << 24, 0).decode()  # leaves the position, which the process shares, where it is
 
     try:
-        deadline = time.monotonic() + wait
-        while wait:
+        deadline = time.monotonic() + 120
+        while not (ready := [line for line in read_log().split("\n")[:-1] if '"message": "ready"' in line]):
             assert process.poll() is None, read_log()
-            assert time.monotonic() < deadline
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"{url}/v2/health/ready").status_code == 200:
-                    break
+            assert time.monotonic() < deadline, read_log()
             time.sleep(0.02)
-        yield Running(url, process=process, read_log=read_log)
+        yield Running(json.loads(ready[0])["url"], process=process, read_log=read_log)
     finally:
         if process.poll() is None:
             process.kill()

@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -24,6 +25,7 @@ from PIL import Image
 from ffl_deploy.bundle import Bundle
 from ffl_deploy.errors import CheckError, UsageError
 from ffl_deploy.images import decode, prepare
+from ffl_deploy.runtime import Session
 from serve.app import model_spec, parse_arguments
 from serve.settings import Limits, ModelSpec, Settings
 
@@ -45,6 +47,18 @@ def json_request(images: np.ndarray, **fields: Any) -> dict[str, Any]:
     return {"inputs": [{"name": "images", "shape": list(images.shape), "datatype": "UINT8", "data": images.tolist()}], **fields}
 
 
+def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.01)
+
+
+def session_of(server: Any, bundle: Bundle) -> Session:
+    """-> the session that serves `bundle`: one with another number of threads may differ in the last bit."""
+    return server.service.models[bundle.name].session  # type: ignore[no-any-return]
+
+
 def test_tritonclient_speaks_to_it_and_gets_the_bits_of_the_session(server: Any, two_bundles: tuple[Bundle, Bundle]) -> None:
     """The official client, with its defaults (binary tensors, no JSON content type), for every model and batch size."""
     from tritonclient import http as triton
@@ -59,7 +73,7 @@ def test_tritonclient_speaks_to_it_and_gets_the_bits_of_the_session(server: Any,
             assert client.is_model_ready(bundle.name, "1")
             metadata = client.get_model_metadata(bundle.name)
             assert metadata["inputs"] == [{"name": "images", "datatype": "UINT8", "shape": [-1, 32, 32, 3]}]
-            session = bundle.session()
+            session, independent = session_of(server, bundle), bundle.session()
             for count in (1, 2, 7, 32):
                 images = pixels_of(bundle, count)
                 tensor = triton.InferInput("images", list(images.shape), "UINT8").set_data_from_numpy(images)
@@ -68,6 +82,7 @@ def test_tritonclient_speaks_to_it_and_gets_the_bits_of_the_session(server: Any,
                 assert result.get_response()["id"] == "r1"
                 assert result.as_numpy("logits").tobytes() == expected.logits.tobytes()
                 assert result.as_numpy("probabilities").tobytes() == expected.probabilities.tobytes()
+                np.testing.assert_allclose(expected.logits, independent.run(images).logits, rtol=1e-4, atol=1e-5)
         wanted = [triton.InferRequestedOutput("probabilities", class_count=2)]
         labels = client.infer("fused", [tensor], outputs=wanted).as_numpy("probabilities")
         best = two_bundles[0].classes[int(two_bundles[0].session().run(images).probabilities[0].argmax())]
@@ -80,7 +95,7 @@ def test_encoded_files_are_decoded_as_ffl_predict_decodes_them(server: Any, two_
 
     files = [png(1), png(2, (200, 100))]
     bundle = two_bundles[0]
-    expected = bundle.session().run(np.stack([prepare(decode(file).pixels, bundle.preprocessing) for file in files]))
+    expected = session_of(server, bundle).run(np.stack([prepare(decode(file).pixels, bundle.preprocessing) for file in files]))
     with contextlib.closing(triton.InferenceServerClient(server.address)) as client:
         tensor = triton.InferInput("encoded", [2], "BYTES").set_data_from_numpy(np.array(files, dtype=np.object_))
         result = client.infer("fused", [tensor])
@@ -94,7 +109,7 @@ def test_json_request_and_response(server: Any, two_bundles: tuple[Bundle, Bundl
     assert response.status_code == 200
     assert answer["id"] == "a"
     outputs = {output["name"]: output for output in answer["outputs"]}
-    expected = two_bundles[0].session().run(images)
+    expected = session_of(server, two_bundles[0]).run(images)
     assert np.float32(outputs["logits"]["data"]).tobytes() == expected.logits.tobytes()
     assert outputs["probabilities"]["shape"] == [2, 3]
 
@@ -200,7 +215,7 @@ def test_overload_is_refused_at_once_with_exact_counts(
 
         def held(images: np.ndarray) -> Any:
             entered.set()
-            assert release.wait(20)
+            assert release.wait(120)
             return run(images)
 
         monkeypatch.setattr(model.batcher, "_run", held)
@@ -208,15 +223,15 @@ def test_overload_is_refused_at_once_with_exact_counts(
         answers: list[httpx.Response] = []
 
         def ask() -> None:
-            answers.append(httpx.post(url, json=json_request(pixels_of(bundle, 1)), timeout=30))
+            answers.append(httpx.post(url, json=json_request(pixels_of(bundle, 1)), timeout=120))
 
         first = threading.Thread(target=ask)
         first.start()
-        assert entered.wait(10)
+        assert entered.wait(60)
         others = [threading.Thread(target=ask) for _ in range(10)]
         for thread in others:
             thread.start()
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while len(answers) < 8 and time.monotonic() < deadline:
             time.sleep(0.01)
         assert [answer.status_code for answer in answers] == [503] * 8
@@ -240,23 +255,24 @@ def test_a_client_that_goes_away_frees_its_place(
 
         def held(images: np.ndarray) -> Any:
             entered.set()
-            assert release.wait(20)
+            assert release.wait(120)
             ran.append(len(images))
             return run(images)
 
         monkeypatch.setattr(batcher, "_run", held)
         url = f"{running.url}/v2/models/fused/infer"
         first = threading.Thread(
-            target=httpx.post, args=(url,), kwargs={"json": json_request(pixels_of(bundle, 1)), "timeout": 30}
+            target=httpx.post, args=(url,), kwargs={"json": json_request(pixels_of(bundle, 1)), "timeout": 120}
         )
         first.start()
-        assert entered.wait(10)
-        with pytest.raises(httpx.ReadTimeout):
-            httpx.post(url, json=json_request(pixels_of(bundle, 9)), timeout=0.3)
-        deadline = time.monotonic() + 5
-        while batcher.waiting_images and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert batcher.waiting_images == 0
+        assert entered.wait(60)
+        body = json.dumps(json_request(pixels_of(bundle, 9))).encode()
+        host, port = running.address.split(":")
+        with socket.create_connection((host, int(port))) as connection:
+            head = f"POST /v2/models/fused/infer HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n\r\n"
+            connection.sendall(head.encode() + body)
+            wait_until(lambda: batcher.waiting_images == 9)
+        wait_until(lambda: batcher.waiting_images == 0)
         release.set()
         first.join()
         assert ran == [1]
@@ -271,7 +287,7 @@ def test_it_is_live_before_it_is_ready_and_ready_only_when_every_bundle_is_verif
 
     def slow(spec: ModelSpec, *arguments: Any) -> Any:
         if spec.name == "branch0":
-            assert release.wait(20)
+            assert release.wait(120)
         return real(spec, *arguments)
 
     monkeypatch.setattr(serve.service, "open_model", slow)
@@ -283,9 +299,9 @@ def test_it_is_live_before_it_is_ready_and_ready_only_when_every_bundle_is_verif
 
         del serve.app
         try:
-            port = ports.get(timeout=10)
+            port = ports.get(timeout=60)
             with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
-                deadline = time.monotonic() + 10
+                deadline = time.monotonic() + 60
                 while time.monotonic() < deadline:
                     with contextlib.suppress(httpx.TransportError):
                         if client.get("/v2/models/fused/ready").status_code == 200:
@@ -340,7 +356,7 @@ def test_a_corrupt_bundle_ends_the_server_with_code_1_and_one_sentence(
     else:
         (bad.folder / "bundle.json").write_text("{")
     command = [sys.executable, "-m", "serve.app", str(good.folder), str(bad.folder), "--port", "0", "--no-demo"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     assert "error: " in last
@@ -396,26 +412,28 @@ def test_names(tmp_path: Path) -> None:
 
 
 def test_sigterm_drains_and_exits_0(two_bundles: tuple[Bundle, Bundle], serve_process: Start) -> None:
-    with serve_process(str(two_bundles[0].folder), "--no-demo", "--drain", "0.5") as running, httpx.Client() as client:
+    """The first signal drains for as long as it was told to, a second one ends that."""
+    with serve_process(str(two_bundles[0].folder), "--no-demo", "--drain", "200") as running, httpx.Client() as client:
         assert client.get(f"{running.url}/v2/health/ready").status_code == 200
         running.process.send_signal(signal.SIGTERM)
-        time.sleep(0.2)
+        wait_until(lambda: client.get(f"{running.url}/v2/health/ready").status_code != 200)
         draining = client.get(f"{running.url}/v2/health/ready")
         assert (draining.status_code, draining.json()["phase"]) == (503, "draining")
         answered = client.post(f"{running.url}/v2/models/fused/infer", json=json_request(pixels_of(two_bundles[0], 1)))
         assert answered.status_code == 200
-        assert running.process.wait(10) == 0
+        running.process.send_signal(signal.SIGTERM)
+        assert running.process.wait(60) == 0
         log = [json.loads(line) for line in running.read_log().splitlines()]
         assert [entry["message"] for entry in log if entry["level"] == "info"] == ["model verified", "ready", "draining"]
 
 
 def test_an_open_page_does_not_hold_up_the_end(two_bundles: tuple[Bundle, Bundle], serve_process: Start) -> None:
     """Every page of the demo holds a stream that never ends by itself."""
-    with serve_process(str(two_bundles[0].folder), "--drain", "0", "--shutdown", "60") as running:
-        with httpx.stream("GET", f"{running.url}/gradio_api/heartbeat/x", timeout=30) as stream:
+    with serve_process(str(two_bundles[0].folder), "--drain", "0", "--shutdown", "200") as running:
+        with httpx.stream("GET", f"{running.url}/gradio_api/heartbeat/x", timeout=60) as stream:
             assert next(stream.iter_lines()) == "data: ALIVE"
             running.process.terminate()
-            assert running.process.wait(25) == 0
+            assert running.process.wait(100) == 0
         assert "Traceback" not in running.read_log()
 
 

@@ -24,7 +24,7 @@ class Model:
 
     def __call__(self, images: np.ndarray) -> Outputs:
         self.entered.set()
-        assert self.gate.wait(10)
+        assert self.gate.wait(60)
         self.batches.append(len(images))
         if (images == 255).any():
             raise ValueError("bad image")
@@ -44,7 +44,7 @@ def run(body: Callable[[MicroBatcher, Model], object], **options: int) -> None:
         await body(batcher, model)  # type: ignore[misc]
 
     try:
-        asyncio.run(asyncio.wait_for(main(), 20))
+        asyncio.run(asyncio.wait_for(main(), 60))
     finally:
         model.gate.set()
         batcher.close()
@@ -55,17 +55,21 @@ async def held(batcher: MicroBatcher, model: Model) -> asyncio.Task[Outputs]:
     model.gate.clear()
     model.entered.clear()
     task = asyncio.create_task(batcher.infer(image(0)))
-    while not model.entered.is_set():
-        await asyncio.sleep(0.001)
+    await until(model.entered.is_set)
     return task
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Let the loop and the batcher's threads go on until the condition holds; `run` ends a test in which it never does."""
+    while not condition():
+        await asyncio.sleep(0.001)
 
 
 def test_waiting_requests_run_together_and_each_gets_its_own_rows() -> None:
     async def body(batcher: MicroBatcher, model: Model) -> None:
         first = await held(batcher, model)
         tasks = [asyncio.create_task(batcher.infer(image(value, count))) for value, count in [(1, 1), (2, 3), (3, 2)]]
-        await asyncio.sleep(0.01)
-        assert batcher.waiting_images == 6
+        await until(lambda: batcher.waiting_images == 6)
         model.gate.set()
         answers = await asyncio.gather(first, *tasks)
         assert [answer.logits.ravel().tolist() for answer in answers] == [[0], [1], [2, 2, 2], [3, 3]]
@@ -80,7 +84,7 @@ def test_batches_never_exceed_the_limit_and_a_large_request_runs_in_pieces() -> 
     async def body(batcher: MicroBatcher, model: Model) -> None:
         first = await held(batcher, model)
         tasks = [asyncio.create_task(batcher.infer(image(value, count))) for value, count in [(1, 3), (2, 2), (3, 10)]]
-        await asyncio.sleep(0.01)
+        await until(lambda: batcher.waiting_images == 15)
         model.gate.set()
         answers = await asyncio.gather(first, *tasks)
         assert [len(answer.logits) for answer in answers] == [1, 3, 2, 10]
@@ -93,7 +97,7 @@ def test_a_failing_image_fails_its_own_request_only() -> None:
     async def body(batcher: MicroBatcher, model: Model) -> None:
         first = await held(batcher, model)
         tasks = [asyncio.create_task(batcher.infer(image(value))) for value in (7, 255, 9)]
-        await asyncio.sleep(0.01)
+        await until(lambda: batcher.waiting_images == 3)
         model.gate.set()
         answers = await asyncio.gather(first, *tasks, return_exceptions=True)
         assert isinstance(answers[2], ValueError)
@@ -106,7 +110,7 @@ def test_a_full_queue_refuses_exactly_the_excess() -> None:
     async def body(batcher: MicroBatcher, model: Model) -> None:
         first = await held(batcher, model)
         tasks = [asyncio.create_task(batcher.infer(image(1))) for _ in range(20)]
-        await asyncio.sleep(0.02)
+        await until(lambda: sum(task.done() for task in tasks) == 4 and batcher.waiting_images == 16)
         model.gate.set()
         answers = await asyncio.gather(first, *tasks, return_exceptions=True)
         assert sum(isinstance(answer, Overloaded) for answer in answers) == 4
@@ -119,13 +123,11 @@ def test_a_cancelled_request_frees_its_place_and_is_never_run() -> None:
     async def body(batcher: MicroBatcher, model: Model) -> None:
         first = await held(batcher, model)
         gone = asyncio.create_task(batcher.infer(image(255, 16)))
-        await asyncio.sleep(0.01)
-        assert batcher.waiting_images == 16
+        await until(lambda: batcher.waiting_images == 16)
         gone.cancel()
-        await asyncio.sleep(0.01)
-        assert batcher.waiting_images == 0
+        await until(lambda: batcher.waiting_images == 0)
         other = asyncio.create_task(batcher.infer(image(5)))
-        await asyncio.sleep(0.01)
+        await until(lambda: batcher.waiting_images == 1)
         model.gate.set()
         assert (await other).logits.item() == 5
         await first
@@ -139,7 +141,7 @@ def test_a_request_cancelled_while_it_runs_disturbs_nobody() -> None:
         first = await held(batcher, model)
         first.cancel()
         other = asyncio.create_task(batcher.infer(image(5)))
-        await asyncio.sleep(0.01)
+        await until(lambda: first.done() and batcher.waiting_images == 1)
         model.gate.set()
         assert (await other).logits.item() == 5
 
@@ -150,9 +152,9 @@ def test_closing_fails_what_waits_instead_of_leaving_it_hanging() -> None:
     async def body(batcher: MicroBatcher, model: Model) -> None:
         first = await held(batcher, model)
         waiting = asyncio.create_task(batcher.infer(image(1)))
-        await asyncio.sleep(0.01)
+        await until(lambda: batcher.waiting_images == 1)
         closing = asyncio.create_task(asyncio.to_thread(batcher.close))
-        await asyncio.sleep(0.01)
+        await until(lambda: batcher._closed)  # the model still runs; let go earlier, it would take the waiting image
         model.gate.set()
         await closing
         assert (await first).logits.item() == 0
@@ -168,8 +170,7 @@ def test_two_workers_run_two_batches_at_a_time_and_both_end() -> None:
     async def body(batcher: MicroBatcher, model: Model) -> None:
         model.gate.clear()
         tasks = [asyncio.create_task(batcher.infer(image(value, 8))) for value in (1, 2, 3)]
-        await asyncio.sleep(0.05)
-        assert batcher.waiting_images == 8
+        await until(lambda: batcher.waiting_images == 8)
         model.gate.set()
         answers = await asyncio.gather(*tasks)
         assert [answer.logits[0].item() for answer in answers] == [1, 2, 3]

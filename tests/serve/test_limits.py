@@ -26,7 +26,7 @@ from serve.offline import SILENCE, private_environment
 from serve.settings import Limits, ModelSpec, Settings
 
 Start = Callable[..., contextlib.AbstractContextManager[Any]]
-SMALL = Limits(body_bytes=20_000, demo_json_bytes=5_000, upload_bytes=50_000, bytes_in_flight=100_000, body_pause_seconds=0.5)
+SMALL = Limits(body_bytes=20_000, demo_json_bytes=5_000, upload_bytes=50_000, bytes_in_flight=100_000)
 
 
 @pytest.fixture(scope="module")
@@ -170,11 +170,13 @@ def test_deeply_nested_json_is_refused(demo: Any) -> None:
     assert response.status_code == 400
 
 
-def test_a_body_that_does_not_arrive_is_408(demo: Any) -> None:
-    host, port = demo.address.split(":")
-    with socket.create_connection((host, int(port)), timeout=10) as connection:
-        connection.sendall(b"POST /v2/models/fused/infer HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 100\r\n\r\n{")
-        assert b" 408 " in connection.recv(4096)
+def test_a_body_that_does_not_arrive_is_408(two_bundles: tuple[Bundle, Bundle], start_server: Start) -> None:
+    limits = Limits(body_pause_seconds=0.2)
+    with start_server(Settings((ModelSpec("fused", two_bundles[0].folder),), demo=False, limits=limits)) as running:
+        host, port = running.address.split(":")
+        with socket.create_connection((host, int(port)), timeout=60) as connection:
+            connection.sendall(b"POST /v2/models/fused/infer HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 100\r\n\r\n{")
+            assert b" 408 " in connection.recv(4096)
 
 
 def test_a_compressed_body_is_refused_before_it_can_expand(demo: Any) -> None:
@@ -207,7 +209,8 @@ def test_many_large_bodies_at_once_are_503_instead_of_memory() -> None:
     async def main() -> None:
         bodies = Bodies(application, Limits(bytes_in_flight=100), lambda path: 50)
         tasks = [asyncio.create_task(request(bodies)) for _ in range(5)]
-        await asyncio.sleep(0.05)
+        for _ in range(100):  # turns of the event loop, not seconds: nothing here waits for anything outside it
+            await asyncio.sleep(0)
         assert statuses == [503] * 3
         release.set()
         await asyncio.gather(*tasks)
@@ -323,7 +326,7 @@ def test_nothing_is_written_outside_the_temporary_folder_and_telemetry_is_off(
     temporary.mkdir()
     environment = {k: v for k, v in os.environ.items() if k not in SILENCE and not k.startswith(("XDG_", "GRADIO_", "HF_"))}
     environment |= {"HOME": str(home), "TMPDIR": str(temporary), "PYTHONDONTWRITEBYTECODE": "1"}
-    with serve_process(str(two_bundles[0].folder), env=environment, module="serve.app") as running:
+    with serve_process(str(two_bundles[0].folder), env=environment) as running:
         assert httpx.get(running.url).status_code == 200
         (path,) = httpx.post(f"{running.url}/gradio_api/upload", files={"files": ("x.png", b"x")}).json()
         assert path.startswith(str(temporary))
@@ -331,7 +334,7 @@ def test_nothing_is_written_outside_the_temporary_folder_and_telemetry_is_off(
             local_ports = table.read()
         assert local_ports
         running.process.terminate()
-        assert running.process.wait(20) == 0
+        assert running.process.wait(60) == 0
     assert list(home.rglob("*")) == []
     assert list(temporary.rglob("*")) == []
 
@@ -348,20 +351,8 @@ print(sorted({"torch", "gradio", "scipy.stats", "sklearn", "ray"} & set(sys.modu
 """
     for arguments, expected in ((["--no-demo"], "[]"), ([], "['gradio']")):
         command = [sys.executable, "-c", code, str(two_bundles[0].folder), "--allow-host", "testserver", *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=140, check=False)
         assert done.stdout.strip().splitlines()[-1:] == [expected], done.stderr
-
-
-def test_help_is_quick_and_imports_nothing_heavy() -> None:
-    code = """
-import sys
-from serve.app import parse_arguments
-try: parse_arguments(["--help"])
-except SystemExit: pass
-print(sorted({"fastapi", "gradio", "onnxruntime", "uvicorn"} & set(sys.modules)))
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"
 
 
 def test_log_lines_cannot_be_forged() -> None:

@@ -55,11 +55,11 @@ def test_sigterm_under_load_loses_no_accepted_request(two_bundles: tuple[Bundle,
     """16 clients that never pause: every request sent on an established connection is answered, and the exit code is 0."""
     answers = Answers(two_bundles[0])
     counts: Counter[str] = Counter()
-    with serve_process(str(two_bundles[0].folder), "--no-demo", "--drain", "1") as running:
+    with serve_process(str(two_bundles[0].folder), "--no-demo", "--drain", "3") as running:
         url = f"{running.url}/v2/models/fused/infer"
 
         def client() -> None:
-            with httpx.Client(timeout=20) as http:
+            with httpx.Client(timeout=60) as http:
                 while True:
                     try:
                         response = http.post(url, content=answers.body, headers=answers.headers)
@@ -73,16 +73,19 @@ def test_sigterm_under_load_loses_no_accepted_request(two_bundles: tuple[Bundle,
         threads = [threading.Thread(target=client) for _ in range(16)]
         for thread in threads:
             thread.start()
-        time.sleep(1.5)
+        deadline = time.monotonic() + 60
+        while counts["right"] < 200 and len(counts) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
         running.process.send_signal(signal.SIGTERM)
-        code = running.process.wait(20)
+        code = running.process.wait(60)
         for thread in threads:
             thread.join()
     assert code == 0
     assert set(counts) == {"right"}, counts
-    assert counts["right"] > 50
+    assert counts["right"] > 200
 
 
+@pytest.mark.slow
 def test_two_bundles_are_ready_in_time(two_bundles: tuple[Bundle, Bundle], serve_process: Start) -> None:
     """The promise is 8 s on a quiet machine; three times that is allowed here, where others may use it too."""
     began = time.monotonic()

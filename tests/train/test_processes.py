@@ -67,22 +67,39 @@ def test_two_processes_compute_what_one_accumulates(
 def test_sigterm_saves_exits_130_and_resumes_to_the_same_weights(
     tiny_flags: list[str], train_tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
-    flags = [*tiny_flags, "--epochs", "20"]
-    process = subprocess.Popen(
-        command(*flags, "--out", str(tmp_path / "stopped")), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
-    )
-    wait_for(tmp_path / "stopped" / "checkpoints" / "last")
+    flags = [*tiny_flags, "--epochs", "4"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    arguments = [sys.executable, "-c", WAITING, *flags, "--out", str(tmp_path / "stopped")]
+    process = subprocess.Popen(arguments, env=ENVIRONMENT, text=True, **pipes)  # type: ignore[call-overload]
+    assert process.stdout.readline() == "two epochs are done\n"
     process.send_signal(signal.SIGTERM)
-    error = process.communicate(timeout=60)[1]
-    assert process.returncode == 130
+    error = process.communicate(timeout=250)[1]
+    assert process.returncode == 130, error
     assert f"--resume {tmp_path / 'stopped'}" in error
     assert "Traceback" not in error
     train_tiny("stopped", "--resume", str(tmp_path / "stopped"))
     assert_same_weights(tmp_path / "stopped", train_tiny("whole", *flags))
 
 
+# A run that says when it has recorded its second epoch, and goes on once its standard input is closed: the signal comes
+# neither before training nor after it, however fast the machine is.
+WAITING = """
+import sys
+from train import loop
+record = loop.Recorder.epoch
+def epoch(recorder, line):
+    record(recorder, line)
+    if line["epoch"] == 1:
+        print("two epochs are done", flush=True)
+        sys.stdin.read()
+loop.Recorder.epoch = epoch
+from train.run import entry
+entry()
+"""
+
+
 def wait_for(path: Path) -> None:
-    for _ in range(600):
+    for _ in range(2400):
         if path.exists():
             return
         time.sleep(0.05)

@@ -17,6 +17,12 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Weights and images that a test draws without a seed of its own do not depend on the tests before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def disturb() -> Callable[[nn.Module], nn.Module]:
     """`disturb(module)` moves every weight and statistic off its initial value, so that no layer is an identity or zero."""

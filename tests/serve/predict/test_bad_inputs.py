@@ -230,7 +230,7 @@ def test_20_symbolic_links_are_not_followed(predict: Predict, folder: Path, tmp_
     assert [Path(row["path"]).name for row in run.rows] == ["a.jpg", "b.png", "link.jpg", "c.webp"], "files only, no folder"
 
 
-@pytest.mark.timeout(30)
+@pytest.mark.timeout(120)
 def test_21_fifo_device_and_socket(predict: Predict, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     os.mkfifo(folder / "pipe.jpg")
     with socket.socket(socket.AF_UNIX) as server:

@@ -12,6 +12,7 @@ import pytest
 from ffl_deploy.bundle import Bundle
 from serve.items import Item, failed_item
 from serve.pipeline import DECODE_CHUNK, Classifier, chunks, ordered_map, run_pipeline
+from serve.shards import Settings
 
 
 def items(count: int) -> Iterator[Item]:
@@ -80,10 +81,11 @@ def test_an_unexpected_fault_costs_one_row(tiny_bundle: Bundle) -> None:
     def fault() -> bytes:
         raise SystemError("not an image's fault")
 
-    work = chunks([*items(5), Item("x", fault)], 0, 4)
+    work, before = chunks([*items(5), Item("x", fault)], 0, 4), set(threading.enumerate())
     classifier = Classifier(tiny_bundle.session(), tiny_bundle.classes, 5)
-    finished = list(run_pipeline(work, classifier, tiny_bundle.preprocessing, batch_size=4, decoders=2, streams=2))
+    settings = Settings(batch_size=4, shard_size=100, streams=2, threads=1, decoders=2)
+    finished = list(run_pipeline(work, classifier, tiny_bundle.preprocessing, settings))
     assert [row.status for part in finished for row in part.rows] == ["empty"] * 5 + ["internal_error"]
     assert [part.ends_shard for part in finished] == [False, True]
     assert "SystemError" in str(finished[-1].rows[-1].error)
-    assert threading.active_count() < 20, "the pools are gone"
+    assert set(threading.enumerate()) <= before, "the pools are gone"

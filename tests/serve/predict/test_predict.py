@@ -280,7 +280,7 @@ def test_one_image_in_a_second_and_help_in_half(folder: Path, tiny_bundle: Bundl
     assert best(tiny_bundle.folder, folder / "a.jpg", "--out", tmp_path / "x.parquet") < 1.0
 
 
-def test_an_interrupted_help_is_no_traceback() -> None:
+def test_help_goes_to_standard_output() -> None:
     run = command("--help")
     assert run.returncode == 0
     assert "one row per input" in run.stdout

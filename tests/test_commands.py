@@ -1,0 +1,52 @@
+"""What all console commands share: a help text that is there at once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+COMMANDS = {
+    "ffl-train": "train.run",
+    "ffl-export": "export.cli",
+    "ffl-verify": "ffl_deploy.verify",
+    "ffl-predict": "serve.predict",
+    "ffl-serve": "serve.app",
+}
+# Each takes longer to import than a help text may.
+HEAVY = (
+    "torch", "torchvision", "timm", "onnx", "onnxruntime", "openvino", "sklearn", "scipy", "matplotlib", "pyarrow",
+    "fastapi", "uvicorn", "gradio", "ray",
+)  # fmt: skip
+LOADED_BY_HELP = f"""
+import importlib, sys
+from ffl_deploy.command import run_command
+try:
+    run_command(importlib.import_module(sys.argv[1]).main, ["--help"])
+except SystemExit as stopped:
+    print(stopped.code, [name for name in {HEAVY} if name in sys.modules], file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("module", COMMANDS.values(), ids=COMMANDS)
+def test_help_needs_nothing_heavy(module: str) -> None:
+    command = [sys.executable, "-c", LOADED_BY_HELP, module]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.stderr.splitlines() == ["0 []"]
+    assert "usage: " in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", COMMANDS.values(), ids=COMMANDS)
+def test_help_takes_half_a_second(module: str) -> None:
+    """Wall time of the process, best of five: what the machine can do when nothing else runs."""
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, cwd=ROOT, check=True)
+        times.append(time.perf_counter() - started)
+    assert min(times) < 0.5
