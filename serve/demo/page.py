@@ -18,6 +18,7 @@ from serve.demo.batch_tab import batch_tab
 from serve.demo.classify_tab import ask_endpoint, classify_tab, draw_tab
 from serve.demo.guard import upload_folder
 from serve.demo.samples import drawing_style, write_examples
+from serve.demo.sessions import bound_states, finished_sessions_forgotten
 from serve.service import Service
 
 CACHE_SECONDS = (300, 3600)  # how often uploads are pruned, and from what age
@@ -58,7 +59,9 @@ def build(service: Service) -> gr.Blocks:
                 with gr.Accordion(model.name, open=model is models[0]):
                     gr.Markdown(reports.card(model.bundle))
         ask_endpoint(service)
-    page.queue(max_size=service.settings.limits.demo_queue, default_concurrency_limit=4)
+    limits = service.settings.limits
+    page.queue(max_size=limits.demo_queue, default_concurrency_limit=4)
+    bound_states(page, limits.demo_sessions)
     return page
 
 
@@ -134,5 +137,5 @@ async def mounted(service: Service) -> AsyncIterator[FastAPI]:
     )
     (page_app,) = [route.app for route in app.routes if isinstance(route, Mount) and isinstance(route.app, App)]
     service.endless.append(page_app.stop_event.set)  # every open page holds a heartbeat stream
-    async with app.router.lifespan_context(app):
+    async with app.router.lifespan_context(app), finished_sessions_forgotten(page):
         yield app

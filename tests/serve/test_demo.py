@@ -19,6 +19,7 @@ from PIL import Image
 
 from ffl_deploy.bundle import Bundle
 from ffl_deploy.images import decode
+from serve.offline import SILENCE
 from serve.settings import Limits, ModelSpec, Settings
 
 # Gradio leaves event loops of its own unclosed.
@@ -38,8 +39,10 @@ def digit_bundles(make_bundle: Callable[..., Bundle], tmp_path_factory: pytest.T
 def demo(digit_bundles: tuple[Bundle, Bundle], start_server: Start, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     models = tuple(ModelSpec(bundle.name, bundle.folder) for bundle in digit_bundles)
     with pytest.MonkeyPatch.context() as patch:
+        for name, value in SILENCE.items():
+            patch.setenv(name, value)
         patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads") / "gradio"))
-        with start_server(Settings(models, protocol=False, limits=Limits(batch_images=40))) as running:
+        with start_server(Settings(models, protocol=False, limits=Limits(batch_images=40, demo_sessions=4))) as running:
             yield running
 
 
@@ -265,3 +268,38 @@ def test_an_upload_that_breaks_off_leaves_no_file(demo: Any) -> None:
     while {path for path in upload_folder().rglob("*") if path.is_file()} != before and time.monotonic() < deadline:
         time.sleep(0.05)
     assert {path for path in upload_folder().rglob("*") if path.is_file()} == before
+
+
+def test_what_gradio_keeps_of_its_sessions_is_bounded(demo: Any, tmp_path: Path) -> None:
+    """Every call without a session makes one, of 76 KB; Gradio alone would keep 10,000, and their finished queues for ever."""
+    from gradio.routes import App
+    from starlette.routing import Mount
+
+    from serve.demo.page import mounted
+    from serve.demo.sessions import forget_finished
+
+    content = save(tmp_path / "photo.png").read_bytes()
+
+    async def call(http: httpx.AsyncClient) -> str:
+        (path,) = (await http.post("/gradio_api/upload", files={"files": ("x.png", content)})).json()
+        reference = {"path": path, "meta": {"_type": "gradio.FileData"}}
+        event = (await http.post("/gradio_api/call/classify", json={"data": [reference]})).json()["event_id"]
+        return (await http.get(f"/gradio_api/call/classify/{event}")).text
+
+    async def body() -> None:
+        async with mounted(demo.service) as app:
+            (gradio,) = [route.app for route in app.routes if isinstance(route, Mount) and isinstance(route.app, App)]
+            queue = gradio.get_blocks()._queue
+            async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1") as http:
+                answers = [await call(http) for _ in range(6)]
+                waiting = (await http.post("/gradio_api/call/classify", json={"data": [None]})).json()["event_id"]
+                forget_finished(gradio.get_blocks())
+                assert all("event: complete" in answer for answer in answers)
+                assert len(gradio.state_holder.session_data) == 4
+                assert len(queue.event_analytics) == 1
+                assert queue.cached_event_analytics_summary == {"functions": {}}
+                assert set(queue.pending_event_ids_session) == {waiting}, "an answer that is still waited for was forgotten"
+                assert set(queue.pending_messages_per_session) == {waiting}
+                assert "Give an image file" in (await http.get(f"/gradio_api/call/classify/{waiting}")).text
+
+    asyncio.run(body())
