@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import csv
+import gc
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -44,6 +45,7 @@ def demo(digit_bundles: tuple[Bundle, Bundle], start_server: Start, tmp_path_fac
         patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads") / "gradio"))
         with start_server(Settings(models, protocol=False, limits=Limits(batch_images=40, demo_sessions=4))) as running:
             yield running
+        gc.collect()  # here those loops are warned of, and ignored; CPython 3.11 fails when that happens while it parses
 
 
 def save(path: Path, seed: int = 0, size: tuple[int, int] = (40, 30)) -> Path:
