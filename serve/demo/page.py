@@ -83,9 +83,9 @@ def _which_model_tab(service: Service) -> None:
         + ", ".join(f"**{model.name}** ({model.variant.name} on {model.session.runtime})" for model in models)
         + "."
     )
-    gr.Dataframe(reports.table(models), headers=list(reports.COLUMNS), interactive=False, wrap=True, label="Models and variants")
     found = reports.reports(models)
     for report in found:
+        gr.HTML(f"<p><strong>What to ship:</strong> {html.escape(report.advice)}</p>", elem_classes=["advice"])
         if report.picture:
             gr.Image(
                 _copied(report.picture),
@@ -95,9 +95,17 @@ def _which_model_tab(service: Service) -> None:
                 buttons=["download", "fullscreen"],
                 elem_id="pareto",
             )
-        if report.text:
-            gr.Markdown(report.text)
-    if not found:
+        gr.Dataframe(
+            report.rows,
+            headers=list(reports.REPORT_COLUMNS),
+            interactive=False,
+            wrap=True,
+            label=f"Export report of {report.folder.name}" + (f", measured with {report.machine}" if report.machine else ""),
+        )
+    covered = {report.folder for report in found}
+    if rest := [model for model in models if model.bundle.folder.parent not in covered]:
+        label = "Models and variants"
+        gr.Dataframe(reports.table(rest), headers=list(reports.COLUMNS), interactive=False, wrap=True, label=label)
         gr.Markdown("There is no export report beside these bundles; `ffl-export --target all` writes one.")
 
 

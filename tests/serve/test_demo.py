@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import csv
 import gc
+import json
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -226,6 +227,7 @@ def test_examples_are_one_of_each_class_and_unchanged(digit_bundles: tuple[Bundl
 
 
 def test_which_model_works_with_and_without_the_exporters_report(demo: Any, digit_bundles: tuple[Bundle, Bundle]) -> None:
+    """(That the exporter's own file is read: test_exported.py.)"""
     from serve.demo import reports
 
     models = list(demo.service.models.values())
@@ -234,14 +236,28 @@ def test_which_model_works_with_and_without_the_exporters_report(demo: Any, digi
     assert rows[0][2] == "–"
     folder = digit_bundles[0].folder.parent
     assert reports.reports(models) == []
-    Image.new("RGB", (4, 4)).save(folder / "report.png")
+    artefact = {"target": "fused", "variant": "fp32", "bytes": 2_000_000, "precision": "fp32 / fp32", "parity": "passed"}
+    measured = {"accuracy": 0.9833, "accuracy_low": 0.964, "accuracy_high": 0.9924, "p50_ms": 1.234, "p95_ms": 2, "pareto": True}
+    row = artefact | measured | {"accuracy_gate": "passed", "images_per_second": 1234.4, "best_batch": 16, "unknown": 1}
+    bare = artefact | {"variant": "int8-tensorrt", "accuracy_gate": "not run here"}
+    advice = {"artefact": "fused/fp32", "reason": "it is <best>."}
     try:
-        assert reports.reports(models) == [reports.Report(folder, None, folder / "report.png")]
-        (folder / "report.md").write_text("# Ship fused")
-        assert reports.reports(models)[0].text == "# Ship fused"
+        (folder / "report.json").write_text(json.dumps({"rows": [row, bare], "recommendation": advice, "machine": "a box"}))
+        (report,) = reports.reports(models)
+        assert (report.advice, report.machine, report.picture) == ("fused/fp32: it is <best>.", "a box", None)
+        # Both tiny bundles say that their target is fused.
+        assert report.rows[0] == [
+            "fused / fp32", "fused, branch0", "yes", "98.33% (96.40% to 99.24%)", "1.23 / 2.00", "1,234 (16)", "2.00",
+            "fp32 / fp32", "passed", "passed",
+        ]  # fmt: skip
+        assert report.rows[1][:6] == ["fused / int8-tensorrt", "", "", "–", "– / –", "–"]
+        Image.new("RGB", (4, 4)).save(folder / "report.png")
+        assert reports.reports(models)[0].picture == folder / "report.png"
+        (folder / "report.json").write_text('{"rows": 1}')
+        assert reports.reports(models) == []
     finally:
-        (folder / "report.png").unlink()
-        (folder / "report.md").unlink(missing_ok=True)
+        for name in ("report.png", "report.json"):
+            (folder / name).unlink(missing_ok=True)
     assert reports.card(digit_bundles[0]).startswith("# A bundle")
 
 
