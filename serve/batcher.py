@@ -1,7 +1,8 @@
 """Micro-batching: requests that arrive while the model is busy run together as its next batch.
 
 There is no timer to tune. An idle model starts at once, so a lone request pays no waiting time; under load the
-batch grows by itself to what arrived during the previous run. Images come in decoded and checked, so that nothing one
+batch grows by itself to what arrived during the previous run. Several workers share what there is: one that took all
+of it would leave the others, and their cores, without work. Images come in decoded and checked, so that nothing one
 request contains can fail another's.
 """
 
@@ -64,7 +65,7 @@ class MicroBatcher:
         self._run, self._observe = run, observe
         self._max_batch, self._max_queue = max_batch, max_queue
         self._jobs: deque[_Job] = deque()
-        self._waiting_images = 0
+        self._waiting_images = self._running_images = 0
         self._changed = threading.Condition()
         self._closed = False
         names = [f"batcher-{name}-{number}" for number in range(workers)]
@@ -116,13 +117,19 @@ class MicroBatcher:
     def _work(self) -> None:
         while jobs := self._take():
             results = self._run_together(jobs)
+            with self._changed:
+                self._running_images -= sum(len(job.images) for job in jobs)
             # All jobs of one batch nearly always share a loop: one wake-up answers them all.
             for loop in {job.loop for job in jobs}:
                 mine = [(job, result) for job, result in zip(jobs, results, strict=True) if job.loop is loop]
                 _call_in(loop, _resolve, mine)
 
     def _take(self) -> list[_Job]:
-        """-> the jobs of the next batch, waiting for one; [] when closed."""
+        """-> the jobs of the next batch, waiting for one; [] when closed.
+
+        At most this worker's share of all images that wait or run, rounded up: with 32 clients that each wait for their
+        answer, a worker that took all 32 would have the others wait for the next ones until it is done.
+        """
         with self._changed:
             while not self._jobs and not self._closed:
                 self._changed.wait()
@@ -130,12 +137,14 @@ class MicroBatcher:
                 for job in self._jobs:
                     _call_in(job.loop, _resolve, [(job, Closed())])
                 return []
-            jobs, images = [self._jobs.popleft()], 0
+            share = -(-(self._waiting_images + self._running_images) // len(self._threads))
+            jobs = [self._jobs.popleft()]
             images = len(jobs[0].images)
-            while self._jobs and images + len(self._jobs[0].images) <= self._max_batch:
+            while self._jobs and images + len(self._jobs[0].images) <= min(self._max_batch, share):
                 jobs.append(self._jobs.popleft())
                 images += len(jobs[-1].images)
             self._waiting_images -= images
+            self._running_images += images
             return jobs
 
     def _run_together(self, jobs: list[_Job]) -> list[Outputs | Exception]:

@@ -26,6 +26,7 @@ class Limits:
     queued_images: int = 1024  # that wait for one model
     queued_decodes: int = 256  # image files that wait for a decoder
     demo_queue: int = 64  # demo actions that wait
+    demo_sessions: int = 128  # open pages and API calls of which Gradio keeps a state; more than can wait or run
     connections: int = 1000
     batch_images: int = 10_000  # of one batch in the demo
 

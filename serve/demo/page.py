@@ -18,6 +18,7 @@ from serve.demo.batch_tab import batch_tab
 from serve.demo.classify_tab import ask_endpoint, classify_tab, draw_tab
 from serve.demo.guard import upload_folder
 from serve.demo.samples import drawing_style, write_examples
+from serve.demo.sessions import bound_states, finished_sessions_forgotten
 from serve.service import Service
 
 CACHE_SECONDS = (300, 3600)  # how often uploads are pruned, and from what age
@@ -58,7 +59,9 @@ def build(service: Service) -> gr.Blocks:
                 with gr.Accordion(model.name, open=model is models[0]):
                     gr.Markdown(reports.card(model.bundle))
         ask_endpoint(service)
-    page.queue(max_size=service.settings.limits.demo_queue, default_concurrency_limit=4)
+    limits = service.settings.limits
+    page.queue(max_size=limits.demo_queue, default_concurrency_limit=4)
+    bound_states(page, limits.demo_sessions)
     return page
 
 
@@ -80,9 +83,9 @@ def _which_model_tab(service: Service) -> None:
         + ", ".join(f"**{model.name}** ({model.variant.name} on {model.session.runtime})" for model in models)
         + "."
     )
-    gr.Dataframe(reports.table(models), headers=list(reports.COLUMNS), interactive=False, wrap=True, label="Models and variants")
     found = reports.reports(models)
     for report in found:
+        gr.HTML(f"<p><strong>What to ship:</strong> {html.escape(report.advice)}</p>", elem_classes=["advice"])
         if report.picture:
             gr.Image(
                 _copied(report.picture),
@@ -92,9 +95,17 @@ def _which_model_tab(service: Service) -> None:
                 buttons=["download", "fullscreen"],
                 elem_id="pareto",
             )
-        if report.text:
-            gr.Markdown(report.text)
-    if not found:
+        gr.Dataframe(
+            report.rows,
+            headers=list(reports.REPORT_COLUMNS),
+            interactive=False,
+            wrap=True,
+            label=f"Export report of {report.folder.name}" + (f", measured with {report.machine}" if report.machine else ""),
+        )
+    covered = {report.folder for report in found}
+    if rest := [model for model in models if model.bundle.folder.parent not in covered]:
+        label = "Models and variants"
+        gr.Dataframe(reports.table(rest), headers=list(reports.COLUMNS), interactive=False, wrap=True, label=label)
         gr.Markdown("There is no export report beside these bundles; `ffl-export --target all` writes one.")
 
 
@@ -134,5 +145,5 @@ async def mounted(service: Service) -> AsyncIterator[FastAPI]:
     )
     (page_app,) = [route.app for route in app.routes if isinstance(route, Mount) and isinstance(route.app, App)]
     service.endless.append(page_app.stop_event.set)  # every open page holds a heartbeat stream
-    async with app.router.lifespan_context(app):
+    async with app.router.lifespan_context(app), finished_sessions_forgotten(page):
         yield app

@@ -1,25 +1,95 @@
-"""Which model to ship: what the manifests say, and the exporter's report where it lies beside the bundles."""
+"""Which model to ship: the exporter's report where it lies beside the bundles, else what the manifests say."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from ffl_deploy.bundle import Bundle, Variant
+from serve.logs import LOGGER
 from serve.models import ServedModel
 
+REPORT, PICTURE = "report.json", "report.png"
 COLUMNS = ("model", "variant", "accuracy", "of images", "ms per image", "images/s", "MB", "precision", "parity")
+REPORT_COLUMNS = (
+    "model / variant", "served as", "Pareto", "accuracy (95 % interval)", "p50 / p95 ms", "images/s (batch)", "MB",
+    "precision", "parity", "accuracy gate",
+)  # fmt: skip
+
+
+class Artefact(msgspec.Struct, frozen=True):
+    """What is shown of a row of `report.json` (export/report.py): a variant of a target. None: not measured there."""
+
+    target: str
+    variant: str
+    bytes: int
+    precision: str
+    parity: str
+    accuracy_gate: str
+    accuracy: float | None = None  # share of 1
+    accuracy_low: float | None = None
+    accuracy_high: float | None = None
+    p50_ms: float | None = None
+    p95_ms: float | None = None
+    images_per_second: float | None = None
+    best_batch: int | None = None
+    pareto: bool = False
+
+
+class Recommendation(msgspec.Struct, frozen=True):
+    artefact: str | None
+    reason: str
+
+
+class ReportFile(msgspec.Struct, frozen=True):
+    """`report.json`, as far as it is shown."""
+
+    rows: list[Artefact]
+    recommendation: Recommendation
+    machine: str = ""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What the exporter wrote for a folder of bundles; either part may be missing."""
+    """An export's report, for people. `rows` stand under REPORT_COLUMNS; `picture`: its Pareto plot, where there is one."""
 
     folder: Path
-    text: str | None  # report.md
-    picture: Path | None  # report.png
+    advice: str
+    machine: str
+    rows: list[list[str]]
+    picture: Path | None
+
+
+def reports(models: Iterable[ServedModel]) -> list[Report]:
+    """-> the reports beside the served bundles, each folder once; one that cannot be read is logged and left out."""
+    served: dict[Path, list[ServedModel]] = {}
+    for model in models:
+        served.setdefault(model.bundle.folder.parent, []).append(model)
+    found = []
+    for folder, inside in served.items():
+        file = read_report(folder / REPORT)
+        if file is not None:
+            picture = folder / PICTURE
+            advice = f"{file.recommendation.artefact or 'None of them'}: {file.recommendation.reason}"
+            rows = [_report_row(row, inside) for row in file.rows]
+            found.append(Report(folder, advice, file.machine, rows, picture if picture.is_file() else None))
+    return found
+
+
+def read_report(path: Path) -> ReportFile | None:
+    """-> the report, or None where there is none or not a valid one: the demo goes on without it."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=ReportFile)
+    except FileNotFoundError:
+        return None
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        logging.getLogger(LOGGER).warning("export report left out", extra={"file": str(path), "reason": str(error)})
+        return None
 
 
 def table(models: Iterable[ServedModel]) -> list[list[str]]:
@@ -27,22 +97,28 @@ def table(models: Iterable[ServedModel]) -> list[list[str]]:
     return [_row(model.name, model.bundle, variant) for model in models for variant in model.bundle.manifest.variants]
 
 
-def reports(models: Iterable[ServedModel]) -> list[Report]:
-    """-> the reports beside the served bundles, each folder once."""
-    folders = sorted({model.bundle.folder.parent for model in models})
-    found = []
-    for folder in folders:
-        text, picture = folder / "report.md", folder / "report.png"
-        if text.is_file() or picture.is_file():
-            content = text.read_text(encoding="utf-8") if text.is_file() else None
-            found.append(Report(folder, content, picture if picture.is_file() else None))
-    return found
-
-
 def card(bundle: Bundle) -> str:
     """-> the bundle's model card, its README.md."""
     path = bundle.folder / "README.md"
     return path.read_text(encoding="utf-8") if path.is_file() else "This bundle has no model card."
+
+
+def _report_row(row: Artefact, models: Iterable[ServedModel]) -> list[str]:
+    served = [model.name for model in models if (model.bundle.manifest.target, model.variant.name) == (row.target, row.variant)]
+    low, high = row.accuracy_low, row.accuracy_high
+    interval = "" if low is None or high is None else f" ({low:.2%} to {high:.2%})"
+    return [
+        f"{row.target} / {row.variant}",
+        ", ".join(served),
+        "yes" if row.pareto else "",
+        _number(row.accuracy, "{:.2%}") + interval,
+        f"{_number(row.p50_ms, '{:.2f}')} / {_number(row.p95_ms, '{:.2f}')}",
+        _number(row.images_per_second, "{:,.0f}") + ("" if row.best_batch is None else f" ({row.best_batch})"),
+        f"{row.bytes / 1e6:.2f}",
+        row.precision,
+        row.parity,
+        row.accuracy_gate,
+    ]
 
 
 def _row(name: str, bundle: Bundle, variant: Variant) -> list[str]:

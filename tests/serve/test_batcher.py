@@ -176,3 +176,23 @@ def test_two_workers_run_two_batches_at_a_time_and_both_end() -> None:
         assert [answer.logits[0].item() for answer in answers] == [1, 2, 3]
 
     run(body, workers=2, max_queue=64)
+
+
+def test_workers_share_what_waits_instead_of_one_taking_it_all() -> None:
+    """Both workers are held with an image each while 8 more arrive: of 8 or 9 outstanding images nobody takes more than 5."""
+
+    async def body(batcher: MicroBatcher, model: Model) -> None:
+        model.gate.clear()
+        first = [asyncio.create_task(batcher.infer(image(value))) for value in (1, 2)]
+        while batcher.waiting_images or not model.entered.is_set():
+            await asyncio.sleep(0.001)
+        tasks = [asyncio.create_task(batcher.infer(image(value))) for value in range(3, 11)]
+        await asyncio.sleep(0.01)
+        assert batcher.waiting_images == 8
+        model.gate.set()
+        answers = await asyncio.gather(*first, *tasks)
+        assert [answer.logits.item() for answer in answers] == list(range(1, 11))
+        assert model.batches.count(1) >= 2
+        assert max(model.batches) <= 5
+
+    run(body, workers=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import zipfile
@@ -26,11 +27,16 @@ DESKTOP, PHONE = {"width": 1100, "height": 820}, {"width": 390, "height": 844}
 
 @pytest.fixture(scope="module")
 def bundles(make_bundle: Callable[..., Bundle], tmp_path_factory: pytest.TempPathFactory) -> list[Bundle]:
-    """FFL_BUNDLES=DIR/fused,DIR/branch0 shows real digits in the screenshots; the assertions hold for any two digit bundles."""
+    """FFL_BUNDLES=DIR/fused,DIR/branch0 shows real digits in the screenshots; the assertions hold for any two digit bundles
+    with an export report beside them."""
     if given := os.environ.get("FFL_BUNDLES"):
         return [load_bundle(folder) for folder in given.split(",")]
     folder = tmp_path_factory.mktemp("digits")
     options = {"size": 16, "classes": tuple("0123456789"), "gray": True, "cam": True}
+    artefact = {"target": "fused", "variant": "fp32", "bytes": 9000, "precision": "fp32 / fp32", "parity": "passed"}
+    report = {"rows": [{**artefact, "accuracy_gate": "passed"}], "recommendation": {"artefact": "fused/fp32", "reason": "yes."}}
+    (folder / "report.json").write_text(json.dumps(report))
+    Image.new("RGB", (90, 55), "white").save(folder / "report.png")
     return [make_bundle(folder / "fused", **options), make_bundle(folder / "branch0", seed=1, **options)]
 
 
@@ -216,7 +222,11 @@ def test_which_model_and_its_card(watched: Watched, request: pytest.FixtureReque
     if "phone" in request.node.name:
         pytest.skip("on a phone these tabs are behind the menu button")
     watched.tab("Which model")
-    watched.page.get_by_text("Models and variants").wait_for()
+    watched.page.get_by_text("What to ship:").wait_for()
+    watched.page.get_by_text("fused / fp32").first.wait_for()
+    picture = watched.page.locator("#pareto img")
+    picture.wait_for()
+    assert picture.evaluate("image => image.complete && image.naturalWidth") > 0
     shoot(watched, "which-model", request)
     watched.tab("Model card")
     watched.page.get_by_role("heading", name="A bundle for tests").or_(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import csv
+import gc
+import json
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +21,7 @@ from PIL import Image
 
 from ffl_deploy.bundle import Bundle
 from ffl_deploy.images import decode
+from serve.offline import SILENCE
 from serve.settings import Limits, ModelSpec, Settings
 
 # Gradio leaves event loops of its own unclosed.
@@ -38,9 +41,12 @@ def digit_bundles(make_bundle: Callable[..., Bundle], tmp_path_factory: pytest.T
 def demo(digit_bundles: tuple[Bundle, Bundle], start_server: Start, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     models = tuple(ModelSpec(bundle.name, bundle.folder) for bundle in digit_bundles)
     with pytest.MonkeyPatch.context() as patch:
+        for name, value in SILENCE.items():
+            patch.setenv(name, value)
         patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads") / "gradio"))
-        with start_server(Settings(models, protocol=False, limits=Limits(batch_images=40))) as running:
+        with start_server(Settings(models, protocol=False, limits=Limits(batch_images=40, demo_sessions=4))) as running:
             yield running
+        gc.collect()  # here those loops are warned of, and ignored; CPython 3.11 fails when that happens while it parses
 
 
 def save(path: Path, seed: int = 0, size: tuple[int, int] = (40, 30)) -> Path:
@@ -221,6 +227,7 @@ def test_examples_are_one_of_each_class_and_unchanged(digit_bundles: tuple[Bundl
 
 
 def test_which_model_works_with_and_without_the_exporters_report(demo: Any, digit_bundles: tuple[Bundle, Bundle]) -> None:
+    """(That the exporter's own file is read: test_exported.py.)"""
     from serve.demo import reports
 
     models = list(demo.service.models.values())
@@ -229,14 +236,28 @@ def test_which_model_works_with_and_without_the_exporters_report(demo: Any, digi
     assert rows[0][2] == "–"
     folder = digit_bundles[0].folder.parent
     assert reports.reports(models) == []
-    Image.new("RGB", (4, 4)).save(folder / "report.png")
+    artefact = {"target": "fused", "variant": "fp32", "bytes": 2_000_000, "precision": "fp32 / fp32", "parity": "passed"}
+    measured = {"accuracy": 0.9833, "accuracy_low": 0.964, "accuracy_high": 0.9924, "p50_ms": 1.234, "p95_ms": 2, "pareto": True}
+    row = artefact | measured | {"accuracy_gate": "passed", "images_per_second": 1234.4, "best_batch": 16, "unknown": 1}
+    bare = artefact | {"variant": "int8-tensorrt", "accuracy_gate": "not run here"}
+    advice = {"artefact": "fused/fp32", "reason": "it is <best>."}
     try:
-        assert reports.reports(models) == [reports.Report(folder, None, folder / "report.png")]
-        (folder / "report.md").write_text("# Ship fused")
-        assert reports.reports(models)[0].text == "# Ship fused"
+        (folder / "report.json").write_text(json.dumps({"rows": [row, bare], "recommendation": advice, "machine": "a box"}))
+        (report,) = reports.reports(models)
+        assert (report.advice, report.machine, report.picture) == ("fused/fp32: it is <best>.", "a box", None)
+        # Both tiny bundles say that their target is fused.
+        assert report.rows[0] == [
+            "fused / fp32", "fused, branch0", "yes", "98.33% (96.40% to 99.24%)", "1.23 / 2.00", "1,234 (16)", "2.00",
+            "fp32 / fp32", "passed", "passed",
+        ]  # fmt: skip
+        assert report.rows[1][:6] == ["fused / int8-tensorrt", "", "", "–", "– / –", "–"]
+        Image.new("RGB", (4, 4)).save(folder / "report.png")
+        assert reports.reports(models)[0].picture == folder / "report.png"
+        (folder / "report.json").write_text('{"rows": 1}')
+        assert reports.reports(models) == []
     finally:
-        (folder / "report.png").unlink()
-        (folder / "report.md").unlink(missing_ok=True)
+        for name in ("report.png", "report.json"):
+            (folder / name).unlink(missing_ok=True)
     assert reports.card(digit_bundles[0]).startswith("# A bundle")
 
 
@@ -265,3 +286,38 @@ def test_an_upload_that_breaks_off_leaves_no_file(demo: Any) -> None:
     while {path for path in upload_folder().rglob("*") if path.is_file()} != before and time.monotonic() < deadline:
         time.sleep(0.05)
     assert {path for path in upload_folder().rglob("*") if path.is_file()} == before
+
+
+def test_what_gradio_keeps_of_its_sessions_is_bounded(demo: Any, tmp_path: Path) -> None:
+    """Every call without a session makes one, of 76 KB; Gradio alone would keep 10,000, and their finished queues for ever."""
+    from gradio.routes import App
+    from starlette.routing import Mount
+
+    from serve.demo.page import mounted
+    from serve.demo.sessions import forget_finished
+
+    content = save(tmp_path / "photo.png").read_bytes()
+
+    async def call(http: httpx.AsyncClient) -> str:
+        (path,) = (await http.post("/gradio_api/upload", files={"files": ("x.png", content)})).json()
+        reference = {"path": path, "meta": {"_type": "gradio.FileData"}}
+        event = (await http.post("/gradio_api/call/classify", json={"data": [reference]})).json()["event_id"]
+        return (await http.get(f"/gradio_api/call/classify/{event}")).text
+
+    async def body() -> None:
+        async with mounted(demo.service) as app:
+            (gradio,) = [route.app for route in app.routes if isinstance(route, Mount) and isinstance(route.app, App)]
+            queue = gradio.get_blocks()._queue
+            async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1") as http:
+                answers = [await call(http) for _ in range(6)]
+                waiting = (await http.post("/gradio_api/call/classify", json={"data": [None]})).json()["event_id"]
+                forget_finished(gradio.get_blocks())
+                assert all("event: complete" in answer for answer in answers)
+                assert len(gradio.state_holder.session_data) == 4
+                assert len(queue.event_analytics) == 1
+                assert queue.cached_event_analytics_summary == {"functions": {}}
+                assert set(queue.pending_event_ids_session) == {waiting}, "an answer that is still waited for was forgotten"
+                assert set(queue.pending_messages_per_session) == {waiting}
+                assert "Give an image file" in (await http.get(f"/gradio_api/call/classify/{waiting}")).text
+
+    asyncio.run(body())

@@ -355,6 +355,29 @@ print(sorted({"torch", "gradio", "scipy.stats", "sklearn", "ray"} & set(sys.modu
         assert done.stdout.strip().splitlines()[-1:] == [expected], done.stderr
 
 
+def test_gradio_is_imported_while_the_bundles_load(two_bundles: tuple[Bundle, Bundle]) -> None:
+    """One after the other they would take seconds longer to be ready."""
+    code = """
+import sys, time
+import serve.service
+from serve.app import create_app, parse_arguments
+from starlette.testclient import TestClient
+
+def slow(*arguments, real=serve.service.open_model):
+    deadline = time.monotonic() + 30
+    while "gradio" not in sys.modules and time.monotonic() < deadline: time.sleep(0.02)
+    print("gradio" in sys.modules)
+    return real(*arguments)
+
+serve.service.open_model = slow
+with TestClient(create_app(parse_arguments(sys.argv[1:]))) as client:
+    while client.get("/v2/health/ready").status_code != 200: time.sleep(0.05)
+"""
+    command = [sys.executable, "-c", code, str(two_bundles[0].folder), "--allow-host", "testserver"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.split() == ["True"], done.stderr
+
+
 def test_log_lines_cannot_be_forged() -> None:
     import logging
 

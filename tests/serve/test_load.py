@@ -24,6 +24,7 @@ from PIL import Image
 from ffl_deploy.bundle import Bundle
 
 Start = Callable[..., contextlib.AbstractContextManager[Any]]
+MEMORY_SAMPLES = 100
 
 
 def infer_body(images: np.ndarray) -> tuple[bytes, dict[str, str]]:
@@ -87,10 +88,12 @@ def test_sigterm_under_load_loses_no_accepted_request(two_bundles: tuple[Bundle,
 
 @pytest.mark.slow
 def test_two_bundles_are_ready_in_time(two_bundles: tuple[Bundle, Bundle], serve_process: Start) -> None:
-    """The promise is 8 s on a quiet machine; three times that is allowed here, where others may use it too."""
+    """The promise is 8 s on a quiet machine (`-s` prints the time); three times that is allowed here, where others may use it."""
     began = time.monotonic()
     with serve_process(*[str(bundle.folder) for bundle in two_bundles]):
-        assert time.monotonic() - began < 24
+        seconds = time.monotonic() - began
+    print(f"\nstart to ready: {seconds:.2f} s")
+    assert seconds < 24
 
 
 def open_files(process: int) -> int:
@@ -107,7 +110,8 @@ def resident_mib(process: int) -> float:
 def test_ten_minutes_of_everything(two_bundles: tuple[Bundle, Bundle], serve_process: Start, tmp_path: Path) -> None:
     """Good, bad, oversized and disconnecting clients, uploads and demo calls, mixed. FFL_SOAK_SECONDS shortens it.
 
-    No error on a good request, memory flat from the first quarter on, no file left behind.
+    No error on a good request, no file left behind, and flat memory: the median of the last minute is less than 2 % above
+    that of the minute after two minutes of warm-up. A shortened run warms up too little for that and is allowed 10 %.
     """
     seconds = float(os.environ.get("FFL_SOAK_SECONDS", "600"))
     answers = Answers(two_bundles[0])
@@ -182,8 +186,8 @@ def test_ten_minutes_of_everything(two_bundles: tuple[Bundle, Bundle], serve_pro
         for thread in threads:
             thread.start()
         memory: list[float] = []
-        while time.monotonic() < end:
-            time.sleep(min(seconds / 40, 5))
+        for _ in range(MEMORY_SAMPLES):
+            time.sleep(seconds / MEMORY_SAMPLES)
             memory.append(resident_mib(running.process.pid))
         for thread in threads:
             thread.join()
@@ -193,12 +197,14 @@ def test_ten_minutes_of_everything(two_bundles: tuple[Bundle, Bundle], serve_pro
         files = open_files(running.process.pid)
         running.process.terminate()
         assert running.process.wait(40) == 0
-    early, late = np.median(memory[len(memory) // 4 : len(memory) // 2]), np.median(memory[-len(memory) // 4 :])
+    minute = MEMORY_SAMPLES // 10
+    early, late = np.median(memory[2 * minute : 3 * minute]), np.median(memory[-minute:])
     p50, p99 = np.percentile(latencies, [50, 99]) * 1000
     clean = f"{files} open files, clean and ended after {time.monotonic() - ended:.1f} s"
-    print(f"\n{dict(counts)}\np50 {p50:.1f} ms, p99 {p99:.1f} ms, memory {early:.0f} -> {late:.0f} MiB, {clean}")
+    course = ", ".join(f"{np.median(memory[start : start + minute]):.0f}" for start in range(0, MEMORY_SAMPLES, minute))
+    print(f"\n{dict(counts)}\np50 {p50:.1f} ms, p99 {p99:.1f} ms, {clean}\nMiB resident in each tenth: {course}")
     assert set(counts) == {"good", "bad", "oversized", "gone", "upload", "call", "demo", "broken upload"}, counts
-    assert late < early * 1.1 + 10
+    assert late < early * (1.02 if seconds >= 600 else 1.1)
     assert files < 80
     assert pieces == []
     assert list(tmp_path.rglob("*")) == []
