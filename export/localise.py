@@ -24,11 +24,15 @@ TOLERANCE = 1e-4
 
 
 class LayerDifference(msgspec.Struct, frozen=True):
-    """max |file - PyTorch| of one module's output, in units of that output's standard deviation."""
+    """File minus PyTorch at one module's output, in units of that output's standard deviation.
+
+    difference: the largest; rms: the root of the mean square, which a few values outside a quantised range do not decide.
+    """
 
     layer: str
     tensor: str
     difference: float
+    rms: float
 
 
 def first_difference(
@@ -43,10 +47,10 @@ def first_difference(
         return "the layers of a bf16 computation are not compared one by one"
     layers = layer_differences(path, model, images, scopes_from)
     if precision != "fp32" and layers:
-        growth = np.diff([0.0, *(layer.difference for layer in layers)])
+        growth = np.diff([0.0, *(layer.rms for layer in layers)])
         worst = layers[int(np.argmax(growth))]
         return (
-            f"the error grows most at {worst.layer} (to {worst.difference:.2g} of its output's standard deviation, "
+            f"the error grows most at {worst.layer} (to {worst.rms:.2g} of its output's standard deviation, root mean square, "
             f"tensor {worst.tensor})"
         )
     for layer in layers:
@@ -72,16 +76,29 @@ def layer_differences(
     present = {name for node in proto.graph.node for name in node.output}
     outputs = {tensor: module for tensor, module in outputs.items() if tensor in present}
     expected = _pytorch_outputs(model, images, set(outputs.values()))
-    values = _intermediates(proto, list(outputs), images)
+    read_as = dequantised(proto)
+    values = _intermediates(proto, [read_as.get(tensor, tensor) for tensor in outputs], images)
     differences = []
     for tensor, module in outputs.items():
-        if module not in expected or expected[module].shape != values[tensor].shape:
+        found = values[read_as.get(tensor, tensor)]
+        if module not in expected or expected[module].shape != found.shape:
             continue
         reference = expected[module].astype(np.float64)
         scale = float(reference.std()) or 1.0
-        difference = np.abs(values[tensor] - reference).max(initial=0.0) / scale
-        differences.append(LayerDifference(module or "the whole model", tensor, float(difference)))
+        off = (found - reference) / scale
+        largest, rms = float(np.abs(off).max(initial=0.0)), float(np.sqrt(np.mean(off**2)))
+        differences.append(LayerDifference(module or "the whole model", tensor, largest, rms))
     return differences
+
+
+def dequantised(proto: Any) -> dict[str, str]:
+    """-> tensor -> what the next layer reads of it, where it is quantised: a ReLU may only exist as the lower end of its levels."""
+    levels = {node.output[0]: node.input[0] for node in proto.graph.node if node.op_type == "QuantizeLinear"}
+    return {
+        levels[node.input[0]]: node.output[0]
+        for node in proto.graph.node
+        if node.op_type == "DequantizeLinear" and node.input[0] in levels
+    }
 
 
 def module_outputs(proto: Any) -> dict[str, str]:

@@ -114,7 +114,7 @@ PARITY_GATES = {
         ParityGate("fp32", 1e-4, 0.99999, 1e-6, 1.0, top5_agreement=1.0),
         ParityGate("fp16", 2e-2, 0.9999, 1e-4, 0.999, probability_error=2e-3),
         ParityGate("bf16", 1.5e-1, 0.999, 1e-3, 0.995, probability_error=1e-2),
-        ParityGate("int8", None, 0.99, 1e-2, 0.985),
+        ParityGate("int8", None, 0.99, 1e-2, 0.95),
     )
 }
 ACCURACY_GATES = {
