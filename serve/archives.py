@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lzma
 import tarfile
 import zipfile
 import zlib
@@ -57,7 +58,7 @@ def _read_zip_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
     try:
         with archive.open(info) as file:
             data = file.read(MAX_FILE_BYTES + 1)  # the size in the directory can lie
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, ValueError, NotImplementedError) as error:
         raise ImageError("corrupt", f"the archive member cannot be unpacked ({error})") from error
     if len(data) > MAX_FILE_BYTES:
         raise ImageError("too_large", f"the member unpacks to more than {MAX_FILE_BYTES} bytes")

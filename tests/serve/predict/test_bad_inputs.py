@@ -321,6 +321,19 @@ def test_24_zip_bomb(predict: Predict, tmp_path: Path, photo: Photo, monkeypatch
     assert predict(tmp_path / "lie.zip").statuses == ["corrupt", "ok"]
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_24_damage_in_a_compressed_member(predict: Predict, tmp_path: Path, photo: Photo, method: int) -> None:
+    """Each method's library has an exception of its own."""
+    with zipfile.ZipFile(tmp_path / "x.zip", "w", method) as archive:
+        for name in ("one.png", "bad.png", "two.png"):
+            archive.writestr(name, photo(1, "PNG"))
+        start = archive.getinfo("bad.png").header_offset + 30 + len("bad.png")
+    data = bytearray((tmp_path / "x.zip").read_bytes())
+    data[start + 20 : start + 200] = b"\xff" * 180
+    (tmp_path / "x.zip").write_bytes(data)
+    assert predict(tmp_path / "x.zip").statuses == ["ok", "corrupt", "ok"]
+
+
 def test_24_tar_bomb(predict: Predict, tmp_path: Path, photo: Photo, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(archives, "FREE_BYTES", 1 << 20)
     data = io.BytesIO()
@@ -381,6 +394,9 @@ def test_25_parquet_without_the_column(predict: Predict, tmp_path: Path) -> None
     assert predict(tmp_path / "bad.parquet").code == UNUSABLE
     pq.write_table(pa.table({"path": [1, 2]}), tmp_path / "numbers.parquet")
     assert predict(tmp_path / "numbers.parquet").code == UNUSABLE
+    run = predict("gone.jpg", *["gone.jpg"] * 2048, tmp_path / "numbers.parquet", flags=["--shard-size", "1024"])
+    assert run.code == UNUSABLE
+    assert not run.out.parent.exists() or not any(run.out.parent.iterdir()), "refused before any work"
 
 
 def test_25_null_and_giant_cells(predict: Predict, tmp_path: Path, photo: Photo, monkeypatch: pytest.MonkeyPatch) -> None:
