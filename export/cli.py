@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ffl_deploy.command import run_command
+from ffl_deploy.command import Parser, run_command
 from ffl_deploy.errors import DONE, UsageError
 
 if TYPE_CHECKING:
@@ -20,9 +20,9 @@ PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 RUNTIMES = ("onnxruntime", "openvino", "onnxruntime-cuda", "onnxruntime-tensorrt")
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """-> the command line; defaults that need the run or torch are resolved in `main`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="ffl-export",
         description="Export targets of a trained run as ONNX bundles whose logits are those of training's own evaluation.",
         epilog="Exit code 1: a gate did not hold and no bundle was written. 2: the run or the flags cannot be used.",

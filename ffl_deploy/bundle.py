@@ -13,7 +13,7 @@ import threading
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -68,7 +68,7 @@ class Source(msgspec.Struct, frozen=True):
 class Precision(msgspec.Struct, frozen=True):
     """What the file stores and what the processor that verified it computed in; they differ more often than one thinks."""
 
-    stored: Literal["fp32", "fp16", "bf16", "int8"]
+    stored: Annotated[str, msgspec.Meta(pattern="^(fp32|fp16|bf16|int8)$")]  # each has a gate
     computed: str
 
 

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from typing import NoReturn
 
-from ffl_deploy.errors import CHECK_FAILED, INTERRUPTED, UNUSABLE_INPUT, FflError
+from ffl_deploy.errors import CHECK_FAILED, INTERRUPTED, UNUSABLE_INPUT, FflError, UsageError
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose complaints about flags are a UsageError, one sentence as all others, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see {self.prog} --help.")
 
 
 def run_command(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> int:

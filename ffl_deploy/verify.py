@@ -6,7 +6,6 @@ that no model keeps data elsewhere; the golden samples on the runtime that is in
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ffl_deploy.bundle import MANIFEST, Bundle, Variant, load_bundle
-from ffl_deploy.command import run_command
+from ffl_deploy.command import Parser, run_command
 from ffl_deploy.errors import DONE, CheckError, UsageError
 from ffl_deploy.onnx_wire import refuse_external_data
 from ffl_deploy.parity import PARITY_GATES, ParityRecord, gate_precision, judge, measure
@@ -101,7 +100,7 @@ def summary(record: ParityRecord) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="ffl-verify", description="Check a bundle: schema, every hash, and the golden samples on this machine's runtime."
     )
     parser.add_argument("bundle", metavar="BUNDLE", help="the folder that ffl-export wrote (it holds bundle.json)")

@@ -32,7 +32,9 @@ def members(path: str, classes: frozenset[str], skipped: Skipped) -> Iterator[It
     read = _zip_members if path.lower().endswith(ZIP_SUFFIXES) else _tar_members
     try:
         yield from read(path, classes, skipped)
-    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError, ValueError, NotImplementedError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # zipfile, tarfile and their decompressors raise almost anything on hostile bytes
         code = "unreadable" if isinstance(error, PermissionError) else "corrupt_archive"
         yield failed_item(path, code, f"the archive cannot be read to its end ({error})")
 
@@ -40,7 +42,7 @@ def members(path: str, classes: frozenset[str], skipped: Skipped) -> Iterator[It
 def _zip_members(path: str, classes: frozenset[str], skipped: Skipped) -> Iterator[Item]:
     with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
-            if info.is_dir() or _is_other(info.filename, skipped):
+            if (info.filename and info.is_dir()) or _is_other(info.filename, skipped):  # is_dir() looks at the last character
                 continue
             unix_mode = info.external_attr >> 16
             if unix_mode & 0o170000 == 0o120000:
@@ -57,7 +59,9 @@ def _read_zip_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
     try:
         with archive.open(info) as file:
             data = file.read(MAX_FILE_BYTES + 1)  # the size in the directory can lie
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # as above
         raise ImageError("corrupt", f"the archive member cannot be unpacked ({error})") from error
     if len(data) > MAX_FILE_BYTES:
         raise ImageError("too_large", f"the member unpacks to more than {MAX_FILE_BYTES} bytes")

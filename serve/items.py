@@ -30,10 +30,14 @@ class Item(NamedTuple):
     def loaded(self) -> Item:
         """-> this item with its bytes, or the reason why there are none, in memory."""
         try:
-            data = self.read()
+            read = partial(bytes, self.read())
         except ImageError as error:
-            return Item(self.path, partial(refuse, error.code, str(error)), self.label)
-        return Item(self.path, partial(bytes, data), self.label)
+            read = partial(refuse, error.code, str(error))
+        except MemoryError:
+            read = partial(refuse, "out_of_memory", "it does not fit into memory; classify it on a larger machine")
+        except Exception as error:  # as in the decoding threads: a fault of ours may cost this row, not those behind it
+            read = partial(refuse, "internal_error", f"{type(error).__name__}: {error}")
+        return Item(self.path, read, self.label)
 
 
 @dataclass
@@ -70,13 +74,13 @@ def read_file(path: str, limit: int = MAX_FILE_BYTES) -> bytes:
         if not stat.S_ISREG(os.stat(path).st_mode):  # before opening: opening a device can have effects
             raise ImageError("not_a_file", "it is a folder, a device or a pipe, not a file")
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-        with open(descriptor, "rb", buffering=0) as file:
+        with open(descriptor, "rb") as file:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
                 raise ImageError("not_a_file", "it is a folder, a device or a pipe, not a file")
             if status.st_size > limit:
                 raise ImageError("too_large", f"the file has {status.st_size} bytes, more than {limit}")
-            return file.read(limit)
+            return file.read(status.st_size or limit)  # in as many pieces as the file system gives; 0: it does not say
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ImageError("missing", "there is no such file") from error
     except ValueError as error:  # a NUL inside a name that a table gave

@@ -66,4 +66,5 @@ def count_labels(rows: Sequence[Row], labels: Sequence[str | None], classes: Seq
 
 
 def _by_number(label: str, classes: Sequence[str]) -> str | None:
-    return classes[int(label)] if label.isdecimal() and int(label) < len(classes) else None
+    # Nine digits are more than any number of classes, and int() refuses some thousands of them.
+    return classes[int(label)] if label.isdecimal() and len(label) < 10 and int(label) < len(classes) else None

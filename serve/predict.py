@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ffl_deploy.command import run_command
+from ffl_deploy.command import Parser, run_command
 from ffl_deploy.errors import DONE, SOME_INPUTS_FAILED, Interrupted, UsageError
 from serve.supervise import Recovery, supervise
 
@@ -22,8 +22,8 @@ Exit: 0 all rows ok; 1 corrupt bundle, full disk; 2 unusable input; 3 finished, 
 """
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("ffl-predict", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser() -> Parser:
+    parser = Parser("ffl-predict", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", metavar="BUNDLE", help="folder that ffl-export wrote")
     parser.add_argument("inputs", metavar="INPUT", nargs="+", help="what to classify")
     parser.add_argument("--out", metavar="FILE", type=Path, help="where the rows go; the suffix chooses the format")

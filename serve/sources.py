@@ -39,7 +39,7 @@ def check_inputs(inputs: Iterable[str], reading: Reading) -> None:
     """Refuse before any work what cannot be read at all. Raises UsageError for an empty pattern or a table without the column."""
     for argument in inputs:
         if is_pattern(argument):
-            if next(glob.iglob(argument, recursive=True), None) is None:
+            if next(_matches(argument), None) is None:
                 raise UsageError(f"no file matches {argument!r}; check the pattern.")
         elif tables.is_table(argument) and os.path.isfile(argument):
             tables.check_table(argument, reading.column, reading.label_column)
@@ -51,9 +51,7 @@ def read_inputs(inputs: Iterable[str], reading: Reading) -> Iterator[Item]:
         if argument == STANDARD_INPUT:
             yield from _listed_on(sys.stdin.buffer)
         elif is_pattern(argument):
-            for path in sorted_names(
-                p for p in glob.iglob(argument, recursive=True, include_hidden=True) if not os.path.isdir(p)
-            ):
+            for path in sorted_names(_matches(argument)):
                 yield from _one(path, reading)
         else:
             yield from _one(argument, reading)
@@ -62,6 +60,11 @@ def read_inputs(inputs: Iterable[str], reading: Reading) -> Iterator[Item]:
 def is_pattern(argument: str) -> bool:
     """-> whether the argument is a glob: it has * ? or [ and no file is called so."""
     return glob.has_magic(argument) and not os.path.lexists(argument)
+
+
+def _matches(pattern: str) -> Iterator[str]:
+    """-> everything but folders that `pattern` matches, hidden files too, in no order."""
+    return (path for path in glob.iglob(pattern, recursive=True, include_hidden=True) if not os.path.isdir(path))
 
 
 def _one(path: str, reading: Reading) -> Iterator[Item]:

@@ -14,6 +14,7 @@ import signal
 import struct
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -24,6 +25,7 @@ from serve.items import Item, refuse
 
 AGAIN = 75  # exit code of a child that has finished its careful shard; EX_TEMPFAIL of sysexits.h
 MAX_QUARANTINED = 100  # images of a run; more means that the machine, not the images, is broken
+FORWARDED = (signal.SIGTERM, signal.SIGINT)
 MAX_UNEXPLAINED = 3  # deaths in a row while no image was being tried
 
 
@@ -119,15 +121,22 @@ def _in_child(run: Callable[[], int]) -> int:
     reading, writing = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
+    # Held back until both processes are ready for them: one that came in between would end the parent by itself.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
     child = os.fork()
     if child == 0:
-        os.close(writing)
-        threading.Thread(target=_end_with_parent, args=(reading,), daemon=True).start()
         code = CHECK_FAILED
         try:
+            os.close(writing)
+            threading.Thread(target=_end_with_parent, args=(reading,), daemon=True).start()
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             code = run()
         except CarefulShardDone:
             code = AGAIN
+        except KeyboardInterrupt:  # before `run` could make a sentence of it
+            code = INTERRUPTED
+        except BaseException:  # a fault of ours, or FFL_DEBUG: nobody above prints it, since this process ends here
+            traceback.print_exc()
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
@@ -137,7 +146,8 @@ def _in_child(run: Callable[[], int]) -> int:
     def forward(number: int, frame: FrameType | None) -> None:
         os.kill(child, number)  # the child decides what it means; of two (Ctrl-C reaches both processes) it ignores one
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, forward) for number in FORWARDED}
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     try:
         return os.waitpid(child, 0)[1]
     finally:

@@ -24,8 +24,10 @@ def is_table(path: str) -> bool:
 
 
 def check_table(path: str, column: str | None, label_column: str | None) -> None:
-    """Raise UsageError unless the table can be read and has the columns."""
-    _chosen(path, _column_names(path), column, label_column)
+    """Raise UsageError unless the table can be read, has the columns, and holds paths or bytes in the one of images."""
+    chosen, _ = _chosen(path, _column_names(path), column, label_column)
+    if not path.lower().endswith(".csv"):
+        _check_kind(path, chosen, _parquet(path).schema_arrow.field(chosen).type)
 
 
 def rows(path: str, column: str | None, label_column: str | None) -> Iterator[Item]:
@@ -104,16 +106,22 @@ def _parquet(path: str) -> Any:
         raise UsageError(f"{path} is not a Parquet table that can be read ({str(error).splitlines()[0]}).") from error
 
 
-def _parquet_rows(path: str, column: str, label_column: str | None) -> Iterator[Item]:
+def _check_kind(path: str, column: str, kind: Any) -> None:
+    """Raise UsageError unless a Parquet column of this pyarrow type can name or hold images."""
     import pyarrow as pa
 
-    table = _parquet(path)
-    kind = table.schema_arrow.field(column).type
     if pa.types.is_struct(kind):  # Hugging Face datasets: {bytes, path}
         if kind.get_field_index("bytes") < 0:
             raise UsageError(f"{path}: the column {column!r} holds structs without a field `bytes`; choose another --column.")
     elif not (is_bytes(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         raise UsageError(f"{path}: the column {column!r} holds {kind}, not paths or bytes; choose another --column.")
+
+
+def _parquet_rows(path: str, column: str, label_column: str | None) -> Iterator[Item]:
+    import pyarrow as pa
+
+    table = _parquet(path)
+    _check_kind(path, column, table.schema_arrow.field(column).type)
     number = 0
     wanted = [column] + ([label_column] if label_column else [])
     for group in range(table.num_row_groups):
@@ -129,7 +137,7 @@ def _parquet_rows(path: str, column: str, label_column: str | None) -> Iterator[
                 labels = batch.column(batch.schema.get_field_index(label_column)) if label_column else None
                 cells = batch.column(batch.schema.get_field_index(column))
                 for index in range(len(batch)):
-                    yield _cell_item(path, number, cells[index], labels[index].as_py() if labels is not None else None)
+                    yield _cell_item(path, number, cells[index], _value(labels[index]) if labels is not None else None)
                     number += 1
         except (pa.ArrowException, OSError) as error:
             message = f"the table is corrupt here ({str(error).splitlines()[0]})"
@@ -163,6 +171,14 @@ def _cell_item(table: str, number: int, cell: Any, label: Any) -> Item:
     if not is_bytes(cell.type):
         return _path_item(table, number, os.fsdecode(buffer.to_pybytes()), label)  # text that is not UTF-8 has no as_py()
     return Item(f"{displayed(table)}::{number}", partial(_cell_bytes, buffer), _label(label), True)
+
+
+def _value(cell: Any) -> Any:
+    """-> a label's pyarrow scalar as Python has it; text that is not UTF-8 is no class and becomes readable."""
+    try:
+        return cell.as_py()
+    except UnicodeDecodeError:
+        return cell.as_buffer().to_pybytes().decode(errors="backslashreplace")
 
 
 def _cell_bytes(buffer: Any) -> bytes:

@@ -1,13 +1,16 @@
-"""What all console commands share: a help text that is there at once."""
+"""What all console commands share: a help text that is there at once, and one sentence about wrong flags."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+
+from ffl_deploy.command import run_command
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = {
@@ -38,6 +41,17 @@ def test_help_needs_nothing_heavy(module: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.stderr.splitlines() == ["0 []"]
     assert "usage: " in done.stdout
+
+
+@pytest.mark.parametrize("module", ["train.run", "export.cli", "ffl_deploy.verify", "serve.predict"])
+@pytest.mark.parametrize("arguments", [["--no-such-flag"], ["x", "x", "--variant"], ["x", "--precision", "fp33", "--top-k", "0"]])
+def test_a_flag_that_does_not_exist_is_one_sentence(
+    module: str, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(import_module(module).main, arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "--help" in error
 
 
 @pytest.mark.slow

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 
-from ffl_deploy.command import run_command
+from ffl_deploy.command import Parser, run_command
 from ffl_deploy.errors import UsageError
 from ffl_deploy.files import write_atomically
 from ffl_deploy.run_directory import load_run
@@ -17,7 +16,7 @@ from ffl_deploy.run_directory import load_run
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; -> exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m train.branch_weights",
         description="Write one branch under the names of the library that its backbone comes from.",
     )

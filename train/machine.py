@@ -59,7 +59,10 @@ def choose_device(options: MachineOptions, world: World) -> torch.device:
 
 
 def choose_machine(wanted: str, device: torch.device, world: World) -> Machine:
-    """wanted: a precision or "auto", which every process of `world` resolves alike. Raises UsageError for fp16 on a CPU."""
+    """wanted: a precision or "auto", which every process of `world` resolves alike. Raises UsageError for fp16 on a CPU.
+
+    bf16 is taken at its word everywhere: a CPU without it emulates it, slowly.
+    """
     if device.type == "cpu" and wanted == "fp16":
         raise UsageError("--precision fp16 needs a GPU; CPUs train in fp32, or in bf16 where that is faster.")
     if wanted != "auto":

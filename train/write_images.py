@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ffl_deploy.command import run_command
+from ffl_deploy.command import Parser, run_command
 from ffl_deploy.datasets import DataSpec, ImageData, load_data
 from ffl_deploy.files import replace_folder
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; -> exit code."""
-    parser = argparse.ArgumentParser(prog="python -m train.write_images", description=__doc__)
+    parser = Parser(prog="python -m train.write_images", description=__doc__)
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder to write; replaced if it exists")
     parser.add_argument("--data", default="digits", help="digits, cifar10, cifar100 or an image folder (default: digits)")
     parser.add_argument("--data-root", type=Path, help="where CIFAR's own files lie")

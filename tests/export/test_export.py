@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -200,6 +201,12 @@ def test_bad_input_is_one_sentence(digits_run: Run, exported: Path, tmp_path: Pa
     (no_reference / "eval_reference.npz").unlink()
     shutil.copytree(digits_run.folder, no_checkpoint)
     shutil.rmtree(no_checkpoint / "checkpoints")
+    damaged, other_images = tmp_path / "damaged", tmp_path / "other_images"
+    shutil.copytree(digits_run.folder, damaged)
+    os.truncate(damaged / "eval_reference.npz", 1000)
+    shutil.copytree(digits_run.folder, other_images)
+    with np.load(digits_run.folder / "eval_reference.npz") as arrays:
+        np.savez(other_images / "eval_reference.npz", **{**arrays, "indices": arrays["indices"][::-1]})
     run = str(digits_run.folder)
     cases = [
         ([str(tmp_path / "nowhere")], 2, "no run directory"),
@@ -207,6 +214,8 @@ def test_bad_input_is_one_sentence(digits_run: Run, exported: Path, tmp_path: Pa
         ([run, "--checkpoint", "worst"], 2, "no checkpoint 'worst'"),
         ([str(no_reference)], 2, "no eval_reference.npz"),
         ([str(no_checkpoint)], 2, "no checkpoint 'best'"),
+        ([str(damaged)], 1, "eval_reference.npz is damaged"),
+        ([str(other_images)], 1, "not those that training evaluated"),
         ([str(other)], 1, "belongs to another architecture"),
         ([run, "--batch", "zero"], 2, "--batch zero"),
         ([run, "--opset", "3"], 2, "--opset 3"),

@@ -295,9 +295,6 @@ def test_it_is_live_before_it_is_ready_and_ready_only_when_every_bundle_is_verif
     seen: dict[str, int] = {}
 
     def probe() -> None:
-        import serve.app
-
-        del serve.app
         try:
             port = ports.get(timeout=60)
             with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:

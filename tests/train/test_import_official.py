@@ -140,7 +140,7 @@ def test_an_official_checkpoint_becomes_a_run(
     for name, logits in wanted.items():
         scale = float(logits.std())
         assert scale > 0.01
-        np.testing.assert_allclose(run.reference("best", name)[2], logits.numpy(), rtol=0, atol=1e-5 * scale + 1e-6)
+        np.testing.assert_allclose(run.reference("best", name)[2], logits.numpy(), rtol=0, atol=1e-4 * scale)
     summary = json.loads((out / "summary.json").read_text())
     assert summary["accuracy"]["fused"] == pytest.approx((fused.argmax(1) == labels).mean(), abs=1e-6)
     assert (summary["epochs"], summary["classes"]) == (300, ["blue", "green", "red"])

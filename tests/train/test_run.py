@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from ffl_deploy.command import run_command
+from train.config import TrainConfig
 from train.options import options_from_json, options_to_json
 from train.recipes import RECIPES
 from train.run import main, parse
@@ -90,5 +92,9 @@ def test_help_shows_every_option_with_what_it_means(capsys: pytest.CaptureFixtur
         main(["--help"])
     assert stopped.value.code == 0
     shown = capsys.readouterr().out
-    assert "--branches" in shown
+    named = {"source": "data", "root": "data-root"}
+    groups = [field.default_factory for field in fields(TrainConfig) if isinstance(field.default_factory, type)]
+    flags = [named.get(field.name, field.name.replace("_", "-")) for group in groups for field in fields(group)]
+    assert len(flags) > 30
+    assert [flag for flag in flags if f"--{flag} " not in shown and f"--{flag}," not in shown] == []
     assert "What the networks learn from each other" in shown

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -159,6 +160,11 @@ def test_an_error_leaves_no_worker_behind(on_disk: ImageData, folder: Path) -> N
     with pytest.raises(UnreadableImage) as caught:
         list(stream(on_disk, CROP, 2).training(0, 0))
     assert caught.tb is not None  # which still holds the generator's frame
+    deadline = (
+        time.monotonic() + 60
+    )  # told to end, they do so when a busy machine lets them; left alone, they would wait for ever
+    while multiprocessing.active_children() and time.monotonic() < deadline:
+        time.sleep(0.05)
     assert multiprocessing.active_children() == []
 
 

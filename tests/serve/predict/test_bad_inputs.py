@@ -1,17 +1,16 @@
 """The bad inputs of docs/predict.md, each by its number and name: one row each, the good ones beside them unharmed.
 
-The faults that need processes (27 to 29, 32) are in test_faults.py; 33 and 34 are the server's.
+Archives (23, 24) are in test_archives.py, the faults that need processes (27 to 29, 32) in test_faults.py; 33 and 34 are the
+server's.
 """
 
 from __future__ import annotations
 
-import gzip
 import io
 import os
 import socket
 import struct
 import sys
-import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -25,7 +24,7 @@ import pytest
 from PIL import Image
 
 from ffl_deploy.bundle import Bundle, load_bundle
-from serve import archives, items, tables
+from serve import items, tables
 
 Predict = Callable[..., Any]
 Photo = Callable[..., bytes]
@@ -279,97 +278,6 @@ def test_22_file_vanishes_during_the_run(predict: Predict, folder: Path, monkeyp
     assert predict(folder).statuses == ["ok", "missing", "ok"]
 
 
-def test_23_hostile_archive_members_are_streamed(predict: Predict, tmp_path: Path, photo: Photo) -> None:
-    names = ["../../escape.jpg", "/absolute.jpg", "good.jpg"]
-    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
-        for name in names:
-            archive.writestr(name, photo(1))
-        link = zipfile.ZipInfo("link.jpg")
-        link.external_attr = 0o120777 << 16
-        archive.writestr(link, "/etc/passwd")
-    with tarfile.open(tmp_path / "x.tar", "w") as archive:
-        for name in names:
-            info = tarfile.TarInfo(name)
-            info.size = len(photo(1))
-            archive.addfile(info, io.BytesIO(photo(1)))
-        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE):
-            info = tarfile.TarInfo("special.jpg")
-            info.type, info.linkname = kind, "/etc/passwd"
-            archive.addfile(info)
-    before = {path for path in tmp_path.rglob("*") if "out" not in path.parts}
-    run = predict(tmp_path / "x.zip", tmp_path / "x.tar")
-    assert run.code == DONE
-    assert [row["path"] for row in run.rows] == [f"{tmp_path}/x.{kind}::{name}" for kind in ("zip", "tar") for name in names]
-    assert {path for path in tmp_path.rglob("*") if "out" not in path.parts} == before, "nothing was unpacked"
-    assert not (tmp_path.parent / "escape.jpg").exists()
-    for skipped in ("2 symbolic links", "1 hard links", "1 special files"):
-        assert skipped in run.stdout
-
-
-def test_24_zip_bomb(predict: Predict, tmp_path: Path, photo: Photo, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(archives, "MAX_FILE_BYTES", 1 << 20)
-    with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("bomb.png", b"\0" * (4 << 20))
-        archive.writestr("good.jpg", photo(1))
-    run = predict(tmp_path / "x.zip")
-    assert run.statuses == ["too_large", "ok"]
-    data = bytearray((tmp_path / "x.zip").read_bytes())
-    claimed = struct.pack("<I", 4 << 20)
-    while (at := data.find(claimed)) >= 0:  # the directory lies: 1000 bytes
-        data[at : at + 4] = struct.pack("<I", 1000)
-    (tmp_path / "lie.zip").write_bytes(data)
-    assert predict(tmp_path / "lie.zip").statuses == ["corrupt", "ok"]
-
-
-def test_24_tar_bomb(predict: Predict, tmp_path: Path, photo: Photo, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(archives, "FREE_BYTES", 1 << 20)
-    data = io.BytesIO()
-    with tarfile.open(fileobj=data, mode="w") as archive:
-        for name, content in (("good.jpg", photo(1)), ("zeros.bin", b"\0" * (32 << 20)), ("never.jpg", photo(2))):
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    (tmp_path / "x.tar.gz").write_bytes(gzip.compress(data.getvalue()))
-    run = predict(tmp_path / "x.tar.gz")
-    assert run.statuses == ["ok", "corrupt_archive"]
-    assert "bomb" in run.rows[1]["error"]
-
-
-def test_24_nested_encrypted_and_broken_archives(predict: Predict, tmp_path: Path, photo: Photo) -> None:
-    inner = io.BytesIO()
-    with zipfile.ZipFile(inner, "w") as archive:
-        archive.writestr("deep.jpg", photo(1))
-    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
-        archive.writestr("inner.zip", inner.getvalue())
-        archive.writestr("locked.jpg", photo(1))
-        archive.writestr("good.jpg", photo(2))
-    data = bytearray((tmp_path / "x.zip").read_bytes())
-    for signature, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
-        at = [i for i in range(len(data)) if data.startswith(signature, i)]
-        at = [i for i in at if b"locked.jpg" in data[i : i + 60]]
-        data[at[-1] + offset] |= 1  # general purpose flag, bit 0: encrypted
-    (tmp_path / "x.zip").write_bytes(data)
-    run = predict(tmp_path / "x.zip")
-    assert run.statuses == ["encrypted", "ok"]
-    assert "1 nested archives" in run.stdout
-    (tmp_path / "broken.zip").write_bytes(b"PK\x03\x04 this is no zip")
-    (tmp_path / "x.tar").write_bytes(b"neither is this a tar" * 100)
-    assert predict(tmp_path / "broken.zip", tmp_path / "x.tar").statuses == ["corrupt_archive"] * 2
-
-
-def test_24_truncated_tar_keeps_what_came_before(predict: Predict, tmp_path: Path, photo: Photo) -> None:
-    with tarfile.open(tmp_path / "x.tar", "w") as archive:
-        for name in ("one.jpg", "two.jpg", "three.jpg"):
-            info = tarfile.TarInfo(name)
-            info.size = len(photo(1))
-            archive.addfile(info, io.BytesIO(photo(1)))
-    data = (tmp_path / "x.tar").read_bytes()
-    (tmp_path / "cut.tar").write_bytes(data[: data.index(b"two.jpg") + 700])
-    run = predict(tmp_path / "cut.tar")
-    assert run.statuses[:2] == ["ok", "truncated"]
-    assert run.code == SOME_FAILED
-
-
 def test_25_parquet_without_the_column(predict: Predict, tmp_path: Path) -> None:
     pq.write_table(pa.table({"uri": ["a.jpg"], "width": [3]}), tmp_path / "x.parquet")
     run = predict(tmp_path / "x.parquet")
@@ -381,6 +289,9 @@ def test_25_parquet_without_the_column(predict: Predict, tmp_path: Path) -> None
     assert predict(tmp_path / "bad.parquet").code == UNUSABLE
     pq.write_table(pa.table({"path": [1, 2]}), tmp_path / "numbers.parquet")
     assert predict(tmp_path / "numbers.parquet").code == UNUSABLE
+    run = predict("gone.jpg", *["gone.jpg"] * 2048, tmp_path / "numbers.parquet", flags=["--shard-size", "1024"])
+    assert run.code == UNUSABLE
+    assert not run.out.parent.exists() or not any(run.out.parent.iterdir()), "refused before any work"
 
 
 def test_25_null_and_giant_cells(predict: Predict, tmp_path: Path, photo: Photo, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -179,6 +179,7 @@ def test_labels_by_number_and_unknown_labels() -> None:
     counts = count_labels([ok, ok, ok, ok, Row("q", "empty", "e")], ["1", "dog", "bird", None, "0"], ["cat", "dog"])
     assert counts.confusion == {"dog": {"dog": 2}}
     assert (counts.unknown, counts.failed, counts.top_k) == (1, {"cat": 1}, 2)
+    assert count_labels([ok, ok, ok], ["2", "9" * 5000, "²"], ["cat", "dog"]).unknown == 3
     total = LabelCounts()
     total.add(counts)
     total.add(counts)

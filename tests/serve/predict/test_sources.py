@@ -14,8 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from ffl_deploy.errors import UsageError
+from ffl_deploy.images import ImageError
+from serve import items
 from serve.items import Item
-from serve.sources import Reading, count_inputs, read_inputs, sorted_names
+from serve.sources import Reading, check_inputs, count_inputs, read_inputs, sorted_names
 
 Predict = Callable[..., Any]
 Photo = Callable[..., bytes]
@@ -65,6 +68,17 @@ def test_globs(folder: Path) -> None:
     assert paths(f"{folder}/**/*.[wp]*") == [f"{folder}/b.png", f"{folder}/sub/c.webp"]
     (folder / "odd[1].jpg").write_bytes(b"")
     assert paths(f"{folder}/odd[1].jpg") == [f"{folder}/odd[1].jpg"], "a file that is really called so"
+
+
+def test_a_pattern_matches_hidden_files_and_no_folders(folder: Path) -> None:
+    (folder / ".hidden").mkdir()
+    (folder / ".hidden" / "d.jpg").write_bytes(b"")
+    (folder / "e.d.jpg").mkdir()
+    reading = Reading()
+    check_inputs([f"{folder}/**/d.jpg"], reading)
+    assert paths(f"{folder}/**/*d.jpg") == [f"{folder}/.hidden/d.jpg"]
+    with pytest.raises(UsageError, match="no file matches"):
+        check_inputs([f"{folder}/e*"], reading)
 
 
 def test_a_glob_of_archives_reads_the_archives(tmp_path: Path, photo: Photo) -> None:
@@ -136,6 +150,43 @@ def test_parquet_of_bytes_structs_and_paths(folder: Path, kind: str) -> None:
     assert [item.path for item in found] == (
         ["a.jpg", "b.png"] if kind == "string" else [f"{folder}/x.parquet::0", f"{folder}/x.parquet::1"]
     )
+
+
+def test_labels_of_any_kind_and_coding(folder: Path) -> None:
+    data = [(folder / "a.jpg").read_bytes()] * 2
+    for labels, expected in (
+        (pa.array([b"caf\xe9", b"cat"], pa.binary()).cast(pa.string(), safe=False), ["caf\\xe9", "cat"]),
+        (pa.array(["dog", "cat"]).dictionary_encode(), ["dog", "cat"]),
+        (pa.array([1, None]), ["1", None]),
+    ):
+        pq.write_table(pa.table({"image": data, "label": labels}), folder / "x.parquet")
+        assert [item.label for item in read_inputs([f"{folder}/x.parquet"], Reading())] == expected
+
+
+def test_a_file_is_read_whole_in_however_small_pieces_it_comes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One read() of a network file system may give less than was asked for."""
+
+    class Slow(io.FileIO):
+        def read(self, size: int = -1) -> bytes:
+            return super().read(min(size, 100) if size >= 0 else 100)
+
+        def readinto(self, buffer: Any) -> int:
+            return super().readinto(memoryview(buffer)[:100])
+
+    def slow_open(descriptor: int, mode: str, buffering: int = -1) -> Any:
+        return Slow(descriptor) if buffering == 0 else io.BufferedReader(Slow(descriptor))
+
+    monkeypatch.setattr(items, "open", slow_open, raising=False)
+    assert items.read_file(str(folder / "a.jpg")) == (folder / "a.jpg").read_bytes()
+
+
+def test_an_unforeseen_fault_of_a_stream_costs_one_row() -> None:
+    def fault() -> bytes:
+        raise SystemError("not an image's fault")
+
+    with pytest.raises(ImageError) as caught:
+        Item("x", fault, bound=True).loaded().read()
+    assert (caught.value.code, str(caught.value)) == ("internal_error", "SystemError: not an image's fault")
 
 
 def test_standard_input(folder: Path, monkeypatch: pytest.MonkeyPatch, predict: Predict) -> None:
