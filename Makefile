@@ -2,7 +2,7 @@
 # make test         environment and the fast suite
 # make check        style, types, import rules
 # make test-all     adds slow, browser, fault and soak tests
-# make bench        the measurements in docs/performance.md and the READMEs of benchmarks/
+# make bench        lists the measurements behind the numbers in docs/
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin

@@ -7,7 +7,6 @@ name and shape by shape, and evaluated anew, since the official log is not kept 
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from ffl_deploy.command import run_command
+from ffl_deploy.command import Parser, run_command
 from ffl_deploy.errors import UsageError
 from ffl_deploy.files import replace_folder, sha256_of
 from ffl_deploy.run_directory import CONFIG, SUMMARY, write_json
@@ -58,7 +57,7 @@ class OfficialWeights(NamedTuple):
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; -> exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m train.import_official",
         description="Turn a pair of checkpoints of FFL's official code into a run directory that ffl-export takes.",
     )

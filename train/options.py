@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,11 @@ def validate(config: TrainConfig) -> None:
         (config.machine.threads is None or config.machine.threads >= 1, "--threads must be at least 1"),
         (o.accumulate >= 1, "--accumulate must be at least 1"),
         (o.batch_size >= 2 * o.accumulate, "--batch-size must be at least twice --accumulate"),
-        (o.lr > 0, "--lr must be above 0"),
+        (0 < o.lr < math.inf, "--lr must be above 0, and a number"),
+        (0 <= o.momentum < 1, "--momentum is from 0 to below 1"),
+        (0 <= o.weight_decay < math.inf and 0 <= o.fusion_weight_decay < math.inf, "a weight decay is 0 or more"),
+        (all(0 <= share <= 1 for share in o.milestones), "--milestones are shares of the epochs, from 0 to 1"),
+        (config.model.fusion_width is None or config.model.fusion_width >= 1, "--fusion-width must be at least 1"),
         (0 <= o.warmup < 1, "--warmup is a share of the run, from 0 to below 1"),
         (0 <= o.label_smoothing < 1, "--label-smoothing is a share, from 0 to below 1"),
         (0 <= o.ema < 1, "--ema is a decay, from 0 (off) to below 1"),
