@@ -50,7 +50,7 @@ def batch_tab(service: Service) -> None:
                 parquet = gr.DownloadButton("Download Parquet", interactive=False, elem_id="parquet")
             table = gr.Dataframe(
                 headers=HEADERS,
-                column_widths=["28%", "16%", "16%", "14%", "26%"],
+                column_widths=["26%", "16%", "14%", "18%", "26%"],
                 interactive=False,
                 wrap=True,
                 max_height=320,

@@ -42,8 +42,7 @@ class Artefact(msgspec.Struct, frozen=True):
 
 
 class Recommendation(msgspec.Struct, frozen=True):
-    artefact: str | None
-    reason: str
+    reason: str  # a sentence that names the artefact
 
 
 class ReportFile(msgspec.Struct, frozen=True):
@@ -75,9 +74,8 @@ def reports(models: Iterable[ServedModel]) -> list[Report]:
         file = read_report(folder / REPORT)
         if file is not None:
             picture = folder / PICTURE
-            advice = f"{file.recommendation.artefact or 'None of them'}: {file.recommendation.reason}"
             rows = [_report_row(row, inside) for row in file.rows]
-            found.append(Report(folder, advice, file.machine, rows, picture if picture.is_file() else None))
+            found.append(Report(folder, file.recommendation.reason, file.machine, rows, picture if picture.is_file() else None))
     return found
 
 

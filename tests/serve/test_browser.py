@@ -34,7 +34,10 @@ def bundles(make_bundle: Callable[..., Bundle], tmp_path_factory: pytest.TempPat
     folder = tmp_path_factory.mktemp("digits")
     options = {"size": 16, "classes": tuple("0123456789"), "gray": True, "cam": True}
     artefact = {"target": "fused", "variant": "fp32", "bytes": 9000, "precision": "fp32 / fp32", "parity": "passed"}
-    report = {"rows": [{**artefact, "accuracy_gate": "passed"}], "recommendation": {"artefact": "fused/fp32", "reason": "yes."}}
+    report = {
+        "rows": [{**artefact, "accuracy_gate": "passed"}],
+        "recommendation": {"artefact": "fused/fp32", "reason": "fused/fp32 is."},
+    }
     (folder / "report.json").write_text(json.dumps(report))
     Image.new("RGB", (90, 55), "white").save(folder / "report.png")
     return [make_bundle(folder / "fused", **options), make_bundle(folder / "branch0", seed=1, **options)]

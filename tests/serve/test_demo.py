@@ -240,11 +240,11 @@ def test_which_model_works_with_and_without_the_exporters_report(demo: Any, digi
     measured = {"accuracy": 0.9833, "accuracy_low": 0.964, "accuracy_high": 0.9924, "p50_ms": 1.234, "p95_ms": 2, "pareto": True}
     row = artefact | measured | {"accuracy_gate": "passed", "images_per_second": 1234.4, "best_batch": 16, "unknown": 1}
     bare = artefact | {"variant": "int8-tensorrt", "accuracy_gate": "not run here"}
-    advice = {"artefact": "fused/fp32", "reason": "it is <best>."}
+    advice = {"artefact": "fused/fp32", "reason": "fused/fp32 is <best>."}
     try:
         (folder / "report.json").write_text(json.dumps({"rows": [row, bare], "recommendation": advice, "machine": "a box"}))
         (report,) = reports.reports(models)
-        assert (report.advice, report.machine, report.picture) == ("fused/fp32: it is <best>.", "a box", None)
+        assert (report.advice, report.machine, report.picture) == ("fused/fp32 is <best>.", "a box", None)
         # Both tiny bundles say that their target is fused.
         assert report.rows[0] == [
             "fused / fp32", "fused, branch0", "yes", "98.33% (96.40% to 99.24%)", "1.23 / 2.00", "1,234 (16)", "2.00",
