@@ -92,7 +92,7 @@ def layer_differences(
 
 
 def dequantised(proto: Any) -> dict[str, str]:
-    """-> tensor -> what the next layer reads of it, where it is quantised: a ReLU may only exist as the lower end of its levels."""
+    """-> tensor -> what the next layer reads, where it is quantised: a ReLU may only exist as the lower end of its levels."""
     levels = {node.output[0]: node.input[0] for node in proto.graph.node if node.op_type == "QuantizeLinear"}
     return {
         levels[node.input[0]]: node.output[0]

@@ -109,7 +109,8 @@ def export_target(
     context = TargetContext(name, model, reference, test, evaluation, loaded.sha256)
     with replace_folder(options.out / name) as folder:
         variants = build_variants(folder, context, options.variants)
-        origin = f"images of {options.golden.name}" if options.golden else f"held-out test images of {run.config.data_name}"
+        own = options.golden and f"from the folder {options.golden.name}/"
+        origin = own or f"held-out test images of {run.config.data_name}"
         golden = write_golden(folder, golden_samples(model, reference, own_golden, run), origin)
         manifest = Manifest(
             schema=SCHEMA,
