@@ -74,16 +74,21 @@ def replace(tensor: onnx.TensorProto, values: np.ndarray) -> None:
     tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(values), tensor.name))
 
 
+def constant_of(proto: onnx.ModelProto, kind: str) -> str:
+    """-> name of the constant of the first node of this kind; normalisation comes first in the graph."""
+    return next(node for node in proto.graph.node if node.op_type == kind).input[1]
+
+
 def swapped_channels(proto: onnx.ModelProto) -> None:
     """The graph reads BGR: a reversed first convolution, mean and std do to RGB pixels what RGB layers do to BGR ones."""
-    first = next(node for node in proto.graph.node if node.op_type == "Conv")
-    for name in (first.input[1], "normalise.mean", "normalise.std"):
-        tensor = weight(proto, name)
+    for kind in ("Conv", "Sub", "Div"):  # weights [o, 3, h, w]; mean and std, repeated along a row: [w, 3]
+        tensor = weight(proto, constant_of(proto, kind))
         replace(tensor, np.flip(numpy_helper.to_array(tensor), axis=1))
 
 
 def wrong_mean(proto: onnx.ModelProto) -> None:
-    replace(weight(proto, "normalise.mean"), numpy_helper.to_array(weight(proto, "normalise.mean")) + 1)
+    mean = weight(proto, constant_of(proto, "Sub"))
+    replace(mean, numpy_helper.to_array(mean) + 1)
 
 
 def frozen_batch(proto: onnx.ModelProto) -> None:

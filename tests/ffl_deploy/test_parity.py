@@ -98,9 +98,9 @@ def test_top5_compares_sets() -> None:
 def test_agreement_gates_allow_one_image_and_the_stated_share() -> None:
     assert PARITY_GATES["fp32"].allowed_mismatches(10_000) == 0
     assert PARITY_GATES["int8"].allowed_mismatches(10) == 1
-    assert PARITY_GATES["int8"].allowed_mismatches(1000) == 15
+    assert PARITY_GATES["int8"].allowed_mismatches(1000) == 50
     z = logits(1000)
-    for changed, status in [(15, "passed"), (16, "failed")]:
+    for changed, status in [(50, "passed"), (51, "failed")]:
         candidate = z.copy()
         for row in range(changed):
             best, second = np.argsort(-z[row])[:2]
