@@ -9,6 +9,7 @@ ratios mean something. The weights are random (speed does not depend on them); B
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
 import tempfile
@@ -55,11 +56,13 @@ def build(folder: Path, branches: tuple[str, ...], classes: int, size: int) -> t
 
 def candidates(folder: Path, model: DeployedModel, threads: int) -> dict[str, Call]:
     """-> name -> what runs one batch."""
-    fast = DeployedModel(model.target, MEAN, STD).eval().to(memory_format=torch.channels_last)
+    fast = DeployedModel(copy.deepcopy(model.target), MEAN, STD).eval().to(memory_format=torch.channels_last)
 
     def eager(images: np.ndarray) -> Any:
+        """PyTorch's default layout, NCHW; the pixels' own order would make it channels_last."""
         with torch.inference_mode():
-            return model(torch.from_numpy(images))
+            logits = model.target(model.normalise(torch.from_numpy(images)).contiguous())
+            return logits, torch.softmax(logits, dim=1)
 
     def channels_last(images: np.ndarray) -> Any:
         with torch.inference_mode():

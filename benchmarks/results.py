@@ -189,7 +189,7 @@ def model_text(training: dict[str, Any]) -> str:
 
 def deployment_text(report: Report) -> str:
     body = markdown(report).split("\n", 2)[2].split("![accuracy")[0].strip()
-    return f"{body}\n\n    ffl-export runs/cifar100 --target all --precision int8 --runtime openvino --cam --out bundles/cifar100"
+    return f"{body}\n\n    ffl-export runs/cifar100 --target all --precision int8 --runtime openvino --out bundles/cifar100"
 
 
 def attention_table(attention: list[tuple[str, dict[str, tuple[str, float]]]]) -> str:
