@@ -149,7 +149,7 @@ def page() -> str:
                 "![reliability diagrams](results/reliability.png)",
                 "## Where it looks",
                 "Class activation maps of the predicted class on the example images, which the network has never seen "
-                "(two of them are drawings):",
+                "(cup and rocket are photographs, the others drawings):",
                 "![class activation maps of fused and branch0](results/cam.png)",
                 attention_table(attention),
                 comparison_text(),
