@@ -9,9 +9,9 @@ augmentation; the schedule is compressed to the epochs (learning rate x0.1 after
 
 from __future__ import annotations
 
-import argparse
 import copy
 import dataclasses
+import itertools
 import json
 import sys
 import tempfile
@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.flags import two_sides_parser
 from benchmarks.official import OurTraining, cifar_images, official_training, our_training
 from ffl_deploy.checkpoint import load_weights
 from ffl_deploy.command import run_command
@@ -60,7 +61,7 @@ def same_arithmetic(clone: Path, data: ImageData, device: str, steps: int) -> di
     start = our_weights(official.network, official.module)
     ours = our_training(data, device, seed=0, epochs=steps, milestones=())
     ours = ours._replace(config=dataclasses.replace(ours.config, model=dataclasses.replace(ours.config.model, ramp_up=0.0)))
-    batches = [micro[0] for _, micro in zip(range(steps), ours.batches.training(0, 0), strict=False)]
+    batches = [micro[0] for micro in itertools.islice(ours.batches.training(0, 0), steps)]
     losses = {"official": [official.run([(batch.images, batch.labels)], 100)[0] for batch in batches]}
     for name, machine in (("ours, fp32", ours.machine.exact()), (f"ours, {ours.machine.precision}", ours.machine)):
         if name in losses:
@@ -147,15 +148,11 @@ def learning_table(runs: dict[str, list[dict[str, Any]]]) -> str:
 
 def main(argv: list[str]) -> int:
     """-> exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--official", type=Path, required=True, metavar="CLONE", help="a clone of Jangho-Kim/FFL-pytorch")
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="CIFAR-100 as train/CLASS/* and test/CLASS/*")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser = two_sides_parser(__doc__)
     parser.add_argument("--steps", type=int, default=30, help="steps on the same batches; 0 leaves this part out")
     parser.add_argument("--epochs", type=int, default=3, help="epochs of the runs; 0 leaves this part out")
     parser.add_argument("--seeds", type=int, default=2, help="runs of each side")
     parser.add_argument("--images", type=int, metavar="N", help="training images, as many of each class; all if not given")
-    parser.add_argument("--json", type=Path, metavar="OUT")
     arguments = parser.parse_args(argv)
     result: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "device": arguments.device}
     if arguments.steps:

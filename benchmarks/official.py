@@ -38,8 +38,6 @@ from train.session import choose_network, make_batches
 from train.stopping import StopRequest
 
 FILES = ("our_network.py", "utils.py", "train_FFL.py")
-
-
 RECIPE = "cifar100-resnet32-paper"
 
 

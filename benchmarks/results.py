@@ -25,6 +25,7 @@ from PIL import Image
 
 from export.plot import draw_report
 from export.report import Report, markdown
+from ffl_deploy.arrays import read_arrays
 from ffl_deploy.bundle import load_bundle
 from ffl_deploy.command import run_command
 from ffl_deploy.errors import UsageError
@@ -41,8 +42,8 @@ KEPT_OPTIONS = ("data", "model", "optimisation")
 def collect(run_folder: Path, report: Path, reliability: list[Path]) -> None:
     """Store what the page needs of a finished run, its export report and labelled predictions."""
     run = load_run(run_folder)
-    with np.load(run_folder / PREDICTIONS, allow_pickle=False) as arrays:
-        right = {name: arrays[name] == arrays["labels"] for name in arrays if name != "labels"}
+    arrays = read_arrays(run_folder / PREDICTIONS, ("labels",))
+    right = {name: arrays[name] == arrays["labels"] for name in arrays if name != "labels"}
     pairs = [
         {"one": one, "other": other, **msgspec.to_builtins(paired_difference(right[one], right[other]))}
         for one, other in itertools.combinations(right, 2)

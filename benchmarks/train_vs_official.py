@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.flags import two_sides_parser
 from ffl_deploy.command import run_command
 
 WARM_UP = 5  # steps at the start of each block that do not count: worker processes start, queues fill
@@ -205,14 +206,10 @@ def table(result: dict[str, Any]) -> str:
 
 def main(argv: list[str]) -> int:
     """-> exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--official", type=Path, required=True, metavar="CLONE", help="a clone of Jangho-Kim/FFL-pytorch")
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="CIFAR-100 as train/CLASS/* and test/CLASS/*")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser = two_sides_parser(__doc__)
     parser.add_argument("--blocks", type=int, default=8, help="counted blocks of each side")
     parser.add_argument("--steps", type=int, default=40, help="counted steps of a block")
     parser.add_argument("--compile", action="store_true", help="compile our network (torch.compile)")
-    parser.add_argument("--json", type=Path, metavar="OUT")
     parser.add_argument("--role", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
