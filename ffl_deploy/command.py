@@ -20,6 +20,14 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; see {self.prog} --help.")
 
 
+def positive(text: str) -> int:
+    """-> the whole number in a flag's value, at least 1; as a `type` of argparse, which puts the flag before the sentence."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
 def run_command(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> int:
     """Run `main(argv)` and return its exit code; a known error is printed as one sentence, never as a traceback.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import importlib
@@ -11,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ffl_deploy.command import run_command
+from ffl_deploy.command import Parser, positive, run_command
 from ffl_deploy.errors import DONE, UsageError
 from ffl_deploy.runtime import RUNTIMES
 from serve.demo import in_gradio_thread
@@ -147,8 +146,8 @@ async def _demo(service: Service) -> AsyncIterator[FastAPI]:
 
 
 def parse_arguments(argv: Sequence[str], program: str = "ffl-serve") -> Settings:
-    """-> Settings. Raises UsageError for values that cannot be served; argparse itself exits with 2."""
-    parser = argparse.ArgumentParser(
+    """-> Settings. Raises UsageError for values that cannot be served."""
+    parser = Parser(
         prog=program,
         description="Serve bundles: a demo at /, the Open Inference Protocol v2 at /v2, Prometheus metrics at /metrics.",
         epilog="SIGTERM drains: requests in flight are answered, then the exit code is 0. See docs/serving.md.",
@@ -160,15 +159,17 @@ def parse_arguments(argv: Sequence[str], program: str = "ffl-serve") -> Settings
     parser.add_argument("--port", type=int, default=7860, help="0 takes any free port (default: 7860)")
     parser.add_argument("--variant", help="variant of every bundle, such as int8 (default: fp32)")
     parser.add_argument("--runtime", choices=sorted(RUNTIMES), help="default: the one that the variant was verified with")
-    parser.add_argument("--threads", type=int, help="threads of one run (default: the cores, shared among the workers)")
+    parser.add_argument("--threads", type=positive, help="threads of one run (default: the cores, shared among the workers)")
     parser.add_argument(
-        "--workers", type=int, default=2, help="runs of one model at a time; 1 answers a lone request soonest (default: 2)"
+        "--workers", type=positive, default=2, help="runs of one model at a time; 1 answers a lone request soonest (default: 2)"
     )
-    parser.add_argument("--max-batch", type=int, default=32, help="images in one run of a model (default: 32)")
+    parser.add_argument("--max-batch", type=positive, default=32, help="images in one run of a model (default: 32)")
     parser.add_argument(
-        "--max-queue", type=int, default=Limits.queued_images, help="images that may wait for one model; more get 503"
+        "--max-queue", type=positive, default=Limits.queued_images, help="images that may wait for one model; more get 503"
     )
-    parser.add_argument("--max-body-mib", type=int, default=Limits.body_bytes >> 20, help="largest /v2 request (default: 32)")
+    parser.add_argument(
+        "--max-body-mib", type=positive, default=Limits.body_bytes >> 20, help="largest /v2 request (default: 32)"
+    )
     parser.add_argument(
         "--token-file", type=Path, help="file with a secret: clients send it as bearer token, browsers as password"
     )
@@ -185,9 +186,6 @@ def parse_arguments(argv: Sequence[str], program: str = "ffl-serve") -> Settings
     given = parser.parse_args(argv)
     if not 0 <= given.port <= 65535:
         raise UsageError(f"--port is {given.port}; it has to be from 0 to 65535.")
-    for flag in ("workers", "max_batch", "max_queue", "max_body_mib"):
-        if getattr(given, flag) < 1:
-            raise UsageError(f"--{flag.replace('_', '-')} has to be at least 1.")
     if given.drain < 0 or given.shutdown < 0:
         raise UsageError("--drain and --shutdown cannot be negative.")
     return Settings(

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ffl_deploy.command import Parser, run_command
+from ffl_deploy.command import Parser, positive, run_command
 from ffl_deploy.errors import DONE, SOME_INPUTS_FAILED, Interrupted, UsageError
 from serve.supervise import Recovery, supervise
 
@@ -49,13 +49,6 @@ def build_parser() -> Parser:
     output.add_argument("--quiet", action="store_true", help="print errors only")
     output.add_argument("--json", action="store_true", help="progress as JSON lines on stderr, the summary as JSON on stdout")
     return parser
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
 
 
 def main(argv: Sequence[str]) -> int:
