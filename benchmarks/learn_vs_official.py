@@ -5,6 +5,7 @@
 Two questions. The same arithmetic: from the same weights, on the same batches, the loss of each step (ours in fp32 and in its
 default precision). The same learning: runs of their own from several seeds, each side with its own initialisation, order and
 augmentation; the schedule is compressed to the epochs (learning rate x0.1 after two thirds, ramp-up over 80/300 of them).
+With --json OUT each finished run is stored at once, and the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,11 @@ from benchmarks.official import OurTraining, cifar_images, official_training, ou
 from ffl_deploy.checkpoint import load_weights
 from ffl_deploy.command import run_command
 from ffl_deploy.datasets import ImageData
+from ffl_deploy.errors import UsageError
+from ffl_deploy.files import write_atomically
 from ffl_deploy.networks.mutual import MutualNetwork
 from train.batches import Batch, Batches
-from train.evaluate import accuracies
 from train.import_official import read_official
-from train.machine import Machine
 from train.record import read_metrics
 
 DROP = 2 / 3  # share of the epochs after which the learning rate falls
@@ -91,34 +92,68 @@ def trained(run: OurTraining) -> list[dict[str, Any]]:
 
 
 def official_run(clone: Path, data: ImageData, device: str, seed: int, epochs: int) -> dict[str, Any]:
-    """-> {"loss": per epoch, "test": classifier -> accuracy}; evaluated here, since its own `eval` prints the training loss."""
+    """-> {"loss", "test": per epoch, classifier -> accuracy}; evaluated here, since its own `eval` prints the training loss."""
     training = official_training(clone, data, torch.device(device), seed, RAMP_UP * epochs)
     schedules = [
         torch.optim.lr_scheduler.MultiStepLR(optimiser, [round(DROP * epochs)], 0.1) for optimiser in training.optimizers
     ]
-    losses = []
+    losses, accuracy = [], []
     for epoch in range(epochs):
         losses.append(training.run(training.trainloader, epoch)[0])
+        accuracy.append(official_accuracies(training, device))
         for schedule in schedules:
             schedule.step()
+    return {"loss": losses, "test": accuracy}
+
+
+@torch.inference_mode()
+def official_accuracies(training: Any, device: str) -> dict[str, float]:
+    """-> classifier -> accuracy on the test images; the next call of `training.run` goes back to training mode itself."""
     training.network.eval()
     training.module.eval()
     hits, count = dict.fromkeys(CLASSIFIERS, 0), 0
-    with torch.inference_mode():
-        for images, labels in training.testloader:
-            one, two, maps = training.network(images.to(device))
-            logits = dict(zip(CLASSIFIERS, (training.module(*maps), (one + two) / 2, one, two), strict=True))
-            count += len(labels)
-            for name, values in logits.items():
-                hits[name] += int((values.argmax(dim=1).cpu() == labels).sum())
-    return {"loss": losses, "test": {name: value / count for name, value in hits.items()}}
+    for images, labels in training.testloader:
+        one, two, maps = training.network(images.to(device))
+        logits = dict(zip(CLASSIFIERS, (training.module(*maps), (one + two) / 2, one, two), strict=True))
+        count += len(labels)
+        for name, values in logits.items():
+            hits[name] += int((values.argmax(dim=1).cpu() == labels).sum())
+    return {name: value / count for name, value in hits.items()}
 
 
 def our_run(data: ImageData, device: str, seed: int, epochs: int) -> dict[str, Any]:
-    run = our_training(data, device, seed, epochs=epochs, milestones=(DROP,))
-    losses = [line["loss"] for line in trained(run)]
-    machine = Machine(run.machine.device, "fp32")
-    return {"loss": losses, "test": accuracies(run.network, run.batches, "test", machine, run.world)}
+    """-> the same of ours, in its default precision. The test images stand in for the validation split: nothing is chosen here."""
+    lines = trained(our_training(dataclasses.replace(data, validation=data.test), device, seed, epochs=epochs, milestones=(DROP,)))
+    return {"loss": [line["loss"] for line in lines], "test": [line["validation"] for line in lines]}
+
+
+def learning_runs(jobs: dict[str, Callable[[int], dict[str, Any]]], seeds: int, stored: Stored) -> None:
+    """Run every side with every seed, in turns; each finished run is stored at once, and not repeated."""
+    runs = stored.content.setdefault("learning", {name: [] for name in jobs})
+    for seed in range(seeds):
+        for name, job in jobs.items():
+            if len(runs[name]) > seed:
+                continue
+            started = time.monotonic()
+            runs[name].append({**job(seed), "seconds": time.monotonic() - started})
+            stored.save()
+            print(f"{name}, seed {seed}: {runs[name][-1]}", file=sys.stderr, flush=True)
+
+
+class Stored:
+    """The results so far, in the file --json where one is given."""
+
+    def __init__(self, path: Path | None, setting: dict[str, Any]) -> None:
+        self.path, self.content = path, setting
+        if path is not None and path.is_file():
+            self.content = json.loads(path.read_text())
+            changed = [name for name, value in setting.items() if name != "date" and self.content.get(name) != value]
+            if changed:
+                raise UsageError(f"{path} holds results with another {', '.join(changed)}; choose another --json.")
+
+    def save(self) -> None:
+        if self.path is not None:
+            write_atomically(self.path, json.dumps(self.content, indent=1) + "\n")
 
 
 def arithmetic_table(losses: dict[str, list[float]]) -> str:
@@ -136,13 +171,13 @@ def arithmetic_table(losses: dict[str, list[float]]) -> str:
 
 
 def learning_table(runs: dict[str, list[dict[str, Any]]]) -> str:
-    epochs = len(runs["official"][0]["loss"])
-    head = ["side", "seed", *(f"loss, epoch {epoch + 1}" for epoch in range(epochs)), *(f"{name} %" for name in CLASSIFIERS)]
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    for side, results in runs.items():
-        for seed, result in enumerate(results):
-            cells = [f"{loss:.3f}" for loss in result["loss"]] + [f"{100 * result['test'][name]:.2f}" for name in CLASSIFIERS]
-            lines.append(f"| {side} | {seed} | {' | '.join(cells)} |")
+    """-> a row per run and epoch: training loss, and test accuracy of every classifier."""
+    lines = [f"| epoch | side | seed | loss | {' | '.join(f'{name} %' for name in CLASSIFIERS)} |", "|" + "---|" * 8]
+    for epoch in range(len(runs["official"][0]["loss"])):
+        for side, results in runs.items():
+            for seed, result in enumerate(results):
+                cells = [f"{100 * result['test'][epoch][name]:.2f}" for name in CLASSIFIERS]
+                lines.append(f"| {epoch + 1} | {side} | {seed} | {result['loss'][epoch]:.3f} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -154,26 +189,23 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seeds", type=int, default=2, help="runs of each side")
     parser.add_argument("--images", type=int, metavar="N", help="training images, as many of each class; all if not given")
     arguments = parser.parse_args(argv)
-    result: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "device": arguments.device}
+    clone, device, epochs = arguments.official, arguments.device, arguments.epochs
+    setting = {"date": time.strftime("%Y-%m-%d"), "device": device, "steps": arguments.steps, "epochs": epochs}
+    stored = Stored(arguments.json, setting | {"images": arguments.images})
     if arguments.steps:
-        few = cifar_images(arguments.data, 100 * max(1, -(-128 * arguments.steps // 100)))
-        result["arithmetic"] = same_arithmetic(arguments.official, few, arguments.device, arguments.steps)
-        print(arithmetic_table(result["arithmetic"]), flush=True)
-    if arguments.epochs:
+        if "arithmetic" not in stored.content:
+            few = cifar_images(arguments.data, 100 * max(1, -(-128 * arguments.steps // 100)))
+            stored.content["arithmetic"] = same_arithmetic(clone, few, device, arguments.steps)
+            stored.save()
+        print(arithmetic_table(stored.content["arithmetic"]), flush=True)
+    if epochs:
         data = cifar_images(arguments.data, arguments.images)
-        result["images"], runs = len(data.train), {"official": [], "ours": []}
-        for seed in range(arguments.seeds):
-            for name, job in (
-                ("official", lambda seed: official_run(arguments.official, data, arguments.device, seed, arguments.epochs)),
-                ("ours", lambda seed: our_run(data, arguments.device, seed, arguments.epochs)),
-            ):
-                started = time.monotonic()
-                runs[name].append({**job(seed), "seconds": time.monotonic() - started})
-                print(f"{name}, seed {seed}: {runs[name][-1]}", file=sys.stderr, flush=True)
-        result["learning"] = runs
-        print(f"\n{len(data.train)} training images\n\n{learning_table(runs)}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+        jobs = {
+            "official": lambda seed: official_run(clone, data, device, seed, epochs),
+            "ours": lambda seed: our_run(data, device, seed, epochs),
+        }
+        learning_runs(jobs, arguments.seeds, stored)
+        print(f"\n{len(data.train)} training images\n\n{learning_table(stored.content['learning'])}")
     return 0
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.learn_vs_official import arithmetic_table, learning_table
+from benchmarks.learn_vs_official import Stored, arithmetic_table, learning_runs, learning_table
 from benchmarks.official import Cifar100, endless, first_of_each, functions
 from benchmarks.train_vs_official import WARM_UP, Blocks, table
 from ffl_deploy.datasets import ArraySplit
@@ -78,9 +78,28 @@ def test_tables_show_the_difference() -> None:
     shown = arithmetic_table({"official": [4.0, 2.0], "ours, fp32": [4.0, 2.002]})
     assert "| ours, fp32 | 4.00000 | 2.00200 | 1.0e-03 |" in shown
     accuracy = dict.fromkeys(("fused", "ensemble", "branch0", "branch1"), 0.125)
-    assert "| ours | 0 | 3.000 | 12.50 | 12.50 | 12.50 | 12.50 |" in learning_table(
-        {side: [{"loss": [3.0], "test": accuracy}] for side in ("official", "ours")}
-    )
+    shown = learning_table({side: [{"loss": [4.0, 3.0], "test": [accuracy] * 2}] for side in ("official", "ours")})
+    assert "| 2 | ours | 0 | 3.000 | 12.50 | 12.50 | 12.50 | 12.50 |" in shown
+
+
+def test_finished_runs_are_stored_at_once_and_not_repeated(tmp_path: Path) -> None:
+    asked = []
+
+    def job(seed: int) -> dict[str, Any]:
+        asked.append(seed)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return {"loss": [float(seed)], "test": []}
+
+    setting = {"date": "2026-11-24", "epochs": 1}
+    with pytest.raises(KeyboardInterrupt):
+        learning_runs({"official": job}, 2, Stored(tmp_path / "learn.json", setting))
+    stored = Stored(tmp_path / "learn.json", setting | {"date": "2026-11-25"})
+    learning_runs({"official": job}, 2, stored)
+    assert asked == [0, 1, 1]
+    assert [run["loss"] for run in stored.content["learning"]["official"]] == [[0.0], [1.0]]
+    with pytest.raises(UsageError, match="another epochs"):
+        Stored(tmp_path / "learn.json", setting | {"epochs": 2})
 
 
 def test_the_throughput_table_has_medians() -> None:

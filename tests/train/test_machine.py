@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,6 +23,7 @@ from train.machine import Machine, bf16_speed_up, choose_machine, keep_freed_mem
 from train.session import check_small_size
 
 CPU = torch.device("cpu")
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 @pytest.mark.parametrize(("speed_up", "expected"), [(0.0, "fp32"), (0.6, "fp32"), (1.1, "fp32"), (1.3, "bf16"), (5.0, "bf16")])
@@ -78,6 +80,20 @@ def test_freed_memory_is_used_again_without_page_faults() -> None:
         torch.ones(size, dtype=torch.uint8)
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
     assert faults < times // 2 * (size // page)  # returned to the system each time, it would be `times` as many
+
+
+@pytest.mark.skipif(not HUGE_PAGES.is_file() or "[never]" in HUGE_PAGES.read_text(), reason="no huge pages on this system")
+def test_memory_comes_in_huge_pages_where_the_system_gives_them() -> None:
+    script = """
+import torch
+from train.machine import keep_freed_memory
+keep_freed_memory()
+kept = torch.ones(256 * 2**20, dtype=torch.uint8)
+rollup = open("/proc/self/smaps_rollup").read()
+print(next(line.split()[1] for line in rollup.splitlines() if line.startswith("AnonHugePages")))
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(result.stdout) > 0  # KiB; how many the system had left is its affair
 
 
 def test_a_size_that_the_network_cannot_take_is_refused() -> None:
