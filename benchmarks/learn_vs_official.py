@@ -122,8 +122,10 @@ def official_accuracies(training: Any, device: str) -> dict[str, float]:
 
 
 def our_run(data: ImageData, device: str, seed: int, epochs: int) -> dict[str, Any]:
-    """-> the same of ours, in its default precision. The test images stand in for the validation split: nothing is chosen here."""
-    lines = trained(our_training(dataclasses.replace(data, validation=data.test), device, seed, epochs=epochs, milestones=(DROP,)))
+    """-> the same of ours, in its default precision; the test images stand in for the validation split, nothing is chosen."""
+    lines = trained(
+        our_training(dataclasses.replace(data, validation=data.test), device, seed, epochs=epochs, milestones=(DROP,))
+    )
     return {"loss": [line["loss"] for line in lines], "test": [line["validation"] for line in lines]}
 
 

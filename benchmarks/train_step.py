@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from ffl_deploy.allocator import keep_freed_memory
 from ffl_deploy.networks import resnet
 from ffl_deploy.networks.mutual import MutualNetwork, NetworkConfig
 from train.config import OptimisationOptions
-from train.machine import keep_freed_memory
 from train.methods import build_method
 from train.optimiser import build_optimiser
 

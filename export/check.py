@@ -87,9 +87,13 @@ def _worst_rows(session: Session, reference: Reference) -> np.ndarray:
     return np.argsort(-difference, kind="stable")[:LOCALISE_IMAGES]
 
 
-def measure_accuracy(session: Session, test: HeldOut, precision: str) -> AccuracyRecord:
-    """-> a variant's accuracy on the test set, paired with PyTorch's, and whether it holds. Does not raise on a failure."""
-    outputs, labels = run_in_batches(session.run, test.split.read, len(test.split), ACCURACY_BATCH), test.split.labels
+def measure_accuracy(session: Session, test: HeldOut, precision: str, callers: int = 1) -> AccuracyRecord:
+    """-> a variant's accuracy on the test set, paired with PyTorch's, and whether it holds. Does not raise on a failure.
+
+    callers: batches that `session` runs at the same time.
+    """
+    outputs = run_in_batches(session.run, test.split.read, len(test.split), ACCURACY_BATCH, callers)
+    labels = test.split.labels
     predicted, reference = outputs.logits.argmax(axis=1), test.logits.argmax(axis=1)
     right = predicted == labels
     difference = paired_difference(reference == labels, right)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ffl_deploy.allocator import keep_freed_memory
 from ffl_deploy.command import Parser, run_command
 from ffl_deploy.errors import DONE, UsageError
 
@@ -91,6 +92,7 @@ def main(argv: Sequence[str]) -> int:
         extras=tuple(name for name in ("cam", "embedding") if getattr(arguments, name)),
         golden=arguments.golden,
     )
+    keep_freed_memory()  # PyTorch passes over whole splits
     bundles = export_run(run, options, lambda line: print(line, flush=True))
     _publish(bundles, arguments.triton, arguments.space, arguments.sign)
     if "all" in options.targets or any(

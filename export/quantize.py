@@ -21,8 +21,8 @@ from export.onnx_graph import SCOPES, check_onnx
 from export.precision import float_operators, operator_histogram
 from ffl_deploy.errors import CheckError
 from ffl_deploy.files import write_atomically
-from ffl_deploy.parity import PARITY_GATES, compare
-from ffl_deploy.runtime import OnnxRuntimeSession
+from ffl_deploy.parity import PARITY_GATES, compare, run_in_batches
+from ffl_deploy.runtime import OnnxRuntimeSession, available_cores
 
 # Without Softmax, which stays behind the logits in fp32, and data movement, which follows its neighbours.
 OPERATORS = (
@@ -177,7 +177,7 @@ def _ends(proto: Any) -> list[str]:
 
 
 def _measure(path: Path, held: Held, method: str, reduce_range: bool, float_layers: Sequence[str]) -> Candidate:
-    session = OnnxRuntimeSession(path, "int8")
-    logits = np.concatenate([session.run(held.images[start : start + 64]).logits for start in range(0, len(held.images), 64)])
-    metrics = compare(held.logits, logits)
+    session = OnnxRuntimeSession(path, "int8", threads=1)
+    outputs = run_in_batches(session.run, held.images.__getitem__, len(held.images), 64, callers=available_cores())
+    metrics = compare(held.logits, outputs.logits)
     return Candidate(method, reduce_range, list(float_layers), metrics.mean_kl, metrics.top1_agreement)

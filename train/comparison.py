@@ -67,6 +67,7 @@ class MethodResult(msgspec.Struct, frozen=True):
     seconds: Estimate
     parameters: dict[str, int]
     against: Against | None  # None for the reference itself
+    alone: Against | None = None  # branch0 against vanilla's, which is the same network trained by itself
 
 
 class Comparison(msgspec.Struct, frozen=True):
@@ -109,7 +110,9 @@ def compare(planned: Sequence[PlannedRun], reference: str, command: str) -> Comp
         epochs=config.options["optimisation"]["epochs"],
         reference=reference,
         toolchain=config.toolchain,
-        methods=[result_of(name, runs, by_method.get(reference, [])) for name, runs in by_method.items()],
+        methods=[
+            result_of(name, runs, by_method.get(reference, []), by_method.get("vanilla", [])) for name, runs in by_method.items()
+        ],
     )
 
 
@@ -120,8 +123,8 @@ def read_finished(planned: PlannedRun) -> Finished:
     return Finished(planned.seed, load_run(planned.folder), summary["accuracy"], summary["seconds"], right)
 
 
-def result_of(name: str, runs: Sequence[Finished], references: Sequence[Finished]) -> MethodResult:
-    """-> one method's runs together, and against the runs of the reference with the same seeds."""
+def result_of(name: str, runs: Sequence[Finished], references: Sequence[Finished], vanilla: Sequence[Finished]) -> MethodResult:
+    """-> one method's runs together, and against the runs of the reference, and vanilla's, with the same seeds."""
     model = runs[0].run.config.model
     accuracy = {classifier: estimate([run.accuracy[classifier] for run in runs]) for classifier in runs[0].accuracy}
     accuracy["mean branch"] = estimate(
@@ -136,16 +139,17 @@ def result_of(name: str, runs: Sequence[Finished], references: Sequence[Finished
         seconds=estimate([run.seconds for run in runs]),
         parameters=parameters_by_target(runs[0].run),
         against=against(runs, references) if references and name != references[0].run.model.method else None,
+        alone=against(runs, vanilla, "branch0") if vanilla and name != "vanilla" else None,
     )
 
 
-def against(runs: Sequence[Finished], references: Sequence[Finished]) -> Against | None:
-    """-> the strong classifiers compared; None where the two methods have no seed in common."""
+def against(runs: Sequence[Finished], references: Sequence[Finished], classifier: str | None = None) -> Against | None:
+    """-> the strong classifiers, or `classifier` of both, compared; None where the two methods have no seed in common."""
     partner = {run.seed: run for run in references}
     differences, pairs = [], []
     for run in runs:
         if run.seed in partner:
-            own, other = (one.right[one.run.model.strong] for one in (run, partner[run.seed]))
+            own, other = (one.right[classifier or one.run.model.strong] for one in (run, partner[run.seed]))
             paired = paired_difference(reference_right=other, candidate_right=own)
             differences.append(paired.delta)
             pairs.append(SeedPair(run.seed, paired.gained, paired.lost, paired.p_different))

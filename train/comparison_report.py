@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ffl_deploy.files import replace_file, write_atomically
 from ffl_deploy.run_directory import write_json
-from train.comparison import SEEDS_FOR_A_CLAIM, Comparison, Estimate, MethodResult
+from train.comparison import SEEDS_FOR_A_CLAIM, Against, Comparison, Estimate
 
 SHOWN = ("strong", "ensemble", "mean branch")
 
@@ -49,8 +49,9 @@ def markdown(comparison: Comparison, picture: str) -> str:
         "its 95 % t-interval over seeds. Images: classified correctly by this method only / by "
         f"{c.reference} only, summed over seeds. p: exact McNemar test of each seed, two-sided, not corrected for their number.",
         "",
-        *difference_table(c),
+        *difference_table([(m.method, m.against) for m in c.methods]),
         "",
+        *alone_section(c),
         "## Cost",
         "",
         "Seconds: training of one run with its validation. Parameters: held by a deployed target, and by all that is trained.",
@@ -73,24 +74,37 @@ def accuracy_table(c: Comparison) -> list[str]:
     return _table(["method", "branches", "strong classifier", "strong", "95 % interval", "ensemble", "mean branch"], rows)
 
 
-def difference_table(c: Comparison) -> list[str]:
+def difference_table(compared: list[tuple[str, Against | None]]) -> list[str]:
     rows = []
-    for m in c.methods:
-        if m.against is not None:
-            gained, lost = (sum(getattr(pair, name) for pair in m.against.pairs) for name in ("gained", "lost"))
-            p_values = ", ".join(f"{pair.p:.2g}" for pair in m.against.pairs)
-            difference = m.against.difference
-            points = f"{100 * difference.mean:+.2f} {_interval(difference)}".strip()
-            rows.append([m.method, points, seed_verdict(m), f"{gained} / {lost}", p_values])
+    for method, against in compared:
+        if against is not None:
+            gained, lost = (sum(getattr(pair, name) for pair in against.pairs) for name in ("gained", "lost"))
+            p_values = ", ".join(f"{pair.p:.2g}" for pair in against.pairs)
+            points = f"{100 * against.difference.mean:+.2f} {_interval(against.difference)}".strip()
+            rows.append([method, points, seed_verdict(against), f"{gained} / {lost}", p_values])
     return _table(["method", "points", "over seeds", "images", "McNemar p by seed"], rows)
 
 
-def seed_verdict(m: MethodResult) -> str:
+def alone_section(c: Comparison) -> list[str]:
+    """-> what one branch gained from its training with others; nothing where vanilla was not trained."""
+    if not any(m.alone for m in c.methods):
+        return []
+    return [
+        "## One network alone, against vanilla",
+        "",
+        "The same small network as deployed by itself: `branch0` of each method against the one that was trained alone, seed by "
+        "seed; read like the table above.",
+        "",
+        *difference_table([(m.method, m.alone) for m in c.methods]),
+        "",
+    ]
+
+
+def seed_verdict(against: Against) -> str:
     """-> the sign-flip test over seeds, or why there is none."""
-    assert m.against is not None
-    if m.against.p_seeds is None:
+    if against.p_seeds is None:
         return f"no claim below {SEEDS_FOR_A_CLAIM} seeds"
-    return f"p = {m.against.p_seeds:.2g} (exact sign-flip)"
+    return f"p = {against.p_seeds:.2g} (exact sign-flip)"
 
 
 def cost_table(c: Comparison) -> list[str]:

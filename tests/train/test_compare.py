@@ -163,11 +163,15 @@ def test_from_flags_to_tables_and_again_without_training(
     assert ffl["against"] is None
     pairs = vanilla["against"]["pairs"]
     assert [(p["gained"] - p["lost"]) / 12 for p in pairs] == pytest.approx(vanilla["against"]["difference"]["values"])
+    assert vanilla["alone"] is None
+    branch0 = [method["accuracy"]["branch0"]["values"] for method in (vanilla, ffl)]
+    assert ffl["alone"]["difference"]["values"] == pytest.approx(np.subtract(*reversed(branch0)).tolist(), abs=1e-6)
     assert ffl["parameters"]["branch0"] == vanilla["parameters"]["branch0"] < ffl["parameters"]["fused"]
     assert (out / "cmp.png").read_bytes().startswith(b"\x89PNG")
     text = (out / "cmp.md").read_text()
     assert "no claim below 6 seeds" in text
     assert "What this does not show" in text
+    assert "## One network alone, against vanilla" in text
     assert text in capsys.readouterr().out
 
 

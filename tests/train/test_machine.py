@@ -1,11 +1,8 @@
-"""Device, precision and allocator of a run."""
+"""Device and precision of a run."""
 
 from __future__ import annotations
 
 import json
-import resource
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,11 +16,10 @@ from ffl_deploy.networks.mutual import MutualNetwork, NetworkConfig
 from ffl_deploy.run_directory import CONFIG, load_run
 from train.config import DataOptions, ModelOptions, TrainConfig
 from train.distributed import World
-from train.machine import Machine, bf16_speed_up, choose_machine, keep_freed_memory
+from train.machine import Machine, bf16_speed_up, choose_machine
 from train.session import check_small_size
 
 CPU = torch.device("cpu")
-HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 @pytest.mark.parametrize(("speed_up", "expected"), [(0.0, "fp32"), (0.6, "fp32"), (1.1, "fp32"), (1.3, "bf16"), (5.0, "bf16")])
@@ -68,32 +64,6 @@ def test_a_resumed_run_keeps_its_precision(train_tiny: Callable[..., Path], monk
     train_tiny("run", "--resume", str(folder))
     assert used == ["bf16"]
     assert load_run(folder).config.options["machine"]["precision"] == "auto"
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
-def test_freed_memory_is_used_again_without_page_faults() -> None:
-    keep_freed_memory()
-    size, times, page = 32 * 2**20, 50, resource.getpagesize()
-    torch.ones(size, dtype=torch.uint8)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(times):
-        torch.ones(size, dtype=torch.uint8)
-    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-    assert faults < times // 2 * (size // page)  # returned to the system each time, it would be `times` as many
-
-
-@pytest.mark.skipif(not HUGE_PAGES.is_file() or "[never]" in HUGE_PAGES.read_text(), reason="no huge pages on this system")
-def test_memory_comes_in_huge_pages_where_the_system_gives_them() -> None:
-    script = """
-import torch
-from train.machine import keep_freed_memory
-keep_freed_memory()
-kept = torch.ones(256 * 2**20, dtype=torch.uint8)
-rollup = open("/proc/self/smaps_rollup").read()
-print(next(line.split()[1] for line in rollup.splitlines() if line.startswith("AnonHugePages")))
-"""
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert int(result.stdout) > 0  # KiB; how many the system had left is its affair
 
 
 def test_a_size_that_the_network_cannot_take_is_refused() -> None:

@@ -1,0 +1,46 @@
+"""glibc's memory allocator, set for tensors that come and go: large blocks, the same ones every step."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_BLOCK = 1 << 29
+HEAP = 8 * _BLOCK
+"""Bytes of addresses for which huge pages are asked: more than a step on a CPU usually holds."""
+
+
+def keep_freed_memory() -> None:
+    """Make glibc's allocator keep what is freed, for the next step, in pages of 2 MiB; elsewhere this does nothing.
+
+    By default it returns each large block to the system and gets it back, zeroed page by page, a moment later: a step of
+    ResNet-32 with 128 images takes 32,000 page faults that way. No other allocator has to be installed or preloaded.
+    """
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    mallopt = getattr(libc, "mallopt", None)  # musl has none
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+        mallopt(_M_TRIM_THRESHOLD, -1)  # never
+        _ask_for_huge_pages(libc)
+
+
+def _ask_for_huge_pages(libc: ctypes.CDLL) -> None:
+    """Let the heap grow by HEAP bytes of addresses, ask for huge pages there, and free them: kept, they serve what comes.
+
+    Memory is used only where it is written to. Where Linux gives huge pages on request ("madvise", the usual setting), a
+    heap that was not asked for has 512 times as many pages to look up.
+    """
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.restype, libc.free.argtypes = None, [ctypes.c_void_p]
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    # Each below the threshold from which a block would be a mapping of its own; None where there is no room.
+    blocks = [libc.malloc(_BLOCK) for _ in range(HEAP // _BLOCK)]
+    for block in filter(None, blocks):
+        start = -(-block // mmap.PAGESIZE) * mmap.PAGESIZE
+        libc.madvise(start, _BLOCK - mmap.PAGESIZE, mmap.MADV_HUGEPAGE)
+    for block in filter(None, blocks):
+        libc.free(block)
