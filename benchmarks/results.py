@@ -32,10 +32,13 @@ from ffl_deploy.errors import UsageError
 from ffl_deploy.images import load
 from ffl_deploy.run_directory import PREDICTIONS, SUMMARY, load_run
 from ffl_deploy.statistics import paired_difference, wilson_interval
+from train.comparison import Comparison, estimate
+from train.comparison_report import accuracy_table, difference_table, limits
 from train.record import draw_curves, read_metrics
 
 DOCS, EXAMPLES = Path("docs"), Path("examples/cifar100")
 STORED = DOCS / "results"
+COMPARISON = DOCS / "compare-cifar100.json"
 KEPT_OPTIONS = ("data", "model", "optimisation")
 
 
@@ -202,12 +205,84 @@ def attention_table(attention: list[tuple[str, dict[str, tuple[str, float]]]]) -
 
 
 def comparison_text() -> str:
-    """-> a link to the comparison of methods, where it has been made."""
-    files = [name for name in ("compare-cifar100", "ablations-cifar100") if (DOCS / f"{name}.md").is_file()]
-    if not files:
+    """-> the stored comparison of methods (train.compare), its ablations apart, and what it does and does not show."""
+    if not COMPARISON.is_file():
         return "## What this does not show\n\nOne run, one seed: nothing here says that FFL beats another method."
-    links = ", ".join(f"[{name}]({name}.md)" for name in files)
-    return f"## Against other methods\n\n{links}\n\n## What this does not show\n\nThe model above is one run with one seed."
+    found = msgspec.json.decode(COMPARISON.read_bytes(), type=Comparison)
+    variants = [method for method in found.methods if method.method.startswith("ffl-")]
+    methods = msgspec.structs.replace(found, methods=[method for method in found.methods if method not in variants])
+    ablations = msgspec.structs.replace(found, methods=[found.methods[0], *variants])
+    seeds = min(len(method.seeds) for method in found.methods)
+    lines = [
+        "## Against other methods",
+        "",
+        f"At an equal, small budget: {' + '.join(found.methods[0].branches)}, {found.epochs} epochs, {found.images['train']:,} "
+        f"training images, {seeds} seeds; everything else as in the recipe above. All numbers: "
+        f"[{COMPARISON.stem}.json]({COMPARISON.name}).",
+        "",
+        f"    {found.command}",
+        "",
+        f"![accuracy by method]({COMPARISON.stem}.png)",
+        "",
+        *accuracy_table(methods),
+        "",
+        f"Strong classifier against that of {found.reference}, seed by seed on the same {found.images['test']:,} test images "
+        "(points with their 95 % t-interval; images right here only / there only; exact McNemar, uncorrected):",
+        "",
+        *difference_table([(method.method, method.against) for method in methods.methods]),
+        "",
+        "One network deployed alone (`branch0`) against the same network trained alone:",
+        "",
+        *difference_table([(method.method, method.alone) for method in methods.methods]),
+    ]
+    if variants:
+        lines += [
+            "",
+            "## What the parts of FFL bring",
+            "",
+            "Without the ensemble's teaching (EKD), without the fused classifier's (FKD), with features summed instead of fused:",
+            "",
+            *accuracy_table(ablations),
+            "",
+            *difference_table([(method.method, method.against) for method in ablations.methods]),
+        ]
+    lines += [
+        "",
+        *account(found),
+        "",
+        "## What this does not show",
+        "",
+        limits(found, seeds),
+        "",
+        "The model above is one run with one seed.",
+    ]
+    return "\n".join(lines)
+
+
+def account(found: Comparison) -> list[str]:
+    """-> the claims of the paper that this comparison can look at, each with the number that speaks for or against it."""
+    ffl = next(method for method in found.methods if method.method == found.reference)
+    vanilla = next((method for method in found.methods if method.method == "vanilla"), None)
+    claims = [("the fused classifier is above the ensemble", "fused", ffl, "ensemble", ffl)]
+    claims.append(("the ensemble is above the mean branch", "ensemble", ffl, "mean branch", ffl))
+    if vanilla is not None:
+        claims.append(("a branch is above the same network alone", "mean branch", ffl, "branch0", vanilla))
+    lines = ["What the paper says, and what these runs say:", ""]
+    for claim, own, one, other, two in claims:
+        partner = dict(zip(two.seeds, two.accuracy[other].values, strict=True))
+        values = [
+            value - partner[seed] for seed, value in zip(one.seeds, one.accuracy[own].values, strict=True) if seed in partner
+        ]
+        difference = estimate(values)
+        inside = difference.low is None or difference.high is None or difference.low <= 0 <= difference.high
+        verdict = "undecided: the interval holds 0" if inside else ("holds" if difference.mean > 0 else "does not hold here")
+        interval = (
+            ""
+            if difference.low is None or difference.high is None
+            else f" ({100 * difference.low:+.2f} to {100 * difference.high:+.2f})"
+        )
+        lines.append(f"- {claim}: {100 * difference.mean:+.2f} points{interval}, {verdict}.")
+    return lines
 
 
 def main(argv: list[str]) -> int:

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -26,7 +24,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.flags import two_sides_parser
+from export.latency import machine_name
 from ffl_deploy.command import run_command
+from ffl_deploy.runtime import available_cores
 
 WARM_UP = 5  # steps at the start of each block that do not count: worker processes start, queues fill
 SIDES = ("official", "ours")
@@ -174,7 +174,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
                 side.end()
     ratios = [theirs["seconds"] / ours["seconds"] for theirs, ours in zip(blocks["official"], blocks["ours"], strict=True)]
     return {
-        "machine": f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}",
+        "machine": f"{available_cores()} cores of {machine_name()}",
         "device": arguments.device,
         "date": time.strftime("%Y-%m-%d"),
         "batch": 128,

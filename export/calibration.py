@@ -16,13 +16,14 @@ PERCENTILE = 99.99
 CHUNK = 64  # images held as activations at a time; ResNet-32's are about 1.5 MB each
 
 
-def collect_ranges(model: Path, images: np.ndarray, operators: Sequence[str]) -> dict[str, Any]:
+def collect_ranges(model: Path, images: np.ndarray, operators: Sequence[str], batch: int | None = None) -> dict[str, Any]:
     """-> method -> onnxruntime.quantization.TensorsData with the range of every tensor around `operators`.
 
     `minmax` takes the extremes, `percentile` the central 99.99 % (2048 bins), `entropy` the range with the least
     KL divergence between the float and the quantised histogram (128 bins, as TensorRT and MXNet do it).
 
-    Args: model: a pre-processed fp32 file; images: uint8 [n, h, w, 3], training images.
+    Args: model: a pre-processed fp32 file; images: uint8 [n, h, w, 3], training images; batch: the only size that it takes, None
+    for any (some images then count twice, to fill the last batch).
     """
     from onnxruntime.quantization import CalibrationMethod
     from onnxruntime.quantization.calibrate import HistogramCollector, TensorData, TensorsData, create_calibrator
@@ -38,9 +39,12 @@ def collect_ranges(model: Path, images: np.ndarray, operators: Sequence[str]) ->
     narrow = HistogramCollector(method="entropy", num_bins=128, num_quantized_bins=128, **common)
     names = [output.name for output in calibrator.infer_session.get_outputs()]
     wanted = set(calibrator.tensors_to_calibrate)
+    chunk = batch or CHUNK
+    if batch:
+        images = np.resize(images, (-(-len(images) // batch) * batch, *images.shape[1:]))
     with contextlib.redirect_stdout(io.StringIO()):  # the collectors print as they go
-        for start in range(0, len(images), CHUNK):
-            values = calibrator.infer_session.run(None, {"images": images[start : start + CHUNK]})
+        for start in range(0, len(images), chunk):
+            values = calibrator.infer_session.run(None, {"images": images[start : start + chunk]})
             tensors = {name: value for name, value in zip(names, values, strict=True) if name in wanted}
             wide.collect(tensors)
             narrow.collect(tensors)

@@ -103,8 +103,9 @@ def _calibration(manifest: Manifest) -> str:
     calibration = manifest.calibration
     if not calibration:
         return "The probabilities are the softmax of the logits; they were not calibrated."
+    note = f" ({calibration['note']})" if calibration.get("note") else ""
     return (
         f"`probabilities` = softmax(logits / {calibration['temperature']:.4f}); the temperature was fitted on "
-        f"{calibration['fitted_on']} {calibration['split']} images. Expected calibration error on the test images: "
+        f"{calibration['fitted_on']} {calibration['split']} images{note}. Expected calibration error on the test images: "
         f"{calibration['ece_before']:.4f} before, {calibration['ece_after']:.4f} after."
     )

@@ -26,7 +26,8 @@ def parser() -> Parser:
     parser = Parser(
         prog="ffl-export",
         description="Export targets of a trained run as ONNX bundles whose logits are those of training's own evaluation.",
-        epilog="Exit code 1: a gate did not hold and no bundle was written. 2: the run or the flags cannot be used.",
+        epilog="Exit code 1: a gate did not hold and no bundle of that target was written, or no artefact keeps the limits. "
+        "2: the run or the flags cannot be used.",
     )
     parser.add_argument("run", metavar="RUN", nargs="?", help="the run directory (default: the newest under runs/)")
     parser.add_argument(
@@ -76,7 +77,7 @@ def main(argv: Sequence[str]) -> int:
     from export.pipeline import ExportOptions, export_run
     from export.variants import VariantOptions
 
-    opset = arguments.opset or OPSET
+    opset = OPSET if arguments.opset is None else arguments.opset
     if opset not in OPSETS:
         raise UsageError(f"--opset {opset} is not supported; choose {OPSETS.start} to {OPSETS.stop - 1} ({OPSET} by default).")
     options = ExportOptions(
@@ -92,6 +93,7 @@ def main(argv: Sequence[str]) -> int:
         extras=tuple(name for name in ("cam", "embedding") if getattr(arguments, name)),
         golden=arguments.golden,
     )
+    _require_places(arguments)
     keep_freed_memory()  # PyTorch passes over whole splits
     bundles = export_run(run, options, lambda line: print(line, flush=True))
     _publish(bundles, arguments.triton, arguments.space, arguments.sign)
@@ -102,6 +104,18 @@ def main(argv: Sequence[str]) -> int:
     return DONE
 
 
+def _require_places(arguments: argparse.Namespace) -> None:
+    """Raises UsageError, before any work, for a key that cannot sign and a --space that would overwrite something else."""
+    if arguments.sign:
+        from ffl_deploy.signing import signer
+
+        signer(arguments.sign)
+    if arguments.space:
+        from export.space import require_space
+
+        require_space(arguments.space)
+
+
 def _publish(bundles: Sequence[Bundle], triton: Path | None, space: Path | None, key: Path | None) -> None:
     """Sign the verified bundles, and write them in the other forms that were asked for."""
     if key:
@@ -110,10 +124,15 @@ def _publish(bundles: Sequence[Bundle], triton: Path | None, space: Path | None,
         for bundle in bundles:
             print(f"{sign_bundle(bundle.folder, key)}: signature of {bundle.folder}", flush=True)
     if triton:
-        from export.triton import write_repository
+        from export.triton import backend_of, write_repository
 
         models = [model for bundle in bundles for model in write_repository(bundle, triton)]
         print(f"{triton}: Triton models {', '.join(model.name for model in models)}", flush=True)
+        skipped = [
+            f"{one.name}/{variant.name}" for one in bundles for variant in one.manifest.variants if not backend_of(variant)
+        ]
+        if skipped:
+            print(f"{triton}: without {', '.join(skipped)}, which Triton has no backend for", flush=True)
     if space:
         from export.space import write_space
 

@@ -17,6 +17,8 @@ def multiply_adds(path: Path) -> int:
     shapes = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
     for value in (*graph.value_info, *graph.output):
         shapes[value.name] = [dim.dim_value or 1 for dim in value.type.tensor_type.shape.dim]  # symbolic: the batch, here 1
+    for output in graph.output:  # declared, not inferred: a static graph names its own batch
+        shapes[output.name][0] = 1
     total = 0
     for node in graph.node:
         if node.op_type == "Conv":

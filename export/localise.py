@@ -36,12 +36,18 @@ class LayerDifference(msgspec.Struct, frozen=True):
 
 
 def first_difference(
-    path: Path, model: DeployedModel, images: np.ndarray, precision: str = "fp32", scopes_from: Path | None = None
+    path: Path,
+    model: DeployedModel,
+    images: np.ndarray,
+    precision: str = "fp32",
+    scopes_from: Path | None = None,
+    runtime: str = "onnxruntime",
 ) -> str:
     """-> one clause that names the first layer of the file `path` whose output is off, or says that none is.
 
     Args: images: uint8 [n, h, w, 3]; precision: of the gate that failed; below fp32 every layer is off by some rounding, so
-    the layer where the error grows most is named; scopes_from: the fp32 file that `path` was made from, for module paths.
+    the layer where the error grows most is named; scopes_from: the fp32 file that `path` was made from, for module paths;
+    runtime: where the gate failed. The layers are computed by ONNX Runtime's CPU, without optimisation.
     """
     if precision == "bf16":
         return "the layers of a bf16 computation are not compared one by one"
@@ -60,8 +66,8 @@ def first_difference(
                 f"(by {layer.difference:.2g} of its output's standard deviation, tensor {layer.tensor})"
             )
     return (
-        f"all {len(layers)} layers of the file give what PyTorch gives for this checkpoint and configuration, so the "
-        "difference comes from before the graph: mean, std, channel order or weights are not those training evaluated with"
+        f"all {len(layers)} layers of the file, computed one by one on ONNX Runtime's CPU, give what PyTorch gives, so the "
+        f"difference comes from how {runtime} optimises or computes the file, or from its softmax and temperature"
     )
 
 

@@ -18,6 +18,7 @@ from export.onnx_graph import DeployedModel, require_features
 from export.variants import TargetContext, VariantOptions, build_variants, check_runtimes
 from ffl_deploy import __version__
 from ffl_deploy.bundle import (
+    MANIFEST,
     SCHEMA,
     Bundle,
     GoldenSamples,
@@ -61,6 +62,7 @@ class Calibration(msgspec.Struct, frozen=True):
     temperature: float
     split: str
     fitted_on: int
+    note: str  # what else the split was used for
     ece_before: float
     ece_after: float
 
@@ -76,6 +78,10 @@ def export_run(run: Run, options: ExportOptions, report: Callable[[str], None]) 
     for target in targets:
         if target not in known:
             raise UsageError(f"{run.folder} has no target {target!r}. {choices_sentence(target, [*known, 'all'])}")
+    for target in targets:
+        folder = options.out / target
+        if folder.exists() and not (folder / MANIFEST).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
+            raise UsageError(f"{folder} is there already and is no bundle; choose another --out, or move it away.")
     if options.extras:
         for target in targets:
             require_features(build_target(loaded.network, target), options.extras, target)
@@ -150,6 +156,7 @@ def calibrate(evaluation: Evaluation, target: str) -> Calibration:
     return Calibration(
         temperature=temperature,
         split="validation",
+        note=evaluation.run.config.split.get("note", ""),
         fitted_on=len(validation.labels),
         ece_before=expected_calibration_error(np.exp(log_softmax(logits)), test.labels),
         ece_after=expected_calibration_error(np.exp(log_softmax(logits / temperature)), test.labels),

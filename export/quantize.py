@@ -22,7 +22,8 @@ from export.precision import float_operators, operator_histogram
 from ffl_deploy.errors import CheckError
 from ffl_deploy.files import write_atomically
 from ffl_deploy.parity import PARITY_GATES, compare, run_in_batches
-from ffl_deploy.runtime import OnnxRuntimeSession, available_cores
+from ffl_deploy.runtime import OnnxRuntimeSession, Session, available_cores
+from ffl_deploy.runtime.session import FixedBatchSession
 
 # Without Softmax, which stays behind the logits in fp32, and data movement, which follows its neighbours.
 OPERATORS = (
@@ -68,10 +69,11 @@ class Form:
     choice: Quantisation
 
 
-def quantise(source: Path, folder: Path, images: np.ndarray, held: Held) -> dict[str, Form]:
+def quantise(source: Path, folder: Path, images: np.ndarray, held: Held, batch: int | None = None) -> dict[str, Form]:
     """Write `model.int8.onnx` (CPU) and `model.int8-tensorrt.onnx` into `folder`; -> form -> Form.
 
-    Args: source: the verified fp32 file; images: class-balanced training images uint8 [n, h, w, 3], the evaluation view.
+    Args: source: the verified fp32 file; images: class-balanced training images uint8 [n, h, w, 3], the evaluation view; batch:
+    the only size that the file takes, None for any.
     Raises CheckError where a convolution of the CPU form stays in float that was not chosen to.
     """
     import onnx
@@ -80,7 +82,7 @@ def quantise(source: Path, folder: Path, images: np.ndarray, held: Held) -> dict
     with tempfile.TemporaryDirectory() as temporary:
         prepared = Path(temporary) / "prepared.onnx"
         quant_pre_process(source, prepared, skip_symbolic_shape=True)  # the shapes are static but for the batch
-        ranges = collect_ranges(prepared, images, OPERATORS)
+        ranges = collect_ranges(prepared, images, OPERATORS, batch)
         proto = onnx.load(prepared)
         trial = Path(temporary) / "trial.onnx"
 
@@ -89,7 +91,7 @@ def quantise(source: Path, folder: Path, images: np.ndarray, held: Held) -> dict
 
             def measure(method: str, reduce_range: bool, float_layers: Sequence[str], form: str = form) -> Candidate:
                 write_form(proto, trial, ranges[method], form, reduce_range, float_layers)
-                return _measure(trial, held, method, reduce_range, float_layers)
+                return _measure(trial, held, batch, method, reduce_range, float_layers)
 
             # reduce_range answers the saturation of CPUs without VNNI; a GPU has none.
             chosen, candidates = choose(measure, _ends(proto), may_reduce_range=form == "cpu")
@@ -156,8 +158,9 @@ def write_form(
 
 
 def _outside(proto: Any) -> list[str]:
-    """-> names of the nodes that are not the network: normalisation, and what follows the logits or draws the map."""
-    names = []
+    """-> names of the nodes that are not the network: normalisation, and what joins classifiers, follows the logits or draws
+    the map."""
+    names = [node.name for node in _tail(proto)[1]]
     behind = {"logits"}
     for node in proto.graph.node:
         scopes = next((entry.value for entry in node.metadata_props if entry.key == SCOPES), "")
@@ -165,19 +168,41 @@ def _outside(proto: Any) -> list[str]:
             behind |= set(node.output)
         if "'target" not in scopes or behind & set(node.input):
             names.append(node.name)
-    return names
+    return list(dict.fromkeys(names))
 
 
 def _ends(proto: Any) -> list[str]:
-    """-> names of the first convolution and of the node that gives the logits."""
-    nodes = proto.graph.node
-    first = next((node.name for node in nodes if node.op_type == "Conv"), None)
-    last = next((node.name for node in nodes if "logits" in node.output), None)
-    return [name for name in (first, last) if name]
+    """-> names of the first convolution and of the classifiers."""
+    first = next((node.name for node in proto.graph.node if node.op_type == "Conv"), None)
+    return [name for name in (first, *(node.name for node in _tail(proto)[0])) if name]
 
 
-def _measure(path: Path, held: Held, method: str, reduce_range: bool, float_layers: Sequence[str]) -> Candidate:
-    session = OnnxRuntimeSession(path, "int8", threads=1)
+def _tail(proto: Any) -> tuple[list[Any], list[Any]]:
+    """-> (the classifiers, whose matrix products come last on the ways to the logits; the nodes between them and the logits).
+
+    A mean or gate over several classifiers takes their logits as they are: in 256 levels close classes would become ties.
+    """
+    makers = {name: node for node in proto.graph.node for name in node.output}
+    classifiers, between, seen, open_names = [], [], set(), ["logits"]
+    while open_names:
+        node = makers.get(open_names.pop())
+        if node is None or node.name in seen:
+            continue
+        seen.add(node.name)
+        if node.op_type in ("Gemm", "MatMul", "Conv"):  # a convolution where no matrix product is the classifier
+            classifiers.append(node)
+        else:
+            between.append(node)
+            open_names += node.input
+    return classifiers, between
+
+
+def _measure(
+    path: Path, held: Held, batch: int | None, method: str, reduce_range: bool, float_layers: Sequence[str]
+) -> Candidate:
+    session: Session = OnnxRuntimeSession(path, "int8", threads=1)
+    if batch:
+        session = FixedBatchSession(session, batch)
     outputs = run_in_batches(session.run, held.images.__getitem__, len(held.images), 64, callers=available_cores())
     metrics = compare(held.logits, outputs.logits)
     return Candidate(method, reduce_range, list(float_layers), metrics.mean_kl, metrics.top1_agreement)

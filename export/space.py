@@ -35,10 +35,11 @@ sys.exit(run_command(main, [*bundles, "--host", address, "--port", os.environ.ge
 
 
 def write_space(bundles: Sequence[Bundle], folder: Path) -> None:
-    """Write the Space into `folder`. Raises UsageError where `folder` holds something that is no Space."""
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "app.py").is_file():
-        raise UsageError(f"--space {folder} is not empty and holds no Space; give a new folder.")
+    """Write the Space into `folder`; a clone stays one. Raises UsageError where `folder` holds something that is no Space."""
+    require_space(folder)
     with replace_folder(folder) as new:
+        for kept in folder.glob(".git*"):  # the repository that the Space is pushed from
+            (shutil.copytree(kept, new / kept.name, symlinks=True) if kept.is_dir() else shutil.copy2(kept, new))
         for package in PACKAGES:
             shutil.copytree(_source(package), new / package, ignore=shutil.ignore_patterns("__pycache__"))
         for bundle in bundles:
@@ -46,6 +47,19 @@ def write_space(bundles: Sequence[Bundle], folder: Path) -> None:
         write_atomically(new / "app.py", APP)
         write_atomically(new / "requirements.txt", "".join(f"{line}\n" for line in requirements()))
         write_atomically(new / "README.md", card(bundles))
+
+
+def require_space(folder: Path) -> None:
+    """Raises UsageError where `folder` holds something that would be lost: anything but git's files and an older Space."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UsageError(f"--space {folder} is a file; give a new folder.")
+    own = [path for path in folder.iterdir() if not path.name.startswith(".git")]
+    app = folder / "app.py"
+    is_space = (folder / "bundles").is_dir() and app.is_file() and app.read_bytes().startswith(APP.splitlines()[0].encode())
+    if own and not is_space:
+        raise UsageError(f"--space {folder} is not empty and holds no Space that was written here; give a new folder.")
 
 
 def _source(package: str) -> Path:

@@ -61,6 +61,7 @@ def build_engine(source: Path, path: Path, height: int, width: int, options: Eng
         raise CheckError(f"TensorRT cannot read {source.name}: {_text(reasons or log.errors)}")
     network.name = f"{source.name} sha256:{sha256_of(source)}"
     config = builder.create_builder_config()
+    config.clear_flag(trt.BuilderFlag.TF32)  # on by default: fp32 files would be computed with 10-bit mantissas
     profile = builder.create_optimization_profile()
     profile.set_shape("images", *((batch, height, width, 3) for batch in options.batches))
     if config.add_optimization_profile(profile) < 0:

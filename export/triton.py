@@ -18,13 +18,21 @@ VERSIONS_SERVED = 2  # the newest and the one before it, so that clients can go 
 
 
 def write_repository(bundle: Bundle, folder: Path) -> list[Path]:
-    """Add every variant that Triton can serve to the repository `folder`; -> the models' folders.
+    """Add every variant that Triton can serve (see `backend_of`) to the repository `folder`; -> the models' folders.
 
     A model that is there already gets a further version, unless its newest one has the same content.
     """
-    backends = {"onnxruntime": "onnxruntime", "tensorrt": "tensorrt"}
-    served = [variant for variant in bundle.manifest.variants if variant.runtime in backends]
-    return [_write_model(bundle, variant, backends[variant.runtime], folder) for variant in served]
+    served = [(variant, backend_of(variant)) for variant in bundle.manifest.variants]
+    return [_write_model(bundle, variant, backend, folder) for variant, backend in served if backend]
+
+
+def backend_of(variant: Variant) -> str | None:
+    """-> Triton's backend for a variant, None where it has none: OpenVINO variants are ONNX files that are served already, or
+    bf16, which ONNX Runtime does not compute; TensorRT-RTX's engines are for GeForce and RTX, and no backend loads them."""
+    if variant.runtime == "onnxruntime":
+        return "onnxruntime"
+    is_tensorrt = variant.runtime == "tensorrt" and variant.details["engine"]["flavour"] == "tensorrt"
+    return "tensorrt" if is_tensorrt else None
 
 
 def _write_model(bundle: Bundle, variant: Variant, backend: str, folder: Path) -> Path:
@@ -35,11 +43,16 @@ def _write_model(bundle: Bundle, variant: Variant, backend: str, folder: Path) -
     newest = model / str(versions[0] if versions else 1)
     if (newest / file).is_file() and sha256_of(newest / file) != variant.sha256:
         newest = model / str(versions[0] + 1)
+    config, path = model_config(model.name, bundle.manifest, variant, backend), model / "config.pbtxt"
+    if path.is_file() and _signature(path.read_text()) != _signature(config):
+        for version in versions:  # inputs and outputs are not these: one configuration cannot serve both
+            if newest.name != str(version):
+                shutil.rmtree(model / str(version))
     with open(source, "rb") as content, replace_file(newest / file) as copy:
         shutil.copyfileobj(content, copy)
     write_atomically(model / "labels.txt", "".join(f"{name}\n" for name in bundle.classes))
     # Last: Triton, polling its repository, loads a model when it has a configuration.
-    write_atomically(model / "config.pbtxt", model_config(model.name, bundle.manifest, variant, backend))
+    write_atomically(model / "config.pbtxt", config)
     return model
 
 
@@ -66,6 +79,11 @@ def model_config(name: str, manifest: Manifest, variant: Variant, backend: str) 
             "}",
         ]
     return "\n".join(lines) + "\n"
+
+
+def _signature(config: str) -> str:
+    """-> what a configuration says of inputs and outputs."""
+    return config[config.find("input [") : config.find("version_policy")]
 
 
 def _quoted(text: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import msgspec
 import numpy as np
 
 from export.calibration import IMAGES
-from export.check import HeldOut, check_parity, file_batches, measure_accuracy, require_accuracy
+from export.check import HeldOut, check_extras, check_parity, file_batches, measure_accuracy, require_accuracy
 from export.evaluation import Evaluation, Reference, class_balanced
 from export.half import write_half
 from export.latency import measure_latency
@@ -26,10 +27,10 @@ from ffl_deploy.errors import CheckError, UsageError
 from ffl_deploy.files import sha256_of
 from ffl_deploy.parity import gate_precision
 from ffl_deploy.runtime import OnnxRuntimeSession, Session, available_cores
+from ffl_deploy.runtime.onnx_runtime import PROVIDERS, require_provider
 from ffl_deploy.runtime.session import FixedBatchSession
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
-CPU_RUNTIMES = ("onnxruntime", "openvino")
 VALIDATION_IMAGES = 512  # on which quantisation methods are compared
 
 
@@ -45,13 +46,17 @@ class VariantOptions:
 
 @dataclass(frozen=True)
 class ModelFile:
-    """A written ONNX file that is still to be verified; `runtimes` are those it is for."""
+    """A written ONNX file that is still to be verified; `runtimes` are those to do that on.
+
+    on_cpu: whether a CPU is what it is for; the speed of a file for a GPU is not measured on one.
+    """
 
     name: str
     path: Path
     stored: str
     runtimes: tuple[str, ...]
     details: dict[str, Any] = field(default_factory=dict)
+    on_cpu: bool = True
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,19 @@ class TargetContext:
     evaluation: Evaluation
     checkpoint_sha256: str
 
+    @cached_property
+    def extras(self) -> dict[str, np.ndarray]:
+        """Further output (cam, embedding) -> PyTorch's values on the reference images."""
+        import torch
+
+        if not self.model.extras:
+            return {}
+        with torch.inference_mode():
+            values = self.model(torch.from_numpy(self.reference.images))
+        return {
+            name: value.numpy() for name, value in zip(self.model.output_names, values, strict=True) if name in self.model.extras
+        }
+
 
 def build_variants(folder: Path, context: TargetContext, options: VariantOptions) -> list[Variant]:
     """Write and verify everything that `options` asks for into `folder`, fp32 first. Raises CheckError, UsageError."""
@@ -77,7 +95,10 @@ def build_variants(folder: Path, context: TargetContext, options: VariantOptions
 
 
 def check_runtimes(options: VariantOptions) -> None:
-    """Raises UsageError where a runtime that is needed is not installed; before any work is done."""
+    """Raises UsageError where a runtime that is needed is not installed or cannot start; before any work is done."""
+    for name in options.runtimes:
+        if name in PROVIDERS:
+            require_provider(name)
     needed = set(options.runtimes) | ({"openvino"} if "bf16" in options.precisions else set())
     if "openvino" in needed and importlib.util.find_spec("openvino") is None:
         raise UsageError(
@@ -105,10 +126,16 @@ def write_files(folder: Path, context: TargetContext, options: VariantOptions) -
             evaluation, validation = context.evaluation, context.evaluation.data.validation
             rows = class_balanced(validation.labels, VALIDATION_IMAGES)
             held = Held(validation.read(rows), evaluation.validation_logits[context.name][rows])
-            forms = quantise(source, folder, evaluation.calibration_images(IMAGES), held)
-            for name, form in (("int8", forms["cpu"]), ("int8-tensorrt", forms["tensorrt"])):
-                runtimes = options.runtimes if name == "int8" else ("onnxruntime",)
-                yield ModelFile(name, form.path, "int8", runtimes, {"quantisation": msgspec.to_builtins(form.choice)})
+            forms = quantise(source, folder, evaluation.calibration_images(IMAGES), held, options.graph.batch)
+            # Each form has its runtimes: TensorRT refuses the zero points of the CPU's, also behind ONNX Runtime.
+            through_tensorrt = tuple(name for name in options.runtimes if name == "onnxruntime-tensorrt")
+            others = tuple(name for name in options.runtimes if name not in through_tensorrt)
+            for name, form, runtimes in (
+                ("int8", forms["cpu"], others),
+                ("int8-tensorrt", forms["tensorrt"], ("onnxruntime", *through_tensorrt)),
+            ):
+                details = {"quantisation": msgspec.to_builtins(form.choice)}
+                yield ModelFile(name, form.path, "int8", runtimes, details, on_cpu=name == "int8")
 
 
 def verified(file: ModelFile, runtime: str, context: TargetContext, folder: Path, batch: int | None) -> Variant:
@@ -120,13 +147,17 @@ def verified(file: ModelFile, runtime: str, context: TargetContext, folder: Path
     precision = gate_precision(file.stored, computed)
 
     def locate(images: np.ndarray) -> str:
-        return first_difference(file.path, context.model, images, precision, folder / "model.onnx")
+        if batch:
+            images = np.resize(images, (batch, *images.shape[1:]))
+        return first_difference(file.path, context.model, images, precision, folder / "model.onnx", runtime)
 
     parity = check_parity(session, context.reference, precision, context.model.temperature, locate)
     many, callers = session, 1
     if runtime == "onnxruntime" and not batch:  # a batch on each core needs no barrier behind every layer
         many, callers = OnnxRuntimeSession(file.path, name, threads=1), available_cores()
     accuracy = require_accuracy(measure_accuracy(many, context.test, precision, callers), name)
+    extras = check_extras(session, context.reference, context.extras, precision)
+    timed = file.on_cpu or runtime != "onnxruntime"
     return Variant(
         name=name,
         runtime=runtime,
@@ -136,8 +167,8 @@ def verified(file: ModelFile, runtime: str, context: TargetContext, folder: Path
         precision=Precision(file.stored, computed),
         parity=msgspec.to_builtins(parity),
         accuracy=msgspec.to_builtins(accuracy),
-        latency=msgspec.to_builtins(measure_latency(session.run, context.reference.images)),
-        details=details,
+        latency=msgspec.to_builtins(measure_latency(session.run, context.reference.images)) if timed else None,
+        details=details if extras is None else {**details, "extras": extras},
     )
 
 
@@ -148,10 +179,11 @@ def open_file(file: ModelFile, runtime: str, name: str) -> tuple[Session, str, d
 
         session = OpenVinoSession(file.path, name, precision=file.stored)
         return session, session.computed or file.stored, {**file.details, "layers": session.layer_precisions()}
+    session = OnnxRuntimeSession(file.path, name, runtime=runtime)  # first: it says in a sentence why a file is refused
     computed, histogram = computed_precision(file.path)
     if runtime != "onnxruntime":  # a GPU provider computes in what the file stores
         computed = file.stored
-    return OnnxRuntimeSession(file.path, name, runtime=runtime), computed, {**file.details, "operators": histogram}
+    return session, computed, {**file.details, "operators": histogram}
 
 
 def engine_variant(file: ModelFile, folder: Path, context: TargetContext, options: EngineOptions) -> Variant:

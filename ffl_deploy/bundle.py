@@ -191,7 +191,8 @@ class Bundle:
         samples = GoldenSamples(**{name: arrays[name] for name in GoldenSamples._fields})
         size, count = self.preprocessing, len(np.atleast_1d(samples.labels))
         shapes = [(count, size.height, size.width, 3), (count,), (count, len(self.classes))]
-        if [array.shape for array in samples] != shapes or samples.images.dtype != np.uint8 or count == 0:
+        kinds = [samples.images.dtype == np.uint8, samples.labels.dtype.kind in "iu", samples.logits.dtype.kind == "f"]
+        if [array.shape for array in samples] != shapes or not all(kinds) or count == 0:
             found = ", ".join(f"{name} {array.dtype} {list(array.shape)}" for name, array in samples._asdict().items())
             raise CheckError(f"{path} does not hold samples of this bundle ({found}); export the bundle again.")
         return samples
@@ -298,6 +299,9 @@ def read_manifest(path: Path) -> Manifest:
         raise CheckError(f"{path} has schema {manifest.schema}, this version reads {SCHEMA}; export the bundle again.")
     if not manifest.classes or not manifest.variants:
         raise CheckError(f"{path} lists no classes or no variants; export the bundle again.")
+    names = [variant.name for variant in manifest.variants]
+    if len(set(names)) < len(names):
+        raise CheckError(f"{path} lists a variant twice; export the bundle again.")
     named = [variant.file for variant in manifest.variants] + [manifest.golden.file]
     for name in [*named, *manifest.files]:
         pure = PurePosixPath(name)

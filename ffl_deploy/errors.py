@@ -25,6 +25,10 @@ class CheckError(FflError):
     exit_code = CHECK_FAILED
 
 
+class OtherMachine(CheckError):
+    """A TensorRT engine was built for another version or GPU than this machine's: nothing is wrong with the bundle."""
+
+
 class UsageError(FflError):
     """The command cannot start on what it was given: bad flags, missing folders, unknown names."""
 

@@ -108,7 +108,7 @@ class AccuracyGate(msgspec.Struct, frozen=True):
     min_lower_bound: float | None = None
 
 
-# Starting values of docs/export.md, where the measurements behind them are.
+# docs/export.md has the measurements behind them.
 PARITY_GATES = {
     gate.precision: gate
     for gate in (

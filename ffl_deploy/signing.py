@@ -18,13 +18,17 @@ def signature_path(folder: Path) -> Path:
 
 def sign_bundle(folder: Path, private_key: Path) -> Path:
     """Sign `folder` with an elliptic-curve private key (PEM); -> the signature. Raises UsageError for an unusable key."""
-    signing = _module("signing")
     path = signature_path(folder)
+    signer(private_key).sign(folder, path)
+    return path
+
+
+def signer(private_key: Path) -> Any:
+    """-> what signs with this key. Raises UsageError for an unusable key, or where model-signing is not installed."""
     try:
-        signing.Config().use_elliptic_key_signer(private_key=_key(private_key)).sign(folder, path)
+        return _module("signing").Config().use_elliptic_key_signer(private_key=_key(private_key))
     except (ValueError, TypeError) as error:
         raise UsageError(f"{private_key} cannot sign ({error}); give an unencrypted elliptic-curve key in PEM.") from error
-    return path
 
 
 def check_signature(folder: Path, public_key: Path) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from ffl_deploy.bundle import MANIFEST, Bundle, Variant, load_bundle
 from ffl_deploy.command import Parser, run_command
-from ffl_deploy.errors import DONE, CheckError, UsageError
+from ffl_deploy.errors import DONE, CheckError, OtherMachine, UsageError
 from ffl_deploy.onnx_wire import refuse_external_data
 from ffl_deploy.parity import PARITY_GATES, ParityRecord, gate_precision, judge, measure
 from ffl_deploy.signing import check_signature
@@ -59,7 +59,7 @@ def check_parity(bundle: Bundle, variant: Variant, runtime: str | None = None, t
 
 
 def verify(bundle: Bundle, variant: str | None = None, runtime: str | None = None) -> Iterator[str]:
-    """Verify a bundle, yielding one line per check. Without `variant`, every variant whose runtime is installed.
+    """Verify a bundle, yielding one line per check. Without `variant`, every variant that this machine can run.
 
     Raises CheckError at the first check that does not hold, UsageError where nothing could be run.
     """
@@ -70,7 +70,7 @@ def verify(bundle: Bundle, variant: str | None = None, runtime: str | None = Non
         name = runtime or candidate.runtime
         try:
             record = check_parity(bundle, candidate, name)
-        except UsageError as error:
+        except (UsageError, OtherMachine) as error:
             if variant or runtime:
                 raise
             missing = str(error)
@@ -108,10 +108,11 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--runtime", metavar="NAME", help="run it on this runtime: onnxruntime, openvino, tensorrt, ...")
     parser.add_argument("--public-key", type=Path, metavar="PEM", help="also check the bundle's signature (BUNDLE.sig)")
     arguments = parser.parse_args(argv)
+    bundle = load_bundle(arguments.bundle)
     if arguments.public_key:
-        check_signature(Path(os.path.abspath(arguments.bundle)), arguments.public_key)
+        check_signature(bundle.folder, arguments.public_key)
         print(f"{arguments.bundle}: signed by the owner of {arguments.public_key}", flush=True)
-    for line in verify(load_bundle(arguments.bundle), arguments.variant, arguments.runtime):
+    for line in verify(bundle, arguments.variant, arguments.runtime):
         print(line, flush=True)
     return DONE
 

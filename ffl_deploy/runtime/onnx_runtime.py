@@ -45,15 +45,9 @@ class OnnxRuntimeSession(Session):
     """
 
     def __init__(self, model: Path, variant: str, threads: int | None = None, runtime: str = "onnxruntime") -> None:
-        ort = import_onnxruntime()
-        provider = PROVIDERS[runtime]
+        ort, provider = import_onnxruntime(), require_provider(runtime)
         self.runtime, self.variant = runtime, variant
         self.device = provider.name.removesuffix("ExecutionProvider")
-        if provider.name not in ort.get_available_providers():
-            raise UsageError(
-                f"this ONNX Runtime {ort.__version__} has no {provider.name} (it has "
-                f"{', '.join(ort.get_available_providers())}); run: pip install 'ffl-deploy[gpu]' instead of [cpu]."
-            )
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or available_cores()
         options.inter_op_num_threads = 1
@@ -79,6 +73,17 @@ class OnnxRuntimeSession(Session):
         except Exception as error:
             raise CheckError(f"ONNX Runtime cannot run a batch of {len(images)}: {_reason(error)}") from error
         return outputs_from(dict(zip(self._outputs, values, strict=True)))
+
+
+def require_provider(runtime: str) -> Provider:
+    """-> what `runtime`, a key of PROVIDERS, runs on. Raises UsageError where the installed ONNX Runtime has no such provider."""
+    ort, provider = import_onnxruntime(), PROVIDERS[runtime]
+    if provider.name not in ort.get_available_providers():
+        raise UsageError(
+            f"this ONNX Runtime {ort.__version__} has no {provider.name} (it has "
+            f"{', '.join(ort.get_available_providers())}); run: pip install 'ffl-deploy[gpu]' instead of [cpu]."
+        )
+    return provider
 
 
 def import_onnxruntime() -> Any:

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ffl_deploy.errors import CheckError
+
 
 class Outputs(NamedTuple):
     """A batch's answers."""
@@ -37,7 +39,13 @@ class Session(ABC):
 
 
 def outputs_from(values: Mapping[str, np.ndarray]) -> Outputs:
-    """-> Outputs by name; further outputs of a graph, which a bundle from elsewhere may have, are left out."""
+    """-> Outputs by name; further outputs of a graph, which a bundle from elsewhere may have, are left out.
+
+    Raises CheckError where logits or probabilities are not among them.
+    """
+    missing = [name for name in ("logits", "probabilities") if name not in values]
+    if missing:
+        raise CheckError(f"the model gives no output {missing[0]} (it gives {', '.join(values)}); export it with ffl-export.")
     return Outputs(**{name: values[name] for name in Outputs._fields if name in values})
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
-from ffl_deploy.errors import CheckError, UsageError
+from ffl_deploy.errors import CheckError, OtherMachine, UsageError
 from ffl_deploy.runtime.session import Outputs, Session, outputs_from
 
 if TYPE_CHECKING:
@@ -130,15 +130,15 @@ def engine_record(variant: Variant) -> EngineRecord:
 
 
 def check_machine(record: EngineRecord, version: str, capability: tuple[int, int], engine: Path) -> str:
-    """-> what runs it, for people. Raises CheckError where the engine was built for another version or GPU."""
+    """-> what runs it, for people. Raises OtherMachine where the engine was built for another version or GPU."""
     if record.version != version:
-        raise CheckError(
+        raise OtherMachine(
             f"{engine.name} was built by {record.flavour} {record.version}, this machine has {version}, and engines do not carry "
             f"over; {_rebuild(record)}"
         )
     own = f"{capability[0]}.{capability[1]}"
     if record.compute_capabilities and own not in record.compute_capabilities:
-        raise CheckError(
+        raise OtherMachine(
             f"{engine.name} was built for compute capability {', '.join(record.compute_capabilities)}, this GPU has {own}; "
             f"{_rebuild(record)}"
         )

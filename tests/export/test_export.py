@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -73,12 +74,27 @@ def test_a_target_holds_no_other_branch(exported: Path) -> None:
     assert branch.variants[0].bytes < fused.variants[0].bytes
 
 
-@pytest.mark.slow
 def test_the_same_checkpoint_gives_the_same_bytes_in_another_process(digits_run: Run, exported: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "export.cli", str(digits_run.folder), "--target", "branch0", "--out", str(tmp_path)]
     subprocess.run(command, check=True, capture_output=True)
     for name in ("model.onnx", "golden.npz"):
         assert (tmp_path / "branch0" / name).read_bytes() == (exported / "branch0" / name).read_bytes()
+
+
+def test_the_same_file_gives_the_same_other_forms(exported: Path, digits_run: Run, tmp_path: Path) -> None:
+    from export.quantize import Held, quantise
+
+    images, _, logits = digits_run.reference("best", "fused")
+    written = []
+    for turn in ("first", "second"):
+        folder = tmp_path / turn
+        folder.mkdir()
+        quantise(exported / "fused" / "model.onnx", folder, images[:64], Held(images[64:128], logits[64:128]))
+        for precision in ("fp16", "bf16"):
+            write_half(exported / "fused" / "model.onnx", folder / f"model.{precision}.onnx", precision)
+        written.append({path.name: path.read_bytes() for path in folder.iterdir()})
+    assert len(written[0]) == 4
+    assert written[0] == written[1]
 
 
 def test_every_bundle_verifies_and_tells_what_was_measured(exported: Path) -> None:
@@ -160,22 +176,26 @@ def test_fp16_stores_sixteen_bits_and_onnx_runtime_computes_in_thirty_two(
     assert outputs.embedding.dtype == np.float32
 
 
-def test_second_opinions_agree(exported: Path) -> None:
+@pytest.mark.parametrize("target", ["fused", "branch0"])
+def test_second_opinions_agree(exported: Path, target: str, record_property: Callable[[str, object], None]) -> None:
     """onnx's reference evaluator and OpenVINO give what ONNX Runtime gives, within fp32 rounding."""
     from onnx.reference import ReferenceEvaluator
 
     from ffl_deploy.runtime.openvino_runtime import OpenVinoSession
 
-    path = exported / "branch0" / "model.onnx"
-    golden = load_bundle(exported / "branch0").golden()
-    images, logits = golden.images[:4], golden.logits[:4]
-    reference = ReferenceEvaluator(str(path)).run(None, {"images": images})[0]
+    path = exported / target / "model.onnx"
+    golden = load_bundle(exported / target).golden()
+    images, logits = golden.images[:16], golden.logits[:16]
+    reference = ReferenceEvaluator(str(path)).run(["logits"], {"images": images})[0]
     openvino = OpenVinoSession(path, "fp32")
     assert openvino.layer_precisions().keys() == {"fp32"}
     differences = {
         name: float(np.abs(values - logits).max() / logits.std())
         for name, values in {"onnx.reference": reference, "openvino": openvino.run(images).logits}.items()
     }
+    for name, difference in differences.items():
+        record_property(f"{target}: {name}", difference)  # shown with --junitxml
+        print(f"{target}: {name} differs by {difference:.1e} of the logits' standard deviation")
     assert max(differences.values()) < 1e-4, differences
 
 

@@ -160,7 +160,6 @@ def test_a_batch_frozen_inside_the_graph_is_caught_by_the_batch_sizes(export_wit
     assert "batch of 1" in error
 
 
-@pytest.mark.slow
 def test_batch_normalisation_in_training_mode_is_refused_and_would_be_caught(
     colour_run: Run, model: DeployedModel, export_with: Callable[[Fault], tuple[int, str]], tmp_path: Path
 ) -> None:

@@ -32,7 +32,10 @@ def test_a_space_holds_what_it_needs(exported: Path, tmp_path: Path) -> None:
         assert name not in names
     assert not list(space.rglob("__pycache__"))
     assert requirements() == sorted(set(requirements()))
-    write_space([load_bundle(exported / "branch0")], space)  # a Space may be written again
+    (space / ".git").mkdir()
+    (space / ".git" / "HEAD").write_text("ref: refs/heads/main")
+    write_space([load_bundle(exported / "branch0")], space)  # a Space may be written again, and stays a clone
+    assert (space / ".git" / "HEAD").is_file()
     assert [path.name for path in (space / "bundles").iterdir()] == ["branch0"]
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "holiday.jpg").write_bytes(b"")

@@ -1,0 +1,273 @@
+"""The flags of ffl-export together, as a user gives them: other precisions, runtimes, engines, Triton, Space, signature."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from export.check import EXTRA_GATES, HeldOut, check_extras, measure_accuracy
+from export.cli import main
+from export.evaluation import Reference
+from export.quantize import _tail
+from ffl_deploy.bundle import load_bundle
+from ffl_deploy.command import run_command
+from ffl_deploy.datasets import ArraySplit
+from ffl_deploy.errors import CheckError
+from ffl_deploy.run_directory import Run
+from ffl_deploy.runtime.session import Outputs, Session
+from ffl_deploy.verify import main as verify_main
+
+REASON = "is not installed"
+
+
+@pytest.fixture(scope="module")
+def key(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("model_signing", reason=f"model-signing {REASON}")
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    path = tmp_path_factory.mktemp("key") / "private.pem"
+    private = ec.generate_private_key(ec.SECP256R1())
+    encoding, none = serialization.Encoding.PEM, serialization.NoEncryption()
+    path.write_bytes(private.private_bytes(encoding, serialization.PrivateFormat.PKCS8, none))
+    public = private.public_key().public_bytes(encoding, serialization.PublicFormat.SubjectPublicKeyInfo)
+    path.with_name("public.pem").write_bytes(public)
+    return path
+
+
+@pytest.fixture(scope="module")
+def forms(digits_run: Run, key: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """branch0 in every form that this machine can make, by one command; -> the folder with bundles/, triton/ and space/."""
+    pytest.importorskip("openvino", reason=f"OpenVINO {REASON}")
+    pytest.importorskip("tensorrt_rtx", reason=f"tensorrt_rtx {REASON}")
+    root = tmp_path_factory.mktemp("forms")
+    flags = ["--target", "branch0", "--precision", "fp16", "--precision", "bf16", "--runtime", "openvino", "--opset", "22"]
+    flags += ["--tensorrt", "--compute-capability", "8.9", "--triton", str(root / "triton"), "--space", str(root / "space")]
+    flags += ["--sign", str(key), "--min-accuracy", "0.5", "--out", str(root / "bundles")]
+    assert main([str(digits_run.folder), *flags]) == 0
+    return root
+
+
+def test_every_form_is_in_the_bundle_with_what_it_computes(forms: Path) -> None:
+    bundle = load_bundle(forms / "bundles" / "branch0")
+    variants = {variant.name: variant for variant in bundle.manifest.variants}
+    assert list(variants) == [
+        "fp32",
+        "fp32-openvino",
+        "fp32-engine",
+        "fp16",
+        "fp16-openvino",
+        "fp16-engine",
+        "bf16",
+        "bf16-engine",
+    ]
+    assert (variants["fp32-openvino"].precision.stored, variants["fp32-openvino"].precision.computed) == ("fp32", "fp32")
+    assert variants["fp16"].precision.computed == "fp32", "ONNX Runtime's CPU has no fp16 convolution"
+    assert variants["bf16"].runtime == "openvino"
+    for name in ("fp32", "fp32-openvino", "fp16", "fp16-openvino", "bf16"):
+        assert variants[name].parity["verdict"]["status"] == "passed"
+        assert variants[name].latency["p50_ms"] > 0
+    assert {entry.version for entry in onnx.load(bundle.folder / "model.onnx").opset_import if entry.domain == ""} == {22}
+    report = json.loads((forms / "bundles" / "report.json").read_text())
+    assert len(report["rows"]) == len(variants)
+    assert not [row for row in report["rows"] if row["variant"].endswith("-engine") and row["p50_ms"] is not None]
+
+
+def test_the_bundle_verifies_and_says_what_could_not_run(forms: Path, key: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [str(forms / "bundles" / "branch0"), "--public-key", str(key.with_name("public.pem"))]
+    assert run_command(verify_main, arguments) == 0
+    said = capsys.readouterr().out
+    assert "signed by the owner" in said
+    assert "bf16 on openvino" in said
+    assert "bf16 gate passed" in said
+    assert run_command(verify_main, [str(forms / "nowhere"), *arguments[1:]]) == 2
+
+
+def test_a_changed_engine_is_refused_before_tensorrt_sees_it(
+    forms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = shutil.copytree(forms / "bundles" / "branch0", tmp_path / "branch0")
+    engine = bundle / "engines" / "fp32.engine"
+    content = bytearray(engine.read_bytes())
+    content[len(content) // 2] ^= 1
+    engine.write_bytes(content)
+    monkeypatch.setattr("ffl_deploy.runtime.tensorrt_runtime.import_tensorrt", lambda *_: pytest.fail("it was opened"))
+    with pytest.raises(CheckError, match=r"fp32\.engine was changed since export"):
+        load_bundle(bundle).session("fp32-engine")
+    assert run_command(verify_main, [str(bundle)]) == 1
+    assert "was changed since export" in capsys.readouterr().err
+
+
+def test_triton_gets_what_it_has_a_backend_for(forms: Path) -> None:
+    """OpenVINO variants are the same files again, and no backend of Triton loads engines of TensorRT-RTX."""
+    assert sorted(path.name for path in (forms / "triton").iterdir()) == ["branch0", "branch0-fp16"]
+    assert (forms / "space" / "bundles" / "branch0" / "bundle.json").is_file()
+
+
+def test_a_static_batch_with_int8(digits_run: Run, tmp_path: Path) -> None:
+    flags = ["--target", "branch0", "--batch", "3", "--precision", "int8", "--triton", str(tmp_path / "triton")]
+    assert run_command(main, [str(digits_run.folder), *flags, "--out", str(tmp_path / "out")]) == 0
+    assert run_command(main, ["--report-only", "--out", str(tmp_path / "out")]) == 0
+    bundle = load_bundle(tmp_path / "out" / "branch0")
+    dynamic = load_bundle(bundle.folder)
+    assert dynamic.manifest.input.batch == 3
+    golden = bundle.golden()
+    outputs = bundle.session("int8").run(golden.images[:7])
+    assert len(outputs.logits) == 7
+    assert np.mean(outputs.logits.argmax(1) == golden.logits[:7].argmax(1)) >= 6 / 7
+    rows = json.loads((tmp_path / "out" / "report.json").read_text())["rows"]
+    assert {row["multiply_adds"] for row in rows} == {rows[0]["multiply_adds"]}
+    assert rows[0]["multiply_adds"] < 4e6, "of one image, not of three"
+    parsed = pytest.importorskip("tritonclient.grpc.model_config_pb2", reason=f"tritonclient {REASON}")
+    from google.protobuf import text_format
+
+    config = text_format.Parse((tmp_path / "triton" / "branch0" / "config.pbtxt").read_text(), parsed.ModelConfig())
+    assert config.max_batch_size == 0
+    assert list(config.input[0].dims) == [3, 8, 8, 3]
+    assert not config.HasField("dynamic_batching")
+
+
+def test_a_fault_in_a_static_file_is_located(
+    digits_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from export import variants
+
+    write = variants.write_onnx
+
+    def perturbed(model: object, path: Path, *arguments: object) -> None:
+        write(model, path, *arguments)
+        proto = onnx.load(path)
+        tensor = next(one for one in proto.graph.initializer if "conv2.weight" in one.name)
+        values = onnx.numpy_helper.to_array(tensor).copy()
+        values += 0.1
+        tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+        onnx.save(proto, path)
+
+    monkeypatch.setattr(variants, "write_onnx", perturbed)
+    flags = ["--target", "branch0", "--batch", "3", "--out", str(tmp_path / "out")]
+    assert run_command(main, [str(digits_run.folder), *flags]) == 1
+    assert "the first layer that differs is target." in capsys.readouterr().err
+    assert not (tmp_path / "out" / "branch0").exists()
+
+
+def test_int8_joins_classifiers_in_float(digits_run: Run, tmp_path: Path) -> None:
+    """The ensemble's mean takes its branches' logits as they are; their classifiers are what may be kept in float."""
+    flags = ["--target", "ensemble", "--precision", "int8", "--out", str(tmp_path)]
+    assert run_command(main, [str(digits_run.folder), *flags]) == 0
+    bundle = load_bundle(tmp_path / "ensemble")
+    classifiers, between = _tail(onnx.load(bundle.folder / "model.onnx"))
+    assert [node.op_type for node in classifiers] == ["Gemm", "Gemm"]
+    assert between, "what computes the mean"
+    graph = onnx.load(bundle.folder / "model.int8.onnx").graph
+    makers = {name: node for node in graph.node for name in node.output}
+    open_names, met = ["logits"], set()
+    while open_names:
+        node = makers.get(open_names.pop())
+        if node is None or node.op_type == "Gemm":
+            continue
+        met.add(node.op_type)
+        open_names += node.input
+    assert not met & {"QuantizeLinear", "DequantizeLinear"}, met
+
+
+class FixedAnswers(Session):
+    """Gives stored outputs, in order."""
+
+    runtime = variant = "fixed"
+
+    def __init__(self, outputs: Outputs) -> None:
+        self.outputs, self.at = outputs, 0
+
+    def run(self, images: np.ndarray) -> Outputs:
+        rows = slice(self.at, self.at + len(images))
+        self.at += len(images)
+        return Outputs._make(None if value is None else value[rows] for value in self.outputs)
+
+
+def answers(count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """-> images, labels, logits [count, 3] that are right."""
+    labels = np.arange(count) % 3
+    logits = np.eye(3, dtype=np.float32)[labels] * 4
+    return np.zeros((count, 8, 8, 3), np.uint8), labels, logits
+
+
+def test_one_image_without_a_finite_answer_fails_the_accuracy_gate() -> None:
+    images, labels, logits = answers(6000)
+    held = HeldOut(ArraySplit(images, labels), logits)
+    probabilities = np.full_like(logits, 1 / 3)
+    assert measure_accuracy(FixedAnswers(Outputs(logits, probabilities)), held, "fp16").verdict.status == "passed"
+    broken = logits.copy()
+    broken[17] = np.nan
+    record = measure_accuracy(FixedAnswers(Outputs(broken, probabilities)), held, "fp16")
+    assert record.verdict.failed
+    assert str(record.verdict.findings[0]).startswith("number of images with NaN or infinite outputs is 1")
+    assert np.isfinite(record.calibration_error)
+
+
+def test_accuracy_that_is_lost_fails_the_export_gate() -> None:
+    images, labels, logits = answers(6000)
+    worse = logits.copy()
+    worse[:60] = np.roll(worse[:60], 1, axis=1)  # one in a hundred
+    held = HeldOut(ArraySplit(images, labels), logits)
+    record = measure_accuracy(FixedAnswers(Outputs(worse, worse)), held, "int8", callers=1)
+    assert record.verdict.failed
+    assert record.difference.lost == 60
+
+
+def test_a_wrong_map_is_caught_although_the_logits_are_right() -> None:
+    images, labels, logits = answers(64)
+    maps = np.random.default_rng(0).normal(size=(64, 4, 4)).astype(np.float32)
+    reference = Reference(images, labels, logits)
+    right = FixedAnswers(Outputs(logits, logits, cam=maps * (1 + EXTRA_GATES["fp32"] / 2)))
+    found = check_extras(right, reference, {"cam": maps}, "fp32")
+    assert found is not None
+    assert found["cam"] == pytest.approx(EXTRA_GATES["fp32"] / 2, rel=0.01)
+    with pytest.raises(CheckError, match="its output cam is off"):
+        check_extras(FixedAnswers(Outputs(logits, logits, cam=maps[:, ::-1])), reference, {"cam": maps}, "fp32")
+    with pytest.raises(CheckError, match="gives no output cam"):
+        check_extras(FixedAnswers(Outputs(logits, logits)), reference, {"cam": maps}, "fp32")
+    assert check_extras(right, reference, {}, "fp32") is None
+
+
+def test_places_and_keys_are_looked_at_before_any_work(
+    digits_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("export.pipeline.load_network", lambda *_: pytest.fail("work was begun"))
+    project = tmp_path / "project"
+    (project / "bundles").mkdir(parents=True)
+    (project / "app.py").write_text("from flask import Flask\n")
+    cases = [
+        (["--space", str(project)], "holds no Space"),
+        (["--sign", str(tmp_path / "no.pem")], "there is no key"),
+        (["--opset", "0"], "--opset 0"),
+    ]
+    for flags, words in cases:
+        assert run_command(main, [str(digits_run.folder), *flags, "--out", str(tmp_path / "out")]) == 2
+        assert words in capsys.readouterr().err
+    assert (project / "app.py").read_text() == "from flask import Flask\n"
+
+
+def test_a_folder_that_is_no_bundle_is_not_replaced(digits_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "branch0").mkdir()
+    (tmp_path / "branch0" / "thesis.tex").write_text("years of work")
+    assert run_command(main, [str(digits_run.folder), "--target", "branch0", "--out", str(tmp_path)]) == 2
+    assert "is no bundle" in capsys.readouterr().err
+    assert (tmp_path / "branch0" / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_provider_that_is_not_there_stops_before_any_work(
+    digits_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ffl_deploy.runtime import import_onnxruntime
+
+    if "TensorrtExecutionProvider" in import_onnxruntime().get_available_providers():
+        pytest.skip("this ONNX Runtime has TensorRT")
+    flags = ["--runtime", "onnxruntime-tensorrt", "--out", str(tmp_path / "out")]
+    assert run_command(main, [str(digits_run.folder), *flags]) == 2
+    assert "has no TensorrtExecutionProvider" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
