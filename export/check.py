@@ -32,9 +32,9 @@ BATCHES = (1, 2, 7, 64)
 """Compared besides all the reference images at once: one, the traced size, an odd one, a common one."""
 ACCURACY_BATCH = 64
 LOCALISE_IMAGES = 8
-EXTRA_GATES = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 1e-1, "int8": 0.3}
+EXTRA_GATES = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 1e-1, "int8": 0.15}
 """Largest root mean square difference of a map or an embedding, as a share of its standard deviation. fp32, fp16: as for logits,
-half of the largest; int8: twice what ResNet-32 has on CIFAR-100, since no decision is taken from them."""
+half of the largest; int8: three times the 0.03 to 0.06 of ResNet-32's maps on CIFAR-100."""
 
 
 class AccuracyRecord(msgspec.Struct, frozen=True):
