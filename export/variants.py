@@ -177,8 +177,8 @@ def open_file(file: ModelFile, runtime: str, name: str) -> tuple[Session, str, d
     if runtime == "openvino":
         from ffl_deploy.runtime.openvino_runtime import OpenVinoSession
 
-        session = OpenVinoSession(file.path, name, precision=file.stored)
-        return session, session.computed or file.stored, {**file.details, "layers": session.layer_precisions()}
+        opened = OpenVinoSession(file.path, name, precision=file.stored)
+        return opened, opened.computed or file.stored, {**file.details, "layers": opened.layer_precisions()}
     session = OnnxRuntimeSession(file.path, name, runtime=runtime)  # first: it says in a sentence why a file is refused
     computed, histogram = computed_precision(file.path)
     if runtime != "onnxruntime":  # a GPU provider computes in what the file stores

@@ -14,9 +14,10 @@ import pytest
 
 from ffl_deploy.bundle import MANIFEST, Bundle, file_records, load_bundle, write_manifest
 from ffl_deploy.command import run_command
-from ffl_deploy.errors import CheckError
+from ffl_deploy.errors import CheckError, OtherMachine
 from ffl_deploy.files import sha256_of
 from ffl_deploy.onnx_wire import refuse_external_data
+from ffl_deploy.runtime import RUNTIMES
 from ffl_deploy.verify import main
 
 Verify = Callable[..., tuple[int, str, str]]
@@ -65,6 +66,52 @@ def test_one_flipped_byte_in_any_file_is_found(bundle: Path, verify: Verify, nam
     code, _, err = verify(bundle)
     assert code == 1
     assert f"{name} was changed since export" in err
+
+
+def test_an_engine_of_another_machine_is_said_not_to_have_run(
+    bundle: Path, verify: Verify, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is wrong with such a bundle, unless that variant was asked for."""
+    manifest = load_bundle(bundle).manifest
+    (bundle / "x.engine").write_bytes(b"native code")
+    record = {"sha256": sha256_of(bundle / "x.engine"), "bytes": 11}
+    engine = msgspec.structs.replace(manifest.variants[0], name="fp32-engine", runtime="tensorrt", file="x.engine", **record)
+    files = {**manifest.files, **file_records(bundle)}
+    write_manifest(bundle, msgspec.structs.replace(manifest, variants=[*manifest.variants, engine], files=files))
+
+    def elsewhere(*_: object) -> None:
+        raise OtherMachine("x.engine was built for compute capability 8.9, this GPU has 9.0; rebuild it.")
+
+    monkeypatch.setitem(RUNTIMES, "tensorrt", elsewhere)
+    code, out, err = verify(bundle)
+    assert (code, err) == (0, "")
+    assert "fp32-engine: not run: x.engine was built for compute capability 8.9" in out
+    code, _, err = verify(bundle, "--variant", "fp32-engine")
+    assert (code, "this GPU has 9.0" in err) == (1, True)
+
+
+def test_a_variant_that_is_listed_twice_is_refused(bundle: Path, verify: Verify) -> None:
+    manifest = load_bundle(bundle).manifest
+    write_manifest(bundle, msgspec.structs.replace(manifest, variants=manifest.variants * 2))
+    code, _, err = verify(bundle)
+    assert (code, "lists a variant twice" in err) == (1, True)
+
+
+def test_golden_samples_of_another_type_are_refused(bundle: Path, verify: Verify) -> None:
+    with np.load(bundle / "golden.npz") as arrays:
+        np.savez(bundle / "golden.npz", images=arrays["images"], labels=arrays["labels"], logits=arrays["logits"].astype(str))
+    relist(bundle)
+    code, _, err = verify(bundle)
+    assert (code, "does not hold samples of this bundle" in err) == (1, True)
+
+
+def test_a_graph_without_probabilities_is_refused(bundle: Path, verify: Verify) -> None:
+    proto = onnx.load(bundle / "model.onnx")
+    del proto.graph.output[1:]
+    onnx.save(proto, bundle / "model.onnx")
+    relist(bundle)
+    code, _, err = verify(bundle)
+    assert (code, "gives no output probabilities" in err) == (1, True)
 
 
 def test_a_missing_file_is_found(bundle: Path, verify: Verify) -> None:
