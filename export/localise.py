@@ -47,11 +47,10 @@ def first_difference(
 
     Args: images: uint8 [n, h, w, 3]; precision: of the gate that failed; below fp32 every layer is off by some rounding, so
     the layer where the error grows most is named; scopes_from: the fp32 file that `path` was made from, for module paths;
-    runtime: where the gate failed. The layers are computed by ONNX Runtime's CPU, without optimisation.
+    runtime: where the gate failed. The layers are computed by ONNX Runtime's CPU, without optimisation; in bf16, which that has
+    no convolution for, by OpenVINO.
     """
-    if precision == "bf16":
-        return "the layers of a bf16 computation are not compared one by one"
-    layers = layer_differences(path, model, images, scopes_from)
+    layers = layer_differences(path, model, images, scopes_from, precision)
     if precision != "fp32" and layers:
         growth = np.diff([0.0, *(layer.rms for layer in layers)])
         worst = layers[int(np.argmax(growth))]
@@ -72,7 +71,7 @@ def first_difference(
 
 
 def layer_differences(
-    path: Path, model: DeployedModel, images: np.ndarray, scopes_from: Path | None = None
+    path: Path, model: DeployedModel, images: np.ndarray, scopes_from: Path | None = None, precision: str = "fp32"
 ) -> list[LayerDifference]:
     """-> the difference at every module boundary that the file still has, in the order of execution."""
     import onnx
@@ -83,7 +82,8 @@ def layer_differences(
     outputs = {tensor: module for tensor, module in outputs.items() if tensor in present}
     expected = _pytorch_outputs(model, images, set(outputs.values()))
     read_as = dequantised(proto)
-    values = _intermediates(proto, [read_as.get(tensor, tensor) for tensor in outputs], images)
+    compute = _in_openvino if precision == "bf16" else _intermediates
+    values = compute(proto, [read_as.get(tensor, tensor) for tensor in outputs], images)
     differences = []
     for tensor, module in outputs.items():
         found = values[read_as.get(tensor, tensor)]
@@ -163,3 +163,19 @@ def _intermediates(proto: Any, tensors: Sequence[str], images: np.ndarray) -> di
     session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
     values = session.run(list(tensors), {"images": images})
     return dict(zip(tensors, values, strict=True))
+
+
+def _in_openvino(proto: Any, tensors: Sequence[str], images: np.ndarray) -> dict[str, np.ndarray]:
+    """-> tensor name -> float32 value on `images`, computed by OpenVINO's CPU in bf16."""
+    import onnx
+
+    from ffl_deploy.runtime.openvino_runtime import HINTS, import_openvino
+
+    seen = {name: f"{name}_as_float" for name in tensors}  # NumPy has no bf16
+    for name, copy in seen.items():
+        proto.graph.node.append(onnx.helper.make_node("Cast", [name], [copy], name=copy, to=onnx.TensorProto.FLOAT))
+        proto.graph.output.append(onnx.helper.make_tensor_value_info(copy, onnx.TensorProto.FLOAT, None))
+    core = import_openvino().Core()
+    compiled = core.compile_model(core.read_model(proto.SerializeToString()), "CPU", {"INFERENCE_PRECISION_HINT": HINTS["bf16"]})
+    found = {name: value for output, value in compiled({"images": images}).items() for name in output.get_names()}
+    return {name: found[copy] for name, copy in seen.items()}

@@ -13,11 +13,15 @@ import pytest
 from export.check import EXTRA_GATES, HeldOut, check_extras, measure_accuracy
 from export.cli import main
 from export.evaluation import Reference
+from export.localise import first_difference, layer_differences
+from export.onnx_graph import DeployedModel
 from export.quantize import _tail
 from ffl_deploy.bundle import load_bundle
+from ffl_deploy.checkpoint import load_network
 from ffl_deploy.command import run_command
 from ffl_deploy.datasets import ArraySplit
 from ffl_deploy.errors import CheckError
+from ffl_deploy.networks.targets import build_target
 from ffl_deploy.run_directory import Run
 from ffl_deploy.runtime.session import Outputs, Session
 from ffl_deploy.verify import main as verify_main
@@ -153,6 +157,28 @@ def test_a_fault_in_a_static_file_is_located(
     assert run_command(main, [str(digits_run.folder), *flags]) == 1
     assert "the first layer that differs is target." in capsys.readouterr().err
     assert not (tmp_path / "out" / "branch0").exists()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_fault_in_a_half_precision_file_is_located(digits_run: Run, forms: Path, tmp_path: Path, precision: str) -> None:
+    """Every layer is off by some rounding there; the one where the error grows most is named, and that is the faulty one."""
+    bundle = load_bundle(forms / "bundles" / "branch0")
+    proto = onnx.load(bundle.folder / f"model.{precision}.onnx")
+    tensor = next(one for one in proto.graph.initializer if one.name == "target.branch.0.1.conv2.weight")
+    bits = np.frombuffer(tensor.raw_data, np.uint16).copy()
+    bits[: len(bits) // 4] ^= 0x8000  # the sign
+    tensor.raw_data = bits.tobytes()
+    broken = tmp_path / f"model.{precision}.onnx"
+    onnx.save(proto, broken)
+    target = build_target(load_network(digits_run).network, "branch0")
+    model = DeployedModel(target, digits_run.mean, digits_run.std, bundle.temperature).eval()
+    images = bundle.golden().images[:8]
+    sentence = first_difference(broken, model, images, precision, bundle.folder / "model.onnx")
+    assert sentence.startswith("the error grows most at target.")
+    assert sentence.split()[5].startswith("target.branch.0.1"), sentence
+    whole = layer_differences(bundle.folder / broken.name, model, images, bundle.folder / "model.onnx", precision)
+    assert len(whole) > 20
+    assert max(layer.rms for layer in whole) < 0.05
 
 
 def test_int8_joins_classifiers_in_float(digits_run: Run, tmp_path: Path) -> None:
