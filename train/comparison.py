@@ -101,6 +101,8 @@ def compare(planned: Sequence[PlannedRun], reference: str, command: str) -> Comp
         by_method.setdefault(item.method, []).append(read_finished(item))
     first = next(iter(by_method.values()))[0]
     config = first.run.config
+    # `auto` is measured by each run; where other work decided it differently, the report says so.
+    precisions = {run.run.config.toolchain["precision"] for runs in by_method.values() for run in runs}
     return Comparison(
         command=command,
         data=config.data_name,
@@ -109,7 +111,7 @@ def compare(planned: Sequence[PlannedRun], reference: str, command: str) -> Comp
         size=(config.preprocessing.width, config.preprocessing.height),
         epochs=config.options["optimisation"]["epochs"],
         reference=reference,
-        toolchain=config.toolchain,
+        toolchain=config.toolchain | {"precision": " and ".join(sorted(precisions))},
         methods=[
             result_of(name, runs, by_method.get(reference, []), by_method.get("vanilla", [])) for name, runs in by_method.items()
         ],

@@ -86,7 +86,7 @@ def bf16_speed_up() -> float:
     seconds: dict[torch.dtype, list[float]] = {torch.float32: [], torch.bfloat16: []}
     with torch.random.fork_rng(devices=[]):
         passes = {kind: _convolution(kind) for kind in seconds}
-    for _ in range(5):  # in turns, and the best of each, so that other work on the machine does not decide
+    for _ in range(15):  # in turns, and the best of each, so that other work on the machine does not decide
         for kind, both_ways in passes.items():
             started = time.perf_counter()
             both_ways()

@@ -37,8 +37,9 @@ def one_thread() -> None:
 
 @pytest.fixture
 def tiny_flags(hues: Path) -> list[str]:
-    """2 epochs of 4 steps on the hues."""
-    return ["--data", str(hues), "--epochs", "2", "--batch-size", "14", "--quiet", "--recipe", "digits", "--crop-padding", "2"]
+    """2 epochs of 4 steps on the hues; in a given precision, since runs are compared and `auto` measures a busy machine."""
+    flags = ["--data", str(hues), "--epochs", "2", "--batch-size", "14", "--quiet", "--recipe", "digits", "--crop-padding", "2"]
+    return [*flags, "--precision", "fp32"]
 
 
 @pytest.fixture

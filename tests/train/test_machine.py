@@ -51,7 +51,7 @@ def test_measuring_leaves_the_random_numbers_alone(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_resumed_run_keeps_its_precision(train_tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = train_tiny("run", "--epochs", "1")
+    folder = train_tiny("run", "--epochs", "1", "--precision", "auto")
     content = json.loads((folder / CONFIG).read_text())
     content["toolchain"]["precision"] = "bf16"
     content["options"]["optimisation"]["epochs"] = 2
