@@ -123,10 +123,10 @@ def official_accuracies(training: Any, device: str) -> dict[str, float]:
 
 def our_run(data: ImageData, device: str, seed: int, epochs: int) -> dict[str, Any]:
     """-> the same of ours, in its default precision; the test images stand in for the validation split, nothing is chosen."""
-    lines = trained(
-        our_training(dataclasses.replace(data, validation=data.test), device, seed, epochs=epochs, milestones=(DROP,))
-    )
-    return {"loss": [line["loss"] for line in lines], "test": [line["validation"] for line in lines]}
+    run = our_training(dataclasses.replace(data, validation=data.test), device, seed, epochs=epochs, milestones=(DROP,))
+    lines = trained(run)
+    test = [line["validation"] for line in lines]
+    return {"loss": [line["loss"] for line in lines], "test": test, "precision": run.machine.precision}
 
 
 def learning_runs(jobs: dict[str, Callable[[int], dict[str, Any]]], seeds: int, stored: Stored) -> None:
