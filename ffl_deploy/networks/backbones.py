@@ -31,7 +31,10 @@ class Backbone:
 
 # pattern -> (what to call with the pattern's numbers, the names to show)
 _FAMILIES: dict[str, tuple[Callable[..., list[nn.Module]], tuple[str, ...]]] = {
-    r"resnet(20|32|44|56|110)": (cifar_resnet, ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110")),
+    r"resnet(8|14|20|32|44|56|110)": (
+        cifar_resnet,
+        ("resnet8", "resnet14", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110"),
+    ),
     r"wrn(16|40)_(2)|wrn(20)_(8)|wrn(28)_(10)": (wide_resnet, ("wrn16_2", "wrn20_8", "wrn28_10", "wrn40_2")),
     r"vgg16_bn": (vgg16_bn, ("vgg16_bn",)),
     r"densenet(40)_(12)": (densenet, ("densenet40_12",)),

@@ -11,6 +11,8 @@ from ffl_deploy.networks.backbones import backbone_names, build_backbone, featur
 
 # name -> (millions of parameters as published for CIFAR-10, decimals of that number, channels of the last map)
 PUBLISHED = {
+    "resnet8": (0.08, 2, 64),  # the same with n = 1 and 2, as the distillation literature uses them (Tian et al. 2020)
+    "resnet14": (0.17, 2, 64),
     "resnet20": (0.27, 2, 64),  # He et al. 2016, table 6
     "resnet32": (0.46, 2, 64),
     "resnet44": (0.66, 2, 64),
@@ -85,7 +87,7 @@ def test_initialisation_is_he_by_fan_out() -> None:
         ("resnet21", "Did you mean 'resnet20'?|Did you mean 'resnet32'?"),
         ("wrn16-2", "Did you mean 'wrn16_2'?"),
         ("wrn16_8", "Known: "),
-        ("resnet320", "Known: resnet20, .*densenet40_12, torchvision:NAME, timm:NAME"),
+        ("resnet320", "Known: resnet8, .*densenet40_12, torchvision:NAME, timm:NAME"),
         ("", "there is no backbone ''"),
         ("hub:resnet18", "there is no backbone 'hub:resnet18'"),
     ],
