@@ -172,7 +172,7 @@ def test_what_does_not_fit_is_one_sentence_and_leaves_nothing(
     assert "a weight 'layer4.0.bias'" in complaint(*save_official({**model, "layer4.0.bias": torch.ones(1)}, fusion))
     lacking = {name: value for name, value in model.items() if name != "layer2.1.bn2.running_var"}
     assert "trunk.2.1.bn2.running_var missing" in complaint(*save_official(lacking, fusion), code=1)
-    assert "no backbone 'resnet8'" in complaint(*save_official(*official_weights(1)))
+    assert "no backbone 'resnet26'" in complaint(*save_official(*official_weights(4)))
     wide = {**model, "classfier3_1.weight": torch.randn(10, 64)}
     assert "tells 10 classes apart" in complaint(*save_official(wide, fusion))
 
