@@ -32,7 +32,7 @@ from ffl_deploy.errors import UsageError
 from ffl_deploy.images import load
 from ffl_deploy.run_directory import PREDICTIONS, SUMMARY, load_run
 from ffl_deploy.statistics import paired_difference, wilson_interval
-from train.comparison import Comparison, estimate
+from train.comparison import Comparison, MethodResult, estimate
 from train.comparison_report import accuracy_table, difference_table, limits
 from train.record import draw_curves, read_metrics
 
@@ -211,7 +211,7 @@ def comparison_text() -> str:
     found = msgspec.json.decode(COMPARISON.read_bytes(), type=Comparison)
     variants = [method for method in found.methods if method.method.startswith("ffl-")]
     methods = msgspec.structs.replace(found, methods=[method for method in found.methods if method not in variants])
-    ablations = msgspec.structs.replace(found, methods=[found.methods[0], *variants])
+    ablations = msgspec.structs.replace(found, methods=[reference_of(found), *variants])
     seeds = min(len(method.seeds) for method in found.methods)
     lines = [
         "## Against other methods",
@@ -259,9 +259,13 @@ def comparison_text() -> str:
     return "\n".join(lines)
 
 
+def reference_of(found: Comparison) -> MethodResult:
+    return next(method for method in found.methods if method.method == found.reference)
+
+
 def account(found: Comparison) -> list[str]:
     """-> the claims of the paper that this comparison can look at, each with the number that speaks for or against it."""
-    ffl = next(method for method in found.methods if method.method == found.reference)
+    ffl = reference_of(found)
     vanilla = next((method for method in found.methods if method.method == "vanilla"), None)
     claims = [("the fused classifier is above the ensemble", "fused", ffl, "ensemble", ffl)]
     claims.append(("the ensemble is above the mean branch", "ensemble", ffl, "mean branch", ffl))

@@ -80,7 +80,8 @@ def export_run(run: Run, options: ExportOptions, report: Callable[[str], None]) 
             raise UsageError(f"{run.folder} has no target {target!r}. {choices_sentence(target, [*known, 'all'])}")
     for target in targets:
         folder = options.out / target
-        if folder.exists() and not (folder / MANIFEST).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
+        occupied = folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
+        if occupied and not (folder / MANIFEST).is_file():
             raise UsageError(f"{folder} is there already and is no bundle; choose another --out, or move it away.")
     if options.extras:
         for target in targets:
