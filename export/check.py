@@ -95,14 +95,15 @@ def check_extras(
     """
     if not expected:
         return None
-    outputs = [session.run(reference.images[start : start + 64]) for start in range(0, len(reference.images), 64)]
-    same = np.concatenate([one.logits.argmax(axis=1) for one in outputs]) == reference.logits.argmax(axis=1)
+    starts = range(0, len(reference.images), ACCURACY_BATCH)
+    outputs = Outputs.joined([session.run(reference.images[start : start + ACCURACY_BATCH]) for start in starts])
+    same = outputs.logits.argmax(axis=1) == reference.logits.argmax(axis=1)
     found = {}
     for name, values in expected.items():
-        parts = [getattr(one, name) for one in outputs]
-        if any(part is None for part in parts):
+        output = getattr(outputs, name)
+        if output is None:
             raise CheckError(f"variant {session.variant} gives no output {name}. No bundle was written.")
-        difference = (np.concatenate(parts).astype(np.float64) - values)[same if name == "cam" else slice(None)]
+        difference = (output.astype(np.float64) - values)[same if name == "cam" else slice(None)]
         found[name] = float(np.sqrt(np.mean(difference**2))) / (float(values.std()) or 1.0) if len(difference) else 0.0
         if not found[name] <= EXTRA_GATES[precision]:
             raise CheckError(
@@ -126,7 +127,7 @@ def measure_accuracy(session: Session, test: HeldOut, precision: str, callers: i
     """
     outputs = run_in_batches(session.run, test.split.read, len(test.split), ACCURACY_BATCH, callers)
     labels = test.split.labels
-    finite = np.isfinite(outputs.logits).all(axis=1) & np.isfinite(outputs.probabilities).all(axis=1)
+    finite = outputs.finite
     outputs = Outputs(np.nan_to_num(outputs.logits), np.nan_to_num(outputs.probabilities))
     predicted, reference = outputs.logits.argmax(axis=1), test.logits.argmax(axis=1)
     right = finite & (predicted == labels)

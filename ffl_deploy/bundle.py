@@ -239,7 +239,7 @@ class Bundle:
                 for offset, image in enumerate(images[start : start + batch_size])
             ]
             outputs = session.run(np.stack(batch))
-            bad = np.flatnonzero(~(np.isfinite(outputs.logits).all(axis=1) & np.isfinite(outputs.probabilities).all(axis=1)))
+            bad = np.flatnonzero(~outputs.finite)
             if len(bad):
                 raise CheckError(f"the model's output for image {start + bad[0]} is not a finite number.")
             predictions += [self.prediction(outputs.logits[i], outputs.probabilities[i], top_k) for i in range(len(batch))]

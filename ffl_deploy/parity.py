@@ -277,8 +277,8 @@ def run_in_batches(
         outputs = run(part)
         if len(outputs.logits) != len(part) or len(outputs.probabilities) != len(part):
             raise CheckError(f"a batch of {len(part)} images came back with {len(outputs.logits)} rows of logits.")
-        return Outputs(outputs.logits, outputs.probabilities)
+        return Outputs(outputs.logits, outputs.probabilities)  # maps and embeddings of a whole test set would take its memory
 
     with ThreadPoolExecutor(callers) as pool:
         answers = list((pool.map if callers > 1 else map)(answer, range(0, count, batch)))
-    return Outputs(np.concatenate([one.logits for one in answers]), np.concatenate([one.probabilities for one in answers]))
+    return Outputs.joined(answers)

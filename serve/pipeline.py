@@ -88,7 +88,7 @@ class Classifier:
         return self._answered(good, outputs)
 
     def _answered(self, good: Sequence[Prepared], outputs: Outputs) -> list[Row]:
-        finite = np.isfinite(outputs.logits).all(axis=1) & np.isfinite(outputs.probabilities).all(axis=1)
+        finite = outputs.finite
         order = np.argsort(-outputs.probabilities, axis=1, kind="stable")[:, : self.top_k]  # equal values keep class order
         confidences = np.take_along_axis(outputs.probabilities, order, axis=1).tolist()
         rows = []

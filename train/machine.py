@@ -77,7 +77,7 @@ WORTH_IT = 1.2
 def bf16_speed_up() -> float:
     """-> time of a convolution's forward and backward pass in fp32 over that in bf16; 0 where bf16 would be emulated.
 
-    Measured, a tenth of a second, since processors that have the instructions differ: twice as fast on some, on others
+    Measured, about half a second, since processors that have the instructions differ: twice as fast on some, on others
     (AVX-512 BF16 on several Xeons without AMX) half as fast.
     """
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +19,16 @@ class Outputs(NamedTuple):
     probabilities: np.ndarray  # float32 [n, classes]
     cam: np.ndarray | None = None  # float32 [n, h, w], where the bundle was exported with --cam
     embedding: np.ndarray | None = None  # float32 [n, features], where the bundle's graph gives it
+
+    @property
+    def finite(self) -> np.ndarray:
+        """bool [n]: whether an image's logits and probabilities are numbers."""
+        return np.isfinite(self.logits).all(axis=1) & np.isfinite(self.probabilities).all(axis=1)
+
+    @staticmethod
+    def joined(parts: Sequence[Outputs]) -> Outputs:
+        """-> the answers of consecutive batches as one."""
+        return Outputs._make(None if columns[0] is None else np.concatenate(columns) for columns in zip(*parts, strict=True))
 
 
 class Session(ABC):
@@ -58,8 +68,9 @@ class FixedBatchSession(Session):
         self._session, self._size = session, size
 
     def run(self, images: np.ndarray) -> Outputs:
-        parts = [self._run_padded(images[start : start + self._size]) for start in range(0, len(images), self._size)]
-        return Outputs._make(None if columns[0] is None else np.concatenate(columns) for columns in zip(*parts, strict=True))
+        return Outputs.joined(
+            [self._run_padded(images[start : start + self._size]) for start in range(0, len(images), self._size)]
+        )
 
     def _run_padded(self, images: np.ndarray) -> Outputs:
         padding = np.zeros((self._size - len(images), *images.shape[1:]), images.dtype)
