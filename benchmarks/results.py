@@ -32,8 +32,8 @@ from ffl_deploy.errors import UsageError
 from ffl_deploy.images import load
 from ffl_deploy.run_directory import PREDICTIONS, SUMMARY, load_run
 from ffl_deploy.statistics import paired_difference, wilson_interval
-from train.comparison import Comparison, MethodResult, estimate
-from train.comparison_report import accuracy_table, difference_table, limits
+from train.comparison import SEEDS_FOR_A_CLAIM, Against, Comparison, MethodResult, estimate, sign_flip_p
+from train.comparison_report import accuracy_table, difference_table, limits, points, seed_verdict
 from train.record import draw_curves, read_metrics
 
 DOCS, EXAMPLES = Path("docs"), Path("examples/cifar100")
@@ -271,22 +271,24 @@ def account(found: Comparison) -> list[str]:
     claims.append(("the ensemble is above the mean branch", "ensemble", ffl, "mean branch", ffl))
     if vanilla is not None:
         claims.append(("a branch is above the same network alone", "mean branch", ffl, "branch0", vanilla))
-    lines = ["What the paper says, and what these runs say:", ""]
+    lines = ["What the paper says, and what these runs say (points with their 95 % t-interval over seeds):", ""]
     for claim, own, one, other, two in claims:
         partner = dict(zip(two.seeds, two.accuracy[other].values, strict=True))
         values = [
             value - partner[seed] for seed, value in zip(one.seeds, one.accuracy[own].values, strict=True) if seed in partner
         ]
-        difference = estimate(values)
-        inside = difference.low is None or difference.high is None or difference.low <= 0 <= difference.high
-        verdict = "undecided: the interval holds 0" if inside else ("holds" if difference.mean > 0 else "does not hold here")
-        interval = (
-            ""
-            if difference.low is None or difference.high is None
-            else f" ({100 * difference.low:+.2f} to {100 * difference.high:+.2f})"
-        )
-        lines.append(f"- {claim}: {100 * difference.mean:+.2f} points{interval}, {verdict}.")
+        against = Against(estimate(values), sign_flip_p(values) if len(values) >= SEEDS_FOR_A_CLAIM else None, [])
+        above = f"above in {sum(value > 0 for value in values)} of {len(values)} seeds"
+        lines.append(f"- {claim}: {points(against.difference)}, {above}; {verdict(against)}.")
     return lines
+
+
+def verdict(against: Against) -> str:
+    """-> what a claim's difference over seeds says, by the sign-flip test; nothing below SEEDS_FOR_A_CLAIM seeds."""
+    if against.p_seeds is None:
+        return seed_verdict(against)
+    says = "holds" if against.difference.mean > 0 else "does not hold here"
+    return f"{seed_verdict(against)}: {says if against.p_seeds < 0.05 else 'undecided'}"
 
 
 def main(argv: list[str]) -> int:

@@ -80,9 +80,13 @@ def difference_table(compared: list[tuple[str, Against | None]]) -> list[str]:
         if against is not None:
             gained, lost = (sum(getattr(pair, name) for pair in against.pairs) for name in ("gained", "lost"))
             p_values = ", ".join(f"{pair.p:.2g}" for pair in against.pairs)
-            points = f"{100 * against.difference.mean:+.2f} {_interval(against.difference)}".strip()
-            rows.append([method, points, seed_verdict(against), f"{gained} / {lost}", p_values])
+            rows.append([method, points(against.difference), seed_verdict(against), f"{gained} / {lost}", p_values])
     return _table(["method", "points", "over seeds", "images", "McNemar p by seed"], rows)
+
+
+def points(difference: Estimate) -> str:
+    """-> a difference of accuracies in points, with its t-interval."""
+    return f"{100 * difference.mean:+.2f} {_interval(difference)}".strip()
 
 
 def alone_section(c: Comparison) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 import benchmarks.results as results
@@ -17,6 +18,10 @@ def method(name: str, strong: str, **accuracy: list[float]) -> MethodResult:
     return MethodResult(name, ["resnet8"] * 2, strong, [0, 1], values, estimate([60.0, 61.0]), {"branch0": 1}, against, against)
 
 
+def with_seeds(result: MethodResult, count: int) -> MethodResult:
+    return msgspec.structs.replace(result, seeds=list(range(count)))
+
+
 def comparison() -> Comparison:
     ffl = method("ffl", "fused", fused=[0.40, 0.41], ensemble=[0.39, 0.40], branch0=[0.35, 0.36], mean_branch=[0.35, 0.36])
     vanilla = method("vanilla", "branch0", branch0=[0.34, 0.38], mean_branch=[0.34, 0.38])
@@ -25,11 +30,22 @@ def comparison() -> Comparison:
     return Comparison("the command", "cifar100", 100, images, (32, 32), 4, "ffl", {}, [ffl, vanilla, no_ekd])
 
 
-def test_claims_are_judged_by_their_intervals() -> None:
+def test_two_seeds_decide_no_claim() -> None:
     text = "\n".join(results.account(comparison()))
-    assert "the fused classifier is above the ensemble: +1.00 points (+1.00 to +1.00), holds." in text
-    assert "a branch is above the same network alone: -0.50 points" in text
-    assert text.endswith("undecided: the interval holds 0.")
+    above = "- the fused classifier is above the ensemble: +1.00 [1.00, 1.00], above in 2 of 2 seeds; no claim below 6 seeds."
+    assert above in text
+    assert "- a branch is above the same network alone: -0.50 [-19.56, 18.56], above in 1 of 2 seeds; no claim" in text
+
+
+def test_six_seeds_decide_a_claim_by_the_sign_flip_test() -> None:
+    six = [0.30, 0.31, 0.32, 0.33, 0.34, 0.35]
+    ffl = method("ffl", "fused", fused=[v + 0.01 for v in six], ensemble=six, branch0=six, mean_branch=six)
+    vanilla = method("vanilla", "branch0", branch0=[v + 0.02 for v in six], mean_branch=[v + 0.02 for v in six])
+    found = msgspec.structs.replace(comparison(), methods=[with_seeds(ffl, 6), with_seeds(vanilla, 6)])
+    text = "\n".join(results.account(found))
+    assert "above the ensemble: +1.00 [1.00, 1.00], above in 6 of 6 seeds; p = 0.031 (exact sign-flip): holds." in text
+    assert "above the mean branch: +0.00 [0.00, 0.00], above in 0 of 6 seeds; p = 1 (exact sign-flip): undecided." in text
+    assert "alone: -2.00 [-2.00, -2.00], above in 0 of 6 seeds; p = 0.031 (exact sign-flip): does not hold here." in text
 
 
 def test_the_page_holds_the_comparison_and_its_ablations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
