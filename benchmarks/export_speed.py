@@ -50,7 +50,7 @@ def build(folder: Path, branches: tuple[str, ...], classes: int, size: int) -> t
     write_half(folder / "model.onnx", folder / "model.bf16.onnx", "bf16")
     with torch.inference_mode():
         logits = model(torch.from_numpy(images))[0].numpy()
-    quantise(folder / "model.onnx", folder, images, Held(images[:64], logits[:64]))
+    quantise(folder / "model.onnx", folder, images, Held(images[:64], logits[:64]), Held(images[:64], logits[:64]))
     return model, network, images
 
 

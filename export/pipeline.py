@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,11 +34,12 @@ from ffl_deploy.bundle import (
 )
 from ffl_deploy.checkpoint import LoadedNetwork, load_network
 from ffl_deploy.command import choices_sentence
-from ffl_deploy.errors import UsageError
+from ffl_deploy.errors import CheckError, OtherMachine, UsageError
 from ffl_deploy.files import replace_folder, write_atomically
 from ffl_deploy.networks.targets import build_target, target_names
 from ffl_deploy.run_directory import Run
 from ffl_deploy.statistics import expected_calibration_error, fit_temperature, log_softmax
+from ffl_deploy.verify import check_parity
 
 GOLDEN_IMAGES = 64
 GOLDEN_BYTES = 8 << 20  # of pixels; large images get fewer samples, so that a bundle stays light
@@ -89,8 +90,8 @@ def export_run(run: Run, options: ExportOptions, report: Callable[[str], None]) 
     check_runtimes(options.variants)
     evaluation = Evaluation(run, loaded.network, options.checkpoint, targets)
     references = {target: evaluation.reference(target) for target in targets}  # before any work: a missing one stops here
-    own_golden = read_golden(options.golden, run) if options.golden else None
-    return [export_target(target, evaluation, references[target], loaded, options, own_golden, report) for target in targets]
+    own = read_golden(options.golden, run) if options.golden else None
+    return [export_target(target, evaluation, references[target], loaded, options, own, report) for target in targets]
 
 
 def export_target(
@@ -99,12 +100,12 @@ def export_target(
     reference: Reference,
     loaded: LoadedNetwork,
     options: ExportOptions,
-    own_golden: np.ndarray | None,
+    own: dict[str, np.ndarray] | None,
     report: Callable[[str], None],
 ) -> Bundle:
     """Export one target into `options.out / name`. Raises CheckError where a gate does not hold; nothing is left then.
 
-    own_golden: images uint8 [n, h, w, 3] for the golden samples; None takes the run's.
+    own: file name -> image uint8 [h, w, 3], the golden images; None takes the run's.
     """
     run = evaluation.run
     target = build_target(loaded.network, name)
@@ -113,12 +114,12 @@ def export_target(
     calibration = calibrate(evaluation, name)
     model = DeployedModel(target, run.mean, run.std, calibration.temperature, options.extras).eval()
     test = HeldOut(evaluation.data.test, evaluation.test_logits[name])
-    context = TargetContext(name, model, reference, test, evaluation, loaded.sha256)
+    samples = golden_samples(model, reference, own, run)
+    context = TargetContext(name, model, reference, test, evaluation, samples, loaded.sha256)
     with replace_folder(options.out / name) as folder:
         variants = build_variants(folder, context, options.variants)
-        own = options.golden and f"from the folder {options.golden.name}/"
-        origin = own or f"held-out test images of {run.config.data_name}"
-        golden = write_golden(folder, golden_samples(model, reference, own_golden, run), origin)
+        folder_given = options.golden and f"from the folder {options.golden.name}/"
+        origin = folder_given or f"held-out test images of {run.config.data_name}"
         manifest = Manifest(
             schema=SCHEMA,
             target=name,
@@ -136,13 +137,14 @@ def export_target(
                 parameters=sum(parameter.numel() for parameter in target.parameters()),
             ),
             variants=variants,
-            golden=golden,
+            golden=write_golden(folder, samples, origin),
             files={},
             toolchain=toolchain(),
             calibration=msgspec.to_builtins(calibration),
         )
         write_atomically(folder / "README.md", model_card(manifest))
         write_manifest(folder, msgspec.structs.replace(manifest, files=file_records(folder)))
+        check_golden(load_bundle(folder), list(own or ()))
     bundle = load_bundle(options.out / name)
     for variant in bundle.manifest.variants:
         report(f"{bundle.folder}: {variant.name} {variant_summary(variant)}")
@@ -164,20 +166,43 @@ def calibrate(evaluation: Evaluation, target: str) -> Calibration:
     )
 
 
-def golden_samples(model: DeployedModel, reference: Reference, own: np.ndarray | None, run: Run) -> GoldenSamples:
+def golden_samples(model: DeployedModel, reference: Reference, own: dict[str, np.ndarray] | None, run: Run) -> GoldenSamples:
     """-> `own` images with PyTorch's logits and labels unknown (-1), else class-balanced ones of training's evaluation."""
     import torch
 
     if own is None:
         chosen = class_balanced(reference.labels, _golden_limit(run))
         return GoldenSamples(reference.images[chosen], reference.labels[chosen], reference.logits[chosen])
+    images = np.stack(list(own.values()))
     with torch.inference_mode():
-        logits = model(torch.from_numpy(own))[0].numpy()
-    return GoldenSamples(own, np.full(len(own), -1, dtype=np.int64), logits)
+        logits = model(torch.from_numpy(images))[0].numpy()
+    return GoldenSamples(images, np.full(len(images), -1, dtype=np.int64), logits)
 
 
-def read_golden(folder: Path, run: Run) -> np.ndarray:
-    """-> the first images in `folder`, by name, uint8 [n, h, w, 3]. Raises UsageError for an unusable folder."""
+def check_golden(bundle: Bundle, names: Sequence[str] = ()) -> None:
+    """Hold every variant that this machine can run to its gate on the golden samples, as ffl-verify will everywhere.
+
+    That they passed on the reference images does not settle it: a share of few images is another gate, and a user's own
+    images are others. names: of the user's files. Raises CheckError that names the image with the largest difference.
+    """
+    golden = bundle.golden()
+    for variant in bundle.manifest.variants:
+        try:
+            verdict = check_parity(bundle, variant).verdict
+        except (UsageError, OtherMachine):
+            continue  # an engine for a GPU, which this machine lacks
+        if verdict.failed:
+            logits = bundle.session(variant.name).run(golden.images).logits
+            worst = int(np.abs(logits - golden.logits).max(axis=1).argmax())
+            advice = f"take {names[worst]} out of the --golden folder" if names else "try another --precision"
+            raise CheckError(
+                f"variant {variant.name} does not give PyTorch's logits on the golden images ({verdict.findings[0]}), so "
+                f"ffl-verify would refuse it. No bundle was written; {advice}."
+            )
+
+
+def read_golden(folder: Path, run: Run) -> dict[str, np.ndarray]:
+    """-> file name -> image uint8 [h, w, 3], the first ones by name. Raises UsageError for an unusable folder."""
     from ffl_deploy.images import SUFFIXES, ImageError, load
 
     if not folder.is_dir():
@@ -186,7 +211,7 @@ def read_golden(folder: Path, run: Run) -> np.ndarray:
     if not paths:
         raise UsageError(f"--golden {folder}: no image files ({', '.join(SUFFIXES)}) in it.")
     try:
-        return np.stack([load(path, run.preprocessing) for path in paths])
+        return {path.name: load(path, run.preprocessing) for path in paths}
     except ImageError as error:
         raise UsageError(f"--golden {folder}: an image cannot be used ({error}); remove it.") from error
 

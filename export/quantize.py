@@ -21,7 +21,7 @@ from export.onnx_graph import SCOPES, check_onnx
 from export.precision import float_operators, operator_histogram
 from ffl_deploy.errors import CheckError
 from ffl_deploy.files import write_atomically
-from ffl_deploy.parity import PARITY_GATES, compare, run_in_batches
+from ffl_deploy.parity import PARITY_GATES, ParityMetrics, compare, judge, run_in_batches
 from ffl_deploy.runtime import OnnxRuntimeSession, Session, available_cores
 from ffl_deploy.runtime.session import FixedBatchSession
 
@@ -35,13 +35,22 @@ RISK = 0.5
 
 
 class Candidate(msgspec.Struct, frozen=True):
-    """One way to quantise, and how far its logits, on the CPU, are from PyTorch's on the validation split."""
+    """One way to quantise, and how far its logits, on the CPU, are from PyTorch's on the validation split.
+
+    golden: whether the gate holds on the golden images, by which ffl-verify judges the file.
+    """
 
     method: str
     reduce_range: bool
     float_layers: list[str]
     mean_kl: float
     top1_agreement: float
+    golden: bool
+
+    @property
+    def rank(self) -> tuple[bool, float]:
+        """The smaller, the better: a file that ffl-verify would refuse comes behind all that it accepts."""
+        return not self.golden, self.mean_kl
 
 
 class Quantisation(msgspec.Struct, frozen=True):
@@ -55,7 +64,7 @@ class Quantisation(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Held:
-    """Validation images uint8 [n, h, w, 3] and PyTorch's logits float32 [n, classes]."""
+    """Images uint8 [n, h, w, 3] that a quantised file is compared on, and PyTorch's logits float32 [n, classes]."""
 
     images: np.ndarray
     logits: np.ndarray
@@ -69,11 +78,14 @@ class Form:
     choice: Quantisation
 
 
-def quantise(source: Path, folder: Path, images: np.ndarray, held: Held, batch: int | None = None) -> dict[str, Form]:
+def quantise(
+    source: Path, folder: Path, images: np.ndarray, held: Held, golden: Held, batch: int | None = None
+) -> dict[str, Form]:
     """Write `model.int8.onnx` (CPU) and `model.int8-tensorrt.onnx` into `folder`; -> form -> Form.
 
-    Args: source: the verified fp32 file; images: class-balanced training images uint8 [n, h, w, 3], the evaluation view; batch:
-    the only size that the file takes, None for any.
+    Args: source: the verified fp32 file; images: class-balanced training images uint8 [n, h, w, 3], the evaluation view; held:
+    validation images, which choose the method; golden: what ffl-verify will judge the files by; batch: the only size that the
+    file takes, None for any.
     Raises CheckError where a convolution of the CPU form stays in float that was not chosen to.
     """
     import onnx
@@ -91,7 +103,7 @@ def quantise(source: Path, folder: Path, images: np.ndarray, held: Held, batch: 
 
             def measure(method: str, reduce_range: bool, float_layers: Sequence[str], form: str = form) -> Candidate:
                 write_form(proto, trial, ranges[method], form, reduce_range, float_layers)
-                return _measure(trial, held, batch, method, reduce_range, float_layers)
+                return _measure(trial, held, golden, batch, method, reduce_range, float_layers)
 
             # reduce_range answers the saturation of CPUs without VNNI; a GPU has none.
             chosen, candidates = choose(measure, _ends(proto), may_reduce_range=form == "cpu")
@@ -112,20 +124,20 @@ def quantise(source: Path, folder: Path, images: np.ndarray, held: Held, batch: 
 def choose(
     measure: Callable[[str, bool, Sequence[str]], Candidate], ends: Sequence[str], may_reduce_range: bool
 ) -> tuple[Candidate, list[Candidate]]:
-    """-> (the best candidate, all that were measured), by mean KL on the validation split.
+    """-> (the best candidate, all that were measured), by mean KL on the validation split, of those that can be verified.
 
     First the method, then `reduce_range`; the first convolution and the classifier are kept in float only where the
     quantised ones come near the gate and floats measure better: they cost speed.
     """
     candidates = [measure(method, False, ()) for method in METHODS]
-    best = min(candidates, key=lambda candidate: candidate.mean_kl)
+    best = min(candidates, key=lambda candidate: candidate.rank)
     if may_reduce_range:
         candidates.append(measure(best.method, True, ()))
-        best = min(best, candidates[-1], key=lambda candidate: candidate.mean_kl)
+        best = min(best, candidates[-1], key=lambda candidate: candidate.rank)
     gate = PARITY_GATES["int8"]
-    if best.mean_kl > RISK * gate.mean_kl or best.top1_agreement < gate.top1_agreement:
+    if best.mean_kl > RISK * gate.mean_kl or best.top1_agreement < gate.top1_agreement or not best.golden:
         candidates.append(measure(best.method, best.reduce_range, ends))
-        best = min(best, candidates[-1], key=lambda candidate: candidate.mean_kl)
+        best = min(best, candidates[-1], key=lambda candidate: candidate.rank)
     return best, candidates
 
 
@@ -198,11 +210,16 @@ def _tail(proto: Any) -> tuple[list[Any], list[Any]]:
 
 
 def _measure(
-    path: Path, held: Held, batch: int | None, method: str, reduce_range: bool, float_layers: Sequence[str]
+    path: Path, held: Held, golden: Held, batch: int | None, method: str, reduce_range: bool, float_layers: Sequence[str]
 ) -> Candidate:
     session: Session = OnnxRuntimeSession(path, "int8", threads=1)
     if batch:
         session = FixedBatchSession(session, batch)
-    outputs = run_in_batches(session.run, held.images.__getitem__, len(held.images), 64, callers=available_cores())
-    metrics = compare(held.logits, outputs.logits)
-    return Candidate(method, reduce_range, list(float_layers), metrics.mean_kl, metrics.top1_agreement)
+
+    def compared(with_: Held) -> ParityMetrics:
+        outputs = run_in_batches(session.run, with_.images.__getitem__, len(with_.images), 64, callers=available_cores())
+        return compare(with_.logits, outputs.logits)
+
+    metrics = compared(held)
+    holds = not judge({"64": compared(golden)}, PARITY_GATES["int8"]).failed
+    return Candidate(method, reduce_range, list(float_layers), metrics.mean_kl, metrics.top1_agreement, holds)

@@ -22,7 +22,7 @@ from export.onnx_graph import DeployedModel, GraphOptions, write_onnx
 from export.precision import computed_precision
 from export.quantize import Held, quantise
 from export.tensorrt_engine import EngineOptions, build_engine
-from ffl_deploy.bundle import DEFAULT_VARIANT, Precision, Variant
+from ffl_deploy.bundle import DEFAULT_VARIANT, GoldenSamples, Precision, Variant
 from ffl_deploy.errors import CheckError, UsageError
 from ffl_deploy.files import sha256_of
 from ffl_deploy.parity import gate_precision
@@ -68,6 +68,7 @@ class TargetContext:
     reference: Reference
     test: HeldOut
     evaluation: Evaluation
+    golden: GoldenSamples
     checkpoint_sha256: str
 
     @cached_property
@@ -126,7 +127,8 @@ def write_files(folder: Path, context: TargetContext, options: VariantOptions) -
             evaluation, validation = context.evaluation, context.evaluation.data.validation
             rows = class_balanced(validation.labels, VALIDATION_IMAGES)
             held = Held(validation.read(rows), evaluation.validation_logits[context.name][rows])
-            forms = quantise(source, folder, evaluation.calibration_images(IMAGES), held, options.graph.batch)
+            golden = Held(context.golden.images, context.golden.logits)
+            forms = quantise(source, folder, evaluation.calibration_images(IMAGES), held, golden, options.graph.batch)
             # Each form has its runtimes: TensorRT refuses the zero points of the CPU's, also behind ONNX Runtime.
             through_tensorrt = tuple(name for name in options.runtimes if name == "onnxruntime-tensorrt")
             others = tuple(name for name in options.runtimes if name not in through_tensorrt)

@@ -20,11 +20,12 @@ from export.cli import main
 from export.evaluation import Reference, class_balanced
 from export.half import write_half
 from export.onnx_graph import SCOPES, DeployedModel, GraphOptions, write_onnx
-from export.pipeline import golden_samples, read_golden
+from export.pipeline import check_golden, golden_samples, read_golden
 from export.precision import computed_precision, float_operators, operator_histogram
-from ffl_deploy.bundle import load_bundle
+from ffl_deploy.bundle import Bundle, file_records, load_bundle, write_golden, write_manifest
 from ffl_deploy.checkpoint import load_network
 from ffl_deploy.command import run_command
+from ffl_deploy.errors import CheckError
 from ffl_deploy.networks.targets import build_target
 from ffl_deploy.parity import PARITY_GATES, compare, judge
 from ffl_deploy.run_directory import Run
@@ -89,7 +90,13 @@ def test_the_same_file_gives_the_same_other_forms(exported: Path, digits_run: Ru
     for turn in ("first", "second"):
         folder = tmp_path / turn
         folder.mkdir()
-        quantise(exported / "fused" / "model.onnx", folder, images[:64], Held(images[64:128], logits[64:128]))
+        quantise(
+            exported / "fused" / "model.onnx",
+            folder,
+            images[:64],
+            Held(images[64:128], logits[64:128]),
+            Held(images[:64], logits[:64]),
+        )
         for precision in ("fp16", "bf16"):
             write_half(exported / "fused" / "model.onnx", folder / f"model.{precision}.onnx", precision)
         written.append({path.name: path.read_bytes() for path in folder.iterdir()})
@@ -276,8 +283,24 @@ def test_golden_images_may_come_from_a_folder(digits_run: Run, model: DeployedMo
     own = read_golden(tmp_path, digits_run)
     samples = golden_samples(model, Reference(images, np.zeros(256, np.int64), logits), own, digits_run)
     np.testing.assert_array_equal(samples.images, images[:3])
+    assert list(own) == ["0.png", "1.png", "2.png"]
     assert samples.labels.tolist() == [-1, -1, -1]
     assert samples.logits == pytest.approx(logits[:3], abs=1e-4 * float(logits.std()))
+
+
+def test_variants_are_held_to_the_golden_samples_as_ffl_verify_will(tmp_path: Path, make_bundle: Callable[..., Bundle]) -> None:
+    """That they passed on the reference images says nothing about a user's own."""
+    bundle = make_bundle(tmp_path / "bundle", golden_count=3)
+    check_golden(bundle)
+    golden = bundle.golden()
+    golden.logits[1, 0] += 1
+    record = write_golden(bundle.folder, golden, "here")
+    changed = msgspec.structs.replace(bundle.manifest, golden=record, files=file_records(bundle.folder))
+    write_manifest(bundle.folder, changed)
+    with pytest.raises(CheckError, match=r"variant fp32 .* take b\.png out of the --golden folder"):
+        check_golden(load_bundle(bundle.folder), ["a.png", "b.png", "c.png"])
+    with pytest.raises(CheckError, match=r"variant fp32 .* try another --precision"):
+        check_golden(load_bundle(bundle.folder))
 
 
 def test_class_balanced_takes_every_class_and_follows_the_seed() -> None:
