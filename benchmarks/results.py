@@ -1,10 +1,7 @@
 """docs/results.md from stored JSON: what the CIFAR-100 model of examples/cifar100 reaches, and how it was trained.
 
-    python -m benchmarks.results --run runs/cifar100 --report bundles/cifar100/report.json \
-        --reliability fused.report.json branch0.report.json       # once, after training, export and labelled ffl-predict
-    python -m benchmarks.results                                  # the page and its figures again
-
-The first form stores what the page needs in docs/results/; the second needs neither the run nor the data.
+The commands are on the page itself, below each table. With --run, --report and --reliability what the page needs is stored in
+docs/results/, once; without them the page and its figures are made again, which needs neither the run nor the data.
 """
 
 from __future__ import annotations
@@ -33,12 +30,21 @@ from ffl_deploy.images import load
 from ffl_deploy.run_directory import PREDICTIONS, SUMMARY, load_run
 from ffl_deploy.statistics import paired_difference, wilson_interval
 from train.comparison import SEEDS_FOR_A_CLAIM, Against, Comparison, MethodResult, estimate, sign_flip_p
-from train.comparison_report import accuracy_table, difference_table, limits, points, seed_verdict
+from train.comparison_report import accuracy_table, cost_table, counted, difference_table, draw, limits, points, seed_verdict
 from train.record import draw_curves, read_metrics
 
 DOCS, EXAMPLES = Path("docs"), Path("examples/cifar100")
 STORED = DOCS / "results"
 COMPARISON = DOCS / "compare-cifar100.json"
+TRAINING_COMMAND = "    python -m train.run --data cifar100 --recipe cifar100-resnet32-fast --precision bf16 --out runs/cifar100"
+EXPORT_COMMAND = "    ffl-export runs/cifar100 --target all --precision int8 --runtime openvino --out bundles/cifar100"
+CALIBRATION_COMMANDS = """\
+    ffl-predict bundles/cifar100/fused CIFAR100/test --out fused.jsonl          # CIFAR100/test/CLASS/*: the test images as files
+    ffl-predict bundles/cifar100/branch0 CIFAR100/test --out branch0.jsonl"""
+STORING_COMMANDS = """\
+    python -m benchmarks.results --run runs/cifar100 --report bundles/cifar100/report.json \\
+        --reliability fused.jsonl.report.json branch0.jsonl.report.json
+    python -m benchmarks.results"""
 KEPT_OPTIONS = ("data", "model", "optimisation")
 
 
@@ -143,14 +149,18 @@ def page() -> str:
                 deployment_text(report),
                 "![accuracy against latency](results/pareto.png)",
                 "## Calibration",
-                "The temperature is fitted on the validation split and part of the graph; measured here on the test images "
-                "through `ffl-predict`:",
+                "The temperature is fitted on the validation split and part of the graph; measured here on the test images, as "
+                "files, through `ffl-predict` and the fp32 variant:",
+                CALIBRATION_COMMANDS,
                 "\n".join(
                     f"- `{one['name']}`: accuracy {one['accuracy']:.2%}, mean confidence {one['mean_confidence']:.2%}, "
                     f"expected calibration error {one['expected_calibration_error']:.4f}"
                     for one in calibrations
                 ),
                 "![reliability diagrams](results/reliability.png)",
+                "## This page",
+                "What is above was stored, once, and is written again, by",
+                STORING_COMMANDS,
                 "## Where it looks",
                 "Class activation maps of the predicted class on the example images, which the network has never seen "
                 "(cup and rocket are photographs, the others drawings):",
@@ -165,14 +175,21 @@ def page() -> str:
 
 def model_text(training: dict[str, Any]) -> str:
     summary, options = training["summary"], training["options"]
+    seen, per_class, classes = options["data"], training["images_per_class"], len(summary["classes"])
     branches, count, minutes = " + ".join(options["model"]["branches"]), summary["test_images"], summary["seconds"] / 60
     lines = [
-        f"FFL with {branches}, recipe `{training['recipe']}`: {summary['epochs']} epochs in {minutes:.0f} minutes "
-        f"({training['toolchain']['device']}, {training['toolchain']['threads']} threads, {training['toolchain']['precision']}), "
-        f"{training['images_per_class']['train'][0]} training images of each class, the weights of epoch {summary['best_epoch']} "
-        "chosen on the validation split, the test set read once.",
+        f"FFL with {branches}, recipe `{training['recipe']}`: {summary['epochs']} epochs in {minutes:.0f} minutes of wall time "
+        f"({training['toolchain']['threads']} threads, {training['toolchain']['precision']}; processor and circumstances: "
+        f"[performance.md](performance.md)). Each class has {per_class['train'][0]} training and {per_class['validation'][0]} "
+        f"validation images; the first {seen['small_share']:.0%} of the epochs saw {seen['small_size']}x{seen['small_size']} "
+        "pixels, the rest 32x32, which is the step in the curves. The weights are those of epoch "
+        f"{summary['best_epoch']}, the best on the validation split, whose {classes * per_class['validation'][0]:,} images make "
+        "it uncertain by 3 points; training reads the test set once, at its end.",
         "",
-        "    python -m train.run --data CIFAR100_FOLDER --recipe cifar100-resnet32-fast --out runs/cifar100",
+        TRAINING_COMMAND,
+        "",
+        "`--data cifar100` downloads the set; a folder of its images, `CIFAR100/train/CLASS/*` and `CIFAR100/test/CLASS/*`, "
+        "does as well. Where the processor's bf16 is slow, leave `--precision` out and take `--epochs 26` for the same hour.",
         "",
         f"| classifier | test accuracy ({count:,} images) | 95 % interval (Wilson) |",
         "|---|---|---|",
@@ -193,7 +210,11 @@ def model_text(training: dict[str, Any]) -> str:
 
 def deployment_text(report: Report) -> str:
     body = markdown(report).split("\n", 2)[2].split("![accuracy")[0].strip()
-    return f"{body}\n\n    ffl-export runs/cifar100 --target all --precision int8 --runtime openvino --out bundles/cifar100"
+    note = (
+        "The committed bundles are an export of the same run with `--cam`; their int8 files were quantised anew and differ from "
+        "these by some images in 10,000: their cards have their own numbers."
+    )
+    return f"{body}\n\n{EXPORT_COMMAND}\n\n{note}"
 
 
 def attention_table(attention: list[tuple[str, dict[str, tuple[str, float]]]]) -> str:
@@ -209,6 +230,9 @@ def comparison_text() -> str:
     if not COMPARISON.is_file():
         return "## What this does not show\n\nOne run, one seed: nothing here says that FFL beats another method."
     found = msgspec.json.decode(COMPARISON.read_bytes(), type=Comparison)
+    if "ffl" not in {found.reference} & {method.method for method in found.methods}:
+        raise UsageError(f"{COMPARISON} does not compare with ffl; run its command with ffl among --methods.")
+    draw(found, COMPARISON.with_suffix(".png"))
     variants = [method for method in found.methods if method.method.startswith("ffl-")]
     methods = msgspec.structs.replace(found, methods=[method for method in found.methods if method not in variants])
     ablations = msgspec.structs.replace(found, methods=[reference_of(found), *variants])
@@ -216,9 +240,10 @@ def comparison_text() -> str:
     lines = [
         "## Against other methods",
         "",
-        f"At an equal, small budget: {' + '.join(found.methods[0].branches)}, {found.epochs} epochs, {found.images['train']:,} "
-        f"training images, {seeds} seeds; everything else as in the recipe above. All numbers: "
-        f"[{COMPARISON.stem}.json]({COMPARISON.name}).",
+        f"With equally many epochs, and few: {' + '.join(reference_of(found).branches)}, {found.epochs} epochs, "
+        f"{found.images['train']:,} training images, {counted(seeds, 'seed')}; everything else as in the recipe above. What the "
+        "methods cost is not equal: see the table at the end of this section. Accuracy is that of the epoch with the best "
+        f"validation accuracy, on the {found.images['test']:,} test images. All numbers: [{COMPARISON.name}]({COMPARISON.name}).",
         "",
         f"    {found.command}",
         "",
@@ -234,6 +259,10 @@ def comparison_text() -> str:
         "One network deployed alone (`branch0`) against the same network trained alone:",
         "",
         *difference_table([(method.method, method.alone) for method in methods.methods]),
+        "",
+        "Cost (seconds of training one run on one thread, beside another run; parameters):",
+        "",
+        *cost_table(found),
     ]
     if variants:
         lines += [
@@ -278,7 +307,7 @@ def account(found: Comparison) -> list[str]:
             value - partner[seed] for seed, value in zip(one.seeds, one.accuracy[own].values, strict=True) if seed in partner
         ]
         against = Against(estimate(values), sign_flip_p(values) if len(values) >= SEEDS_FOR_A_CLAIM else None, [])
-        above = f"above in {sum(value > 0 for value in values)} of {len(values)} seeds"
+        above = f"above in {sum(value > 0 for value in values)} of {counted(len(values), 'seed')}"
         lines.append(f"- {claim}: {points(against.difference)}, {above}; {verdict(against)}.")
     return lines
 

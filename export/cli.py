@@ -159,7 +159,7 @@ def _report(folder: Path, limits: Limits) -> int:
 
     report = write_report(folder, limits)
     require(report)
-    print(f"{folder / 'report.md'}: ship {report.recommendation.reason}", flush=True)
+    print(f"{folder / 'report.md'}: {report.recommendation.reason}", flush=True)
     return DONE
 
 

@@ -35,7 +35,7 @@ from ffl_deploy.bundle import (
 from ffl_deploy.checkpoint import LoadedNetwork, load_network
 from ffl_deploy.command import choices_sentence
 from ffl_deploy.errors import CheckError, OtherMachine, UsageError
-from ffl_deploy.files import replace_folder, write_atomically
+from ffl_deploy.files import replace_folder, shown, write_atomically
 from ffl_deploy.networks.targets import build_target, target_names
 from ffl_deploy.run_directory import Run
 from ffl_deploy.statistics import expected_calibration_error, fit_temperature, log_softmax
@@ -147,7 +147,7 @@ def export_target(
         check_golden(load_bundle(folder), list(own or ()))
     bundle = load_bundle(options.out / name)
     for variant in bundle.manifest.variants:
-        report(f"{bundle.folder}: {variant.name} {variant_summary(variant)}")
+        report(f"{shown(bundle.folder)}: {variant.name} {variant_summary(variant)}")
     return bundle
 
 

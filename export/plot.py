@@ -19,6 +19,7 @@ def draw_report(report: Report, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
     rows = [row for row in report.rows if row.measured]
     figure = Figure(figsize=(9, 5.5), layout="constrained")
@@ -40,11 +41,15 @@ def draw_report(report: Report, path: Path) -> None:
         if not (row.pareto or chosen):
             continue  # labels of all points would cover each other; the table has them
         label = f"{row.name}{' (ship this)' if chosen else ''}"
-        axes.annotate(label, (latency, accuracy), xytext=(6, 5), textcoords="offset points", fontsize=8)
+        axes.annotate(label, (latency, accuracy), xytext=(0, 9), textcoords="offset points", fontsize=8, ha="center")
     front = sorted((row.p50_ms or 0, 100 * (row.accuracy or 0)) for row in rows if row.pareto)
     if front:
         axes.plot(*zip(*front, strict=True), color="gray", linestyle="--", linewidth=1, zorder=2)
     axes.set_xscale("log")
+    axes.margins(x=0.15)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 8)))  # a range within one decade has labels too
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("latency of one image, p50 (ms)")
     axes.set_ylabel("test accuracy (%), with its 95 % interval")
     axes.grid(alpha=0.2, which="both")

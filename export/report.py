@@ -209,7 +209,7 @@ def markdown(report: Report) -> str:
     lines = [
         "# What to ship",
         "",
-        f"**{report.recommendation.artefact or 'Nothing'}**: {report.recommendation.reason}",
+        f"{'Recommended' if report.recommendation.artefact else 'Nothing to recommend'}: {report.recommendation.reason}",
         "",
         "The default of every bundle stays its fp32 variant on ONNX Runtime; choose another with `--variant`.",
         "",
@@ -219,6 +219,10 @@ def markdown(report: Report) -> str:
         *(_markdown_row(row) for row in report.rows),
         "",
         f"`*`: on the Pareto front of accuracy and batch-1 latency. Measured with {report.machine or 'nothing'}.",
+        "",
+        "A latency is one window of 0.3 s: on a shared machine two identical graphs can differ by a third, so time "
+        "the candidates "
+        "again, side by side, before a decision hangs on less. The recommendation looks at accuracy on the test split.",
         "",
         "![accuracy against latency](report.png)",
         "",

@@ -21,7 +21,7 @@ import numpy as np
 from ffl_deploy.arrays import read_arrays
 from ffl_deploy.command import choices_sentence
 from ffl_deploy.errors import CheckError, UsageError
-from ffl_deploy.files import replace_file, sha256_of, write_atomically
+from ffl_deploy.files import replace_file, sha256_of, shown, write_atomically
 from ffl_deploy.images import Pixels, Preprocessing
 
 if TYPE_CHECKING:
@@ -281,11 +281,11 @@ def load_bundle(folder: str | os.PathLike[str]) -> Bundle:
     """
     folder = Path(os.path.abspath(folder))
     if not folder.is_dir():
-        raise UsageError(f"{folder} is not a folder; give the folder that ffl-export wrote (it holds {MANIFEST}).")
+        raise UsageError(f"{shown(folder)} is not a folder; give the folder that ffl-export wrote (it holds {MANIFEST}).")
     if not (folder / MANIFEST).is_file():
         inside = sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST}"))
         hint = f"give one of the bundles inside it: {', '.join(inside)}" if inside else "write one with ffl-export"
-        raise UsageError(f"{folder} holds no {MANIFEST}; {hint}.")
+        raise UsageError(f"{shown(folder)} holds no {MANIFEST}; {hint}.")
     return Bundle(folder, read_manifest(folder / MANIFEST))
 
 

@@ -17,6 +17,12 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def shown(path: str | os.PathLike[str]) -> str:
+    """-> `path` for a message: relative to the working directory where it lies below it, as people type it."""
+    text, here = os.fspath(path), os.path.join(os.getcwd(), "")
+    return text[len(here) :] if text.startswith(here) and len(text) > len(here) else text
+
+
 @contextlib.contextmanager
 def replace_file(path: Path) -> Iterator[BinaryIO]:
     """Yield a temporary file beside `path`; when the block ends well it is synced and takes `path`'s place, else removed."""

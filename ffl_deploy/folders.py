@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from ffl_deploy.errors import UsageError
+from ffl_deploy.files import shown
 from ffl_deploy.images import FORMATS, MAX_PIXELS, SUFFIXES, ImageError, Preprocessing, load
 from ffl_deploy.splits import FileSplit, Paths, Problems, Split, in_threads, read_readable, stratified
 
@@ -79,7 +80,9 @@ def read_folder(root: Path, image_size: int | None, cut: Cut, memory_limit: int,
     for name in ("train", "test"):
         empty = [classes[k] for k in np.flatnonzero(np.bincount(splits[name].labels, minlength=len(classes)) == 0)]
         if empty:
-            raise UsageError(f"{parts[name].folder} has no readable image of {shorten(empty)}; add some or remove the class.")
+            raise UsageError(
+                f"{shown(parts[name].folder)} has no readable image of {shorten(empty)}; add some or remove the class."
+            )
     return FolderContent(classes, preprocessing, splits["train"], splits["validation"], splits["test"], skipped)
 
 
@@ -87,13 +90,13 @@ def find_parts(root: Path) -> dict[str, Path]:
     """-> "train", "test" and, where the folder holds its own, "validation" -> its folder. Raises UsageError."""
     if not root.is_dir():
         raise UsageError(
-            f"--data {root}: there is no such folder; give a folder with train/CLASS/* and test/CLASS/*, "
+            f"--data {shown(root)}: there is no such folder; give a folder with train/CLASS/* and test/CLASS/*, "
             "or one of digits, cifar10, cifar100."
         )
     has = {name for name in ("train", "test", "val") if (root / name).is_dir()}
     if "train" not in has or not has & {"test", "val"}:
         missing = "train/" if "train" not in has else "test/ (or val/)"
-        raise UsageError(f"{root} has no {missing}; it needs train/CLASS/* and test/CLASS/* (or val/CLASS/*).")
+        raise UsageError(f"{shown(root)} has no {missing}; it needs train/CLASS/* and test/CLASS/* (or val/CLASS/*).")
     if "test" not in has:
         return {"train": root / "train", "test": root / "val"}
     found = {"train": root / "train", "test": root / "test"}
@@ -108,7 +111,7 @@ def find_images(folder: Path) -> Listing:
     with os.scandir(folder) as entries:
         classes = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
     if not classes:
-        raise UsageError(f"{folder} has no class folders; put the images of each class into {folder}/CLASS/.")
+        raise UsageError(f"{shown(folder)} has no class folders; put the images of each class into {shown(folder)}/CLASS/.")
     names: list[str] = []
     counts: list[int] = []
     for name in classes:
@@ -118,11 +121,11 @@ def find_images(folder: Path) -> Listing:
     empty = [name for name, count in zip(classes, counts, strict=True) if not count]
     if empty:
         raise UsageError(
-            f"{folder / empty[0]} holds no images ({', '.join(SUFFIXES)}); add some or remove the folder"
+            f"{shown(folder / empty[0])} holds no images ({', '.join(SUFFIXES)}); add some or remove the folder"
             f"{f' ({len(empty)} class folders are empty)' if len(empty) > 1 else ''}."
         )
     if len(classes) < 2:
-        raise UsageError(f"{folder} has one class only ({classes[0]}); a classifier needs at least two.")
+        raise UsageError(f"{shown(folder)} has one class only ({classes[0]}); a classifier needs at least two.")
     labels = np.repeat(np.arange(len(classes), dtype=np.int64), counts)
     return Listing(folder, tuple(classes), Paths.of(folder, names), labels)
 
@@ -146,7 +149,8 @@ def require_equal_classes(parts: dict[str, Listing]) -> None:
         only = sorted(set(train.classes) ^ set(part.classes))
         if only:
             raise UsageError(
-                f"{train.folder} and {part.folder} have different classes ({shorten(only)}); give both the same class folders."
+                f"{shown(train.folder)} and {shown(part.folder)} have different classes ({shorten(only)}); "
+                "give both the same class folders."
             )
 
 
@@ -222,10 +226,10 @@ def _ends_well(kind: str | None, head: bytes, size: int, tail: bytes) -> bool:
 
 def unreadable(problems: Problems) -> UsageError:
     """-> the report of unreadable images, the first five by name."""
-    shown = "; ".join(f"{path} ({reason})" for path, reason in list(problems.items())[:5])
+    listed = "; ".join(f"{shown(path)} ({reason})" for path, reason in list(problems.items())[:5])
     more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
     count, them = ("1 image", "it") if len(problems) == 1 else (f"{len(problems)} images", "them")
-    return UsageError(f"{count} cannot be read: {shown}{more}. Mend {them}, or leave {them} out with --skip-bad-images.")
+    return UsageError(f"{count} cannot be read: {listed}{more}. Mend {them}, or leave {them} out with --skip-bad-images.")
 
 
 def shorten(names: Sequence[str]) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 from ffl_deploy.bundle import MANIFEST, Bundle, Variant, load_bundle
 from ffl_deploy.command import Parser, run_command
 from ffl_deploy.errors import DONE, CheckError, OtherMachine, UsageError
+from ffl_deploy.files import shown
 from ffl_deploy.onnx_wire import refuse_external_data
 from ffl_deploy.parity import PARITY_GATES, ParityRecord, gate_precision, judge, measure
 from ffl_deploy.signing import check_signature
@@ -31,7 +32,7 @@ def check_files(bundle: Bundle) -> int:
     extra = sorted(set(_entries(bundle.folder)) - set(listed) - {MANIFEST})
     if extra:
         raise CheckError(
-            f"{bundle.folder} holds {len(extra)} file(s) that its manifest does not list ({', '.join(extra[:3])}); "
+            f"{shown(bundle.folder)} holds {len(extra)} file(s) that its manifest does not list ({', '.join(extra[:3])}); "
             "remove them, or copy the bundle anew."
         )
     return len(listed)
@@ -64,7 +65,7 @@ def verify(bundle: Bundle, variant: str | None = None, runtime: str | None = Non
     Raises CheckError at the first check that does not hold, UsageError where nothing could be run.
     """
     count = check_files(bundle)
-    yield f"{bundle.folder}: schema {bundle.manifest.schema}, target {bundle.manifest.target}, {count} files as exported"
+    yield f"{shown(bundle.folder)}: schema {bundle.manifest.schema}, target {bundle.manifest.target}, {count} files as exported"
     verified, missing = 0, ""
     for candidate in [bundle.variant(variant)] if variant else bundle.manifest.variants:
         name = runtime or candidate.runtime
@@ -79,7 +80,7 @@ def verify(bundle: Bundle, variant: str | None = None, runtime: str | None = Non
         if record.verdict.failed:
             found = "; ".join(str(finding) for finding in record.verdict.findings)
             raise CheckError(
-                f"variant {candidate.name} of {bundle.folder} does not give PyTorch's logits on {name} ({found}); "
+                f"variant {candidate.name} of {shown(bundle.folder)} does not give PyTorch's logits on {name} ({found}); "
                 "use another runtime or variant on this machine, or export the bundle again."
             )
         verified += 1

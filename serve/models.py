@@ -13,6 +13,7 @@ import numpy as np
 
 from ffl_deploy.bundle import Bundle, Variant, load_bundle
 from ffl_deploy.errors import CheckError, UsageError
+from ffl_deploy.files import shown
 from ffl_deploy.images import Decoded, Pixels, decode, prepare
 from ffl_deploy.parity import PARITY_GATES, gate_precision, judge, measure
 from ffl_deploy.runtime import Outputs, Session, available_cores
@@ -146,7 +147,9 @@ def verify(bundle: Bundle, variant: Variant, session: Session, max_batch: int) -
     verdict = judge(measure(session.run, golden.images, golden.logits, [1, max_batch], bundle.temperature), gate)
     if verdict.failed:
         found = "; ".join(map(str, verdict.findings))
-        raise CheckError(f"{bundle.folder} does not give its golden answers here ({found}); run ffl-verify, or export it again.")
+        raise CheckError(
+            f"{shown(bundle.folder)} does not give its golden answers here ({found}); run ffl-verify, or export it again."
+        )
     return session.run(golden.images[:1])
 
 

@@ -35,7 +35,7 @@ def markdown(comparison: Comparison, picture: str) -> str:
         "```",
         "",
         f"{c.classes} classes, {c.size[0]}x{c.size[1]} pixels; {images} images; {c.epochs} epochs; "
-        f"{seeds} seed{'s' if seeds > 1 else ''} per method ({tools}).",
+        f"{counted(seeds, 'seed')} per method ({tools}).",
         "Test accuracy in %, of the epoch with the best validation accuracy: mean ± standard deviation over seeds, and the "
         "95 % t-interval of the mean.",
         "",
@@ -104,6 +104,11 @@ def alone_section(c: Comparison) -> list[str]:
     ]
 
 
+def counted(number: int, noun: str) -> str:
+    """-> "1 seed", "3 seeds"."""
+    return f"{number} {noun}{'s' if number != 1 else ''}"
+
+
 def seed_verdict(against: Against) -> str:
     """-> the sign-flip test over seeds, or why there is none."""
     if against.p_seeds is None:
@@ -127,10 +132,11 @@ def limits(c: Comparison, seeds: int) -> str:
     """-> what a reader may not conclude."""
     image = 100 / c.images["test"]
     few = (
-        f"{seeds} seeds carry no claim of significance between methods (a sign-flip test needs {SEEDS_FOR_A_CLAIM} to reach "
-        "5 %), and the intervals are wide for that reason. "
+        f"{counted(seeds, 'seed')} cannot carry a claim of significance between methods (a sign-flip test needs "
+        f"{SEEDS_FOR_A_CLAIM} to reach 5 %), and the intervals are wide for that reason. "
         if seeds < SEEDS_FOR_A_CLAIM
-        else "The p values are not corrected for the number of methods. "
+        else "The p values are not corrected for the number of methods; the smallest that a sign-flip test of "
+        f"{seeds} seeds can give is {2 / 2**seeds:.2g}, and a correction would multiply it by up to {len(c.methods) - 1}. "
     )
     return (
         f"One data set, one schedule of {c.epochs} epochs and no tuning: each method runs with its publication's own weights and "

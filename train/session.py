@@ -252,7 +252,8 @@ def headline(folder: Path, config: TrainConfig, data: ImageData, network: Mutual
         f"{f', {world.size} processes' if world.size > 1 else ''} -> {folder}",
     ]
     if data.skipped:
-        lines.append(f"left out {len(data.skipped)} unreadable images (listed in {folder / CONFIG})")
+        count = len(data.skipped)
+        lines.append(f"left out {count} unreadable image{'s' if count > 1 else ''} (listed in {folder / CONFIG})")
     return "\n".join(lines)
 
 

@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 import benchmarks.results as results
+from ffl_deploy.errors import UsageError
 from ffl_deploy.run_directory import write_json
 from train.comparison import Against, Comparison, MethodResult, SeedPair, estimate
 
@@ -15,7 +16,8 @@ from train.comparison import Against, Comparison, MethodResult, SeedPair, estima
 def method(name: str, strong: str, **accuracy: list[float]) -> MethodResult:
     values = {key.replace("_", " "): estimate(value) for key, value in accuracy.items()}
     against = Against(estimate([0.01, 0.02]), None, [SeedPair(0, 5, 3, 0.7), SeedPair(1, 6, 2, 0.3)])
-    return MethodResult(name, ["resnet8"] * 2, strong, [0, 1], values, estimate([60.0, 61.0]), {"branch0": 1}, against, against)
+    parameters = {strong: 2, "branch0": 1, "training": 3}
+    return MethodResult(name, ["resnet8"] * 2, strong, [0, 1], values, estimate([60.0, 61.0]), parameters, against, against)
 
 
 def with_seeds(result: MethodResult, count: int) -> MethodResult:
@@ -51,9 +53,14 @@ def test_six_seeds_decide_a_claim_by_the_sign_flip_test() -> None:
 def test_the_page_holds_the_comparison_and_its_ablations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(results, "COMPARISON", tmp_path / "compare-cifar100.json")
     assert "nothing here says that FFL beats another method" in results.comparison_text()
+    write_json(tmp_path / "compare-cifar100.json", msgspec.structs.replace(comparison(), reference="vanilla"))
+    with pytest.raises(UsageError, match="does not compare with ffl"):
+        results.comparison_text()
     write_json(tmp_path / "compare-cifar100.json", comparison())
     methods, ablations = results.comparison_text().split("## What the parts of FFL bring")
     assert "    the command" in methods
     assert "| vanilla | resnet8 + resnet8 | branch0 | 36.00 ± 2.83 |" in methods
-    assert "ffl-no-ekd" not in methods
+    assert "| ffl-no-ekd | resnet8" not in methods
+    assert "| ffl-no-ekd | 60.5 ± 0.7 | 2 (fused) | 1 | 3 |" in methods  # its cost is there
+    assert (tmp_path / "compare-cifar100.png").stat().st_size > 10_000
     assert "| ffl-no-ekd | +1.50 [-4.85, 7.85] | no claim below 6 seeds | 11 / 5 | 0.7, 0.3 |" in ablations
