@@ -1,4 +1,4 @@
-"""glibc's memory allocator, set for tensors that come and go: large blocks, the same ones every step."""
+"""Memory for tensors: glibc's allocator, set for large blocks that come and go every step; and the error when there is none."""
 
 from __future__ import annotations
 
@@ -44,3 +44,8 @@ def _ask_for_huge_pages(libc: ctypes.CDLL) -> None:
         libc.madvise(start, _BLOCK - mmap.PAGESIZE, mmap.MADV_HUGEPAGE)
     for block in filter(None, blocks):
         libc.free(block)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """-> whether torch says so: by a class of its own for a GPU, by a plain RuntimeError for a CPU."""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)

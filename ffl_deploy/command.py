@@ -63,7 +63,7 @@ def describe_os_error(error: OSError) -> tuple[str, int]:
     """-> (one sentence, exit code) for an operating-system error that no caller gave a better sentence."""
     where = f" ({error.filename})" if error.filename else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk is full{where}; free some space and run the same command again.", CHECK_FAILED
+        return f"the disk is full{where}; free some space and try again.", CHECK_FAILED
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"no permission{where}; choose another folder or change its rights.", UNUSABLE_INPUT
     return f"{(error.strerror or str(error)).lower()}{where}.", UNUSABLE_INPUT

@@ -63,6 +63,12 @@ def read_folder(root: Path, image_size: int | None, cut: Cut, memory_limit: int,
     preprocessing = folder_preprocessing(size)
     if "validation" not in parts:
         # Cut by the names alone, so that it does not depend on which files are readable.
+        single = [classes[k] for k in np.flatnonzero(np.bincount(parts["train"].labels) < 2)]
+        if single:
+            raise UsageError(
+                f"{shown(parts['train'].folder)} has one image only of {shorten(single)}; one is held out for "
+                "validation: add some."
+            )
         kept, held_out = stratified(parts["train"].labels, cut.share, cut.seed)
         parts |= {"train": parts["train"].take(kept), "validation": parts["train"].take(held_out)}
 
@@ -77,6 +83,8 @@ def read_folder(root: Path, image_size: int | None, cut: Cut, memory_limit: int,
         skipped |= problems
     if skipped and not skip_bad_images:
         raise unreadable(skipped)
+    if not len(splits["validation"]):
+        raise UsageError(f"{shown(parts['validation'].folder)} leaves no readable image for validation; add some.")
     for name in ("train", "test"):
         empty = [classes[k] for k in np.flatnonzero(np.bincount(splits[name].labels, minlength=len(classes)) == 0)]
         if empty:
@@ -112,6 +120,11 @@ def find_images(folder: Path) -> Listing:
         classes = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
     if not classes:
         raise UsageError(f"{shown(folder)} has no class folders; put the images of each class into {shown(folder)}/CLASS/.")
+    for name in classes:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise UsageError(f"{shown(folder)} has a class folder whose name is not UTF-8 ({name!a}); rename it.") from None
     names: list[str] = []
     counts: list[int] = []
     for name in classes:
@@ -164,10 +177,10 @@ def own_size(paths: Sequence[str]) -> int:
     sides = []
     for row in range(0, len(paths), max(1, len(paths) // 200)):
         try:
-            with Image.open(paths[row]) as image:
+            with Image.open(paths[row], formats=FORMATS) as image:
                 sides.append(min(image.size))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-            continue  # reported with its reason when it is read
+        except Exception:  # Pillow's plugins raise what they like; reported with its reason when it is read
+            continue
     return int(np.clip(np.median(sides) // 8 * 8, 8, 64)) if sides else 32
 
 

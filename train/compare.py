@@ -143,7 +143,9 @@ def train_missing(runs: Sequence[PlannedRun]) -> Iterator[str]:
             bar.set_description(f"{run.method}, seed {run.seed}")
             try:
                 run_training(run.config, stop)
-            except CheckError as error:
+            except (CheckError, UsageError) as error:
+                if isinstance(error, UsageError) and not any((one.folder / SUMMARY).is_file() for one in runs):
+                    raise  # about the flags or the data, which are every run's
                 yield f"{run.folder}: {error}"
             except Interrupted:
                 pass  # said below, for a run that ended just in time too

@@ -54,7 +54,8 @@ def markdown(comparison: Comparison, picture: str) -> str:
         *alone_section(c),
         "## Cost",
         "",
-        "Seconds: training of one run with its validation. Parameters: held by a deployed target, and by all that is trained.",
+        "Seconds: training of one run, without validation and test. Parameters: held by a deployed target, and by all "
+        "that is trained.",
         "",
         *cost_table(c),
         "",

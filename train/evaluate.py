@@ -4,53 +4,55 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ffl_deploy.networks.mutual import MutualNetwork
+from ffl_deploy.networks.targets import target_names
 from train.batches import Batches
 from train.distributed import World
 from train.machine import Machine
 
 
 @torch.inference_mode()
-def accuracies(network: nn.Module, batches: Batches, part: str, machine: Machine, world: World) -> dict[str, float]:
+def accuracies(network: MutualNetwork, batches: Batches, part: str, machine: Machine, world: World) -> dict[str, float]:
     """-> classifier -> share of correct answers (0..1) on "validation" or "test", counted exactly over all processes."""
     network.eval()
-    correct: dict[str, Tensor] = {}
+    names = target_names(network)  # not from the batches: a process may have no image of a small split
+    correct = {name: torch.zeros((), dtype=torch.int64, device=machine.device) for name in names}
     count = torch.zeros((), dtype=torch.int64, device=machine.device)
     for images, labels in batches.evaluation(part):
         with machine.autocast():
             outputs = network(images)
         count += len(labels)
         for name, logits in outputs.classifiers().items():
-            hits = (logits.argmax(dim=1) == labels).sum()
-            correct[name] = correct[name] + hits if name in correct else hits
-    names = sorted(correct)
-    totals = world.sum(torch.stack([count, *(correct[name] for name in names)])).tolist()
-    return {name: totals[1 + names.index(name)] / totals[0] for name in correct}
+            correct[name] += (logits.argmax(dim=1) == labels).sum()
+    total, *right = world.sum(torch.stack([count, *correct.values()])).tolist()
+    return {name: hits / total for name, hits in zip(names, right, strict=True)}
 
 
 @torch.inference_mode()
 def predictions(
-    network: nn.Module, batches: Batches, part: str, images: int, machine: Machine, world: World
+    network: MutualNetwork, batches: Batches, part: str, images: int, machine: Machine, world: World
 ) -> dict[str, np.ndarray]:
     """-> classifier -> predicted labels int64 [images] of all of `part`, in its order, on every process."""
     network.eval()
-    mine: dict[str, list[Tensor]] = {}
+    mine: dict[str, list[Tensor]] = {name: [] for name in target_names(network)}
     for pixels, _ in batches.evaluation(part):
         with machine.autocast():
             outputs = network(pixels)
         for name, logits in outputs.classifiers().items():
-            mine.setdefault(name, []).append(logits.argmax(dim=1))
+            mine[name].append(logits.argmax(dim=1))
     found = {}
     for name, chunks in mine.items():
         whole = torch.zeros(images, dtype=torch.int64, device=machine.device)
-        whole[world.rank :: world.size] = torch.cat(chunks)  # as Batches.evaluation deals them out
+        if chunks:  # a process may have no image of a small split
+            whole[world.rank :: world.size] = torch.cat(chunks)  # as Batches.evaluation deals them out
         found[name] = world.sum(whole).cpu().numpy()
     return found
 
 
 @torch.inference_mode()
-def logits_of(network: nn.Module, images: Tensor) -> dict[str, np.ndarray]:
+def logits_of(network: MutualNetwork, images: Tensor) -> dict[str, np.ndarray]:
     """images: normalised [n, 3, h, w] -> classifier -> float32 logits [n, classes], in full precision."""
     network.eval()
     chunks = [network(chunk).classifiers() for chunk in images.split(64)]

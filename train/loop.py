@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ffl_deploy.checkpoint import MODEL, load_weights, read_checkpoint, save_checkpoint
+from ffl_deploy.checkpoint import MODEL, STATE, load_weights, read_checkpoint, save_checkpoint
 from ffl_deploy.errors import CheckError, Interrupted
 from ffl_deploy.files import existing_folder
 from ffl_deploy.networks.mutual import MutualNetwork
@@ -81,7 +82,7 @@ def fit(
         for epoch in range(at.epoch, options.epochs):
             model.train()
             meter, ramp = Meter.restore(at.meter, world), ramp_up(epoch, options.epochs, config.model.ramp_up)
-            started, images_before = time.monotonic(), at.images
+            started, images_before, seconds_before = time.monotonic(), at.images, at.seconds
 
             for step, micro_batches in enumerate(batches.training(epoch, at.step), start=at.step):
                 number = epoch * batches.steps_per_epoch + step
@@ -91,12 +92,12 @@ def fit(
                     group["lr"] = rate
 
                 for turn, batch in enumerate(micro_batches):
+                    if isinstance(model, DistributedDataParallel):  # exchange gradients once, with the last micro-batch;
+                        model.require_backward_grad_sync = turn == len(micro_batches) - 1  # read by the forward pass
                     with machine.autocast():
                         outputs = model(batch.images)
                     parts = method.losses(outputs, batch.targets, ramp)
                     loss = torch.stack(list(parts.values())).sum() / len(micro_batches)
-                    if isinstance(model, DistributedDataParallel):  # exchange gradients once, with the last micro-batch
-                        model.require_backward_grad_sync = turn == len(micro_batches) - 1
                     scaler.scale(loss).backward()
                     meter.add(number, parts, outputs.classifiers(), batch.labels)
                     at.images += len(batch.labels) * world.size
@@ -120,13 +121,15 @@ def fit(
                     if (stopping or world.any(due, machine.device)) and step + 1 < batches.steps_per_epoch:
                         meter.flush()
                         at.epoch, at.step, at.meter = epoch, step + 1, meter.state(world, machine.device)
+                        at.seconds = seconds_before + time.monotonic() - started
                         save(folder, "last", network, at, world, optimiser, scaler, ema)
                         saved_at = time.monotonic()
                         if stopping:
                             raise Interrupted(f"stopped in epoch {epoch + 1}; go on with: --resume {folder}")
 
             meter.flush()
-            world.share_buffers(network)
+            for module in (network, ema):
+                world.share_buffers(module)
             seconds = time.monotonic() - started
             line = {
                 "epoch": epoch,
@@ -137,8 +140,9 @@ def fit(
                 "images_per_second": round((at.images - images_before) / seconds, 1),
             }
             if ema is not None:
+                assert isinstance(ema.module, MutualNetwork)  # a copy of `network`
                 line["ema"] = accuracies(ema.module, batches, "validation", machine, world)
-            at.epoch, at.step, at.meter, at.seconds = epoch + 1, 0, None, at.seconds + seconds
+            at.epoch, at.step, at.meter, at.seconds = epoch + 1, 0, None, seconds_before + seconds
             # The order makes a kill harmless: whatever comes before the save of `last` is done again on resume.
             # Of equally good epochs the latest is kept: its learning rate is the lowest.
             if line["validation"][method.strong] >= at.best_accuracy:
@@ -216,7 +220,12 @@ def restore(
     load_weights(network, content.tensors[MODEL], str(last))
     load_optimiser_tensors(optimiser, content.tensors["optimiser"])
     if ema is not None:
+        if "ema" not in content.tensors:
+            raise CheckError(f"{last} holds no moving average of the weights, which config.json asks for; it cannot be resumed.")
         ema.load_state_dict(content.tensors["ema"])
-    at = Position(**{name: value for name, value in content.state.items() if name != "sha256"})
+    try:
+        at = msgspec.convert({name: value for name, value in content.state.items() if name != "sha256"}, Position)
+    except msgspec.ValidationError as error:
+        raise CheckError(f"{last / STATE} does not say where the run stands ({error}); it cannot be resumed.") from error
     scaler.load_state_dict(at.scaler)
     return at

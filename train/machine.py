@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn import functional
 
-from ffl_deploy.allocator import keep_freed_memory
-from ffl_deploy.errors import UsageError
+from ffl_deploy.allocator import keep_freed_memory, out_of_memory
+from ffl_deploy.errors import CheckError, UsageError
 from train.config import MachineOptions
 from train.distributed import World
 
@@ -56,6 +56,22 @@ def choose_device(options: MachineOptions, world: World) -> torch.device:
     return device
 
 
+@contextmanager
+def resources_in_one_sentence(options: MachineOptions) -> Iterator[None]:
+    """Turn torch's errors about memory, and about a compiler that is not there, into a CheckError."""
+    try:
+        yield
+    except RuntimeError as error:
+        first = str(error).strip().split("\n")[0]
+        if out_of_memory(error):
+            raise CheckError(
+                f"out of memory ({first}); use a smaller --batch-size, or --accumulate 2 or more, which keeps the step."
+            ) from error
+        if options.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise CheckError(f"--compile failed ({first}); leave it out, or install what it needs.") from error
+        raise
+
+
 def choose_machine(wanted: str, device: torch.device, world: World) -> Machine:
     """wanted: a precision or "auto", which every process of `world` resolves alike. Raises UsageError for fp16 on a CPU.
 
@@ -77,7 +93,7 @@ WORTH_IT = 1.2
 def bf16_speed_up() -> float:
     """-> time of a convolution's forward and backward pass in fp32 over that in bf16; 0 where bf16 would be emulated.
 
-    Measured, about half a second, since processors that have the instructions differ: twice as fast on some, on others
+    Measured, in less than a second, since processors that have the instructions differ: twice as fast on some, on others
     (AVX-512 BF16 on several Xeons without AMX) half as fast.
     """
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")

@@ -30,12 +30,20 @@ def validate(config: TrainConfig) -> None:
     rules = [
         (o.epochs >= 1, "--epochs must be at least 1"),
         (o.batch_size >= 2, "--batch-size must be at least 2 (batch normalisation needs two images)"),
+        *(
+            (math.isfinite(value), f"{flag_of(name)} must be a finite number")
+            for name, value in flatten(options_to_json(config)).items()
+            if isinstance(value, float)
+        ),
+        (config.seed >= 0, "--seed must be 0 or more"),
+        (config.model.ramp_up >= 0, "--ramp-up is a share of the epochs, 0 (full weight at once) or more"),
+        (config.output.checkpoint_minutes >= 0, "--checkpoint-minutes must be 0 (every step) or more"),
         (config.machine.threads is None or config.machine.threads >= 1, "--threads must be at least 1"),
         (o.accumulate >= 1, "--accumulate must be at least 1"),
         (o.batch_size >= 2 * o.accumulate, "--batch-size must be at least twice --accumulate"),
-        (0 < o.lr < math.inf, "--lr must be above 0, and a number"),
+        (o.lr > 0, "--lr must be above 0"),
         (0 <= o.momentum < 1, "--momentum is from 0 to below 1"),
-        (0 <= o.weight_decay < math.inf and 0 <= o.fusion_weight_decay < math.inf, "a weight decay is 0 or more"),
+        (o.weight_decay >= 0 and o.fusion_weight_decay >= 0, "a weight decay is 0 or more"),
         (all(0 <= share <= 1 for share in o.milestones), "--milestones are shares of the epochs, from 0 to 1"),
         (config.model.fusion_width is None or config.model.fusion_width >= 1, "--fusion-width must be at least 1"),
         (0 <= o.warmup < 1, "--warmup is a share of the run, from 0 to below 1"),
@@ -65,10 +73,16 @@ def differences(stored: TrainConfig, wanted: TrainConfig) -> list[str]:
     """-> "--flag is A, was B" for every option that a resumed run would change."""
     before, after = flatten(options_to_json(stored)), flatten(options_to_json(wanted))
     return [
-        f"{name} is {after[name]!r} now and was {before[name]!r}"
+        f"{flag_of(name)} is {after[name]!r} now and was {before[name]!r}"
         for name in before
         if before[name] != after[name] and name not in MAY_CHANGE
     ]
+
+
+def flag_of(name: str) -> str:
+    """-> the flag of a flattened option: "optimisation.lr" -> "--lr"."""
+    plain = name.split(".")[-1].replace("_", "-")
+    return {"data.source": "--data", "data.root": "--data-root"}.get(name, f"--{plain}")
 
 
 def flatten(options: dict[str, Any]) -> dict[str, Any]:

@@ -40,6 +40,11 @@ def parse(argv: Sequence[str]) -> TrainConfig:
     config = parse_flags(argv, stored or recipe_for(argv))
     if stored is not None:
         changed = differences(stored, config)
+        changed += [
+            f"{flag} is {typed!r} now and was {before!r}"
+            for flag, before in (("--recipe", stored.recipe), ("--out", resumed))
+            if (typed := flag_value(argv, flag)) is not None and typed != before
+        ]
         if changed:
             raise UsageError(
                 f"--resume continues {resumed} as it was started, but {'; '.join(changed)}: "

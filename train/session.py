@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
-import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +24,12 @@ from train.config import TrainConfig
 from train.distributed import World, process_group, torchrun_world
 from train.evaluate import logits_of, predictions
 from train.loop import Position, fit
-from train.machine import Machine, choose_device, choose_machine
+from train.machine import Machine, choose_device, choose_machine, resources_in_one_sentence
 from train.methods import Method, build_method
 from train.options import options_to_json
 from train.randomness import seed_everything
 from train.record import draw_curves
+from train.run_folder import claim, keep_threads, require_same_data, run_folder, wanted_precision
 from train.stopping import StopRequest, stop_on_signals
 from train.streaming import StreamedBatches
 
@@ -41,11 +41,13 @@ def run_training(config: TrainConfig, stop: StopRequest | None = None) -> int:
     world = torchrun_world()
     listening = stop_on_signals() if stop is None else nullcontext(stop)
     device = choose_device(config.machine, world)
-    with process_group(world, device), listening as stop:
+    with process_group(world, device), listening as stop, ExitStack() as held, resources_in_one_sentence(config.machine):
         folder = run_folder(config, world)
         if (folder / SUMMARY).is_file():
             say(f"{folder} is finished already; its results are in {folder / SUMMARY}.", config, world)
             return 0
+        if device.type == "cpu":
+            keep_threads(config)
         machine = choose_machine(wanted_precision(config), device, world)
         method = build_method(config.model.method, config.model.temperature)
         method.check(config.model.branches)
@@ -59,8 +61,12 @@ def run_training(config: TrainConfig, stop: StopRequest | None = None) -> int:
         if config.machine.sync_batchnorm:
             network = synchronise_batchnorm(network, machine)
         batches = make_batches(config, data, machine, world)
-        if world.is_main and config.output.resume is None:
-            write_json(folder / CONFIG, describe(config, data, network_config, method, machine))
+        described = describe(config, data, network_config, method, machine)
+        folder = claim(folder, config, world, held)
+        if config.output.resume is not None:
+            require_same_data(load_run(folder).config, described)
+        elif world.is_main:
+            write_json(folder / CONFIG, described)
         say(headline(folder, config, data, network, machine, world), config, world)
         at = fit(network, method, batches, config, machine, world, folder, stop)
         finish(folder, network, batches, data, machine, world, at)
@@ -68,25 +74,6 @@ def run_training(config: TrainConfig, stop: StopRequest | None = None) -> int:
         draw_curves(folder)
         say(closing(folder), config, world)
     return 0
-
-
-def run_folder(config: TrainConfig, world: World) -> Path:
-    """-> the run directory, created with its first file. Raises UsageError where a new run would overwrite another one."""
-    if config.output.resume is not None:
-        return config.output.resume
-    name = f"{Path(config.data.source).name}-{config.model.method}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = Path(world.agree(str(config.output.out or Path("runs") / name)))
-    if world.is_main and (folder / CONFIG).exists():
-        raise UsageError(f"{folder} already holds a run; continue it with --resume {folder}, or choose another --out.")
-    world.barrier()
-    return folder
-
-
-def wanted_precision(config: TrainConfig) -> str:
-    """-> --precision; a resumed run goes on in the one it was started in, whatever `auto` would choose now."""
-    if config.output.resume is None:
-        return config.machine.precision
-    return load_run(config.output.resume).config.toolchain["precision"]
 
 
 def data_spec(config: TrainConfig) -> DataSpec:
@@ -165,7 +152,10 @@ def make_batches(config: TrainConfig, data: ImageData, machine: Machine, world: 
     else:
         batches = StreamedBatches(data, plan, config.machine.workers)
     if batches.steps_per_epoch == 0:
-        raise UsageError(f"{len(data.train)} training images are too few for {shares.parts} micro-batches; use fewer.")
+        raise UsageError(
+            f"a step of {optimisation.batch_size} images cannot be dealt out to {shares.parts} micro-batches of at least two, or "
+            f"{len(data.train)} training images do not fill one; use a larger --batch-size, or fewer processes or --accumulate."
+        )
     return batches
 
 
@@ -181,6 +171,8 @@ def describe(config: TrainConfig, data: ImageData, network: NetworkConfig, metho
     """-> config.json: everything that resuming and exporting need to know."""
     parts = {"train": data.train, "validation": data.validation, "test": data.test}
     counts = {name: np.bincount(part.labels, minlength=len(data.classes)).tolist() for name, part in parts.items()}
+    # A file's name need not be UTF-8, JSON is.
+    skipped = {path.encode(errors="backslashreplace").decode(): reason for path, reason in data.skipped.items()}
     return RunConfig(
         schema=SCHEMA,
         options=options_to_json(config),
@@ -190,7 +182,7 @@ def describe(config: TrainConfig, data: ImageData, network: NetworkConfig, metho
         preprocessing=data.preprocessing,
         mean=data.mean,
         std=data.std,
-        split={"images_per_class": counts, "skipped": data.skipped, "in_memory": isinstance(data.train, ArraySplit)},
+        split={"images_per_class": counts, "skipped": skipped, "in_memory": isinstance(data.train, ArraySplit)},
         model=ModelRecord(config.model.method, method.strong, msgspec.to_builtins(network)),
         toolchain={
             "ffl_deploy": ffl_deploy.__version__,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ffl_deploy.allocator import out_of_memory
 from ffl_deploy.command import choices_sentence
 from ffl_deploy.errors import UsageError
 from ffl_deploy.networks.densenet import densenet
@@ -93,6 +94,8 @@ def feature_shape(stages: nn.Module, height: int, width: int) -> tuple[int, int,
     try:
         shape = stages(torch.zeros(1, 3, height, width)).shape
     except (RuntimeError, ValueError, AssertionError) as error:  # what the libraries raise for a size they cannot take
+        if out_of_memory(error):
+            raise
         raise UsageError(f"images of {height}x{width} do not suit this backbone ({error}); use a larger --image-size.") from error
     finally:
         stages.train(was_training)

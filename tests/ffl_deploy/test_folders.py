@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from PIL import Image
 
 from ffl_deploy.datasets import DataSpec, load_data
 from ffl_deploy.errors import UsageError
-from ffl_deploy.folders import check_file, find_images
+from ffl_deploy.folders import check_file, find_images, own_size
 from ffl_deploy.splits import Paths, UnreadableImage
 
 MakeFolder = Callable[..., Path]
@@ -72,7 +73,7 @@ def test_a_class_with_one_training_image(image_folder: MakeFolder) -> None:
     folder = image_folder()
     for path in sorted((folder / "train" / "cat").iterdir())[1:]:
         path.unlink()
-    assert "every class needs at least 2 training images" in refuse(folder)
+    assert "has one image only of cat" in refuse(folder)
 
 
 def spoil(folder: Path) -> list[Path]:
@@ -205,3 +206,32 @@ def test_imagenets_own_layout_takes_val_as_the_test_set(image_folder: MakeFolder
     (folder / "test").rename(folder / "val")
     data = load_data(DataSpec(source=str(folder)))
     assert [len(part) for part in (data.train, data.validation, data.test)] == [36, 4, 8]
+
+
+def test_no_readable_validation_image(image_folder: MakeFolder) -> None:
+    folder = image_folder(train=4, test=2, val=2)
+    for path in (folder / "val").rglob("*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(UsageError, match="no readable image for validation"):
+        load_data(DataSpec(source=str(folder), skip_bad_images=True))
+
+
+def test_a_class_folder_whose_name_is_not_utf8(image_folder: MakeFolder) -> None:
+    folder = image_folder()
+    for part in ("train", "test"):
+        os.rename(folder / part / "cat", os.fsencode(folder / part) + b"/r\xff")
+    assert "class folder whose name is not UTF-8" in refuse(folder)
+
+
+def test_a_file_that_breaks_pillow_is_reported_as_unreadable(image_folder: MakeFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its plugins raise what they like, also while the size of the images is looked up."""
+    folder = image_folder()
+    original = Image.open
+
+    def damaged(file: object, *arguments: object, **options: object) -> Image.Image:
+        if str(file).endswith("cat/000.png"):
+            raise RuntimeError("Failed to decode image")
+        return original(file, *arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Image, "open", damaged)
+    assert own_size([str(folder / "train" / "cat" / f"00{number}.png") for number in range(3)]) == 16

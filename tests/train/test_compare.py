@@ -178,9 +178,7 @@ def test_from_flags_to_tables_and_again_without_training(
 def test_other_flags_than_the_finished_runs_had_are_refused(arguments: list[str]) -> None:
     few = [*arguments, "--methods", "vanilla", "--seeds", "1"]
     assert command.main(few) == 0
-    with pytest.raises(
-        UsageError, match=r"vanilla-seed0 was trained with other flags \(optimisation.epochs is 2 now and was 1\)"
-    ):
+    with pytest.raises(UsageError, match=r"vanilla-seed0 was trained with other flags \(--epochs is 2 now and was 1\)"):
         command.main([*few, "--epochs", "2"])
 
 
@@ -200,4 +198,23 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(
     assert command.main([*arguments, "--seeds", "1"]) == 1
     captured = capsys.readouterr()
     assert "ffl-seed0: the loss is not finite at step 3." in captured.err
+    assert "| vanilla |" in captured.out
+
+
+def test_a_method_that_does_not_suit_the_branches_is_named_after_the_others(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import train.session
+
+    original = train.session.run_training
+
+    def run(config: TrainConfig, stop: object = None) -> int:
+        if config.model.method == "ffl":
+            raise UsageError("needs branches of equal channels.")
+        return original(config, stop)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(train.session, "run_training", run)
+    assert command.main([*arguments, "--seeds", "1"]) == 1
+    captured = capsys.readouterr()
+    assert "ffl-seed0: needs branches of equal channels." in captured.err
     assert "| vanilla |" in captured.out

@@ -57,7 +57,7 @@ def test_a_streamed_run_ends_with_the_weights_of_a_run_in_memory(
 def test_a_run_may_go_on_with_another_memory_limit_and_other_workers(
     train_tiny: TrainTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = train_tiny("whole", "--epochs", "2", "--augment", "resized-crop", "--workers", "0")
+    whole = train_tiny("whole", "--epochs", "2", "--workers", "0")
     begun = tmp_path / "begun"
     # The state after the first epoch: the loop saves it on the way to the second.
     import train.loop
@@ -72,8 +72,8 @@ def test_a_run_may_go_on_with_another_memory_limit_and_other_workers(
     with monkeypatch.context() as patch:
         patch.setattr(train.loop.Recorder, "epoch", stop_after_the_first)
         with pytest.raises(KeyboardInterrupt):
-            train_tiny("begun", "--epochs", "2", "--augment", "resized-crop", "--workers", "0")
-    assert main(["--resume", str(begun), "--workers", "2", "--memory-limit", "1", "--quiet"]) == 0
+            train_tiny("begun", "--epochs", "2", "--workers", "0")
+    assert main(["--resume", str(begun), "--workers", "2", "--memory-limit", "0", "--quiet"]) == 0
     assert weights(begun) == weights(whole)
 
 
@@ -170,6 +170,7 @@ def test_a_bad_image_in_mid_training_ends_it_with_1_by_name(
         (("--crop-padding", "16"), "--crop-padding 16 is too wide for images of 16x16 pixels"),
         (("--workers", "-1"), "--workers must be 0"),
         (("--memory-limit", "-1"), "--memory-limit must be 0"),
+        (("--accumulate", "4", "--batch-size", "8", "--validation", "0.9"), "cannot be dealt out to 4 micro-batches"),
     ],
 )
 def test_values_that_no_folder_can_use(

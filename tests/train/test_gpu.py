@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -33,9 +34,32 @@ def test_gpu_and_cpu_see_the_same_batches(train_tiny: Callable[..., Path]) -> No
     assert on_gpu["loss"] == pytest.approx(on_cpu["loss"], rel=2e-2)
 
 
-def test_resume_with_loss_scaling_continues_the_scale(train_tiny: Callable[..., Path], tmp_path: Path) -> None:
-    folder = train_tiny("gpu", "--device", "cuda", "--precision", "fp16", "--epochs", "3")
-    assert '"_growth_tracker":' in (folder / "checkpoints" / "last" / "state.json").read_text()
+def test_resume_with_loss_scaling_continues_the_scale(
+    train_tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GradScaler counts steps without overflow; a scaler that starts anew would count those since the resume."""
+    import train.loop
+
+    original = train.loop.Recorder.epoch
+
+    def stop_in_the_second(recorder: object, line: dict[str, object]) -> None:
+        original(recorder, line)  # type: ignore[arg-type]
+        if line["epoch"] == 1:
+            raise KeyboardInterrupt
+
+    flags = ["--device", "cuda", "--precision", "fp16", "--epochs", "3"]
+    whole = train_tiny("whole", *flags)
+    with monkeypatch.context() as patch:
+        patch.setattr(train.loop.Recorder, "epoch", stop_in_the_second)
+        with pytest.raises(KeyboardInterrupt):
+            train_tiny("stopped", *flags)
+    train_tiny("stopped", "--resume", str(tmp_path / "stopped"))
+    assert scaler_of(tmp_path / "stopped") == scaler_of(whole)
+    assert scaler_of(whole)["_growth_tracker"] > 4  # more than an epoch's steps
+
+
+def scaler_of(run: Path) -> dict[str, float]:
+    return json.loads((run / "checkpoints" / "last" / "state.json").read_text())["scaler"]
 
 
 def test_sync_batchnorm_under_torchrun(tiny_flags: list[str], tmp_path: Path) -> None:

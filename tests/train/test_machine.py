@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo.exc
 
 import train.machine
-from ffl_deploy.errors import UsageError
+from ffl_deploy.errors import CheckError, UsageError
 from ffl_deploy.networks.mutual import MutualNetwork, NetworkConfig
 from ffl_deploy.run_directory import CONFIG, load_run
-from train.config import DataOptions, ModelOptions, TrainConfig
+from train.config import DataOptions, MachineOptions, ModelOptions, TrainConfig
 from train.distributed import World
-from train.machine import Machine, bf16_speed_up, choose_machine
+from train.machine import Machine, bf16_speed_up, choose_machine, resources_in_one_sentence
 from train.session import check_small_size
 
 CPU = torch.device("cpu")
@@ -73,3 +74,22 @@ def test_a_size_that_the_network_cannot_take_is_refused() -> None:
     config = replace(config, data=DataOptions(small_size=8))
     with pytest.raises(UsageError, match=r"vgg16_bn cannot take images of 8 pixels .*larger --small-size"):
         check_small_size(config, network, Machine(CPU, "fp32"))
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."), "out of memory (CUDA out of memory."),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"), "--accumulate 2"),
+        (torch._dynamo.exc.TorchDynamoException("InvalidCxxCompiler: none found"), "--compile failed (InvalidCxxCompiler"),
+    ],
+)
+def test_missing_memory_or_compiler_is_one_sentence(error: Exception, sentence: str) -> None:
+    with pytest.raises(CheckError) as caught, resources_in_one_sentence(MachineOptions(compile=True)):
+        raise error
+    assert sentence in str(caught.value)
+
+
+def test_other_errors_stay_as_they_are() -> None:
+    with pytest.raises(RuntimeError, match="a bug"), resources_in_one_sentence(MachineOptions()):
+        raise RuntimeError("a bug")

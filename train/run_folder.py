@@ -1,0 +1,100 @@
+"""The folder of a training run: which one it is, that no other process trains there, that a resumed run is the same run."""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import os
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+from ffl_deploy.errors import UsageError
+from ffl_deploy.run_directory import CONFIG, RunConfig, load_run
+from train.config import TrainConfig
+from train.distributed import World
+
+
+def run_folder(config: TrainConfig, world: World) -> Path:
+    """-> the run directory that is resumed, named or made up; `claim` creates it. Raises UsageError where it cannot be new."""
+    if config.output.resume is not None:
+        return config.output.resume
+    name = f"{Path(config.data.source).name}-{config.model.method}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path(world.agree(str(config.output.out or Path("runs") / name)))
+    if world.is_main and config.output.out is not None:
+        require_new(folder)
+    world.barrier()
+    return folder
+
+
+def require_new(folder: Path) -> None:
+    """Raise UsageError where a new run would overwrite another one, or be mixed up with what is left of one."""
+    if (folder / CONFIG).exists():
+        raise UsageError(f"{folder} already holds a run; continue it with --resume {folder}, or choose another --out.")
+    if (folder / "checkpoints").exists():
+        raise UsageError(f"{folder} holds checkpoints of a run without its {CONFIG}; remove them, or choose another --out.")
+
+
+def claim(folder: Path, config: TrainConfig, world: World, held: ExitStack) -> Path:
+    """-> the folder, which no other process trains in until `held` is closed. Raises UsageError where one does.
+
+    A made-up name that was taken since gets a number.
+    """
+    if world.is_main:
+        made_up = config.output.out is None and config.output.resume is None
+        names = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2)) if made_up else iter(())
+        while not (lock(folder, held) and (config.output.resume or not (folder / CONFIG).exists())):
+            following = next(names, None)
+            if following is None:
+                raise UsageError(f"another process trains in {folder}; wait for it, or choose another --out.")
+            folder = following
+    return Path(world.agree(str(folder)))
+
+
+def lock(folder: Path, held: ExitStack) -> bool:
+    """Lock the folder itself, which leaves no file behind and ends with the process; -> whether nobody else had."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    held.callback(os.close, descriptor)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True
+
+
+def wanted_precision(config: TrainConfig) -> str:
+    """-> --precision; a resumed run goes on in the one it was started in, whatever `auto` would choose now."""
+    if config.output.resume is None:
+        return config.machine.precision
+    return load_run(config.output.resume).config.toolchain["precision"]
+
+
+def keep_threads(config: TrainConfig) -> None:
+    """A run that is resumed on a CPU keeps its number of threads: another one adds sums in another order."""
+    if config.output.resume is not None and config.machine.threads is None:
+        torch.set_num_threads(int(load_run(config.output.resume).config.toolchain["threads"]))
+
+
+def require_same_data(stored: RunConfig, found: RunConfig) -> None:
+    """Raise UsageError where the data are not those that the resumed run was started with."""
+    changes = [
+        ("its classes", stored.classes, found.classes),
+        ("the size of its images", stored.preprocessing, found.preprocessing),
+        *(
+            (f"its {part} images", counts, found.split["images_per_class"][part])
+            for part, counts in stored.split["images_per_class"].items()
+        ),
+        ("its unreadable images", sorted(stored.split["skipped"]), sorted(found.split["skipped"])),
+        ("the mean or standard deviation of its pixels", (stored.mean, stored.std), (found.mean, found.std)),
+    ]
+    changed = [name for name, before, now in changes if before != now]
+    if changed:
+        raise UsageError(
+            f"{stored.data_name} is not what this run was started with: {', '.join(changed)} changed. "
+            "Give it back as it was, or start a new run."
+        )
