@@ -35,7 +35,7 @@ from train.record import draw_curves, read_metrics
 
 DOCS, EXAMPLES = Path("docs"), Path("examples/cifar100")
 STORED = DOCS / "results"
-COMPARISON = DOCS / "compare-cifar100.json"
+COMPARISON, ABLATIONS = DOCS / "compare-cifar100.json", DOCS / "ablations-cifar100.json"  # what train.compare writes
 TRAINING_COMMAND = "    python -m train.run --data cifar100 --recipe cifar100-resnet32-fast --precision bf16 --out runs/cifar100"
 EXPORT_COMMAND = "    ffl-export runs/cifar100 --target all --precision int8 --runtime openvino --out bundles/cifar100"
 CALIBRATION_COMMANDS = """\
@@ -226,16 +226,10 @@ def attention_table(attention: list[tuple[str, dict[str, tuple[str, float]]]]) -
 
 
 def comparison_text() -> str:
-    """-> the stored comparison of methods (train.compare), its ablations apart, and what it does and does not show."""
+    """-> the stored comparison of methods, what it says of the paper's claims, and what it does not show."""
     if not COMPARISON.is_file():
         return "## What this does not show\n\nOne run, one seed: nothing here says that FFL beats another method."
-    found = msgspec.json.decode(COMPARISON.read_bytes(), type=Comparison)
-    if "ffl" not in {found.reference} & {method.method for method in found.methods}:
-        raise UsageError(f"{COMPARISON} does not compare with ffl; run its command with ffl among --methods.")
-    draw(found, COMPARISON.with_suffix(".png"))
-    variants = [method for method in found.methods if method.method.startswith("ffl-")]
-    methods = msgspec.structs.replace(found, methods=[method for method in found.methods if method not in variants])
-    ablations = msgspec.structs.replace(found, methods=[reference_of(found), *variants])
+    found = read_comparison(COMPARISON)
     seeds = min(len(method.seeds) for method in found.methods)
     lines = [
         "## Against other methods",
@@ -249,36 +243,24 @@ def comparison_text() -> str:
         "",
         f"![accuracy by method]({COMPARISON.stem}.png)",
         "",
-        *accuracy_table(methods),
+        *accuracy_table(found),
         "",
-        f"Strong classifier against that of {found.reference}, seed by seed on the same {found.images['test']:,} test images "
-        "(points with their 95 % t-interval; images right here only / there only; exact McNemar, uncorrected):",
+        f"Strong classifier against that of {found.reference}, seed by seed on the same test images (points with their 95 % "
+        "t-interval; images right here only / there only; exact McNemar, uncorrected):",
         "",
-        *difference_table([(method.method, method.against) for method in methods.methods]),
+        *difference_table([(method.method, method.against) for method in found.methods]),
         "",
         "One network deployed alone (`branch0`) against the same network trained alone:",
         "",
-        *difference_table([(method.method, method.alone) for method in methods.methods]),
+        *difference_table([(method.method, method.alone) for method in found.methods]),
         "",
         "Cost (seconds of training one run on one thread, beside another run; parameters):",
         "",
         *cost_table(found),
-    ]
-    if variants:
-        lines += [
-            "",
-            "## What the parts of FFL bring",
-            "",
-            "Without the ensemble's teaching (EKD), without the fused classifier's (FKD), with features summed instead of fused:",
-            "",
-            *accuracy_table(ablations),
-            "",
-            *difference_table([(method.method, method.against) for method in ablations.methods]),
-        ]
-    lines += [
         "",
         *account(found),
         "",
+        *(ablation_lines(read_comparison(ABLATIONS)) if ABLATIONS.is_file() else ()),
         "## What this does not show",
         "",
         limits(found, seeds),
@@ -286,6 +268,33 @@ def comparison_text() -> str:
         "The model above is one run with one seed.",
     ]
     return "\n".join(lines)
+
+
+def ablation_lines(found: Comparison) -> list[str]:
+    """-> what FFL is without one of its parts."""
+    seeds = min(len(method.seeds) for method in found.methods)
+    return [
+        "## What the parts of FFL bring",
+        "",
+        "Without the ensemble's teaching (`ffl-no-ekd`), without the fused classifier's (`ffl-no-fkd`), with features summed "
+        f"instead of fused (`ffl-sum`); {counted(seeds, 'seed')}, read like the tables above:",
+        "",
+        f"    {found.command}",
+        "",
+        *accuracy_table(found),
+        "",
+        *difference_table([(method.method, method.against) for method in found.methods]),
+        "",
+    ]
+
+
+def read_comparison(path: Path) -> Comparison:
+    """-> a stored comparison with ffl, whose figure is drawn beside it. Raises UsageError where ffl is not in it."""
+    found = msgspec.json.decode(path.read_bytes(), type=Comparison)
+    if "ffl" not in {found.reference} & {method.method for method in found.methods}:
+        raise UsageError(f"{path} does not compare with ffl; run its command with ffl among --methods.")
+    draw(found, path.with_suffix(".png"))
+    return found
 
 
 def reference_of(found: Comparison) -> MethodResult:
