@@ -20,23 +20,27 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
+from benchmarks.comparison_text import comparison_text
 from export.plot import draw_report
 from export.report import Report, markdown
 from ffl_deploy.arrays import read_arrays
 from ffl_deploy.bundle import load_bundle
 from ffl_deploy.command import run_command
+from ffl_deploy.datasets import load_data
 from ffl_deploy.errors import UsageError
 from ffl_deploy.images import load
+from ffl_deploy.parity import run_in_batches
 from ffl_deploy.run_directory import PREDICTIONS, SUMMARY, load_run
 from ffl_deploy.statistics import paired_difference, wilson_interval
-from train.comparison import SEEDS_FOR_A_CLAIM, Against, Comparison, MethodResult, estimate, sign_flip_p
-from train.comparison_report import accuracy_table, cost_table, counted, difference_table, draw, limits, points, seed_verdict
 from train.record import draw_curves, read_metrics
 
 DOCS, EXAMPLES = Path("docs"), Path("examples/cifar100")
 STORED = DOCS / "results"
-COMPARISON, ABLATIONS = DOCS / "compare-cifar100.json", DOCS / "ablations-cifar100.json"  # what train.compare writes
 TRAINING_COMMAND = "    python -m train.run --data cifar100 --recipe cifar100-resnet32-fast --precision bf16 --out runs/cifar100"
+ALONE_COMMANDS = """\
+    python -m train.run --data cifar100 --recipe cifar100-resnet32-fast --precision bf16 --method vanilla \\
+        --out runs/vanilla-cifar100
+    python -m benchmarks.results --alone runs/vanilla-cifar100"""
 EXPORT_COMMAND = "    ffl-export runs/cifar100 --target all --precision int8 --runtime openvino --out bundles/cifar100"
 CALIBRATION_COMMANDS = """\
     ffl-predict bundles/cifar100/fused CIFAR100/test --out fused.jsonl          # CIFAR100/test/CLASS/*: the test images as files
@@ -78,6 +82,28 @@ def collect(run_folder: Path, report: Path, reliability: list[Path]) -> None:
     (STORED / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in training["metrics"]))
     draw_curves(STORED)
     (STORED / "metrics.jsonl").unlink()
+
+
+def collect_alone(run_folder: Path) -> None:
+    """Store how the committed bundles do on the test images against a network that was trained alone, image by image."""
+    run = load_run(run_folder)
+    test = load_data(run.data).test
+    arrays = read_arrays(run_folder / PREDICTIONS, ("labels",))
+    alone = arrays["branch0"] == arrays["labels"]
+    pairs = []
+    for name in ("fused", "branch0"):
+        outputs = run_in_batches(load_bundle(EXAMPLES / name).session().run, test.read, len(test), 64)
+        right = outputs.logits.argmax(axis=1) == test.labels
+        pairs.append({"one": "alone", "other": name, **msgspec.to_builtins(paired_difference(alone, right))})
+    summary = json.loads((run_folder / SUMMARY).read_text())
+    content = {
+        "branches": list(run.model.network["branches"]),
+        "epochs": summary["epochs"],
+        "accuracy": summary["accuracy"]["branch0"],
+        "pairs": pairs,
+        "toolchain": run.config.toolchain,
+    }
+    (STORED / "alone.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
 def draw_reliability(path: Path) -> list[dict[str, Any]]:
@@ -158,15 +184,15 @@ def page() -> str:
                     for one in calibrations
                 ),
                 "![reliability diagrams](results/reliability.png)",
-                "## This page",
-                "What is above was stored, once, and is written again, by",
-                STORING_COMMANDS,
                 "## Where it looks",
                 "Class activation maps of the predicted class on the example images, which the network has never seen "
                 "(cup and rocket are photographs, the others drawings):",
                 "![class activation maps of fused and branch0](results/cam.png)",
                 attention_table(attention),
-                comparison_text(),
+                comparison_text(DOCS),
+                "## This page",
+                "What it needs was stored, once, from the run, its export and its labelled predictions; the last line writes it again:",
+                STORING_COMMANDS,
             ]
         )
         + "\n"
@@ -178,7 +204,7 @@ def model_text(training: dict[str, Any]) -> str:
     seen, per_class, classes = options["data"], training["images_per_class"], len(summary["classes"])
     branches, count, minutes = " + ".join(options["model"]["branches"]), summary["test_images"], summary["seconds"] / 60
     lines = [
-        f"FFL with {branches}, recipe `{training['recipe']}`: {summary['epochs']} epochs in {minutes:.0f} minutes of wall time "
+        f"FFL with {branches}, recipe `{training['recipe']}`: {summary['epochs']} epochs in {minutes:.0f} minutes of training "
         f"({training['toolchain']['threads']} threads, {training['toolchain']['precision']}; processor and circumstances: "
         f"[performance.md](performance.md)). Each class has {per_class['train'][0]} training and {per_class['validation'][0]} "
         f"validation images; the first {seen['small_share']:.0%} of the epochs saw {seen['small_size']}x{seen['small_size']} "
@@ -198,14 +224,39 @@ def model_text(training: dict[str, Any]) -> str:
         interval = wilson_interval(round(accuracy * count), count)
         lines.append(f"| {name} | {accuracy:.2%} | {interval.low:.2%} to {interval.high:.2%} |")
     lines += ["", "On the same images, pair by pair (exact McNemar, two-sided, not corrected for their number):", ""]
-    lines += ["| | minus | points | 95 % interval (Tango) | right alone | p |", "|---|---|---|---|---|---|"]
-    for pair in training["pairs"]:
+    return "\n".join([*lines, *pair_table(training["pairs"]), *alone_lines(count)])
+
+
+def pair_table(pairs: list[dict[str, Any]]) -> list[str]:
+    lines = ["| | minus | points | 95 % interval (Tango) | right: only first / only second | p |", "|---|---|---|---|---|---|"]
+    for pair in pairs:
         low, high = (100 * pair["interval"][side] for side in ("low", "high"))
         lines.append(
             f"| {pair['other']} | {pair['one']} | {100 * pair['delta']:+.2f} | {low:+.2f} to {high:+.2f} "
             f"| {pair['gained']} / {pair['lost']} | {pair['p_different']:.2g} |"
         )
-    return "\n".join(lines)
+    return lines
+
+
+def alone_lines(count: int) -> list[str]:
+    """-> the model against the same network trained by itself for as many epochs; nothing where that was not done."""
+    if not (STORED / "alone.json").is_file():
+        return []
+    alone = json.loads((STORED / "alone.json").read_text())
+    interval = wilson_interval(round(alone["accuracy"] * count), count)
+    return [
+        "",
+        f"The same network trained alone ({' + '.join(alone['branches'])}, `--method vanilla`, the same recipe, "
+        f"{alone['epochs']} "
+        f"epochs and seed) reaches {alone['accuracy']:.2%} ({interval.low:.2%} to {interval.high:.2%}). Against it, on the same "
+        "images:",
+        "",
+        *pair_table(alone["pairs"]),
+        "",
+        ALONE_COMMANDS,
+        "",
+        "One run on each side: the test says that these two networks differ, or not, and nothing about other seeds.",
+    ]
 
 
 def deployment_text(report: Report) -> str:
@@ -225,115 +276,12 @@ def attention_table(attention: list[tuple[str, dict[str, tuple[str, float]]]]) -
     return "\n".join(lines)
 
 
-def comparison_text() -> str:
-    """-> the stored comparison of methods, what it says of the paper's claims, and what it does not show."""
-    if not COMPARISON.is_file():
-        return "## What this does not show\n\nOne run, one seed: nothing here says that FFL beats another method."
-    found = read_comparison(COMPARISON)
-    seeds = min(len(method.seeds) for method in found.methods)
-    lines = [
-        "## Against other methods",
-        "",
-        f"With equally many epochs, and few: {' + '.join(reference_of(found).branches)}, {found.epochs} epochs, "
-        f"{found.images['train']:,} training images, {counted(seeds, 'seed')}; everything else as in the recipe above. What the "
-        "methods cost is not equal: see the table at the end of this section. Accuracy is that of the epoch with the best "
-        f"validation accuracy, on the {found.images['test']:,} test images. All numbers: [{COMPARISON.name}]({COMPARISON.name}).",
-        "",
-        f"    {found.command}",
-        "",
-        f"![accuracy by method]({COMPARISON.stem}.png)",
-        "",
-        *accuracy_table(found),
-        "",
-        f"Strong classifier against that of {found.reference}, seed by seed on the same test images (points with their 95 % "
-        "t-interval; images right here only / there only; exact McNemar, uncorrected):",
-        "",
-        *difference_table([(method.method, method.against) for method in found.methods]),
-        "",
-        "One network deployed alone (`branch0`) against the same network trained alone:",
-        "",
-        *difference_table([(method.method, method.alone) for method in found.methods]),
-        "",
-        "Cost (seconds of training one run on one thread, beside another run; parameters):",
-        "",
-        *cost_table(found),
-        "",
-        *account(found),
-        "",
-        *(ablation_lines(read_comparison(ABLATIONS)) if ABLATIONS.is_file() else ()),
-        "## What this does not show",
-        "",
-        limits(found, seeds),
-        "",
-        "The model above is one run with one seed.",
-    ]
-    return "\n".join(lines)
-
-
-def ablation_lines(found: Comparison) -> list[str]:
-    """-> what FFL is without one of its parts."""
-    seeds = min(len(method.seeds) for method in found.methods)
-    return [
-        "## What the parts of FFL bring",
-        "",
-        "Without the ensemble's teaching (`ffl-no-ekd`), without the fused classifier's (`ffl-no-fkd`), with features summed "
-        f"instead of fused (`ffl-sum`); {counted(seeds, 'seed')}, read like the tables above:",
-        "",
-        f"    {found.command}",
-        "",
-        *accuracy_table(found),
-        "",
-        *difference_table([(method.method, method.against) for method in found.methods]),
-        "",
-    ]
-
-
-def read_comparison(path: Path) -> Comparison:
-    """-> a stored comparison with ffl, whose figure is drawn beside it. Raises UsageError where ffl is not in it."""
-    found = msgspec.json.decode(path.read_bytes(), type=Comparison)
-    if "ffl" not in {found.reference} & {method.method for method in found.methods}:
-        raise UsageError(f"{path} does not compare with ffl; run its command with ffl among --methods.")
-    draw(found, path.with_suffix(".png"))
-    return found
-
-
-def reference_of(found: Comparison) -> MethodResult:
-    return next(method for method in found.methods if method.method == found.reference)
-
-
-def account(found: Comparison) -> list[str]:
-    """-> the claims of the paper that this comparison can look at, each with the number that speaks for or against it."""
-    ffl = reference_of(found)
-    vanilla = next((method for method in found.methods if method.method == "vanilla"), None)
-    claims = [("the fused classifier is above the ensemble", "fused", ffl, "ensemble", ffl)]
-    claims.append(("the ensemble is above the mean branch", "ensemble", ffl, "mean branch", ffl))
-    if vanilla is not None:
-        claims.append(("a branch is above the same network alone", "mean branch", ffl, "branch0", vanilla))
-    lines = ["What the paper says, and what these runs say (points with their 95 % t-interval over seeds):", ""]
-    for claim, own, one, other, two in claims:
-        partner = dict(zip(two.seeds, two.accuracy[other].values, strict=True))
-        values = [
-            value - partner[seed] for seed, value in zip(one.seeds, one.accuracy[own].values, strict=True) if seed in partner
-        ]
-        against = Against(estimate(values), sign_flip_p(values) if len(values) >= SEEDS_FOR_A_CLAIM else None, [])
-        above = f"above in {sum(value > 0 for value in values)} of {counted(len(values), 'seed')}"
-        lines.append(f"- {claim}: {points(against.difference)}, {above}; {verdict(against)}.")
-    return lines
-
-
-def verdict(against: Against) -> str:
-    """-> what a claim's difference over seeds says, by the sign-flip test; nothing below SEEDS_FOR_A_CLAIM seeds."""
-    if against.p_seeds is None:
-        return seed_verdict(against)
-    says = "holds" if against.difference.mean > 0 else "does not hold here"
-    return f"{seed_verdict(against)}: {says if against.p_seeds < 0.05 else 'undecided'}"
-
-
 def main(argv: list[str]) -> int:
     """-> exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, metavar="RUN", help="store this finished run")
     parser.add_argument("--report", type=Path, metavar="JSON", help="report.json of its export")
+    parser.add_argument("--alone", type=Path, metavar="RUN", help="store this finished run of --method vanilla")
     parser.add_argument(
         "--reliability", type=Path, nargs="*", default=[], metavar="JSON", help="TARGET.report.json of ffl-predict"
     )
@@ -342,6 +290,8 @@ def main(argv: list[str]) -> int:
         raise UsageError("--run and --report belong together; give both.")
     if arguments.run:
         collect(arguments.run, arguments.report, arguments.reliability)
+    if arguments.alone:
+        collect_alone(arguments.alone)
     (DOCS / "results.md").write_text(page())
     print(DOCS / "results.md")
     return 0

@@ -1,0 +1,146 @@
+"""The part of docs/results.md that compares methods, from what train.compare stored in docs/.
+
+compare-cifar100.json holds all methods, claims-cifar100.json more seeds of the few that decide the paper's claims,
+ablations-cifar100.json FFL without its parts.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from ffl_deploy.errors import UsageError
+from train.comparison import SEEDS_FOR_A_CLAIM, Against, Comparison, MethodResult, estimate, sign_flip_p
+from train.comparison_report import (
+    accuracy_table,
+    cost_table,
+    counted,
+    difference_table,
+    draw,
+    limits,
+    points,
+    seed_verdict,
+)
+
+
+def comparison_text(folder: Path) -> str:
+    """-> the stored comparison of methods, what it says of the paper's claims, and what it does not show."""
+    path, ablations, claims = (folder / f"{name}-cifar100.json" for name in ("compare", "ablations", "claims"))
+    if not path.is_file():
+        return "## What this does not show\n\nOne run, one seed: nothing here says that FFL beats another method."
+    found = read_comparison(path)
+    seeds = min(len(method.seeds) for method in found.methods)
+    lines = [
+        "## Against other methods",
+        "",
+        f"With equally many epochs, and few: {' + '.join(reference_of(found).branches)}, {found.epochs} epochs, "
+        f"{found.images['train']:,} training images, {counted(seeds, 'seed')}; everything else as in the recipe above. What the "
+        "methods cost is not equal: see the table at the end of this section. Accuracy is that of the epoch with the best "
+        f"validation accuracy, on the {found.images['test']:,} test images. All numbers: [{path.name}]({path.name}).",
+        "",
+        f"    {found.command}",
+        "",
+        f"![accuracy by method]({path.stem}.png)",
+        "",
+        *accuracy_table(found),
+        "",
+        f"Strong classifier against that of {found.reference}, seed by seed on the same test images (points with their 95 % "
+        "t-interval; images right here only / there only; exact McNemar, uncorrected):",
+        "",
+        *difference_table([(method.method, method.against) for method in found.methods]),
+        "",
+        "One network deployed alone (`branch0`) against the same network trained alone:",
+        "",
+        *difference_table([(method.method, method.alone) for method in found.methods]),
+        "",
+        "Cost (seconds of training one run on one thread, beside other work; parameters). Independent networks, DML and DualNet "
+        "share no layers, the branches of the other methods share their low-level ones. DualNet's extractors take turns, so that "
+        "each gets half of the steps, which are few here:",
+        "",
+        *cost_table(found),
+        "",
+        "## What the paper says, and what these runs say",
+        "",
+        *(claims_lines(read_comparison(claims)) if claims.is_file() else account(found)),
+        "",
+        *(ablation_lines(read_comparison(ablations)) if ablations.is_file() else ()),
+        "## What this does not show",
+        "",
+        limits(found, seeds),
+        "",
+        "The model above is one run with one seed.",
+    ]
+    return "\n".join(lines)
+
+
+def claims_lines(found: Comparison) -> list[str]:
+    """-> the account of fewer methods with more seeds."""
+    seeds = min(len(method.seeds) for method in found.methods)
+    return [f"With {counted(seeds, 'seed')}:", "", f"    {found.command}", "", *account(found)]
+
+
+def ablation_lines(found: Comparison) -> list[str]:
+    """-> what FFL is without one of its parts."""
+    seeds = min(len(method.seeds) for method in found.methods)
+    return [
+        "## What the parts of FFL bring",
+        "",
+        "Without the ensemble's teaching (`ffl-no-ekd`), without the fused classifier's (`ffl-no-fkd`), with features summed "
+        f"instead of fused (`ffl-sum`); {counted(seeds, 'seed')}, read like the tables above:",
+        "",
+        f"    {found.command}",
+        "",
+        *accuracy_table(found),
+        "",
+        *difference_table([(method.method, method.against) for method in found.methods]),
+        "",
+    ]
+
+
+def read_comparison(path: Path) -> Comparison:
+    """-> a stored comparison with ffl, whose figure is drawn beside it. Raises UsageError where ffl is not in it."""
+    found = msgspec.json.decode(path.read_bytes(), type=Comparison)
+    if "ffl" not in {found.reference} & {method.method for method in found.methods}:
+        raise UsageError(f"{path} does not compare with ffl; run its command with ffl among --methods.")
+    draw(found, path.with_suffix(".png"))
+    return found
+
+
+def reference_of(found: Comparison) -> MethodResult:
+    return next(method for method in found.methods if method.method == found.reference)
+
+
+def account(found: Comparison) -> list[str]:
+    """-> the claims of the paper that this comparison can look at, each with the number that speaks for or against it."""
+    ffl = reference_of(found)
+    vanilla = next((method for method in found.methods if method.method == "vanilla"), None)
+    claims = [("the fused classifier is above the ensemble", "fused", ffl, "ensemble", ffl)]
+    claims.append(("the ensemble is above the mean branch", "ensemble", ffl, "mean branch", ffl))
+    if vanilla is not None:
+        claims.append(("a branch is above the same network alone", "mean branch", ffl, "branch0", vanilla))
+    others = [method for method in found.methods if method.method not in ("ffl", "vanilla")]
+    claims += [
+        (f"the fused classifier is above the strong classifier of {method.method}", "fused", ffl, method.strong, method)
+        for method in others
+    ]
+    lines = ["Points with their 95 % t-interval over seeds:", ""]
+    for claim, own, one, other, two in claims:
+        partner = dict(zip(two.seeds, two.accuracy[other].values, strict=True))
+        values = [
+            value - partner[seed] for seed, value in zip(one.seeds, one.accuracy[own].values, strict=True) if seed in partner
+        ]
+        if not values:
+            continue
+        against = Against(estimate(values), sign_flip_p(values) if len(values) >= SEEDS_FOR_A_CLAIM else None, [])
+        above = f"above in {sum(value > 0 for value in values)} of {counted(len(values), 'seed')}"
+        lines.append(f"- {claim}: {points(against.difference)}, {above}; {verdict(against)}.")
+    return lines
+
+
+def verdict(against: Against) -> str:
+    """-> what a claim's difference over seeds says, by the sign-flip test; nothing below SEEDS_FOR_A_CLAIM seeds."""
+    if against.p_seeds is None:
+        return seed_verdict(against)
+    says = "holds" if against.difference.mean > 0 else "does not hold here"
+    return f"{seed_verdict(against)}: {says if against.p_seeds < 0.05 else 'undecided'}"
