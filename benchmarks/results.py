@@ -191,7 +191,8 @@ def page() -> str:
                 attention_table(attention),
                 comparison_text(DOCS),
                 "## This page",
-                "What it needs was stored, once, from the run, its export and its labelled predictions; the last line writes it again:",
+                "What it needs was stored, once, from the run, its export and its labelled predictions; the last line "
+                "writes it again:",
                 STORING_COMMANDS,
             ]
         )
