@@ -182,8 +182,11 @@ def test_other_flags_than_the_finished_runs_had_are_refused(arguments: list[str]
         command.main([*few, "--epochs", "2"])
 
 
+@pytest.mark.parametrize(
+    "error", [CheckError("the loss is not finite at step 3."), UsageError("ffl needs branches of equal channels.")]
+)
 def test_a_run_that_fails_is_named_and_the_others_go_on(
-    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    error: Exception, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import train.session
 
@@ -191,30 +194,11 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(
 
     def run(config: TrainConfig, stop: object = None) -> int:
         if config.model.method == "ffl":
-            raise CheckError("the loss is not finite at step 3.")
+            raise error
         return original(config, stop)  # type: ignore[arg-type]
 
     monkeypatch.setattr(train.session, "run_training", run)
     assert command.main([*arguments, "--seeds", "1"]) == 1
     captured = capsys.readouterr()
-    assert "ffl-seed0: the loss is not finite at step 3." in captured.err
-    assert "| vanilla |" in captured.out
-
-
-def test_a_method_that_does_not_suit_the_branches_is_named_after_the_others(
-    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    import train.session
-
-    original = train.session.run_training
-
-    def run(config: TrainConfig, stop: object = None) -> int:
-        if config.model.method == "ffl":
-            raise UsageError("needs branches of equal channels.")
-        return original(config, stop)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(train.session, "run_training", run)
-    assert command.main([*arguments, "--seeds", "1"]) == 1
-    captured = capsys.readouterr()
-    assert "ffl-seed0: needs branches of equal channels." in captured.err
+    assert f"ffl-seed0: {error}" in captured.err
     assert "| vanilla |" in captured.out
