@@ -30,6 +30,7 @@ def comparison_text(folder: Path) -> str:
     if not path.is_file():
         return "## What this does not show\n\nOne run, one seed: nothing here says that FFL beats another method."
     found = read_comparison(path)
+    draw(found, path.with_suffix(".png"))
     seeds = min(len(method.seeds) for method in found.methods)
     lines = [
         "## Against other methods",
@@ -40,6 +41,9 @@ def comparison_text(folder: Path) -> str:
         f"validation accuracy, on the {found.images['test']:,} test images. All numbers: [{path.name}]({path.name}).",
         "",
         f"    {found.command}",
+        "",
+        "`data/cifar100` is a folder of CIFAR-100's images; with `--data cifar100` they are downloaded. The strong classifier is what "
+        "a method is for: OKDDip's is its leader, a single network.",
         "",
         f"![accuracy by method]({path.stem}.png)",
         "",
@@ -64,7 +68,7 @@ def comparison_text(folder: Path) -> str:
         "",
         *(claims_lines(read_comparison(claims)) if claims.is_file() else account(found)),
         "",
-        *(ablation_lines(read_comparison(ablations)) if ablations.is_file() else ()),
+        *(ablation_lines(read_comparison(ablations), ablations.with_suffix(".png")) if ablations.is_file() else ()),
         "## What this does not show",
         "",
         limits(found, seeds),
@@ -80,8 +84,9 @@ def claims_lines(found: Comparison) -> list[str]:
     return [f"With {counted(seeds, 'seed')}:", "", f"    {found.command}", "", *account(found)]
 
 
-def ablation_lines(found: Comparison) -> list[str]:
-    """-> what FFL is without one of its parts."""
+def ablation_lines(found: Comparison, picture: Path) -> list[str]:
+    """-> what FFL is without one of its parts; the figure is drawn as `picture`."""
+    draw(found, picture)
     seeds = min(len(method.seeds) for method in found.methods)
     return [
         "## What the parts of FFL bring",
@@ -91,6 +96,8 @@ def ablation_lines(found: Comparison) -> list[str]:
         "",
         f"    {found.command}",
         "",
+        f"![accuracy without parts of FFL]({picture.name})",
+        "",
         *accuracy_table(found),
         "",
         *difference_table([(method.method, method.against) for method in found.methods]),
@@ -99,11 +106,10 @@ def ablation_lines(found: Comparison) -> list[str]:
 
 
 def read_comparison(path: Path) -> Comparison:
-    """-> a stored comparison with ffl, whose figure is drawn beside it. Raises UsageError where ffl is not in it."""
+    """-> a stored comparison with ffl, the reference. Raises UsageError where ffl is not in it."""
     found = msgspec.json.decode(path.read_bytes(), type=Comparison)
     if "ffl" not in {found.reference} & {method.method for method in found.methods}:
         raise UsageError(f"{path} does not compare with ffl; run its command with ffl among --methods.")
-    draw(found, path.with_suffix(".png"))
     return found
 
 

@@ -80,7 +80,7 @@ def difference_table(compared: list[tuple[str, Against | None]]) -> list[str]:
     for method, against in compared:
         if against is not None:
             gained, lost = (sum(getattr(pair, name) for pair in against.pairs) for name in ("gained", "lost"))
-            p_values = ", ".join(f"{pair.p:.2g}" for pair in against.pairs)
+            p_values = ", ".join(f"{pair.p:.2g}" if pair.p else "< 1e-300" for pair in against.pairs)  # 0 is an underflow
             rows.append([method, points(against.difference), seed_verdict(against), f"{gained} / {lost}", p_values])
     return _table(["method", "points", "over seeds", "images", "McNemar p by seed"], rows)
 
