@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 
 from export.evaluation import Reference
+from ffl_deploy.bundle import GoldenSamples
 from ffl_deploy.datasets import Split
 from ffl_deploy.errors import CheckError
 from ffl_deploy.parity import (
@@ -19,6 +20,8 @@ from ffl_deploy.parity import (
     Finding,
     ParityRecord,
     Verdict,
+    compare,
+    golden_batches,
     judge,
     judge_accuracy,
     measure,
@@ -83,6 +86,28 @@ def check_parity(
         place = locate(reference.images[_worst_rows(session, reference)])
         raise CheckError(f"variant {session.variant} does not give PyTorch's logits: {found}; {place}. No bundle was written.")
     return record
+
+
+def check_golden(session: Session, golden: GoldenSamples, files: Sequence[str], precision: str, temperature: float) -> None:
+    """Compare a session with the golden logits as ffl-verify will. Raises CheckError that names the images which break the gate.
+
+    That it passed on the reference images does not settle it: a share of few images is another gate, and a user's own images
+    are others. files: the names of the images, where they are the user's own.
+    """
+    gate, sizes = PARITY_GATES[precision], golden_batches(len(golden.images))
+    verdict = judge(measure(session.run, golden.images, golden.logits, sizes, temperature), gate)
+    if not verdict.failed:
+        return
+    logits = run_in_batches(session.run, golden.images.__getitem__, len(golden.images), 1).logits
+    rows = range(len(logits))
+    alone = [row for row in rows if judge({"1": compare(golden.logits[[row]], logits[[row]])}, gate).failed]
+    broken = alone or [row for row in rows if logits[row].argmax() != golden.logits[row].argmax()]
+    named = ", ".join([files[row] for row in broken[:5]]) if files else ""
+    advice = f"take {named} out of the --golden folder, or " if named else ""
+    raise CheckError(
+        f"variant {session.variant} does not give PyTorch's logits on the golden images ({verdict.findings[0]}), so ffl-verify "
+        f"would refuse it. No bundle was written; {advice}try another --precision."
+    )
 
 
 def check_extras(

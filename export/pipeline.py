@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,12 +34,11 @@ from ffl_deploy.bundle import (
 )
 from ffl_deploy.checkpoint import LoadedNetwork, load_network
 from ffl_deploy.command import choices_sentence
-from ffl_deploy.errors import CheckError, OtherMachine, UsageError
+from ffl_deploy.errors import UsageError
 from ffl_deploy.files import replace_folder, shown, write_atomically
 from ffl_deploy.networks.targets import build_target, target_names
 from ffl_deploy.run_directory import Run
 from ffl_deploy.statistics import expected_calibration_error, fit_temperature, log_softmax
-from ffl_deploy.verify import check_parity
 
 GOLDEN_IMAGES = 64
 GOLDEN_BYTES = 8 << 20  # of pixels; large images get fewer samples, so that a bundle stays light
@@ -115,7 +114,7 @@ def export_target(
     model = DeployedModel(target, run.mean, run.std, calibration.temperature, options.extras).eval()
     test = HeldOut(evaluation.data.test, evaluation.test_logits[name])
     samples = golden_samples(model, reference, own, run)
-    context = TargetContext(name, model, reference, test, evaluation, samples, loaded.sha256)
+    context = TargetContext(name, model, reference, test, evaluation, samples, tuple(own or ()), loaded.sha256)
     with replace_folder(options.out / name) as folder:
         variants = build_variants(folder, context, options.variants)
         folder_given = options.golden and f"from the folder {options.golden.name}/"
@@ -144,7 +143,6 @@ def export_target(
         )
         write_atomically(folder / "README.md", model_card(manifest))
         write_manifest(folder, msgspec.structs.replace(manifest, files=file_records(folder)))
-        check_golden(load_bundle(folder), list(own or ()))
     bundle = load_bundle(options.out / name)
     for variant in bundle.manifest.variants:
         report(f"{shown(bundle.folder)}: {variant.name} {variant_summary(variant)}")
@@ -177,28 +175,6 @@ def golden_samples(model: DeployedModel, reference: Reference, own: dict[str, np
     with torch.inference_mode():
         logits = model(torch.from_numpy(images))[0].numpy()
     return GoldenSamples(images, np.full(len(images), -1, dtype=np.int64), logits)
-
-
-def check_golden(bundle: Bundle, names: Sequence[str] = ()) -> None:
-    """Hold every variant that this machine can run to its gate on the golden samples, as ffl-verify will everywhere.
-
-    That they passed on the reference images does not settle it: a share of few images is another gate, and a user's own
-    images are others. names: of the user's files. Raises CheckError that names the image with the largest difference.
-    """
-    golden = bundle.golden()
-    for variant in bundle.manifest.variants:
-        try:
-            verdict = check_parity(bundle, variant).verdict
-        except (UsageError, OtherMachine):
-            continue  # an engine for a GPU, which this machine lacks
-        if verdict.failed:
-            logits = bundle.session(variant.name).run(golden.images).logits
-            worst = int(np.abs(logits - golden.logits).max(axis=1).argmax())
-            advice = f"take {names[worst]} out of the --golden folder" if names else "try another --precision"
-            raise CheckError(
-                f"variant {variant.name} does not give PyTorch's logits on the golden images ({verdict.findings[0]}), so "
-                f"ffl-verify would refuse it. No bundle was written; {advice}."
-            )
 
 
 def read_golden(folder: Path, run: Run) -> dict[str, np.ndarray]:

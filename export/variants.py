@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 
 from export.calibration import IMAGES
-from export.check import HeldOut, check_extras, check_parity, file_batches, measure_accuracy, require_accuracy
+from export.check import HeldOut, check_extras, check_golden, check_parity, file_batches, measure_accuracy, require_accuracy
 from export.evaluation import Evaluation, Reference, class_balanced
 from export.half import write_half
 from export.latency import measure_latency
@@ -61,7 +61,10 @@ class ModelFile:
 
 @dataclass(frozen=True)
 class TargetContext:
-    """One target in PyTorch, with everything that its files are compared with."""
+    """One target in PyTorch, with everything that its files are compared with.
+
+    golden: what ffl-verify will judge the files by; golden_files: the names of its images, where they are the user's own.
+    """
 
     name: str
     model: DeployedModel
@@ -69,6 +72,7 @@ class TargetContext:
     test: HeldOut
     evaluation: Evaluation
     golden: GoldenSamples
+    golden_files: tuple[str, ...]
     checkpoint_sha256: str
 
     @cached_property
@@ -154,6 +158,7 @@ def verified(file: ModelFile, runtime: str, context: TargetContext, folder: Path
         return first_difference(file.path, context.model, images, precision, folder / "model.onnx", runtime)
 
     parity = check_parity(session, context.reference, precision, context.model.temperature, locate)
+    check_golden(session, context.golden, context.golden_files, precision, context.model.temperature)
     many, callers = session, 1
     if runtime == "onnxruntime" and not batch:  # a batch on each core needs no barrier behind every layer
         many, callers = OnnxRuntimeSession(file.path, name, threads=1), available_cores()

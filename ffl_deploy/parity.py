@@ -264,6 +264,11 @@ def measure(
     return measured
 
 
+def golden_batches(images: int) -> list[int]:
+    """-> the batch sizes at which golden samples are compared: one, an odd one, all."""
+    return sorted({1, min(7, images), images})
+
+
 def run_in_batches(
     run: Callable[[np.ndarray], Outputs], read: Callable[[slice], np.ndarray], count: int, batch: int, callers: int = 1
 ) -> Outputs:

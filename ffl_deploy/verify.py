@@ -18,7 +18,7 @@ from ffl_deploy.command import Parser, run_command
 from ffl_deploy.errors import DONE, CheckError, OtherMachine, UsageError
 from ffl_deploy.files import shown
 from ffl_deploy.onnx_wire import refuse_external_data
-from ffl_deploy.parity import PARITY_GATES, ParityRecord, gate_precision, judge, measure
+from ffl_deploy.parity import PARITY_GATES, ParityRecord, gate_precision, golden_batches, judge, measure
 from ffl_deploy.signing import check_signature
 
 
@@ -53,8 +53,7 @@ def check_parity(bundle: Bundle, variant: Variant, runtime: str | None = None, t
     """
     golden = bundle.golden()
     session = bundle.session(variant.name, runtime, threads)
-    batches = sorted({1, min(7, len(golden.images)), len(golden.images)})
-    measured = measure(session.run, golden.images, golden.logits, batches, bundle.temperature)
+    measured = measure(session.run, golden.images, golden.logits, golden_batches(len(golden.images)), bundle.temperature)
     gate = PARITY_GATES[gate_precision(variant.precision.stored, session.computed or variant.precision.computed)]
     return ParityRecord(gate, measured, judge(measured, gate))
 

@@ -18,12 +18,14 @@ from export.report import Limits, Row, mark_pareto, recommend
 
 
 def measurer(
-    kl: dict[tuple[str, bool, bool], float], calls: list[tuple[str, bool, bool]], unverifiable: Sequence[str] = ()
+    kl: dict[tuple[str, bool, bool], float], calls: list[tuple[str, bool, bool]], unverifiable: Sequence[tuple[str, bool]] = ()
 ) -> Callable[..., Candidate]:
     def measure(method: str, reduce_range: bool, float_layers: Sequence[str]) -> Candidate:
         key = (method, reduce_range, bool(float_layers))
         calls.append(key)
-        return Candidate(method, reduce_range, list(float_layers), kl.get(key, 1e-3), 1.0, method not in unverifiable)
+        return Candidate(
+            method, reduce_range, list(float_layers), kl.get(key, 1e-3), 1.0, (method, bool(float_layers)) not in unverifiable
+        )
 
     return measure
 
@@ -53,11 +55,13 @@ def test_float_layers_are_tried_near_the_gate_and_kept_if_they_measure_better(wi
 def test_a_method_whose_file_ffl_verify_would_refuse_is_not_taken() -> None:
     """A percentile cuts off what an unusual golden image needs, though it is the nearest on the validation split."""
     kl = {("percentile", False, False): 1e-4, ("entropy", False, False): 5e-4}
-    best, _ = choose(measurer(kl, [], ["percentile"]), ["first", "last"], may_reduce_range=False)
+    best, _ = choose(measurer(kl, [], [("percentile", False)]), ["first", "last"], may_reduce_range=False)
     assert (best.method, best.float_layers) == ("entropy", [])
-    best, candidates = choose(measurer(kl, [], ["minmax", "percentile", "entropy"]), ["first", "last"], may_reduce_range=False)
-    assert best.method == "percentile"
-    assert candidates[-1].float_layers == ["first", "last"]  # floats are tried before giving up
+    none = [(method, floats) for method in ("minmax", "percentile", "entropy") for floats in (False, True)]
+    best, _ = choose(measurer(kl, [], none[:-1]), ["first", "last"], may_reduce_range=False)
+    assert (best.method, best.float_layers) == ("entropy", ["first", "last"])  # every method's floats are tried
+    best, candidates = choose(measurer(kl, [], none), ["first", "last"], may_reduce_range=False)
+    assert (best.method, best.golden, len(candidates)) == ("percentile", False, 6)
 
 
 def row(target: str, variant: str, accuracy: float | None, p50: float | None, size: int, gate: str = "passed") -> Row:

@@ -16,13 +16,14 @@ import onnx
 import pytest
 from PIL import Image
 
+from export.check import check_golden
 from export.cli import main
 from export.evaluation import Reference, class_balanced
 from export.half import write_half
 from export.onnx_graph import SCOPES, DeployedModel, GraphOptions, write_onnx
-from export.pipeline import check_golden, golden_samples, read_golden
+from export.pipeline import golden_samples, read_golden
 from export.precision import computed_precision, float_operators, operator_histogram
-from ffl_deploy.bundle import Bundle, file_records, load_bundle, write_golden, write_manifest
+from ffl_deploy.bundle import Bundle, load_bundle
 from ffl_deploy.checkpoint import load_network
 from ffl_deploy.command import run_command
 from ffl_deploy.errors import CheckError
@@ -289,18 +290,16 @@ def test_golden_images_may_come_from_a_folder(digits_run: Run, model: DeployedMo
 
 
 def test_variants_are_held_to_the_golden_samples_as_ffl_verify_will(tmp_path: Path, make_bundle: Callable[..., Bundle]) -> None:
-    """That they passed on the reference images says nothing about a user's own."""
-    bundle = make_bundle(tmp_path / "bundle", golden_count=3)
-    check_golden(bundle)
-    golden = bundle.golden()
-    golden.logits[1, 0] += 1
-    record = write_golden(bundle.folder, golden, "here")
-    changed = msgspec.structs.replace(bundle.manifest, golden=record, files=file_records(bundle.folder))
-    write_manifest(bundle.folder, changed)
-    with pytest.raises(CheckError, match=r"variant fp32 .* take b\.png out of the --golden folder"):
-        check_golden(load_bundle(bundle.folder), ["a.png", "b.png", "c.png"])
-    with pytest.raises(CheckError, match=r"variant fp32 .* try another --precision"):
-        check_golden(load_bundle(bundle.folder))
+    """That they passed on the reference images says nothing about a user's own; the image that breaks the gate is named."""
+    bundle = make_bundle(tmp_path / "bundle", golden_count=4)
+    golden, session = bundle.golden(), bundle.session()
+    check_golden(session, golden, (), "int8", bundle.temperature)
+    golden.logits[0] *= 1.5  # the largest difference, in the same direction: int8 allows it
+    golden.logits[2] += np.array([0.5, -0.5, 0.5], np.float32) * np.abs(golden.logits[2]).max()
+    with pytest.raises(CheckError, match=r"smallest cosine .* take c\.png out of the --golden folder"):
+        check_golden(session, golden, ("a.png", "b.png", "c.png", "d.png"), "int8", bundle.temperature)
+    with pytest.raises(CheckError, match=r"variant fp32 .* No bundle was written; try another --precision"):
+        check_golden(session, golden, (), "int8", bundle.temperature)
 
 
 def test_class_balanced_takes_every_class_and_follows_the_seed() -> None:
