@@ -22,7 +22,8 @@ def model_card(manifest: Manifest) -> str:
         f"An image classifier ({what}), trained with the method `{source.method}` and exported to ONNX.",
         "",
         f"- Input `images`: uint8, {manifest.input.layout}, RGB, {shape.height} x {shape.width} pixels "
-        f"(`{shape.resize}` resize); normalisation is inside the graph.",
+        f"(`{shape.resize}` resize); normalisation is inside the graph."
+        + (f" Exactly {manifest.input.batch} at a time; ffl-predict fills up the last batch." if manifest.input.batch else ""),
         f"- Outputs: {', '.join(f'`{output.name}` {output.shape}' for output in manifest.outputs)}.",
         f"- Classes ({len(manifest.classes)}): {classes}.",
         f"- Parameters: {source.parameters:,}.",

@@ -158,9 +158,9 @@ def measure_accuracy(session: Session, test: HeldOut, precision: str, callers: i
     right = finite & (predicted == labels)
     difference = paired_difference(reference == labels, right)
     top2 = -np.sort(-test.logits, axis=1)[:, :2]
-    ties = int((top2[:, 0] - top2[:, 1] <= TIE * test.logits.std()).sum())
+    changed_ties = int(((top2[:, 0] - top2[:, 1] <= TIE * test.logits.std()) & (right != (reference == labels))).sum())
     gate = ACCURACY_GATES[precision]
-    verdict = judge_accuracy(difference, gate, ties)
+    verdict = judge_accuracy(difference, gate, changed_ties)
     if not finite.all():  # first, whatever the accuracy is
         verdict = Verdict("failed", [Finding("number of images with NaN or infinite outputs", int((~finite).sum()), 0)])
     return AccuracyRecord(

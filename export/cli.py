@@ -93,7 +93,7 @@ def main(argv: Sequence[str]) -> int:
         extras=tuple(name for name in ("cam", "embedding") if getattr(arguments, name)),
         golden=arguments.golden,
     )
-    _require_places(arguments)
+    _require_places(arguments, options.targets)
     keep_freed_memory()  # PyTorch passes over whole splits
     bundles = export_run(run, options, lambda line: print(line, flush=True))
     _publish(bundles, arguments.triton, arguments.space, arguments.sign)
@@ -104,8 +104,9 @@ def main(argv: Sequence[str]) -> int:
     return DONE
 
 
-def _require_places(arguments: argparse.Namespace) -> None:
-    """Raises UsageError, before any work, for a key that cannot sign and a --space that would overwrite something else."""
+def _require_places(arguments: argparse.Namespace, targets: Sequence[str]) -> None:
+    """Raises UsageError, before any work, for a key that cannot sign, and a --space or --triton that would overwrite what is not
+    ours."""
     if arguments.sign:
         from ffl_deploy.signing import signer
 
@@ -114,6 +115,10 @@ def _require_places(arguments: argparse.Namespace) -> None:
         from export.space import require_space
 
         require_space(arguments.space)
+    if arguments.triton:
+        from export.triton import require_own_models
+
+        require_own_models(arguments.triton, targets)
 
 
 def _publish(bundles: Sequence[Bundle], triton: Path | None, space: Path | None, key: Path | None) -> None:

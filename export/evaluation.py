@@ -47,10 +47,15 @@ class Evaluation:
         data = load_data(self.run.data)
         if list(data.classes) != self.run.classes:
             raise CheckError("the data's classes are not those of the run; give back the data that it was trained on.")
-        rows, images = self.run.reference_rows(), self.run.reference(self.checkpoint, self.targets[0])[0]
-        if rows.max(initial=0) >= len(data.test) or not np.array_equal(data.test.read(rows), images):
+        rows, (images, labels, _) = self.run.reference_rows(), self.run.reference(self.checkpoint, self.targets[0])
+        if (
+            rows.max(initial=0) >= len(data.test)
+            or not np.array_equal(data.test.read(rows), images)
+            or not np.array_equal(data.test.labels[rows], labels)
+        ):
             raise CheckError(
-                f"the test images of {self.run.config.data_name} are not those that training evaluated; accuracies on other "
+                f"the test images or labels of {self.run.config.data_name} are not those that training evaluated; "
+                "accuracies on other "
                 "images would say nothing about this run: give back the data that it was trained on."
             )
         return data

@@ -38,6 +38,7 @@ from ffl_deploy.errors import UsageError
 from ffl_deploy.files import replace_folder, shown, write_atomically
 from ffl_deploy.networks.targets import build_target, target_names
 from ffl_deploy.run_directory import Run
+from ffl_deploy.signing import signature_path
 from ffl_deploy.statistics import expected_calibration_error, fit_temperature, log_softmax
 
 GOLDEN_IMAGES = 64
@@ -124,7 +125,7 @@ def export_target(
             target=name,
             classes=run.classes,
             input=InputTensor(run.preprocessing, batch=options.variants.graph.batch),
-            outputs=output_tensors(model, run),
+            outputs=output_tensors(model, run, options.variants.graph.batch),
             source=Source(
                 run=run.name,
                 checkpoint=options.checkpoint,
@@ -143,6 +144,7 @@ def export_target(
         )
         write_atomically(folder / "README.md", model_card(manifest))
         write_manifest(folder, msgspec.structs.replace(manifest, files=file_records(folder)))
+    signature_path(options.out / name).unlink(missing_ok=True)  # it was of the bundle before this one
     bundle = load_bundle(options.out / name)
     for variant in bundle.manifest.variants:
         report(f"{shown(bundle.folder)}: {variant.name} {variant_summary(variant)}")
@@ -153,11 +155,15 @@ def calibrate(evaluation: Evaluation, target: str) -> Calibration:
     """Fit the temperature on the validation split, which training used for nothing but choosing the epoch."""
     validation, test = evaluation.data.validation, evaluation.data.test
     temperature = fit_temperature(evaluation.validation_logits[target], validation.labels)
+    notes = [evaluation.run.config.split.get("note", "")]
+    if temperature is None:
+        notes.append("no temperature can be fitted where the validation split is classified without error, so it is 1")
+        temperature = 1.0
     logits = evaluation.test_logits[target]
     return Calibration(
         temperature=temperature,
         split="validation",
-        note=evaluation.run.config.split.get("note", ""),
+        note="; ".join(filter(None, notes)),
         fitted_on=len(validation.labels),
         ece_before=expected_calibration_error(np.exp(log_softmax(logits)), test.labels),
         ece_after=expected_calibration_error(np.exp(log_softmax(logits / temperature)), test.labels),
@@ -204,14 +210,14 @@ OUTPUTS = {
 }
 
 
-def output_tensors(model: DeployedModel, run: Run) -> list[OutputTensor]:
-    """-> the graph's outputs with the shapes that the model gives."""
+def output_tensors(model: DeployedModel, run: Run, batch: int | None) -> list[OutputTensor]:
+    """-> the graph's outputs with the shapes that the model gives; batch: the only one that it takes, None for any."""
     import torch
 
     with torch.inference_mode():
         values = model(torch.zeros(1, run.preprocessing.height, run.preprocessing.width, 3, dtype=torch.uint8))
     return [
-        OutputTensor(name, ["batch", *value.shape[1:]], OUTPUTS[name])
+        OutputTensor(name, [batch or "batch", *value.shape[1:]], OUTPUTS[name])
         for name, value in zip(model.output_names, values, strict=True)
     ]
 

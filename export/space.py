@@ -17,6 +17,7 @@ from ffl_deploy.errors import UsageError
 from ffl_deploy.files import replace_folder, write_atomically
 
 PACKAGES = ("ffl_deploy", "serve")
+OWN = {*PACKAGES, "bundles", "app.py", "requirements.txt", "README.md"}
 EXTRAS = ("predict", "serve", "cpu")
 
 APP = '''"""The demo of this Space; the platform gives the address, a plain `python app.py` serves this machine only."""
@@ -35,11 +36,15 @@ sys.exit(run_command(main, [*bundles, "--host", address, "--port", os.environ.ge
 
 
 def write_space(bundles: Sequence[Bundle], folder: Path) -> None:
-    """Write the Space into `folder`; a clone stays one. Raises UsageError where `folder` holds something that is no Space."""
+    """Write the Space into `folder`, which keeps what is not part of it: git's files, a licence, pictures.
+
+    Raises UsageError where `folder` holds something that is no Space.
+    """
     require_space(folder)
     with replace_folder(folder) as new:
-        for kept in folder.glob(".git*"):  # the repository that the Space is pushed from
-            (shutil.copytree(kept, new / kept.name, symlinks=True) if kept.is_dir() else shutil.copy2(kept, new))
+        for kept in folder.iterdir() if folder.is_dir() else ():
+            if kept.name not in OWN:
+                (shutil.copytree(kept, new / kept.name, symlinks=True) if kept.is_dir() else shutil.copy2(kept, new))
         for package in PACKAGES:
             shutil.copytree(_source(package), new / package, ignore=shutil.ignore_patterns("__pycache__"))
         for bundle in bundles:
@@ -50,13 +55,15 @@ def write_space(bundles: Sequence[Bundle], folder: Path) -> None:
 
 
 def require_space(folder: Path) -> None:
-    """Raises UsageError where `folder` holds something that would be lost: anything but git's files and an older Space."""
+    """Raises UsageError unless `folder` is new, empty, a Space that was written here, or the clone of a new one."""
     if not folder.exists():
         return
     if not folder.is_dir():
         raise UsageError(f"--space {folder} is a file; give a new folder.")
-    own = [path for path in folder.iterdir() if not path.name.startswith(".git")]
-    app = folder / "app.py"
+    own = [path.name for path in folder.iterdir() if not path.name.startswith(".git")]
+    app, readme = folder / "app.py", folder / "README.md"
+    if own == [readme.name] and re.match(r"---\n.*^sdk:.*^---", readme.read_text(errors="replace"), re.S | re.M):
+        return  # the platform writes a card into a new Space
     is_space = (folder / "bundles").is_dir() and app.is_file() and app.read_bytes().startswith(APP.splitlines()[0].encode())
     if own and not is_space:
         raise UsageError(f"--space {folder} is not empty and holds no Space that was written here; give a new folder.")

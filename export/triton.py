@@ -6,11 +6,15 @@ https://docs.nvidia.com/deeplearning/triton-inference-server/user-guide/docs/use
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from ffl_deploy.bundle import DEFAULT_VARIANT, Bundle, Manifest, Variant
+from ffl_deploy.errors import UsageError
 from ffl_deploy.files import replace_file, sha256_of, write_atomically
 
+CONFIG = "config.pbtxt"
+MARK = "# Written by ffl-export, which replaces it at the next export."
 MAX_BATCH = 64
 PREFERRED_BATCHES = (8, 32, 64)
 QUEUE_DELAY_US = 1000  # how long Triton may hold an image back to fill a batch
@@ -20,10 +24,23 @@ VERSIONS_SERVED = 2  # the newest and the one before it, so that clients can go 
 def write_repository(bundle: Bundle, folder: Path) -> list[Path]:
     """Add every variant that Triton can serve (see `backend_of`) to the repository `folder`; -> the models' folders.
 
-    A model that is there already gets a further version, unless its newest one has the same content.
+    A model that is there already gets a further version, unless its newest one has the same content. Raises UsageError where a
+    model of the same name was not written here.
     """
+    require_own_models(folder, [bundle.manifest.target])
     served = [(variant, backend_of(variant)) for variant in bundle.manifest.variants]
     return [_write_model(bundle, variant, backend, folder) for variant, backend in served if backend]
+
+
+def require_own_models(folder: Path, targets: Sequence[str]) -> None:
+    """Raise UsageError where `folder` holds a model whose name an export of `targets` may take and that was not written here."""
+    for target in targets:
+        for model in sorted(folder.glob(f"{target}*")):
+            config = model / CONFIG
+            if model.name != target and not model.name.startswith(f"{target}-"):
+                continue
+            if not config.is_file() or not config.read_text(errors="replace").startswith(MARK):
+                raise UsageError(f"--triton: {model} is a model that was not written here; move it away, or give another folder.")
 
 
 def backend_of(variant: Variant) -> str | None:
@@ -43,16 +60,17 @@ def _write_model(bundle: Bundle, variant: Variant, backend: str, folder: Path) -
     newest = model / str(versions[0] if versions else 1)
     if (newest / file).is_file() and sha256_of(newest / file) != variant.sha256:
         newest = model / str(versions[0] + 1)
-    config, path = model_config(model.name, bundle.manifest, variant, backend), model / "config.pbtxt"
-    if path.is_file() and _signature(path.read_text()) != _signature(config):
-        for version in versions:  # inputs and outputs are not these: one configuration cannot serve both
+    config, path = model_config(model.name, bundle.manifest, variant, backend), model / CONFIG
+    names, labels = "".join(f"{name}\n" for name in bundle.classes), model / "labels.txt"
+    if path.is_file() and (_signature(path.read_text()), labels.read_text()) != (_signature(config), names):
+        for version in versions:  # inputs, outputs or classes are not these: one configuration cannot serve both
             if newest.name != str(version):
                 shutil.rmtree(model / str(version))
     with open(source, "rb") as content, replace_file(newest / file) as copy:
         shutil.copyfileobj(content, copy)
-    write_atomically(model / "labels.txt", "".join(f"{name}\n" for name in bundle.classes))
+    write_atomically(labels, names)
     # Last: Triton, polling its repository, loads a model when it has a configuration.
-    write_atomically(model / "config.pbtxt", config)
+    write_atomically(path, config)
     return model
 
 
@@ -62,7 +80,7 @@ def model_config(name: str, manifest: Manifest, variant: Variant, backend: str) 
     largest = variant.details["engine"]["profile"]["max"] if "engine" in variant.details else MAX_BATCH
     batch = [] if fixed is None else [fixed]
     pixels = [*batch, shape.height, shape.width, 3]
-    lines = [f'name: "{name}"', f'backend: "{backend}"', f"max_batch_size: {0 if fixed else largest}"]
+    lines = [MARK, f'name: "{name}"', f'backend: "{backend}"', f"max_batch_size: {0 if fixed else largest}"]
     lines += ["input [", f"  {{ name: {_quoted(manifest.input.name)} data_type: TYPE_UINT8 dims: {pixels} }}", "]", "output ["]
     outputs = []
     for output in manifest.outputs:

@@ -47,7 +47,7 @@ def _external_tensors(message: memoryview, kind: str) -> Iterator[str]:
                 yield from _external_tensors(value, _CHILDREN[kind][number])
             elif kind == "tensor" and number == _TENSOR_NAME:
                 name = bytes(value).decode(errors="replace")
-        if kind == "tensor" and (number == _EXTERNAL_DATA or (number == _DATA_LOCATION and value == 1)):
+        if kind == "tensor" and (number == _EXTERNAL_DATA or (number == _DATA_LOCATION and value != 0)):
             external = True
     if external:
         yield name
@@ -58,6 +58,8 @@ def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
     position, end = 0, len(message)
     while position < end:
         key, position = _varint(message, position)
+        if key > 0xFFFFFFFF:  # other readers of the format would take its lower bits for another field
+            raise ValueError("a field's number is too large")
         number, wire_type = key >> 3, key & 7
         if wire_type == _VARINT:
             integer, position = _varint(message, position)

@@ -225,7 +225,7 @@ def judge(batches: dict[str, ParityMetrics], gate: ParityGate) -> Verdict:
 def judge_accuracy(difference: PairedDifference, gate: AccuracyGate, ties: int = 0) -> Verdict:
     """-> whether accuracy held. Few images are `inconclusive`, unless McNemar's one-sided p already shows a loss.
 
-    Args: ties: images whose order of classes is a matter of rounding; a zero drop is judged without them.
+    Args: ties: changed images whose order of classes is a matter of rounding; a zero drop is judged without them.
     """
     if gate.max_drop == 0.0:  # decided by identity, not by statistics: any number of images will do
         changed = difference.gained + difference.lost

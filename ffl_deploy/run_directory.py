@@ -63,7 +63,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        return self.folder.name
+        return self.folder.resolve().name  # of "." too
 
     @property
     def classes(self) -> list[str]:

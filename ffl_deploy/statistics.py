@@ -128,12 +128,15 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
-def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
+def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float | None:
     """-> the temperature T > 0 that minimises the mean negative log-likelihood of softmax(logits / T) (Guo et al. 2017).
 
-    The likelihood is convex in 1 / T, so a golden-section search over log T in [1/20, 20] finds it.
+    None where every image is classified correctly: the likelihood then grows without end as T falls. It is convex in 1 / T,
+    so a golden-section search over log T in [1/20, 20] finds its minimum.
     Args: logits float [n, classes] of images the network was not trained on; labels int [n].
     """
+    if (logits.argmax(axis=1) == labels).all():
+        return None
 
     def loss(log_temperature: float) -> float:
         scaled = log_softmax(logits / math.exp(log_temperature))

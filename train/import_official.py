@@ -135,7 +135,9 @@ def import_official(
 def read_official(model: Path, module: Path) -> OfficialWeights:
     """Read the two files and rename what they hold. Raises UsageError."""
     official, epoch = _read(model)
-    fusion, _ = _read(module)
+    fusion, other = _read(module)
+    if -1 not in (epoch, other) and epoch != other:
+        raise UsageError(f"{model} is of epoch {epoch} and {module} of epoch {other}; give the two files of one epoch.")
     if "classfier3_1.weight" not in official:
         hint = " (it looks like the fusion module: give Model_N.pth first)" if "fc2.weight" in official else ""
         raise UsageError(f"{model} is no FFL model of the official code: it has no classfier3_1.weight{hint}.")
@@ -164,7 +166,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], int]:
     tensors = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(tensors, Mapping) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
         raise UsageError(f"{path} holds no state_dict; give a file that the official code saved.")
-    return dict(tensors), int(epoch)
+    return dict(tensors), epoch if isinstance(epoch, int) else -1
 
 
 def _renamed(tensors: Mapping[str, Tensor], names: Mapping[str, str], path: Path) -> dict[str, Tensor]:

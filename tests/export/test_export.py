@@ -229,12 +229,14 @@ def test_bad_input_is_one_sentence(digits_run: Run, exported: Path, tmp_path: Pa
     (no_reference / "eval_reference.npz").unlink()
     shutil.copytree(digits_run.folder, no_checkpoint)
     shutil.rmtree(no_checkpoint / "checkpoints")
-    damaged, other_images = tmp_path / "damaged", tmp_path / "other_images"
+    damaged, other_images, other_labels = (tmp_path / name for name in ("damaged", "other_images", "other_labels"))
+    shutil.copytree(digits_run.folder, other_labels)
     shutil.copytree(digits_run.folder, damaged)
     os.truncate(damaged / "eval_reference.npz", 1000)
     shutil.copytree(digits_run.folder, other_images)
     with np.load(digits_run.folder / "eval_reference.npz") as arrays:
         np.savez(other_images / "eval_reference.npz", **{**arrays, "indices": arrays["indices"][::-1]})
+        np.savez(other_labels / "eval_reference.npz", **{**arrays, "labels": (arrays["labels"] + 1) % 10})
     run = str(digits_run.folder)
     cases = [
         ([str(tmp_path / "nowhere")], 2, "no run directory"),
@@ -244,6 +246,7 @@ def test_bad_input_is_one_sentence(digits_run: Run, exported: Path, tmp_path: Pa
         ([str(no_checkpoint)], 2, "no checkpoint 'best'"),
         ([str(damaged)], 1, "eval_reference.npz is damaged"),
         ([str(other_images)], 1, "not those that training evaluated"),
+        ([str(other_labels)], 1, "labels of digits are not those that training evaluated"),
         ([str(other)], 1, "belongs to another architecture"),
         ([run, "--batch", "zero"], 2, "--batch zero"),
         ([run, "--opset", "3"], 2, "--opset 3"),

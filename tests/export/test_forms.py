@@ -245,6 +245,19 @@ def test_accuracy_that_is_lost_fails_the_export_gate() -> None:
     assert record.difference.lost == 60
 
 
+def test_ties_excuse_only_changes_of_tied_images() -> None:
+    """fp32: an image may become right or wrong only where rounding decides its order of classes."""
+    images, labels, logits = answers(600)
+    logits[:3] = 0  # ties, which stay what they are
+    lost = logits.copy()
+    lost[3] = np.roll(lost[3], 1)
+    held = HeldOut(ArraySplit(images, labels), logits)
+    assert measure_accuracy(FixedAnswers(Outputs(lost, lost)), held, "fp32").verdict.failed
+    turned = logits.copy()
+    turned[1, 0] -= 1e-6
+    assert measure_accuracy(FixedAnswers(Outputs(turned, turned)), held, "fp32").verdict.status == "passed"
+
+
 def test_a_wrong_map_is_caught_although_the_logits_are_right() -> None:
     images, labels, logits = answers(64)
     maps = np.random.default_rng(0).normal(size=(64, 4, 4)).astype(np.float32)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from export.space import requirements, write_space
+from export.space import require_space, requirements, write_space
 from ffl_deploy.bundle import load_bundle
 from ffl_deploy.errors import UsageError
 from ffl_deploy.verify import verify
@@ -34,13 +34,26 @@ def test_a_space_holds_what_it_needs(exported: Path, tmp_path: Path) -> None:
     assert requirements() == sorted(set(requirements()))
     (space / ".git").mkdir()
     (space / ".git" / "HEAD").write_text("ref: refs/heads/main")
+    (space / "assets").mkdir()
+    (space / "assets" / "logo.svg").write_text("<svg/>")
     write_space([load_bundle(exported / "branch0")], space)  # a Space may be written again, and stays a clone
     assert (space / ".git" / "HEAD").is_file()
+    assert (space / "assets" / "logo.svg").read_text() == "<svg/>"
     assert [path.name for path in (space / "bundles").iterdir()] == ["branch0"]
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "holiday.jpg").write_bytes(b"")
     with pytest.raises(UsageError, match="holds no Space"):
         write_space([load_bundle(exported / "fused")], tmp_path / "photos")
+
+
+def test_the_clone_of_a_new_space_is_accepted(tmp_path: Path) -> None:
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".gitattributes").write_text("")
+    (tmp_path / "README.md").write_text("---\ntitle: New\nsdk: gradio\n---\n")
+    require_space(tmp_path)
+    (tmp_path / "README.md").write_text("# My notes\n")
+    with pytest.raises(UsageError, match="holds no Space"):
+        require_space(tmp_path)
 
 
 @pytest.mark.slow

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx
 import pytest
 
 from export.triton import write_repository
-from ffl_deploy.bundle import load_bundle
+from ffl_deploy.bundle import Bundle, load_bundle
+from ffl_deploy.errors import UsageError
 
 TYPES = {"TYPE_UINT8": onnx.TensorProto.UINT8, "TYPE_FP32": onnx.TensorProto.FLOAT}
 
@@ -47,3 +49,22 @@ def test_a_new_export_becomes_a_new_version_and_the_same_one_does_not(exported: 
     write_repository(bundle, tmp_path)
     assert sorted(path.name for path in model.iterdir() if path.is_dir()) == ["1", "2"]
     assert (model / "2" / "model.onnx").read_bytes() == (bundle.folder / "model.onnx").read_bytes()
+
+
+def test_other_classes_do_not_share_labels_with_an_older_version(make_bundle: Callable[..., Bundle], tmp_path: Path) -> None:
+    """labels.txt is one for all versions, and two of them are served."""
+    (model,) = write_repository(make_bundle(tmp_path / "a", classes=("cat", "dog", "frog")), tmp_path / "models")
+    write_repository(make_bundle(tmp_path / "b", classes=("frog", "dog", "cat"), seed=1), tmp_path / "models")
+    assert [path.name for path in model.iterdir() if path.is_dir()] == ["2"]
+    assert (model / "labels.txt").read_text().split() == ["frog", "dog", "cat"]
+
+
+def test_a_model_that_was_not_written_here_is_left_alone(make_bundle: Callable[..., Bundle], tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "bundle")
+    foreign = tmp_path / "models" / bundle.manifest.target
+    (foreign / "1").mkdir(parents=True)
+    (foreign / "1" / "model.pt").write_text("years of work")
+    (foreign / "config.pbtxt").write_text('backend: "pytorch"\n')
+    with pytest.raises(UsageError, match="was not written here; move it away"):
+        write_repository(bundle, tmp_path / "models")
+    assert (foreign / "1" / "model.pt").read_text() == "years of work"

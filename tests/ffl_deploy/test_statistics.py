@@ -99,7 +99,14 @@ def test_fitted_temperature_recovers_the_one_that_sharpened_the_logits() -> None
     honest = generator.normal(size=(20_000, 6)) * 2
     labels = (np.cumsum(np.exp(log_softmax(honest)), axis=1) > generator.random((20_000, 1))).argmax(axis=1)
     temperature = fit_temperature(honest * 3.0, labels)
+    assert temperature is not None
     assert temperature == pytest.approx(3.0, rel=0.03)
     before = expected_calibration_error(np.exp(log_softmax(honest * 3.0)), labels)
     after = expected_calibration_error(np.exp(log_softmax(honest * 3.0 / temperature)), labels)
     assert after < 0.02 < 0.1 < before
+
+
+def test_no_temperature_without_an_error_to_fit_it_to() -> None:
+    """The likelihood of answers that are all right only grows as the temperature falls."""
+    labels = np.arange(30) % 3
+    assert fit_temperature(np.eye(3)[labels] * 2.0, labels) is None

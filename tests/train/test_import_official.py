@@ -166,6 +166,8 @@ def test_what_does_not_fit_is_one_sentence_and_leaves_nothing(
     assert "no file" in complaint(paths[0], str(tmp_path / "Module_1.pth"))
     assert "it looks like the fusion module: give Model_N.pth first" in complaint(paths[1], paths[0])
     assert "no fusion module" in complaint(paths[0], paths[0])
+    torch.save({"epoch": 5, "state_dict": fusion}, tmp_path / "Module_5.pth")
+    assert "is of epoch 299 and" in complaint(paths[0], str(tmp_path / "Module_5.pth"))
     (tmp_path / "noise.pth").write_bytes(b"not a checkpoint")
     assert "can be read without executing code" in complaint(str(tmp_path / "noise.pth"), paths[1])
     assert "can be read without executing code" in complaint(*save_official(model, fusion, hook=Path))
