@@ -297,13 +297,13 @@ def read_manifest(path: Path) -> Manifest:
         raise CheckError(f"{path} is not a valid manifest ({error}); export the bundle again.") from error
     if manifest.schema != SCHEMA:
         raise CheckError(f"{path} has schema {manifest.schema}, this version reads {SCHEMA}; export the bundle again.")
+    if not manifest.classes or not manifest.variants:
+        raise CheckError(f"{path} lists no classes or no variants; export the bundle again.")
     for output in manifest.outputs:
         if output.name in ("logits", "probabilities") and output.shape[-1:] != [len(manifest.classes)]:
             raise CheckError(
                 f"{path} lists {len(manifest.classes)} classes, but {output.name} of shape {output.shape}; export again."
             )
-    if not manifest.classes or not manifest.variants:
-        raise CheckError(f"{path} lists no classes or no variants; export the bundle again.")
     names = [variant.name for variant in manifest.variants]
     if len(set(names)) < len(names):
         raise CheckError(f"{path} lists a variant twice; export the bundle again.")

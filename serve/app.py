@@ -218,7 +218,12 @@ def model_spec(text: str, variant: str | None = None) -> ModelSpec:
 
 
 def _read_token(path: Path) -> str:
-    token = path.read_text(encoding="utf-8").strip()
+    try:
+        token = path.read_text(encoding="ascii").strip()
+    except UnicodeDecodeError:
+        raise UsageError(
+            f"{path} holds more than plain text; make a secret of text, for example with: openssl rand -hex 32"
+        ) from None
     if len(token) < 16:
         raise UsageError(f"{path} holds {len(token)} characters; use a random secret of at least 16.")
     return token

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import PurePosixPath
 
 from ffl_deploy.images import SUFFIXES, ImageError
-from serve.items import MAX_FILE_BYTES, Item, Skipped, displayed, failed_item, refuse
+from serve.items import MAX_FILE_BYTES, METADATA, Item, Skipped, displayed, failed_item, is_metadata, refuse
 
 ZIP_SUFFIXES = (".zip",)
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
@@ -107,6 +107,9 @@ def _member(path: str, name: str, classes: frozenset[str], read: partial[bytes])
 
 def _is_other(name: str, skipped: Skipped) -> bool:
     """-> whether a member is no image by its name; counts it."""
+    if is_metadata(name):
+        skipped.reasons[METADATA] += 1
+        return True
     if name.lower().endswith(SUFFIXES):
         return False
     nested = is_archive(name)

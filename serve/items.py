@@ -50,6 +50,15 @@ class Skipped:
         return ", ".join(f"{count} {reason}" for reason, count in sorted(self.reasons.items()))
 
 
+METADATA = "files of macOS metadata"
+
+
+def is_metadata(name: str) -> bool:
+    """-> whether a file or member is what macOS adds to folders and zips beside each image (`._photo.jpg`)."""
+    parts = name.split("/")
+    return parts[-1].startswith("._") or "__MACOSX" in parts
+
+
 def file_item(path: str, label: str | None = None) -> Item:
     return Item(displayed(path), partial(read_file, path), label, file=path)
 

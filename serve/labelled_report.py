@@ -84,6 +84,8 @@ def report_path(out: Path) -> Path:
 def write_report(out: Path, report: dict[str, Any], counts: LabelCounts, classes: Sequence[str]) -> None:
     """Write FILE.report.json and, where matplotlib is installed, FILE.report.png."""
     write_atomically(report_path(out), msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
+    if report["accuracy"] is None:  # nothing could be classified
+        return
     try:
         image = plotted(report, confusion_matrix(counts, classes), classes)
     except ImportError:

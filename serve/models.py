@@ -46,14 +46,14 @@ class ServedModel:
     async def infer(self, images: np.ndarray) -> Outputs:
         """uint8 [n, height, width, 3] -> Outputs. Raises NonFinite, Overloaded."""
         outputs = await self.batcher.infer(images)
-        if not np.isfinite(outputs.logits).all():
-            raise NonFinite(f"{self.name} gave NaN or infinite logits for {_bad_rows(outputs.logits)}")
+        if not outputs.finite.all():
+            raise NonFinite(f"{self.name} gave NaN or infinite values for {_bad_rows(outputs.finite)}")
         return outputs
 
 
-def _bad_rows(logits: np.ndarray) -> str:
-    rows = np.flatnonzero(~np.isfinite(logits).all(axis=1))
-    return f"image {rows[0]}" if len(rows) == 1 else f"{len(rows)} of {len(logits)} images"
+def _bad_rows(finite: np.ndarray) -> str:
+    rows = np.flatnonzero(~finite)
+    return f"image {rows[0]}" if len(rows) == 1 else f"{len(rows)} of {len(finite)} images"
 
 
 class Decoders:

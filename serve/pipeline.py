@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -22,6 +23,7 @@ from serve.rows import OK, Row
 from serve.shards import Settings
 
 DECODE_CHUNK = 16  # items a decoding thread takes at a time: hand-over costs 30 us, a small image decodes in 50
+HELD_BYTES = 64 << 20  # of encoded members of archives and tables, which are in memory until they are decoded
 ANIMATED = "animated: only the first frame was classified"
 
 Argument = TypeVar("Argument")
@@ -48,6 +50,7 @@ class Chunk(NamedTuple):
     items: list[Item]
     ends_batch: bool
     ends_shard: bool
+    bytes: int = 0  # of encoded images that it holds
 
 
 class Finished(NamedTuple):
@@ -133,18 +136,25 @@ def prepare_item(item: Item, preprocessing: Preprocessing) -> Prepared:
 def chunks(items: Iterable[Item], shard: int, batch_size: int) -> Iterator[Chunk]:
     """Cut one shard's items into batches of `batch_size` by position, and those into chunks for the decoding threads."""
     chunk: list[Item] = []
-    in_batch = 0
+    in_batch = held = 0
     ahead: Item | None = None
     for item in items:
         if ahead is not None:
             chunk.append(ahead)
             in_batch += 1
-            if in_batch == batch_size or len(chunk) == DECODE_CHUNK:
-                yield Chunk(shard, chunk, in_batch == batch_size, False)
-                chunk, in_batch = [], in_batch % batch_size
+            held += _held_bytes(ahead)
+            if in_batch == batch_size or len(chunk) == DECODE_CHUNK or held >= HELD_BYTES:
+                yield Chunk(shard, chunk, in_batch == batch_size, False, held)
+                chunk, in_batch, held = [], in_batch % batch_size, 0
         ahead = item.loaded() if item.bound else item
     if ahead is not None:
-        yield Chunk(shard, [*chunk, ahead], True, True)
+        yield Chunk(shard, [*chunk, ahead], True, True, held + _held_bytes(ahead))
+
+
+def _held_bytes(item: Item) -> int:
+    """-> the size of an image that is in memory already, 0 of one that is read when it is decoded."""
+    data = item.read.args[0] if isinstance(item.read, partial) and item.read.func is bytes else b""
+    return len(data)
 
 
 def run_pipeline(
@@ -162,7 +172,7 @@ def run_pipeline(
 
     def batches() -> Iterator[tuple[Chunk, list[Prepared]]]:
         batch: list[Prepared] = []
-        for chunk, prepared in ordered_map(decode_chunk, work, decoding, ahead):
+        for chunk, prepared in ordered_map(decode_chunk, work, decoding, ahead, lambda chunk: chunk.bytes):
             batch += prepared
             if chunk.ends_batch:
                 yield chunk, batch
@@ -186,13 +196,22 @@ def run_pipeline(
 
 
 def ordered_map(
-    function: Callable[[Argument], Result], arguments: Iterable[Argument], executor: ThreadPoolExecutor, window: int
+    function: Callable[[Argument], Result],
+    arguments: Iterable[Argument],
+    executor: ThreadPoolExecutor,
+    window: int,
+    size: Callable[[Argument], int] = lambda argument: 0,
 ) -> Iterator[Result]:
-    """Like `map` on an executor, but with at most `window` arguments taken and not yet yielded."""
-    pending: deque[Future[Result]] = deque()
+    """Like `map` on an executor, but with at most `window` arguments, and those of about HELD_BYTES, taken and not "
+    "yet yielded."""
+    pending: deque[tuple[Future[Result], int]] = deque()
+    held = 0
     for argument in arguments:
-        pending.append(executor.submit(function, argument))
-        if len(pending) >= window:
-            yield pending.popleft().result()
+        pending.append((executor.submit(function, argument), size(argument)))
+        held += pending[-1][1]
+        while len(pending) >= window or (held >= HELD_BYTES and pending):
+            future, freed = pending.popleft()
+            held -= freed
+            yield future.result()
     while pending:
-        yield pending.popleft().result()
+        yield pending.popleft()[0].result()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ffl_deploy.command import Parser, positive, run_command
 from ffl_deploy.errors import DONE, SOME_INPUTS_FAILED, Interrupted, UsageError
+from serve.standard_input import STANDARD_INPUT, spool_standard_input
 from serve.supervise import Recovery, supervise
 
 DESCRIPTION = """\
@@ -60,6 +62,8 @@ def main(argv: Sequence[str]) -> int:
 def supervised_main(argv: Sequence[str]) -> int:
     """Run in a child process that is restarted when it dies."""
     arguments = build_parser().parse_args(argv)
+    if STANDARD_INPUT in arguments.inputs:
+        spool_standard_input()
     return delivered(arguments, lambda out: supervise(lambda recovery: run_command(lambda _: run(arguments, out, recovery))))
 
 
@@ -68,7 +72,7 @@ def delivered(arguments: argparse.Namespace, job: Callable[[Path], int]) -> int:
     if arguments.out:
         if arguments.out.is_dir():
             raise UsageError(f"{arguments.out} is a folder; give --out a file inside it.")
-        return job(arguments.out)
+        return job(Path(os.path.realpath(arguments.out)) if arguments.out.is_symlink() else arguments.out)
     from serve.screen import rows_on_screen, show
 
     with rows_on_screen(arguments) as rows:

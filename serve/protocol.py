@@ -199,10 +199,12 @@ def _uint8_tensor(tensor: Tensor, raw: memoryview | None) -> np.ndarray:
     count = math.prod(tensor.shape)
     if raw is None:
         try:
-            values = np.asarray(msgspec.json.decode(tensor.data))
+            if b"true" in (data := bytes(tensor.data)) or b"false" in data:  # numpy would take them for 1 and 0
+                raise ValueError
+            values = np.asarray(msgspec.json.decode(data))
         except (msgspec.DecodeError, ValueError, RecursionError) as error:
             raise ProtocolError(f"the data of input {tensor.name!r} is not an array of numbers") from error
-        # numpy would silently cut 1.5 to 1 and take true for 1; neither is a pixel
+        # numpy would silently cut 1.5 to 1, which is no pixel
         if values.dtype.kind != "i" or (values.size and (values.min() < 0 or values.max() > 255)):
             raise ProtocolError(f"the data of input {tensor.name!r} has to be whole numbers from 0 to 255")
         if values.size != count or (values.ndim != 1 and list(values.shape) != tensor.shape):
@@ -238,6 +240,8 @@ def _bytes_tensor(tensor: Tensor, raw: memoryview | None) -> list[bytes]:
 
 def _class_count(output: RequestedOutput) -> int:
     count = output.parameters.get("classification", 0)
+    if count and output.name not in ("logits", "probabilities"):
+        raise ProtocolError("classification is defined for logits and probabilities")
     if not isinstance(count, int) or isinstance(count, bool) or count < 0:
         raise ProtocolError("the parameter classification has to be a whole number")
     return count
@@ -245,8 +249,6 @@ def _class_count(output: RequestedOutput) -> int:
 
 def _classification(values: np.ndarray, count: int, classes: Sequence[str]) -> tuple[list[str], np.ndarray, str]:
     """Triton's classification extension: float32 [n, classes] -> "value:index:label" of the `count` largest, row by row."""
-    if values.ndim != 2:
-        raise ProtocolError("classification is defined for logits and probabilities")
     order = np.argsort(-values, axis=1, kind="stable")[:, :count]
     labels = [f"{values[row, i]:f}:{i}:{classes[i]}" for row in range(len(values)) for i in order[row]]
     return labels, order, "BYTES"

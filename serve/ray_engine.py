@@ -6,7 +6,6 @@ Ray replaces an actor that dies and makes its shard again; when the cluster give
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import warnings
@@ -23,7 +22,8 @@ from serve.local import made, unfinished
 from serve.rows import Row
 from serve.shards import PartsManifest, ShardRecord
 
-WINDOW = 1024  # shards in one Ray Data job: a million rows' names are held by this process at a time
+WINDOW = 1024  # shards in one Ray Data job
+WINDOW_BYTES = 256 << 20  # of them: names of files, and the images themselves where they are members of archives or tables
 RETRIES = 2  # of a shard whose actor died; Ray Data's own default is to try for ever
 
 
@@ -111,7 +111,7 @@ def predict_shards(run: Run, items: Iterator[Item]) -> None:
         described = (
             {"index": index, "items": msgspec.json.encode([plain(i) for i in shard])} for index, shard in unfinished(run, items)
         )
-        while window := list(itertools.islice(described, WINDOW)):
+        while window := next_window(described):
             for finished in mapped(ray, window, run):
                 run.parts.commit(finished.index, finished.data, finished.record)
                 run.totals.add_record(finished.record, resumed=False)
@@ -124,6 +124,18 @@ def predict_shards(run: Run, items: Iterator[Item]) -> None:
         ) from error
     finally:
         ray.shutdown()
+
+
+def next_window(described: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
+    """-> the next shards that this process holds at a time: at most WINDOW, and about WINDOW_BYTES."""
+    window: list[dict[str, Any]] = []
+    held = 0
+    for shard in described:
+        window.append(shard)
+        held += len(shard["items"])
+        if len(window) == WINDOW or held >= WINDOW_BYTES:
+            break
+    return window
 
 
 def start_ray() -> Any:

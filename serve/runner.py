@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import os
 import signal
 import threading
 import time
@@ -18,13 +19,13 @@ import msgspec
 from ffl_deploy.bundle import Bundle, load_bundle
 from ffl_deploy.errors import CheckError, Interrupted, UsageError
 from serve import local
-from serve.items import Item
+from serve.items import Item, displayed
 from serve.job import Job, Run
-from serve.labelled_report import make_report, report_screen, write_report
+from serve.labelled_report import make_report, report_path, report_screen, write_report
 from serve.progress import Progress
 from serve.rows import assemble, format_of
 from serve.shards import Parts, Request, Settings, open_parts, parts_folder
-from serve.sources import Reading, check_inputs, count_inputs, read_inputs
+from serve.sources import Reading, check_inputs, count_inputs, is_pattern, matches, read_inputs
 from serve.summary import Totals, screen, summarise, summary_path, write_summary
 from serve.tuning import SMALL_RUN, choose_settings
 
@@ -34,6 +35,7 @@ def run_job(job: Job) -> int:
 
     Raises UsageError (nothing to classify, unusable flags), CheckError (bundle), Interrupted, OSError (disk).
     """
+    check_output(job)
     bundle = load_bundle(job.bundle)
     request = make_request(job, bundle)
     if job.resume and not parts_folder(job.out).exists() and job.out.is_file():
@@ -69,6 +71,18 @@ def run_job(job: Job) -> int:
     elif job.report == "screen":
         print(screen(summary), *([report_screen(report)] if report["labelled_rows"] else []), sep="\n")
     return totals.errors
+
+
+def check_output(job: Job) -> None:
+    """Raise UsageError where writing the output would replace an input, or what is no file."""
+    if job.out.exists() and not job.out.is_file():
+        raise UsageError(f"{job.out} is a device or a pipe, which a file would replace; leave --out away to print the rows.")
+    written = {os.path.realpath(path) for path in (job.out, summary_path(job.out), report_path(job.out)) if path.exists()}
+    for argument in job.inputs if written else ():
+        if os.path.realpath(argument) in written or (
+            is_pattern(argument) and written & set(map(os.path.realpath, matches(argument)))
+        ):
+            raise UsageError(f"--out {job.out} would replace an input ({argument}); choose another file.")
 
 
 def engine_of(job: Job) -> Callable[[Run, Iterator[Item]], None]:
@@ -112,7 +126,7 @@ def make_request(job: Job, bundle: Bundle) -> Request:
         format=format_of(job.out, job.format),
         top_k=job.top_k,
         columns=job.columns,
-        inputs=job.inputs,
+        inputs=[displayed(argument) for argument in job.inputs],
         options={"column": job.column, "label_column": job.label_column, "follow_links": job.follow_links},
         toolchain={name: found for name in ("onnxruntime", "openvino", "pillow", "pyarrow") if (found := _version(name))},
     )
@@ -128,15 +142,21 @@ def _version(package: str) -> str | None:
 def _already_finished(job: Job, request: Request) -> int:
     """The output is there and no unfinished run is: say so, unless it came from another request."""
     try:
-        before = msgspec.convert(msgspec.json.decode(summary_path(job.out).read_bytes())["request"], Request)
+        summary = msgspec.json.decode(summary_path(job.out).read_bytes())
+        before = msgspec.convert(summary["request"], Request)
     except (OSError, msgspec.DecodeError, msgspec.ValidationError, KeyError, TypeError):
-        before = None  # no summary beside it: nothing to compare
-    if before is not None and before != request:
+        raise UsageError(
+            f"{job.out} has no {summary_path(job.out).name} beside it that says which command wrote it; "
+            "leave --resume away to replace it, or choose another --out."
+        ) from None
+    if before != request:
         raise UsageError(
             f"{job.out} is complete, but from another command; leave --resume away to replace it, or choose another --out."
         )
     if job.report == "screen":
         print(f"{job.out} is already complete.")
+    elif job.report == "json":
+        print(msgspec.json.encode(summary).decode())
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -31,7 +32,9 @@ def rows_on_screen(arguments: argparse.Namespace) -> Iterator[Path]:
 
 def show(rows: Path, format: str | None) -> None:
     """Print the rows that a finished run wrote."""
-    with rows.open(encoding="utf-8") as lines:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a name shows its code
+    with rows.open(encoding="utf-8", newline="\n") as lines:  # a name may hold a carriage return
         for line in lines:
             print(line.rstrip("\n") if format else readable(msgspec.json.decode(line)))
     sys.stdout.flush()

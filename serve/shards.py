@@ -9,6 +9,7 @@ rename. The record holds a hash of the inputs' names, so a resume over changed i
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import shutil
 import time
@@ -113,6 +114,8 @@ def open_parts(out: Path, request: Request, settings: Callable[[], Settings], re
     """
     folder = parts_folder(out)
     with locked(folder):
+        for left in out.parent.glob(f".{glob.escape(out.name)}.*.tmp"):  # of a run that was killed while it put the rows together
+            left.unlink(missing_ok=True)
         try:
             manifest = _existing(folder, request, resume)
             if manifest is None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import glob
 import heapq
 import os
-import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -18,9 +17,9 @@ from pathlib import PurePath
 from ffl_deploy.errors import UsageError
 from ffl_deploy.images import SUFFIXES
 from serve import archives, tables
-from serve.items import Item, Skipped, displayed, failed_item, file_item
+from serve.items import METADATA, Item, Skipped, displayed, failed_item, file_item, is_metadata
+from serve.standard_input import STANDARD_INPUT, standard_input
 
-STANDARD_INPUT = "-"
 SPILL = 50_000  # names sorted in memory at a time, about 5 MB
 
 
@@ -39,8 +38,10 @@ def check_inputs(inputs: Iterable[str], reading: Reading) -> None:
     """Refuse before any work what cannot be read at all. Raises UsageError for an empty pattern or a table without the column."""
     for argument in inputs:
         if is_pattern(argument):
-            if next(_matches(argument), None) is None:
+            if next(matches(argument), None) is None:
                 raise UsageError(f"no file matches {argument!r}; check the pattern.")
+            for path in filter(tables.is_table, matches(argument)):
+                tables.check_table(path, reading.column, reading.label_column)
         elif tables.is_table(argument) and os.path.isfile(argument):
             tables.check_table(argument, reading.column, reading.label_column)
 
@@ -49,9 +50,9 @@ def read_inputs(inputs: Iterable[str], reading: Reading) -> Iterator[Item]:
     """Yield every input once, in order. An argument that names no folder always gives at least one item or names its error."""
     for argument in inputs:
         if argument == STANDARD_INPUT:
-            yield from _listed_on(sys.stdin.buffer)
+            yield from _listed_on(standard_input())
         elif is_pattern(argument):
-            for path in sorted_names(_matches(argument)):
+            for path in sorted_names(matches(argument)):
                 yield from _one(path, reading)
         else:
             yield from _one(argument, reading)
@@ -62,7 +63,7 @@ def is_pattern(argument: str) -> bool:
     return glob.has_magic(argument) and not os.path.lexists(argument)
 
 
-def _matches(pattern: str) -> Iterator[str]:
+def matches(pattern: str) -> Iterator[str]:
     """-> everything but folders that `pattern` matches, hidden files too, in no order."""
     return (path for path in glob.iglob(pattern, recursive=True, include_hidden=True) if not os.path.isdir(path))
 
@@ -111,6 +112,10 @@ def walk(root: str, reading: Reading) -> Iterator[Item]:
             skipped["special files"] += 1
         elif not name.lower().endswith(suffixes):
             skipped["files without an image suffix"] += 1
+        elif is_metadata(name):
+            skipped[METADATA] += 1
+        elif name.endswith(".report.png") and os.path.isfile(path.removesuffix(".png") + ".json"):
+            skipped["pictures of reports"] += 1  # this command's own, of an earlier run
         else:
             yield file_item(path, label_of(PurePath(path).relative_to(root).parts[:-1], reading.classes))
 

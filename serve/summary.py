@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 
 from ffl_deploy.files import write_atomically
-from serve.items import Skipped
+from serve.items import Skipped, displayed
 from serve.labelled import LabelCounts
 from serve.rows import OK
 from serve.shards import PartsManifest, ShardRecord
@@ -85,7 +85,7 @@ def summarise(totals: Totals, manifest: PartsManifest, out: Path, skipped: Skipp
     made = totals.rows - totals.resumed_rows
     busy = totals.decode.total + totals.infer.total
     return {
-        "out": str(out),
+        "out": displayed(str(out)),
         "rows": totals.rows,
         "ok": totals.statuses[OK],
         "errors": totals.errors,

@@ -145,11 +145,14 @@ class Infer:
         return await self.service.decoders.prepare(request.encoded, model)
 
 
+MOST_DIGITS = 12  # of a length
+
+
 def _header_length(scope: Scope) -> int | None:
     text = header(scope, HEADER_LENGTH.encode())
     if text is None:
         return None
-    if not (text.isascii() and text.isdecimal()):
+    if not (text.isascii() and text.isdecimal() and len(text) <= MOST_DIGITS):
         raise ProtocolError(f"{HEADER_LENGTH} has to be a whole number")
     return int(text)
 

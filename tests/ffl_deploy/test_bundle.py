@@ -148,6 +148,7 @@ def put(value: object, *path: str | int) -> Callable[[dict[str, Any]], None]:
         (put(99, "schema"), "schema 99, this version reads 1"),
         (put([], "classes"), "lists no classes or no variants"),
         (put([], "variants"), "lists no classes or no variants"),
+        (put(["cat", "dog"], "classes"), "lists 2 classes, but logits of shape"),
         (drop("files", "model.onnx"), "does not list the hash of model.onnx"),
         (drop("files", "golden.npz"), "does not list the hash of golden.npz"),
         (put("0" * 64, "variants", 0, "sha256"), "two different hashes for model.onnx"),

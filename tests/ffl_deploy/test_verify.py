@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 
+from ffl_deploy import onnx_wire
 from ffl_deploy.bundle import MANIFEST, Bundle, file_records, load_bundle, write_manifest
 from ffl_deploy.command import run_command
 from ffl_deploy.errors import CheckError, OtherMachine
@@ -175,6 +176,11 @@ def test_external_data_is_found_wherever_a_tensor_can_hide(tmp_path: Path) -> No
     path.write_bytes(proto.SerializeToString())
     with pytest.raises(CheckError, match="'hidden' in another file"):
         refuse_external_data(path)
+    # Other readers keep 32 bits of a field's tag: with a further one set this one must not see another field.
+    longer = b"\xf0\x80\x80\x80\x10"  # 14 << 3 | 1 << 32
+    field = onnx_wire._external_tensors(memoryview(b"\x42\x06hidden" + longer + b"\x01"), "tensor")
+    with pytest.raises(ValueError, match="too large"):
+        list(field)
     for cut in (1, 10, len(path.read_bytes()) - 3):
         (tmp_path / "cut.onnx").write_bytes(path.read_bytes()[:cut])
         with pytest.raises(CheckError):

@@ -375,6 +375,8 @@ def test_a_corrupt_bundle_ends_the_server_with_code_1_and_one_sentence(
         (["{bundle}", "--workers", "two"], "argument --workers: invalid"),
         (["a b={bundle}"], "cannot be a model's name"),
         (["{bundle}", "--token-file", "{short}"], "at least 16"),
+        (["{bundle}", "--token-file", "{binary}"], "more than plain text"),
+        (["{bundle}", "--host", "a..b"], "is no address of this machine"),
     ],
 )
 def test_unusable_arguments_are_one_sentence_and_code_2(
@@ -384,7 +386,9 @@ def test_unusable_arguments_are_one_sentence_and_code_2(
     from serve.app import main
 
     (tmp_path / "short").write_text("secret\n")
-    filled = [text.format(bundle=two_bundles[0].folder, short=tmp_path / "short") for text in arguments]
+    (tmp_path / "binary").write_bytes(b"\xff\xfe" * 20)
+    paths = {"bundle": two_bundles[0].folder, "short": tmp_path / "short", "binary": tmp_path / "binary"}
+    filled = [text.format(**paths) for text in arguments]
     assert run_command(main, [*filled, "--no-demo"]) == 2
     error = capsys.readouterr().err
     assert says in error

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from serve import v2
 from serve.protocol import ProtocolError, Request, RequestedOutput, Signature, read_request, write_response
 
 SIGNATURE = Signature(
@@ -65,7 +66,8 @@ def test_encoded_files_in_both_forms() -> None:
         (body({"shape": [5, 2, 3, 3]}), None, "at most 4 images"),
         (body({"shape": [10**30, 2, 3, 3]}), None, "at most 4 images|not a valid request"),
         (body({"data": [0.5] * 36}), None, "whole numbers from 0 to 255"),
-        (body({"data": [True] * 36}), None, "whole numbers from 0 to 255"),
+        (body({"data": [True] * 36}), None, "not an array of numbers"),
+        (body({"data": [True] + [1] * 35}), None, "not an array of numbers"),
         (body({"data": [256] * 36}), None, "whole numbers from 0 to 255"),
         (body({"data": [-1] * 36}), None, "whole numbers from 0 to 255"),
         (body({"data": ["a"] * 36}), None, "whole numbers"),
@@ -150,3 +152,17 @@ def test_classification_gives_the_largest_values_with_their_labels() -> None:
     assert described["datatype"] == "BYTES"
     with pytest.raises(ProtocolError, match="whole number"):
         write_response(SIGNATURE, request(RequestedOutput("logits", {"classification": "x"})), RESULTS)
+
+
+def test_classification_of_features_is_refused() -> None:
+    """They would be named by classes, or lack one."""
+    output = RequestedOutput("embedding", {"classification": 2})
+    with pytest.raises(ProtocolError, match="classification is defined for logits and probabilities"):
+        write_response(SIGNATURE, request(output), {"embedding": np.zeros((2, 3), np.float32)})
+
+
+def test_a_length_of_thousands_of_digits_is_refused() -> None:
+    """Python's int() has a limit of its own, which is no answer to a client."""
+    scope = {"headers": [(b"inference-header-content-length", b"1" * 5000)]}
+    with pytest.raises(ProtocolError, match="has to be a whole number"):
+        v2._header_length(scope)

@@ -6,12 +6,14 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 
 from ffl_deploy.bundle import Bundle
+from serve import pipeline
 from serve.items import Item, failed_item
-from serve.pipeline import DECODE_CHUNK, Classifier, chunks, ordered_map, run_pipeline
+from serve.pipeline import DECODE_CHUNK, Chunk, Classifier, chunks, ordered_map, run_pipeline
 from serve.shards import Settings
 
 
@@ -89,3 +91,25 @@ def test_an_unexpected_fault_costs_one_row(tiny_bundle: Bundle) -> None:
     assert [part.ends_shard for part in finished] == [False, True]
     assert "SystemError" in str(finished[-1].rows[-1].error)
     assert set(threading.enumerate()) <= before, "the pools are gone"
+
+
+def test_images_that_are_in_memory_are_bounded_by_their_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Members of archives and tables, however well they are compressed."""
+    monkeypatch.setattr(pipeline, "HELD_BYTES", 1000)
+    members = (Item(str(index), partial(bytes, 400), bound=True) for index in range(40))
+    cut = list(chunks(members, 0, 64))
+    assert [len(chunk.items) for chunk in cut] == [3] * 13 + [1]
+    assert {chunk.bytes for chunk in cut[:-1]} == {1200}
+    held, most = 0, 0
+
+    def taken() -> Iterator[Chunk]:
+        nonlocal held, most
+        for chunk in cut:
+            held += chunk.bytes
+            most = max(most, held)
+            yield chunk
+
+    with ThreadPoolExecutor(1) as executor:
+        for chunk in ordered_map(lambda chunk: chunk, taken(), executor, 10, lambda chunk: chunk.bytes):
+            held -= chunk.bytes
+    assert most <= 2 * 1200
