@@ -1,7 +1,7 @@
 """The part of docs/results.md that compares methods, from what train.compare stored in docs/.
 
 compare-cifar100.json holds all methods, claims-cifar100.json more seeds of the few that decide the paper's claims,
-ablations-cifar100.json FFL without its parts.
+ablations-cifar100.json FFL without its parts; results/reading.md is written by hand.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from train.comparison_report import (
 
 def comparison_text(folder: Path) -> str:
     """-> the stored comparison of methods, what it says of the paper's claims, and what it does not show."""
+    reading = folder / "results" / "reading.md"
     path, ablations, claims = (folder / f"{name}-cifar100.json" for name in ("compare", "ablations", "claims"))
     if not path.is_file():
         return "## What this does not show\n\nOne run, one seed: nothing here says that FFL beats another method."
@@ -69,6 +70,7 @@ def comparison_text(folder: Path) -> str:
         "",
         *(claims_lines(read_comparison(claims)) if claims.is_file() else account(found)),
         "",
+        *([reading.read_text()] if reading.is_file() else ()),
         *(ablation_lines(read_comparison(ablations), ablations.with_suffix(".png")) if ablations.is_file() else ()),
         "## What this does not show",
         "",
@@ -131,7 +133,7 @@ def account(found: Comparison) -> list[str]:
         (f"the fused classifier is above the strong classifier of {method.method}", "fused", ffl, method.strong, method)
         for method in others
     ]
-    lines = ["Points with their 95 % t-interval over seeds:", ""]
+    lines = ["Points with their 95 % t-interval over seeds; p values are not corrected for the number of claims:", ""]
     for claim, own, one, other, two in claims:
         partner = dict(zip(two.seeds, two.accuracy[other].values, strict=True))
         values = [

@@ -74,6 +74,9 @@ class Token:
         return hmac.compare_digest(secret, self._token)
 
 
+BUSY = Refused(503, "bytes", "the server is busy with other bodies; try again", {"retry-after": "1"})
+
+
 class Bodies:
     """413 for a body over its route's limit, 408 for one that does not arrive, 503 when all bodies together are too many.
 
@@ -105,7 +108,8 @@ class Bodies:
             await send(message)
 
         try:
-            body.reserve(size)
+            if not self.fits(size):
+                body.refuse(BUSY)
             await self.app(scope, body.receive, watched_send)
         except Refused:
             if started or body.refused is None:
@@ -116,9 +120,13 @@ class Bodies:
             await send_refusal(send, body.refused)
         return None
 
+    def fits(self, size: int) -> bool:
+        """-> whether `size` further bytes may be held. What is announced only counts as it arrives: it may never."""
+        return self._in_flight + size <= self.limits.bytes_in_flight
+
     def take(self, size: int) -> bool:
-        """-> whether `size` further bytes may be held."""
-        if self._in_flight + size > self.limits.bytes_in_flight:
+        """-> whether `size` further bytes are held from now on."""
+        if not self.fits(size):
             return False
         self._in_flight += size
         return True
@@ -137,7 +145,7 @@ class _Body:
     def reserve(self, size: int) -> None:
         if size > self.reserved:
             if not self._owner.take(size - self.reserved):
-                self.refuse(Refused(503, "bytes", "the server is busy with other bodies; try again", {"retry-after": "1"}))
+                self.refuse(BUSY)
             self.reserved = size
 
     def refuse(self, refused: Refused) -> NoReturn:

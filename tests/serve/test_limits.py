@@ -22,6 +22,7 @@ import httpx
 import pytest
 
 from ffl_deploy.bundle import Bundle
+from serve.limits import Bodies
 from serve.offline import SILENCE, private_environment
 from serve.settings import Limits, ModelSpec, Settings
 
@@ -185,8 +186,6 @@ def test_a_compressed_body_is_refused_before_it_can_expand(demo: Any) -> None:
 
 
 def test_many_large_bodies_at_once_are_503_instead_of_memory() -> None:
-    from serve.limits import Bodies
-
     release = asyncio.Event()
     statuses: list[int] = []
 
@@ -216,6 +215,37 @@ def test_many_large_bodies_at_once_are_503_instead_of_memory() -> None:
         await asyncio.gather(*tasks)
         await request(bodies)
         assert statuses == [503] * 3 + [200] * 3
+
+    asyncio.run(main())
+
+
+def test_announced_bodies_that_do_not_arrive_keep_nobody_out() -> None:
+    statuses: list[int] = []
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def send(message: Any) -> None:
+        statuses.append(message["status"])
+
+    async def never() -> dict[str, Any]:
+        await asyncio.sleep(60)
+        raise AssertionError
+
+    async def arrived() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"x" * 40, "more_body": False}
+
+    async def main() -> None:
+        bodies = Bodies(application, Limits(bytes_in_flight=100), lambda path: 90)
+        scope = {"type": "http", "path": "/", "headers": [(b"content-length", b"90")]}
+        waiting = [asyncio.create_task(bodies(scope, never, send)) for _ in range(3)]
+        await asyncio.sleep(0)
+        await bodies({**scope, "headers": [(b"content-length", b"40")]}, arrived, send)
+        assert statuses == [200]
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
 
     asyncio.run(main())
 
