@@ -56,7 +56,13 @@ class OpenVinoSession(Session):
         finally:
             self._requests.put(request)
         # infer() copies the outputs out of the request, so the next caller cannot overwrite them.
-        return outputs_from({output.get_any_name(): value for output, value in values.items()})
+        outputs = outputs_from({output.get_any_name(): value for output, value in values.items()})
+        if len(outputs.logits) != len(images):  # with one core it takes images of another size, and answers with nothing
+            raise CheckError(
+                f"OpenVINO cannot run a batch of {len(images)} images of {list(images.shape[1:])}: "
+                f"it answered with {len(outputs.logits)} rows."
+            )
+        return outputs
 
     def layer_precisions(self) -> dict[str, int]:
         """-> precision -> number of convolutions and matrix products that the compiled model computes in it."""

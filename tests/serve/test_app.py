@@ -182,7 +182,7 @@ def test_nan_logits_are_an_error_of_their_request_only(
         assert client.post(url, json=json_request(dark)).status_code == 200
         response = client.post(url, json=json_request(np.concatenate([dark, white])))
         assert response.status_code == 500
-        assert response.json() == {"error": "nan gave NaN or infinite logits for image 1", "code": "nonfinite"}
+        assert response.json() == {"error": "nan gave NaN or infinite values for image 1", "code": "nonfinite"}
         assert client.post(url, json=json_request(dark)).status_code == 200
 
 
