@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from ffl_deploy.bundle import Bundle
+from serve import ray_engine
 from serve.items import failed_item, file_item
 from serve.ray_engine import PlainItem, item_of, plain
 
@@ -42,6 +43,15 @@ def test_without_ray_the_engine_is_refused(predict: Predict, folder: Path, monke
     assert run.code == 2
     assert "ffl-deploy[ray]" in run.stderr
     assert not run.out.parent.exists() or not any(run.out.parent.iterdir())
+
+
+def test_a_window_ends_by_shards_and_by_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Members of archives travel with their content."""
+    monkeypatch.setattr(ray_engine, "WINDOW", 4)
+    monkeypatch.setattr(ray_engine, "WINDOW_BYTES", 25)
+    shards = iter([{"items": b"x" * size} for size in (1, 1, 1, 1, 1, 20, 5, 30, 1)])
+    windows = [[len(shard["items"]) for shard in window] for window in iter(lambda: ray_engine.next_window(shards), [])]
+    assert windows == [[1, 1, 1, 1], [1, 20, 5], [30], [1]]
 
 
 def start(*arguments: object) -> subprocess.Popen[str]:
