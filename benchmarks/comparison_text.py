@@ -43,9 +43,8 @@ def comparison_text(folder: Path) -> str:
         "",
         f"    {found.command}",
         "",
-        "`data/cifar100` is a folder of CIFAR-100's images; with `--data cifar100` they are downloaded. The strong "
-        "classifier is what "
-        "a method is for: OKDDip's is its leader, a single network.",
+        "`data/cifar100` is a folder of CIFAR-100's images; with `--data cifar100` they are downloaded. The strong classifier is "
+        "what a method is for: OKDDip's is its leader, a single network.",
         "",
         f"![accuracy by method]({path.stem}.png)",
         "",

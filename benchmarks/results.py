@@ -247,10 +247,9 @@ def alone_lines(count: int) -> list[str]:
     interval = wilson_interval(round(alone["accuracy"] * count), count)
     return [
         "",
-        f"The same network trained alone ({' + '.join(alone['branches'])}, `--method vanilla`, the same recipe, "
-        f"{alone['epochs']} "
-        f"epochs and seed) reaches {alone['accuracy']:.2%} ({interval.low:.2%} to {interval.high:.2%}). Against it, on the same "
-        "images:",
+        f"The same network trained alone ({' + '.join(alone['branches'])}, `--method vanilla`, the same recipe, seed and "
+        f"{alone['epochs']} epochs) reaches {alone['accuracy']:.2%} ({interval.low:.2%} to {interval.high:.2%}). "
+        "Against it, on the same images:",
         "",
         *pair_table(alone["pairs"]),
         "",

@@ -155,10 +155,11 @@ def measure_accuracy(session: Session, test: HeldOut, precision: str, callers: i
     finite = outputs.finite
     outputs = Outputs(np.nan_to_num(outputs.logits), np.nan_to_num(outputs.probabilities))
     predicted, reference = outputs.logits.argmax(axis=1), test.logits.argmax(axis=1)
-    right = finite & (predicted == labels)
-    difference = paired_difference(reference == labels, right)
+    right, was_right = finite & (predicted == labels), reference == labels
+    difference = paired_difference(was_right, right)
     top2 = -np.sort(-test.logits, axis=1)[:, :2]
-    changed_ties = int(((top2[:, 0] - top2[:, 1] <= TIE * test.logits.std()) & (right != (reference == labels))).sum())
+    tied = top2[:, 0] - top2[:, 1] <= TIE * test.logits.std()
+    changed_ties = int((tied & (right != was_right)).sum())
     gate = ACCURACY_GATES[precision]
     verdict = judge_accuracy(difference, gate, changed_ties)
     if not finite.all():  # first, whatever the accuracy is

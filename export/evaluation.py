@@ -54,9 +54,8 @@ class Evaluation:
             or not np.array_equal(data.test.labels[rows], labels)
         ):
             raise CheckError(
-                f"the test images or labels of {self.run.config.data_name} are not those that training evaluated; "
-                "accuracies on other "
-                "images would say nothing about this run: give back the data that it was trained on."
+                f"the test images or labels of {self.run.config.data_name} are not those that training evaluated; accuracies on "
+                "other images would say nothing about this run: give back the data that it was trained on."
             )
         return data
 

@@ -220,9 +220,9 @@ def markdown(report: Report) -> str:
         "",
         f"`*`: on the Pareto front of accuracy and batch-1 latency. Measured with {report.machine or 'nothing'}.",
         "",
-        "A latency is one window of 0.3 s: on a shared machine two identical graphs can differ by a third, so time "
-        "the candidates "
-        "again, side by side, before a decision hangs on less. The recommendation looks at accuracy on the test split.",
+        "A latency is one window of 0.3 s: on a shared machine two identical graphs can differ by a third, so time the "
+        "candidates again, side by side, before a decision hangs on less. "
+        "The recommendation looks at accuracy on the test split.",
         "",
         "![accuracy against latency](report.png)",
         "",

@@ -26,18 +26,21 @@ class Item(NamedTuple):
     label: str | None = None
     bound: bool = False
     file: str | None = None  # what `read` reads, where that is a file: another machine can read it too
+    held: int = 0  # bytes of it that are in memory already
 
     def loaded(self) -> Item:
         """-> this item with its bytes, or the reason why there are none, in memory."""
+        held = 0
         try:
-            read = partial(bytes, self.read())
+            data = self.read()
+            read, held = partial(bytes, data), len(data)
         except ImageError as error:
             read = partial(refuse, error.code, str(error))
         except MemoryError:
             read = partial(refuse, "out_of_memory", "it does not fit into memory; classify it on a larger machine")
         except Exception as error:  # as in the decoding threads: a fault of ours may cost this row, not those behind it
             read = partial(refuse, "internal_error", f"{type(error).__name__}: {error}")
-        return Item(self.path, read, self.label)
+        return Item(self.path, read, self.label, held=held)
 
 
 @dataclass

@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from functools import partial
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -142,19 +141,13 @@ def chunks(items: Iterable[Item], shard: int, batch_size: int) -> Iterator[Chunk
         if ahead is not None:
             chunk.append(ahead)
             in_batch += 1
-            held += _held_bytes(ahead)
+            held += ahead.held
             if in_batch == batch_size or len(chunk) == DECODE_CHUNK or held >= HELD_BYTES:
                 yield Chunk(shard, chunk, in_batch == batch_size, False, held)
                 chunk, in_batch, held = [], in_batch % batch_size, 0
         ahead = item.loaded() if item.bound else item
     if ahead is not None:
-        yield Chunk(shard, [*chunk, ahead], True, True, held + _held_bytes(ahead))
-
-
-def _held_bytes(item: Item) -> int:
-    """-> the size of an image that is in memory already, 0 of one that is read when it is decoded."""
-    data = item.read.args[0] if isinstance(item.read, partial) and item.read.func is bytes else b""
-    return len(data)
+        yield Chunk(shard, [*chunk, ahead], True, True, held + ahead.held)
 
 
 def run_pipeline(
@@ -202,14 +195,16 @@ def ordered_map(
     window: int,
     size: Callable[[Argument], int] = lambda argument: 0,
 ) -> Iterator[Result]:
-    """Like `map` on an executor, but with at most `window` arguments, and those of about HELD_BYTES, taken and not "
-    "yet yielded."""
+    """Like `map` on an executor, with at most `window` arguments taken and not yet yielded, fewer where their `size` is large.
+
+    size: bytes that an argument holds; from HELD_BYTES on no further one is taken.
+    """
     pending: deque[tuple[Future[Result], int]] = deque()
     held = 0
     for argument in arguments:
         pending.append((executor.submit(function, argument), size(argument)))
         held += pending[-1][1]
-        while len(pending) >= window or (held >= HELD_BYTES and pending):
+        while pending and (len(pending) >= window or held >= HELD_BYTES):
             future, freed = pending.popleft()
             held -= freed
             yield future.result()

@@ -100,7 +100,7 @@ def item_of(plain: PlainItem) -> Item:
     if plain.file is not None:
         return Item(plain.path, partial(read_file, os.fsdecode(plain.file)), plain.label)
     if plain.data is not None:
-        return Item(plain.path, partial(bytes, plain.data), plain.label)
+        return Item(plain.path, partial(bytes, plain.data), plain.label, held=len(plain.data))
     return Item(plain.path, partial(refuse, plain.code or "unreadable", plain.message), plain.label)
 
 

@@ -38,10 +38,13 @@ def check_inputs(inputs: Iterable[str], reading: Reading) -> None:
     """Refuse before any work what cannot be read at all. Raises UsageError for an empty pattern or a table without the column."""
     for argument in inputs:
         if is_pattern(argument):
-            if next(matches(argument), None) is None:
+            found = False
+            for path in matches(argument):
+                found = True
+                if tables.is_table(path):
+                    tables.check_table(path, reading.column, reading.label_column)
+            if not found:
                 raise UsageError(f"no file matches {argument!r}; check the pattern.")
-            for path in filter(tables.is_table, matches(argument)):
-                tables.check_table(path, reading.column, reading.label_column)
         elif tables.is_table(argument) and os.path.isfile(argument):
             tables.check_table(argument, reading.column, reading.label_column)
 

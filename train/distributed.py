@@ -33,9 +33,9 @@ class World:
         """-> whether `flag` is set on any process; all of them have to ask at the same step."""
         return flag if self.size == 1 else bool(self.sum(torch.tensor(float(flag), device=device)) > 0)
 
-    def share_buffers(self, module: nn.Module | None) -> None:
+    def share_buffers(self, module: nn.Module) -> None:
         """Give every process rank 0's buffers: batch statistics differ, and evaluation must not depend on who does it."""
-        if self.size > 1 and module is not None:
+        if self.size > 1:
             for buffer in module.buffers():
                 distributed.broadcast(buffer, 0)
 

@@ -128,8 +128,7 @@ def fit(
                             raise Interrupted(f"stopped in epoch {epoch + 1}; go on with: --resume {folder}")
 
             meter.flush()
-            for module in (network, ema):
-                world.share_buffers(module)
+            world.share_buffers(network)
             seconds = time.monotonic() - started
             line = {
                 "epoch": epoch,
@@ -141,6 +140,7 @@ def fit(
             }
             if ema is not None:
                 assert isinstance(ema.module, MutualNetwork)  # a copy of `network`
+                world.share_buffers(ema.module)
                 line["ema"] = accuracies(ema.module, batches, "validation", machine, world)
             at.epoch, at.step, at.meter, at.seconds = epoch + 1, 0, None, seconds_before + seconds
             # The order makes a kill harmless: whatever comes before the save of `last` is done again on resume.

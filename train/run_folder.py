@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from ffl_deploy.errors import UsageError
-from ffl_deploy.run_directory import CONFIG, RunConfig, load_run
+from ffl_deploy.run_directory import CONFIG, RunConfig
 from train.config import TrainConfig
 from train.distributed import World
 
@@ -62,22 +62,20 @@ def lock(folder: Path, held: ExitStack) -> bool:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # a file system without locks
-        return True
+    except OSError:
+        pass  # a file system without locks
     return True
 
 
-def wanted_precision(config: TrainConfig) -> str:
-    """-> --precision; a resumed run goes on in the one it was started in, whatever `auto` would choose now."""
-    if config.output.resume is None:
-        return config.machine.precision
-    return load_run(config.output.resume).config.toolchain["precision"]
+def wanted_precision(config: TrainConfig, stored: RunConfig | None) -> str:
+    """-> --precision; a resumed run (`stored`) goes on in the one it was started in, whatever `auto` would choose now."""
+    return config.machine.precision if stored is None else stored.toolchain["precision"]
 
 
-def keep_threads(config: TrainConfig) -> None:
+def keep_threads(config: TrainConfig, stored: RunConfig | None) -> None:
     """A run that is resumed on a CPU keeps its number of threads: another one adds sums in another order."""
-    if config.output.resume is not None and config.machine.threads is None:
-        torch.set_num_threads(int(load_run(config.output.resume).config.toolchain["threads"]))
+    if stored is not None and config.machine.threads is None:
+        torch.set_num_threads(int(stored.toolchain["threads"]))
 
 
 def require_same_data(stored: RunConfig, found: RunConfig) -> None:

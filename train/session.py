@@ -46,9 +46,10 @@ def run_training(config: TrainConfig, stop: StopRequest | None = None) -> int:
         if (folder / SUMMARY).is_file():
             say(f"{folder} is finished already; its results are in {folder / SUMMARY}.", config, world)
             return 0
+        stored = None if config.output.resume is None else load_run(folder).config
         if device.type == "cpu":
-            keep_threads(config)
-        machine = choose_machine(wanted_precision(config), device, world)
+            keep_threads(config, stored)
+        machine = choose_machine(wanted_precision(config, stored), device, world)
         method = build_method(config.model.method, config.model.temperature)
         method.check(config.model.branches)
         data = load_data(data_spec(config), memory_limit(config))
@@ -63,8 +64,8 @@ def run_training(config: TrainConfig, stop: StopRequest | None = None) -> int:
         batches = make_batches(config, data, machine, world)
         described = describe(config, data, network_config, method, machine)
         folder = claim(folder, config, world, held)
-        if config.output.resume is not None:
-            require_same_data(load_run(folder).config, described)
+        if stored is not None:
+            require_same_data(stored, described)
         elif world.is_main:
             write_json(folder / CONFIG, described)
         say(headline(folder, config, data, network, machine, world), config, world)

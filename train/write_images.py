@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
 
 def require_own(folder: Path) -> None:
     """Raise UsageError where `folder` holds anything that this command does not write, which replacing it would delete."""
-    if not folder.is_dir() and not os.path.lexists(folder):
+    if not os.path.lexists(folder):
         return
     if not folder.is_dir() or not folder.name or folder.is_symlink():
         raise UsageError(f"{folder} is not a folder of its own; give the name of a new one.")

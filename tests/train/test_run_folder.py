@@ -14,6 +14,7 @@ from PIL import Image
 
 from ffl_deploy.command import run_command
 from ffl_deploy.errors import UsageError
+from ffl_deploy.run_directory import load_run
 from train.config import OutputOptions, TrainConfig
 from train.distributed import World
 from train.run import main
@@ -88,9 +89,9 @@ def test_a_resumed_run_keeps_its_threads(train_tiny: TrainTiny) -> None:
     (run / "config.json").write_text(json.dumps(config))
     before = torch.get_num_threads()
     try:
-        keep_threads(TrainConfig())
+        keep_threads(TrainConfig(), None)
         assert torch.get_num_threads() == before
-        keep_threads(TrainConfig(output=OutputOptions(resume=run)))
+        keep_threads(TrainConfig(output=OutputOptions(resume=run)), load_run(run).config)
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)

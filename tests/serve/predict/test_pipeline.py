@@ -15,6 +15,7 @@ from serve import pipeline
 from serve.items import Item, failed_item
 from serve.pipeline import DECODE_CHUNK, Chunk, Classifier, chunks, ordered_map, run_pipeline
 from serve.shards import Settings
+from serve.supervise import Recovery
 
 
 def items(count: int) -> Iterator[Item]:
@@ -96,6 +97,8 @@ def test_an_unexpected_fault_costs_one_row(tiny_bundle: Bundle) -> None:
 def test_images_that_are_in_memory_are_bounded_by_their_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Members of archives and tables, however well they are compressed."""
     monkeypatch.setattr(pipeline, "HELD_BYTES", 1000)
+    tried = Recovery(careful=0).guarded(Item("x", partial(bytes, 400), bound=True), 0, 0)
+    assert tried.held == 400, "also where images are tried one at a time"
     members = (Item(str(index), partial(bytes, 400), bound=True) for index in range(40))
     cut = list(chunks(members, 0, 64))
     assert [len(chunk.items) for chunk in cut] == [3] * 13 + [1]
