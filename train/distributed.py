@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -64,6 +65,9 @@ def process_group(world: World, device: torch.device) -> Iterator[None]:
     if world.size == 1:
         yield
         return
+    # DistributedDataParallel imports it, and imported within the group it keeps the group, its threads and the tensors they
+    # hold to the very end, where a thread that lets go of one aborts the process (seen in 1 of 25 runs on a busy machine).
+    importlib.import_module("torch._dynamo")
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield

@@ -10,15 +10,9 @@ T = TypeVar("T")
 
 
 async def in_gradio_thread(function: Callable[..., T], *arguments: object) -> T:
-    """Run `function` in a thread that has an event loop: Gradio's locks make one each, never closed, where there is none."""
+    """Run `function` in a thread whose event loop runs: where none does, each of Gradio's locks makes one and never closes it."""
 
-    def with_loop() -> T:
-        loop = asyncio.new_event_loop()
-        asyncio.set_event_loop(loop)
-        try:
-            return function(*arguments)
-        finally:
-            asyncio.set_event_loop(None)
-            loop.close()
+    async def with_loop() -> T:
+        return function(*arguments)
 
-    return await asyncio.to_thread(with_loop)
+    return await asyncio.to_thread(lambda: asyncio.run(with_loop()))

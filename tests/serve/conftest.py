@@ -17,14 +17,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import anyio
 import httpx
 import pytest
 
 from ffl_deploy.bundle import Bundle
 from serve.settings import ModelSpec, Settings
-
-anyio.open_file  # noqa: B018 anyio imports it late, deep in a request, where pytest's rewriting of its source can run out of stack
 
 
 @dataclass(frozen=True)

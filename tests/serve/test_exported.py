@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,8 +18,6 @@ from ffl_deploy.bundle import Bundle, load_bundle
 from ffl_deploy.images import prepare
 from serve.settings import ModelSpec, Settings
 
-# Gradio leaves event loops of its own unclosed.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 Start = Callable[..., contextlib.AbstractContextManager[Any]]
 
 
@@ -43,7 +40,6 @@ def running(exported: list[Bundle], start_server: Start) -> Iterator[Any]:
     models = tuple(ModelSpec(bundle.name, bundle.folder) for bundle in exported)
     with start_server(Settings(models, demo=False, threads=1)) as server:
         yield server
-    gc.collect()  # those loops, while they are ignored
 
 
 def png(pixels: np.ndarray) -> bytes:
@@ -61,11 +57,11 @@ def test_the_demo_shows_each_image_its_own_map_where_the_network_saw_evidence(ex
     from serve.demo.classify_tab import _panels, _shown
 
     images = exported[0].golden().images[:4]
-    with gr.Blocks():
-        panels = _panels(running.service)
-    assert [panel.cam is not None for panel in panels] == [True, True]
 
     async def ask() -> tuple[list[Any], list[Any]]:
+        with gr.Blocks():
+            panels = _panels(running.service)
+        assert [panel.cam is not None for panel in panels] == [True, True]
         answers = await asyncio.gather(*[ask_all(running.service, pixels) for pixels in images])
         return answers, await asyncio.gather(*[_shown(running.service, panels, png(pixels)) for pixels in images])
 

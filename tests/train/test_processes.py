@@ -65,6 +65,34 @@ def test_two_processes_compute_what_one_accumulates(
     assert all(round(value * 18) == pytest.approx(value * 18, abs=1e-3) for value in summary["accuracy"].values())  # exact counts
 
 
+def test_the_group_ends_before_the_process() -> None:
+    """A gloo thread that still lets go of a tensor while Python shuts down aborts a run that has finished."""
+    place = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    done = subprocess.run([sys.executable, "-c", GROUP], env=ENVIRONMENT | place, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    inside, after = (line.split() for line in done.stdout.splitlines())
+    assert any("gloo" in name for name in inside)
+    assert not any("gloo" in name for name in after)
+
+
+GROUP = """
+from pathlib import Path
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from train.distributed import World, process_group
+
+def threads():
+    print(*(path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")))
+
+with process_group(World(size=2), torch.device("cpu")):
+    model = DistributedDataParallel(torch.nn.Linear(3, 3))
+    model(torch.ones(2, 3)).sum().backward()
+    del model
+    threads()
+threads()
+"""
+
+
 def test_sigterm_saves_exits_130_and_resumes_to_the_same_weights(
     tiny_flags: list[str], train_tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
