@@ -119,6 +119,7 @@ def spoil(folder: Path) -> None:
 
 def run(folder: Path, out: Path, *flags: str) -> int:
     common = ["--data", str(folder), "--out", str(out), "--epochs", "1", "--branches", "resnet20,resnet20", "--batch-size", "8"]
+    common += ["--precision", "fp32"]  # `auto` measures a busy machine, and two runs are compared
     return run_command(main, [*common, "--quiet", *flags])
 
 
