@@ -28,6 +28,7 @@ def test_a_signal_that_comes_while_the_child_is_made_ends_both_with_130(name: st
     done = python(f"""
 import os, signal, sys, time
 from serve import supervise
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start without
 fork = os.fork
 def slow_fork():
     child = fork()
