@@ -6,6 +6,7 @@ ablations-cifar100.json FFL without its parts; results/reading.md is written by 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -22,6 +23,7 @@ from train.comparison_report import (
     points,
     seed_verdict,
 )
+from train.methods import METHODS
 
 
 def comparison_text(folder: Path) -> str:
@@ -67,7 +69,7 @@ def comparison_text(folder: Path) -> str:
         "",
         "## What the paper says, and what these runs say",
         "",
-        *(claims_lines(read_comparison(claims)) if claims.is_file() else account(found)),
+        *(claims_lines(read_comparison(claims), found) if claims.is_file() else account(found)),
         "",
         *([reading.read_text()] if reading.is_file() else ()),
         *(ablation_lines(read_comparison(ablations), ablations.with_suffix(".png")) if ablations.is_file() else ()),
@@ -75,15 +77,39 @@ def comparison_text(folder: Path) -> str:
         "",
         limits(found, seeds),
         "",
-        "The model above is one run with one seed.",
+        f"The model above is one run with one seed. {not_run(path, ablations, claims)}".strip(),
     ]
     return "\n".join(lines)
 
 
-def claims_lines(found: Comparison) -> list[str]:
-    """-> the account of fewer methods with more seeds."""
+def claims_lines(found: Comparison, seen: Comparison) -> list[str]:
+    """-> the account of fewer methods with more seeds than `seen` has, some of them its own."""
     seeds = min(len(method.seeds) for method in found.methods)
-    return [f"With {counted(seeds, 'seed')}:", "", f"    {found.command}", "", *account(found)]
+    before = reference_of(seen).seeds
+    return [
+        f"With {counted(seeds, 'seed')} of the methods that decide them. {len(before)} of these seeds are those of the tables "
+        "above; the others were trained, for these methods, after those tables had been seen, so each line also says what they "
+        "say alone:",
+        "",
+        f"    {found.command}",
+        "",
+        *account(found, before),
+        "",
+        f"The two tables above, over these seeds. Strong classifier against that of {found.reference}:",
+        "",
+        *difference_table([(method.method, method.against) for method in found.methods]),
+        "",
+        "`branch0` against the same network trained alone:",
+        "",
+        *difference_table([(method.method, method.alone) for method in found.methods]),
+    ]
+
+
+def not_run(*stored: Path) -> str:
+    """-> a sentence on the methods of this package that no stored comparison holds."""
+    run = {method.method for path in stored if path.is_file() for method in read_comparison(path).methods}
+    missing = [f"`{name}`" for name in METHODS if name not in run]
+    return f"Not run for this page: {', '.join(missing)}." if missing else ""
 
 
 def ablation_lines(found: Comparison, picture: Path) -> list[str]:
@@ -119,36 +145,48 @@ def reference_of(found: Comparison) -> MethodResult:
     return next(method for method in found.methods if method.method == found.reference)
 
 
-def account(found: Comparison) -> list[str]:
-    """-> the claims of the paper that this comparison can look at, each with the number that speaks for or against it."""
+def account(found: Comparison, before: Sequence[int] = ()) -> list[str]:
+    """-> the claims of the paper that this comparison can look at, each with the number that speaks for or against it.
+
+    before: seeds that had been looked at when the others were chosen; each claim then shows the others alone as well.
+    """
     ffl = reference_of(found)
     vanilla = next((method for method in found.methods if method.method == "vanilla"), None)
     claims = [("the fused classifier is above the ensemble", "fused", ffl, "ensemble", ffl)]
     claims.append(("the ensemble is above the mean branch", "ensemble", ffl, "mean branch", ffl))
     if vanilla is not None:
-        claims.append(("a branch is above the same network alone", "mean branch", ffl, "branch0", vanilla))
+        claims.append(("the fused classifier is above one branch's network trained alone", "fused", ffl, "branch0", vanilla))
+        claims.append(("the mean branch is above the same network trained alone", "mean branch", ffl, "branch0", vanilla))
     others = [method for method in found.methods if method.method not in ("ffl", "vanilla")]
     claims += [
         (f"the fused classifier is above the strong classifier of {method.method}", "fused", ffl, method.strong, method)
         for method in others
     ]
-    lines = ["Points with their 95 % t-interval over seeds; p values are not corrected for the number of claims:", ""]
+    lines, smallest = [], 1.0
     for claim, own, one, other, two in claims:
         partner = dict(zip(two.seeds, two.accuracy[other].values, strict=True))
-        values = [
-            value - partner[seed] for seed, value in zip(one.seeds, one.accuracy[own].values, strict=True) if seed in partner
-        ]
+        by_seed = {
+            seed: value - partner[seed]
+            for seed, value in zip(one.seeds, one.accuracy[own].values, strict=True)
+            if seed in partner
+        }
+        values = list(by_seed.values())
         if not values:
             continue
         against = Against(estimate(values), sign_flip_p(values) if len(values) >= SEEDS_FOR_A_CLAIM else None, [])
+        smallest = min(smallest, 1.0 if against.p_seeds is None else against.p_seeds)
         above = f"above in {sum(value > 0 for value in values)} of {counted(len(values), 'seed')}"
-        lines.append(f"- {claim}: {points(against.difference)}, {above}; {verdict(against)}.")
-    return lines
+        later = [value for seed, value in by_seed.items() if seed not in before]
+        alone = f" The later seeds alone: {points(estimate(later))}." if before and later else ""
+        lines.append(f"- {claim}: {points(against.difference)}, {above}; {verdict(against)}.{alone}")
+    corrected = min(1.0, smallest * len(lines))
+    correction = f" (Holm's correction for {len(lines)} claims makes {corrected:.2g} of the smallest)" if smallest < 1 else ""
+    return [f"Points with their 95 % t-interval over seeds; p values are not corrected{correction}:", "", *lines]
 
 
 def verdict(against: Against) -> str:
     """-> what a claim's difference over seeds says, by the sign-flip test; nothing below SEEDS_FOR_A_CLAIM seeds."""
     if against.p_seeds is None:
         return seed_verdict(against)
-    says = "holds" if against.difference.mean > 0 else "does not hold here"
+    says = "speaks for it" if against.difference.mean > 0 else "speaks against it"
     return f"{seed_verdict(against)}: {says if against.p_seeds < 0.05 else 'undecided'}"

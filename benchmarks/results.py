@@ -1,7 +1,8 @@
 """docs/results.md from stored JSON: what the CIFAR-100 model of examples/cifar100 reaches, and how it was trained.
 
-The commands are on the page itself, below each table. With --run, --report and --reliability what the page needs is stored in
-docs/results/, once; without them the page and its figures are made again, which needs neither the run nor the data.
+The commands are on the page itself, below each table. With --run, --report and --reliability what the page needs of the model
+is stored in docs/results/, once; what train.compare wrote is copied to docs/. Without flags the page and its figures are made
+again, which needs neither the runs nor the data.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ CALIBRATION_COMMANDS = """\
 STORING_COMMANDS = """\
     python -m benchmarks.results --run runs/cifar100 --report bundles/cifar100/report.json \\
         --reliability fused.jsonl.report.json branch0.jsonl.report.json
+    cp runs/compare-cifar100/compare-cifar100.{json,md,png} docs/
+    cp runs/ablations-cifar100/ablations-cifar100.json runs/claims-cifar100/claims-cifar100.json docs/
     python -m benchmarks.results"""
 KEPT_OPTIONS = ("data", "model", "optimisation")
 
@@ -79,9 +82,6 @@ def collect(run_folder: Path, report: Path, reliability: list[Path]) -> None:
         content = json.loads(path.read_text())
         content.pop("confusion")
         (STORED / f"reliability-{path.name.split('.')[0]}.json").write_text(json.dumps(content, indent=1) + "\n")
-    (STORED / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in training["metrics"]))
-    draw_curves(STORED)
-    (STORED / "metrics.jsonl").unlink()
 
 
 def collect_alone(run_folder: Path) -> None:
@@ -118,8 +118,17 @@ def draw_reliability(path: Path) -> list[dict[str, Any]]:
         axes.bar(
             [one["from"] for one in bins], [one["accuracy"] for one in bins], 1 / 15, align="edge", alpha=0.5, edgecolor="C0"
         )
-        axes.plot([one["confidence"] for one in bins], [one["accuracy"] for one in bins], "o", color="C1")
-        title = f"{report['name']}: expected calibration error {report['expected_calibration_error']:.3f}"
+        intervals = [wilson_interval(round(one["accuracy"] * one["rows"]), one["rows"]) for one in bins]
+        spread = np.array([(one["accuracy"] - i.low, i.high - one["accuracy"]) for one, i in zip(bins, intervals, strict=True)])
+        axes.errorbar(
+            [one["confidence"] for one in bins],
+            [one["accuracy"] for one in bins],
+            spread.clip(0).T,
+            fmt="o",
+            color="C1",
+            capsize=2,
+        )
+        title = f"{report['name']}: expected calibration error {report['expected_calibration_error']:.4f}"
         axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1), title=title)
     FigureCanvasAgg(figure).print_figure(path, dpi=100)
     return reports
@@ -159,6 +168,7 @@ def page() -> str:
         raise UsageError(f"{STORED} holds no results; store them first with --run, --report and --reliability.")
     training = json.loads((STORED / "training.json").read_text())
     report = msgspec.json.decode((STORED / "report.json").read_bytes(), type=Report)
+    draw_curves(training["metrics"], STORED / "curves.png")
     draw_report(report, STORED / "pareto.png")
     calibrations = draw_reliability(STORED / "reliability.png")
     attention = draw_attention(STORED / "cam.png")
@@ -184,6 +194,8 @@ def page() -> str:
                     for one in calibrations
                 ),
                 "![reliability diagrams](results/reliability.png)",
+                "Bars, with their 95 % interval (Wilson): the accuracy of the images within a range of confidence. The lowest "
+                "ranges hold few images, which their intervals show.",
                 "## Where it looks",
                 "Class activation maps of the predicted class on the example images, which the network has never seen "
                 "(cup and rocket are photographs, the others drawings):",
@@ -191,8 +203,8 @@ def page() -> str:
                 attention_table(attention),
                 comparison_text(DOCS),
                 "## This page",
-                "What it needs was stored, once, from the run, its export and its labelled predictions; the last line "
-                "writes it again:",
+                "What it needs was stored, once, from the run, its export and its labelled predictions, and from the "
+                "comparisons; the last line writes it again:",
                 STORING_COMMANDS,
             ]
         )
@@ -255,7 +267,9 @@ def alone_lines(count: int) -> list[str]:
         "",
         ALONE_COMMANDS,
         "",
-        "One run on each side: the test says that these two networks differ, or not, and nothing about other seeds.",
+        "One run on each side: the test says that these two networks differ, or not, and nothing about other seeds. Epochs are "
+        "equal, cost is not: the fused classifier has 1.8 times the parameters of the network alone (see the table below) and "
+        "its training computes two branches. An ensemble of two networks trained apart was not trained for as long.",
     ]
 
 
@@ -263,7 +277,8 @@ def deployment_text(report: Report) -> str:
     body = markdown(report).split("\n", 2)[2].split("![accuracy")[0].strip()
     note = (
         "The committed bundles are an export of the same run with `--cam`; their int8 files were quantised anew and differ from "
-        "these by some images in 10,000: their cards have their own numbers."
+        "these by some images in 10,000: their cards have their own numbers, and their latencies are of another hour (there the "
+        "fp32 branch even reads slower than the fused model, which the multiply-adds say it is not)."
     )
     return f"{body}\n\n{EXPORT_COMMAND}\n\n{note}"
 

@@ -97,7 +97,9 @@ def _row(variant: Variant) -> str:
 def _measured_on(manifest: Manifest) -> str:
     measured = [variant.latency for variant in manifest.variants if variant.latency]
     machines = {f"{latency['threads']} threads of {latency['machine']}" for latency in measured}
-    return f"Speed on {'; '.join(sorted(machines))}." if machines else "Speed was not measured."
+    if not machines:
+        return "Speed was not measured."
+    return f"Speed on {'; '.join(sorted(machines))}, in one short window each: time side by side before a decision hangs on it."
 
 
 def _calibration(manifest: Manifest) -> str:

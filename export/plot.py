@@ -19,6 +19,7 @@ def draw_report(report: Report, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
+    from matplotlib.patheffects import withStroke
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
     rows = [row for row in report.rows if row.measured]
@@ -41,7 +42,8 @@ def draw_report(report: Report, path: Path) -> None:
         if not (row.pareto or chosen):
             continue  # labels of all points would cover each other; the table has them
         label = f"{row.name}{' (ship this)' if chosen else ''}"
-        axes.annotate(label, (latency, accuracy), xytext=(0, 9), textcoords="offset points", fontsize=8, ha="center")
+        text = axes.annotate(label, (latency, accuracy), xytext=(0, 9), textcoords="offset points", fontsize=8, ha="center")
+        text.set_path_effects([withStroke(linewidth=3, foreground="white")])  # lines may pass behind it
     front = sorted((row.p50_ms or 0, 100 * (row.accuracy or 0)) for row in rows if row.pareto)
     if front:
         axes.plot(*zip(*front, strict=True), color="gray", linestyle="--", linewidth=1, zorder=2)

@@ -150,7 +150,7 @@ def limits(c: Comparison, seeds: int) -> str:
 
 
 def draw(c: Comparison, path: Path) -> None:
-    """Write the plot: every seed as a dot, means with their 95 % t-intervals."""
+    """Write the plot: every seed as a tick, means with their 95 % t-intervals."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -163,7 +163,7 @@ def draw(c: Comparison, path: Path) -> None:
             if value is None:
                 continue
             height, colour = row + 0.25 * (shift - 1), f"C{shift}"
-            axes.plot([100 * v for v in value.values], [height] * len(value.values), ".", color=colour, alpha=0.4, markersize=4)
+            axes.plot([100 * v for v in value.values], [height] * len(value.values), "|", color="black", markersize=7, zorder=3)
             spread = None
             if value.low is not None and value.high is not None:
                 spread = [[100 * (value.mean - value.low)], [100 * (value.high - value.mean)]]
@@ -174,7 +174,7 @@ def draw(c: Comparison, path: Path) -> None:
             )  # fmt: skip
     axes.set_yticks(range(len(c.methods)), [m.method for m in c.methods])
     axes.invert_yaxis()
-    axes.set(xlabel="test accuracy, % (mean, 95 % t-interval, seeds)", title=f"{c.data}, {c.epochs} epochs")
+    axes.set(xlabel="test accuracy, % (mean, 95 % t-interval; ticks: seeds)", title=f"{c.data}, {c.epochs} epochs")
     axes.grid(axis="x", alpha=0.3)
     axes.legend(fontsize=8)
     with replace_file(path) as file:

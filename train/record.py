@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,14 +88,13 @@ class Progress:
         self.bar.close()
 
 
-def draw_curves(folder: Path) -> None:
-    """Write curves.png: validation accuracy of every classifier, every loss part, and the learning rate, by epoch."""
+def draw_curves(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw metrics.jsonl's lines: validation accuracy of every classifier, every loss part, and the learning rate, by epoch."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    lines = read_metrics(folder)
     if not lines:
         return
     epochs = [line["epoch"] + 1 for line in lines]
@@ -102,15 +102,20 @@ def draw_curves(folder: Path) -> None:
     for name in lines[-1]["validation"]:
         accuracy.plot(epochs, [100 * line["validation"][name] for line in lines], label=name)
     accuracy.set(title="Validation accuracy", xlabel="epoch", ylabel="%")
-    for name in lines[-1]["parts"]:
-        losses.plot(epochs, [line["parts"].get(name, float("nan")) for line in lines], label=name)
-    losses.set(title="Training loss by part", xlabel="epoch", yscale="symlog")
+    for number, name in enumerate(lines[-1]["parts"]):  # curves that lie on each other stay visible, by their dashes
+        values = [line["parts"].get(name, float("nan")) for line in lines]
+        losses.plot(epochs, values, label=name, linestyle=("-", (0, (3, 6)), (3, (3, 6)))[number % 3])
+    losses.set(title="Training loss by part", xlabel="epoch", ylabel="loss (linear below 0.01)")
     losses.set_yscale("symlog", linthresh=1e-2)
     rate.plot(epochs, [line["lr"] for line in lines], label="learning rate")
-    rate.plot(epochs, [line["ramp"] for line in lines], label="ramp-up of distillation")
-    rate.set(title="Schedules", xlabel="epoch")
-    for axes in (accuracy, losses, rate):
+    rate.set(title="Schedules", xlabel="epoch", ylabel="learning rate")
+    ramp = rate.twinx()
+    ramp.plot(epochs, [line["ramp"] for line in lines], color="C1", label="ramp-up of distillation")
+    ramp.set(ylabel="ramp-up of distillation", ylim=(-0.05, 1.05))
+    ramp.legend(handles=[*rate.lines, *ramp.lines], fontsize=8, loc="lower center")
+    for axes in (accuracy, losses):
         axes.legend(fontsize=8)
+    for axes in (accuracy, losses, rate):
         axes.grid(alpha=0.3)
-    figure.savefig(folder / "curves.png", dpi=110)
+    figure.savefig(path, dpi=110)
     plt.close(figure)

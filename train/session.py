@@ -28,7 +28,7 @@ from train.machine import Machine, choose_device, choose_machine, resources_in_o
 from train.methods import Method, build_method
 from train.options import options_to_json
 from train.randomness import seed_everything
-from train.record import draw_curves
+from train.record import draw_curves, read_metrics
 from train.run_folder import claim, keep_threads, require_same_data, run_folder, wanted_precision
 from train.stopping import StopRequest, stop_on_signals
 from train.streaming import StreamedBatches
@@ -72,7 +72,7 @@ def run_training(config: TrainConfig, stop: StopRequest | None = None) -> int:
         at = fit(network, method, batches, config, machine, world, folder, stop)
         finish(folder, network, batches, data, machine, world, at)
     if world.is_main:
-        draw_curves(folder)
+        draw_curves(read_metrics(folder), folder / "curves.png")
         say(closing(folder), config, world)
     return 0
 

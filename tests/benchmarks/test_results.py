@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 
 import msgspec
 import pytest
 
 from benchmarks.comparison_text import account, comparison_text
+from benchmarks.results import main
 from ffl_deploy.errors import UsageError
 from ffl_deploy.run_directory import write_json
 from train.comparison import Against, Comparison, MethodResult, SeedPair, estimate
@@ -36,7 +39,10 @@ def test_two_seeds_decide_no_claim() -> None:
     text = "\n".join(account(comparison()))
     above = "- the fused classifier is above the ensemble: +1.00 [1.00, 1.00], above in 2 of 2 seeds; no claim below 6 seeds."
     assert above in text
-    assert "- a branch is above the same network alone: -0.50 [-19.56, 18.56], above in 1 of 2 seeds; no claim" in text
+    assert (
+        "- the mean branch is above the same network trained alone: -0.50 [-19.56, 18.56], above in 1 of 2 seeds; no claim"
+        in text
+    )
 
 
 def test_six_seeds_decide_a_claim_by_the_sign_flip_test() -> None:
@@ -45,9 +51,33 @@ def test_six_seeds_decide_a_claim_by_the_sign_flip_test() -> None:
     vanilla = method("vanilla", "branch0", branch0=[v + 0.02 for v in six], mean_branch=[v + 0.02 for v in six])
     found = msgspec.structs.replace(comparison(), methods=[with_seeds(ffl, 6), with_seeds(vanilla, 6)])
     text = "\n".join(account(found))
-    assert "above the ensemble: +1.00 [1.00, 1.00], above in 6 of 6 seeds; p = 0.031 (exact sign-flip): holds." in text
+    assert "above the ensemble: +1.00 [1.00, 1.00], above in 6 of 6 seeds; p = 0.031 (exact sign-flip): speaks for it." in text
     assert "above the mean branch: +0.00 [0.00, 0.00], above in 0 of 6 seeds; p = 1 (exact sign-flip): undecided." in text
-    assert "alone: -2.00 [-2.00, -2.00], above in 0 of 6 seeds; p = 0.031 (exact sign-flip): does not hold here." in text
+    assert "alone: -2.00 [-2.00, -2.00], above in 0 of 6 seeds; p = 0.031 (exact sign-flip): speaks against it." in text
+    assert "Holm's correction for 4 claims makes 0.12 of the smallest" in text
+
+
+def test_seeds_that_were_looked_at_before_are_told_from_the_others() -> None:
+    fused, ensemble = [0.42, 0.43, 0.44, 0.41, 0.42, 0.43], [0.40, 0.41, 0.42, 0.40, 0.41, 0.42]
+    found = msgspec.structs.replace(
+        comparison(), methods=[with_seeds(method("ffl", "fused", fused=fused, ensemble=ensemble, mean_branch=ensemble), 6)]
+    )
+    (line,) = [line for line in account(found, before=[0, 1, 2]) if "above the ensemble" in line]
+    assert line.endswith(": +1.50 [0.93, 2.07], above in 6 of 6 seeds; p = 0.031 (exact sign-flip): speaks for it. "
+                         "The later seeds alone: +1.00 [1.00, 1.00].")  # fmt: skip
+
+
+def test_the_committed_page_is_what_the_command_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the check that it needs neither the run nor the data."""
+    root = Path(__file__).parents[2]
+    shutil.copytree(root / "docs", tmp_path / "docs", ignore=shutil.ignore_patterns("*.png"))
+    (tmp_path / "examples").symlink_to(root / "examples")
+    monkeypatch.chdir(tmp_path)
+    assert main([]) == 0
+    assert (tmp_path / "docs/results.md").read_text() == (root / "docs/results.md").read_text()
+    pictures = re.findall(r"!\[.*?\]\((.+?)\)", (tmp_path / "docs/results.md").read_text())
+    assert len(pictures) == 6
+    assert all((tmp_path / "docs" / picture).stat().st_size > 10_000 for picture in pictures)
 
 
 def test_the_page_holds_the_comparison_and_its_ablations(tmp_path: Path) -> None:
@@ -77,8 +107,10 @@ def test_the_claims_are_read_from_more_seeds_of_fewer_methods(tmp_path: Path) ->
     more = msgspec.structs.replace(comparison(), methods=[ffl, one], command="the other command")
     write_json(tmp_path / "claims-cifar100.json", more)
     text = comparison_text(tmp_path)
-    assert "With 6 seeds:\n\n    the other command" in text
+    assert "With 6 seeds of the methods that decide them. 2 of these seeds are those of the tables above" in text
+    assert "\n\n    the other command\n\n" in text
+    assert "seed. Not run for this page: `ffl-no-fkd`, `ffl-sum`, `ffl-mean`, `independent`, `dml`, `cl-ilr`, " in text
     assert (
         "- the fused classifier is above the strong classifier of one: -1.00 [-1.00, -1.00], above in 0 of 6 seeds; "
-        "p = 0.031 (exact sign-flip): does not hold here."
+        "p = 0.031 (exact sign-flip): speaks against it. The later seeds alone: -1.00 [-1.00, -1.00]."
     ) in text

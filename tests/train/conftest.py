@@ -49,7 +49,7 @@ def train_tiny(tiny_flags: list[str], tmp_path: Path, monkeypatch: pytest.Monkey
     def run(name: str, *flags: str, curves: bool = False) -> Path:
         with monkeypatch.context() as patch:
             if not curves:
-                patch.setattr(train.session, "draw_curves", lambda folder: None)
+                patch.setattr(train.session, "draw_curves", lambda *arguments: None)
             arguments = flags if "--resume" in flags else [*tiny_flags, "--out", str(tmp_path / name), *flags]
             assert main(arguments) == 0
         return tmp_path / name

@@ -45,7 +45,7 @@ def test_fewer_seeds_than_six_cannot_be_significant() -> None:
 
 @pytest.fixture(autouse=True)
 def without_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.session.draw_curves", lambda folder: None)
+    monkeypatch.setattr("train.session.draw_curves", lambda *arguments: None)
 
 
 class FakeRun:

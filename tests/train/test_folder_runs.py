@@ -28,7 +28,7 @@ TrainTiny = Callable[..., Path]
 
 @pytest.fixture(autouse=True)
 def without_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.session.draw_curves", lambda folder: None)
+    monkeypatch.setattr("train.session.draw_curves", lambda *arguments: None)
 
 
 def weights(run: Path) -> bytes:
