@@ -52,6 +52,26 @@ def test_metrics_of_a_known_difference() -> None:
     assert (metrics.top1_mismatches, metrics.top1_agreement) == (1, 0.5)
 
 
+def test_the_cosine_is_that_of_logits_with_a_direction() -> None:
+    """Rounding turns the logits of an image that is equally like all classes; that is no damage. Anything else counts."""
+    reference = logits()
+    norms = np.linalg.norm(reference, axis=1, keepdims=True)
+    reference = reference / norms * 10
+    reference[0] *= 0.04
+    turned = reference.copy()
+    turned[0] = reference[0][::-1]
+    assert compare(reference, turned).cosine_min == pytest.approx(1)
+    turned[0] *= 25  # small in the reference, large in the candidate
+    assert compare(reference, turned).cosine_min < 0.9
+    lost = reference.copy()
+    lost[1] = 0
+    assert compare(reference, lost).cosine_min == 0
+    halved = reference.copy()
+    halved[:, 0] = -halved[:, 0]
+    row = reference[1:].astype(np.float64)
+    assert compare(reference, halved).cosine_min == pytest.approx((1 - 2 * row[:, 0] ** 2 / 100).min(), abs=1e-6)
+
+
 @pytest.mark.parametrize(("share", "status"), [(0.9e-4, "passed"), (1.2e-4, "failed")])
 def test_fp32_gate_is_a_share_of_the_logits_standard_deviation(share: float, status: str) -> None:
     z = logits().astype(np.float64)
