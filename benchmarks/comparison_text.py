@@ -33,6 +33,7 @@ def comparison_text(folder: Path) -> str:
     if not path.is_file():
         return "## What this does not show\n\nOne run, one seed: nothing here says that FFL beats another method."
     found = read_comparison(path)
+    parts, more = (read_comparison(other) if other.is_file() else None for other in (ablations, claims))
     draw(found, path.with_suffix(".png"))
     seeds = min(len(method.seeds) for method in found.methods)
     lines = [
@@ -69,15 +70,15 @@ def comparison_text(folder: Path) -> str:
         "",
         "## What the paper says, and what these runs say",
         "",
-        *(claims_lines(read_comparison(claims), found) if claims.is_file() else account(found)),
+        *(claims_lines(more, found) if more else account(found)),
         "",
         *([reading.read_text()] if reading.is_file() else ()),
-        *(ablation_lines(read_comparison(ablations), ablations.with_suffix(".png")) if ablations.is_file() else ()),
+        *(ablation_lines(parts, ablations.with_suffix(".png")) if parts else ()),
         "## What this does not show",
         "",
         limits(found, seeds),
         "",
-        f"The model above is one run with one seed. {not_run(path, ablations, claims)}".strip(),
+        f"The model above is one run with one seed. {not_run(found, parts, more)}".strip(),
     ]
     return "\n".join(lines)
 
@@ -105,9 +106,9 @@ def claims_lines(found: Comparison, seen: Comparison) -> list[str]:
     ]
 
 
-def not_run(*stored: Path) -> str:
+def not_run(*stored: Comparison | None) -> str:
     """-> a sentence on the methods of this package that no stored comparison holds."""
-    run = {method.method for path in stored if path.is_file() for method in read_comparison(path).methods}
+    run = {method.method for comparison in stored if comparison for method in comparison.methods}
     missing = [f"`{name}`" for name in METHODS if name not in run]
     return f"Not run for this page: {', '.join(missing)}." if missing else ""
 

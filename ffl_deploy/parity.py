@@ -157,7 +157,7 @@ def compare(
     r, c = reference[finite].astype(np.float64), candidate[finite].astype(np.float64)
     std = float(reference.std(dtype=np.float64)) or 1.0
     max_abs = float(np.abs(r - c).max(initial=0.0))
-    cosine = _cosines(r, c, typical=float(np.sqrt((reference.astype(np.float64) ** 2).sum(axis=1).mean())) if len(r) else 0.0)
+    cosine = _cosines(r, c)
     log_r, log_c = log_softmax(r), log_softmax(c)
     kl = (np.exp(log_r) * (log_r - log_c)).sum(axis=1)
     top1_mismatches, top1_ties = _disagreements(r, c, 1, TIE * std)
@@ -182,9 +182,10 @@ def compare(
     )
 
 
-def _cosines(r: np.ndarray, c: np.ndarray, typical: float) -> np.ndarray:
+def _cosines(r: np.ndarray, c: np.ndarray) -> np.ndarray:
     """-> the cosine of each pair of rows whose logits, on either side, have a direction: a norm of at least UNDIRECTED."""
     lengths_r, lengths_c = np.linalg.norm(r, axis=1), np.linalg.norm(c, axis=1)
+    typical = np.linalg.norm(r) / max(len(r), 1) ** 0.5  # root mean square
     directed = np.maximum(lengths_r, lengths_c) >= UNDIRECTED * typical
     products = lengths_r * lengths_c
     found: np.ndarray = np.divide((r * c).sum(axis=1), products, out=np.zeros(len(r)), where=products > 0)
