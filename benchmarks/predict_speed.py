@@ -51,7 +51,7 @@ from ffl_deploy.bundle import (
 )
 from ffl_deploy.images import Preprocessing
 from ffl_deploy.runtime import available_cores
-from serve.items import file_item
+from serve.inputs.items import file_item
 from serve.pipeline import prepare_item
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

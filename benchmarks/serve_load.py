@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from ffl_deploy.bundle import Bundle, load_bundle
-from serve.app import model_spec
+from serve.server.settings import model_spec
 
 BATCHES = (1, 8, 16, 32, 64)
 
@@ -96,7 +96,7 @@ def start_server(folder: str, variant: str | None, max_batch: int) -> tuple[subp
     """-> (process, port), ready."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "serve.app", folder, "--no-demo", "--port", str(port), "--max-batch", str(max_batch)]
+    command = [sys.executable, "-m", "serve.command", folder, "--no-demo", "--port", str(port), "--max-batch", str(max_batch)]
     process = subprocess.Popen(command + (["--variant", variant] if variant else []))
     while True:
         try:

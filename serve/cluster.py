@@ -14,10 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from serve.app import model_spec
-from serve.asgi import Message
-from serve.offline import SILENCE
-from serve.settings import Limits, Settings
+from serve.server.asgi import Message
+from serve.server.offline import SILENCE
+from serve.server.settings import Limits, Settings, model_spec
 
 os.environ.update(SILENCE)  # before Ray is imported; its workers inherit it
 
@@ -53,7 +52,7 @@ class Bundles:
 
     async def __init__(self, bundles: Sequence[str], variant: str | None, threads: int) -> None:  # type: ignore[misc]  # Ray awaits it
         from serve.app import create_app
-        from serve.service import Phase
+        from serve.server.service import Phase
 
         models = tuple(model_spec(text, variant) for text in bundles)
         # The cluster's proxy is the only one who connects; it bounds the queue and sets the Host.

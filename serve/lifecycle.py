@@ -13,10 +13,10 @@ import uvicorn
 
 from ffl_deploy.errors import UsageError
 from serve.app import create_app
-from serve.limits import LOOPBACK
-from serve.logs import log_config
-from serve.service import Phase, Service
-from serve.settings import Settings
+from serve.server.limits import LOOPBACK
+from serve.server.logs import log_config
+from serve.server.service import Phase, Service
+from serve.server.settings import Settings
 
 # Longer than what clients and balancers keep idle connections for, so that they close first and never meet a closed one.
 KEEP_ALIVE_SECONDS = 75
@@ -72,7 +72,7 @@ def run_until_signal(settings: Settings) -> None:
         config = uvicorn.Config(
             app,
             log_config=log_config(settings.log_format),
-            access_log=False,  # serve/tracking.py
+            access_log=False,  # serve/server/tracking.py
             server_header=False,
             lifespan="on",
             ws="none",

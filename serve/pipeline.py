@@ -17,9 +17,9 @@ import numpy as np
 
 from ffl_deploy.images import ImageError, Pixels, Preprocessing, decode, prepare
 from ffl_deploy.runtime import Outputs, Session
-from serve.items import Item
+from serve.inputs.items import Item
+from serve.predict.shards import Settings
 from serve.rows import OK, Row
-from serve.shards import Settings
 
 DECODE_CHUNK = 16  # items a decoding thread takes at a time: hand-over costs 30 us, a small image decodes in 50
 HELD_BYTES = 64 << 20  # of encoded members of archives and tables, which are in memory until they are decoded

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from ffl_deploy.command import run_command
 from ffl_deploy.errors import UsageError
-from serve.app import parse_arguments, serve
+from serve.command import parse_arguments, serve
 
 
 def main(argv: Sequence[str]) -> int:

@@ -10,9 +10,9 @@ import numpy as np
 from PIL import Image
 
 from ffl_deploy.images import Decoded, ImageError, Pixels, prepare
-from serve.batcher import Closed, Overloaded
-from serve.models import NonFinite, ServedModel, timed_infer
-from serve.service import Service
+from serve.server.batcher import Closed, Overloaded
+from serve.server.models import NonFinite, ServedModel, timed_infer
+from serve.server.service import Service
 
 TOP_K = 5
 

@@ -15,13 +15,13 @@ import numpy as np
 
 from ffl_deploy.images import ImageError, Pixels
 from ffl_deploy.runtime import Outputs, Session
-from serve import archives
-from serve.batcher import Overloaded
-from serve.items import Item, Skipped, file_item
-from serve.models import ServedModel
+from serve.inputs import archives
+from serve.inputs.items import Item, Skipped, file_item
 from serve.pipeline import Classifier, Prepared, prepare_item
 from serve.rows import OK, Format, Row, assemble, encode
-from serve.service import Service
+from serve.server.batcher import Overloaded
+from serve.server.models import ServedModel
+from serve.server.service import Service
 
 CHUNK, CHUNK_BYTES = 32, 128 * 2**20
 UNCERTAIN = 12  # images in the gallery

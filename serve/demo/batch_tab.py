@@ -14,12 +14,12 @@ import numpy as np
 from PIL import Image
 
 from ffl_deploy.images import SUFFIXES, Pixels
-from serve.archives import ZIP_SUFFIXES
-from serve.batcher import Closed, Overloaded
 from serve.demo.batch import BatchState, classify_files, write_table
 from serve.demo.guard import upload_folder
+from serve.inputs.archives import ZIP_SUFFIXES
 from serve.rows import OK, Row
-from serve.service import Service
+from serve.server.batcher import Closed, Overloaded
+from serve.server.service import Service
 
 SHOWN_ROWS = 500
 THUMBNAIL = 160

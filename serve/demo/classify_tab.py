@@ -15,7 +15,7 @@ from serve.demo.answers import TOP_K, Answer, Unanswerable, ask_all, decode_uplo
 from serve.demo.drawing_pad import drawing_of, drawing_pad
 from serve.demo.inputs import image_input
 from serve.demo.samples import DrawingStyle, frame_drawing
-from serve.service import Service
+from serve.server.service import Service
 
 CONCURRENT = 8  # actions at a time; their images meet again in the micro-batcher
 WAITING = "Waiting for an image."

@@ -21,9 +21,9 @@ from typing import Any
 import msgspec
 from starlette.requests import ClientDisconnect
 
-from serve.asgi import App, Message, Receive, Refused, Scope, Send, header, send_refusal
-from serve.service import Service
-from serve.settings import Limits
+from serve.server.asgi import App, Message, Receive, Refused, Scope, Send, header, send_refusal
+from serve.server.service import Service
+from serve.server.settings import Limits
 
 API = "/gradio_api"
 UPLOAD = f"{API}/upload"
@@ -108,7 +108,7 @@ class DemoGuard:
 
 
 def upload_folder() -> Path:
-    """-> where Gradio keeps uploads (serve/offline.py sets it)."""
+    """-> where Gradio keeps uploads (serve/server/offline.py sets it)."""
     return Path(os.environ.get("GRADIO_TEMP_DIR") or Path(tempfile.gettempdir(), "gradio"))
 
 

@@ -19,7 +19,7 @@ from serve.demo.classify_tab import ask_endpoint, classify_tab, draw_tab
 from serve.demo.guard import upload_folder
 from serve.demo.samples import drawing_style, write_examples
 from serve.demo.sessions import bound_states, finished_sessions_forgotten
-from serve.service import Service
+from serve.server.service import Service
 
 CACHE_SECONDS = (300, 3600)  # how often uploads are pruned, and from what age
 FONT = ["system-ui", "sans-serif"]

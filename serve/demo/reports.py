@@ -11,8 +11,8 @@ from typing import Any
 import msgspec
 
 from ffl_deploy.bundle import Bundle, Variant
-from serve.logs import LOGGER
-from serve.models import ServedModel
+from serve.server.logs import LOGGER
+from serve.server.models import ServedModel
 
 REPORT, PICTURE = "report.json", "report.png"
 COLUMNS = ("model", "variant", "accuracy", "of images", "ms per image", "images/s", "MB", "precision", "parity")

@@ -26,8 +26,8 @@ from ffl_deploy.bundle import Bundle
 from ffl_deploy.errors import CheckError, UsageError
 from ffl_deploy.images import decode, prepare
 from ffl_deploy.runtime import Session
-from serve.app import model_spec, parse_arguments
-from serve.settings import Limits, ModelSpec, Settings
+from serve.command import parse_arguments
+from serve.server.settings import Limits, ModelSpec, Settings, model_spec
 
 Start = Callable[..., contextlib.AbstractContextManager[Any]]
 
@@ -281,16 +281,16 @@ def test_a_client_that_goes_away_frees_its_place(
 def test_it_is_live_before_it_is_ready_and_ready_only_when_every_bundle_is_verified(
     two_bundles: tuple[Bundle, Bundle], start_server: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import serve.service
+    import serve.server.service
 
-    release, real = threading.Event(), serve.service.open_model
+    release, real = threading.Event(), serve.server.service.open_model
 
     def slow(spec: ModelSpec, *arguments: Any) -> Any:
         if spec.name == "branch0":
             assert release.wait(120)
         return real(spec, *arguments)
 
-    monkeypatch.setattr(serve.service, "open_model", slow)
+    monkeypatch.setattr(serve.server.service, "open_model", slow)
     models = tuple(ModelSpec(bundle.name, bundle.folder) for bundle in two_bundles)
     seen: dict[str, int] = {}
 
@@ -315,13 +315,13 @@ def test_it_is_live_before_it_is_ready_and_ready_only_when_every_bundle_is_verif
     import queue
 
     ports: queue.Queue[int] = queue.Queue()
-    real_init = serve.service.Service.__init__
+    real_init = serve.server.service.Service.__init__
 
     def init(self: Any, settings: Settings) -> None:
         real_init(self, settings)
         ports.put(settings.port)
 
-    monkeypatch.setattr(serve.service.Service, "__init__", init)
+    monkeypatch.setattr(serve.server.service.Service, "__init__", init)
     thread = threading.Thread(target=probe)
     thread.start()
     with start_server(Settings(models, demo=False)) as running:
@@ -352,7 +352,7 @@ def test_a_corrupt_bundle_ends_the_server_with_code_1_and_one_sentence(
         (bad.folder / "bundle.json").write_text(json.dumps(manifest))
     else:
         (bad.folder / "bundle.json").write_text("{")
-    command = [sys.executable, "-m", "serve.app", str(good.folder), str(bad.folder), "--port", "0", "--no-demo"]
+    command = [sys.executable, "-m", "serve.command", str(good.folder), str(bad.folder), "--port", "0", "--no-demo"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
@@ -383,7 +383,7 @@ def test_unusable_arguments_are_one_sentence_and_code_2(
     two_bundles: tuple[Bundle, Bundle], tmp_path: Path, arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from ffl_deploy.command import run_command
-    from serve.app import main
+    from serve.command import main
 
     (tmp_path / "short").write_text("secret\n")
     (tmp_path / "binary").write_bytes(b"\xff\xfe" * 20)
@@ -441,7 +441,7 @@ def test_an_open_page_does_not_hold_up_the_end(two_bundles: tuple[Bundle, Bundle
 
 
 def test_a_bundle_whose_golden_answers_differ_is_refused(make_bundle: Callable[..., Bundle], tmp_path: Path) -> None:
-    from serve.models import verify
+    from serve.server.models import verify
 
     bundle, other = make_bundle(tmp_path / "a"), make_bundle(tmp_path / "b", seed=3)
     with pytest.raises(CheckError, match="golden answers"):

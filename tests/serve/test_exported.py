@@ -16,7 +16,7 @@ from PIL import Image
 
 from ffl_deploy.bundle import Bundle, load_bundle
 from ffl_deploy.images import prepare
-from serve.settings import ModelSpec, Settings
+from serve.server.settings import ModelSpec, Settings
 
 Start = Callable[..., contextlib.AbstractContextManager[Any]]
 
@@ -138,7 +138,7 @@ def check_against_ffl_predict(bundle: Bundle, running: Any, folder: Path) -> Non
     """
     from tritonclient import http as triton
 
-    from serve.predict import main as predict
+    from serve.predict.command import main as predict
 
     rng, batch = np.random.default_rng(5), 8
     paths = [folder / f"{number:02d}.png" for number in range(20)]

@@ -24,7 +24,7 @@ import pytest
 from PIL import Image
 
 from ffl_deploy.bundle import Bundle, load_bundle
-from serve import items, tables
+from serve.inputs import items, tables
 
 Predict = Callable[..., Any]
 Photo = Callable[..., bytes]

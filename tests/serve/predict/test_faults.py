@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ffl_deploy.bundle import Bundle
-from serve import shards
+from serve.predict import shards
 
 Predict = Callable[..., Any]
 Photo = Callable[..., bytes]
@@ -176,13 +176,13 @@ def test_28_a_signal_ends_with_130_and_a_resume_goes_on(
 # ffl-predict with 3 ms more for each image, so that there is something to interrupt.
 SLOW = """
 import sys, time
-from serve import items
+from serve.inputs import items
 real = items.read_file
 def read_file(path):
     time.sleep(.003)
     return real(path)
 items.read_file = read_file
-from serve.predict import entry
+from serve.predict.command import entry
 sys.argv[0] = "ffl-predict"
 entry()
 """
@@ -285,7 +285,7 @@ def decode(data, *rest):
         signal.pthread_kill(threading.get_ident(), signal.{signal})  # at once, unlike os.kill
     return real(data, *rest)
 images.decode = decode
-from serve.predict import entry
+from serve.predict.command import entry
 sys.argv[0] = "ffl-predict"
 entry()
 """
@@ -315,7 +315,7 @@ def test_32_a_worker_killed_once_costs_nothing(tiny_bundle: Bundle, many: Path, 
     assert finish(start(tiny_bundle.folder, many, "--out", whole, *FLAGS))[0] == 3
     script = f"""
 import os, signal, sys
-from serve import items
+from serve.inputs import items
 real = items.read_file
 def read_file(path):
     if path.endswith("0150.jpg") and not os.path.exists({str(marker)!r}):
@@ -323,7 +323,7 @@ def read_file(path):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(path)
 items.read_file = read_file
-from serve.predict import entry
+from serve.predict.command import entry
 entry()
 """
     assert finish(start(tiny_bundle.folder, many, "--out", out, *FLAGS, script=script))[0] == 3

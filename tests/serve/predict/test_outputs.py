@@ -121,7 +121,7 @@ def test_a_worker_killed_once_reads_standard_input_again(tiny_bundle: Bundle, fo
     lines = [str(folder / name) for name in ("a.jpg", "b.png", "sub/c.webp")] * 800
     script = f"""
 import os, signal, sys
-from serve import shards
+from serve.predict import shards
 real = shards.Parts.commit
 def commit(self, index, *rest):
     if index == 1 and not os.path.exists({str(tmp_path / "died")!r}):
@@ -129,7 +129,7 @@ def commit(self, index, *rest):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(self, index, *rest)
 shards.Parts.commit = commit
-from serve.predict import entry
+from serve.predict.command import entry
 entry()
 """
     flags = ["--out", str(tmp_path / "rows.jsonl"), "--batch-size", "32", "--shard-size", "512", "--threads", "1", "--quiet"]

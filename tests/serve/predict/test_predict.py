@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from ffl_deploy.bundle import Bundle
-from serve.labelled import LabelCounts, count_labels
+from serve.predict.labelled import LabelCounts, count_labels
+from serve.predict.summary import Histogram
 from serve.rows import Row
-from serve.summary import Histogram
 
 Predict = Callable[..., Any]
 Photo = Callable[..., bytes]
@@ -97,7 +97,7 @@ def test_variants_and_runtimes(predict: Predict, folder: Path, tmp_path: Path, m
 def test_the_old_output_stays_until_the_new_one_is_complete(
     predict: Predict, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from serve import runner
+    from serve.predict import runner
 
     first = predict(folder)
     before = first.out.read_bytes()
@@ -214,7 +214,7 @@ def test_batches_do_not_depend_on_threads(predict: Predict, tmp_path: Path, phot
 def test_settings_are_measured_for_a_long_run_only(
     predict: Predict, tmp_path: Path, photo: Photo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from serve import runner, tuning
+    from serve.predict import runner, tuning
 
     calls = []
     real = tuning.measure
@@ -240,7 +240,7 @@ def command(*arguments: object) -> subprocess.CompletedProcess[str]:
 def test_nothing_heavy_is_imported(folder: Path, tiny_bundle: Bundle, tmp_path: Path) -> None:
     script = """
 import sys
-from serve.predict import main
+from serve.predict.command import main
 code = main(sys.argv[1:])
 print([name for name in ("torch", "torchvision", "scipy.stats", "sklearn", "gradio", "ray", "pandas") if name in sys.modules])
 sys.exit(code)

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from ffl_deploy.bundle import Bundle
-from serve import ray_engine
-from serve.items import failed_item, file_item
-from serve.ray_engine import PlainItem, item_of, plain
+from serve.inputs.items import failed_item, file_item
+from serve.predict import ray_engine
+from serve.predict.ray_engine import PlainItem, item_of, plain
 
 Photo = Callable[..., bytes]
 Predict = Callable[..., Any]

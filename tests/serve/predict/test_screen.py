@@ -12,7 +12,7 @@ import pytest
 
 from ffl_deploy.bundle import Bundle
 from ffl_deploy.command import run_command
-from serve.predict import main
+from serve.predict.command import main
 
 
 def predict(bundle: Bundle, *arguments: object) -> int:

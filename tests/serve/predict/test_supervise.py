@@ -27,7 +27,7 @@ def test_a_signal_that_comes_while_the_child_is_made_ends_both_with_130(name: st
     """The child signals its parent at once, which is held up in the fork meanwhile."""
     done = python(f"""
 import os, signal, sys, time
-from serve import supervise
+from serve.predict import supervise
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start without
 fork = os.fork
 def slow_fork():
@@ -45,15 +45,15 @@ sys.exit(supervise.supervise(run))
 
 
 def test_exit_codes_pass_through() -> None:
-    code = "import sys; from serve.supervise import supervise; sys.exit(supervise(lambda recovery: 3))"
+    code = "import sys; from serve.predict.supervise import supervise; sys.exit(supervise(lambda recovery: 3))"
     assert python(code).returncode == 3
 
 
 def test_a_fault_of_ours_shows_its_traceback_and_so_does_ffl_debug(tiny_bundle: Bundle, tmp_path: Path) -> None:
-    done = python("import sys; from serve.supervise import supervise; sys.exit(supervise(lambda recovery: 1 // 0))")
+    done = python("import sys; from serve.predict.supervise import supervise; sys.exit(supervise(lambda recovery: 1 // 0))")
     assert done.returncode == 1
     assert "ZeroDivisionError" in done.stderr
-    entry = "from serve.predict import entry; entry()"
+    entry = "from serve.predict.command import entry; entry()"
     quiet = python(entry, tmp_path / "none", "x.jpg", "--out", tmp_path / "out.csv")
     assert (quiet.returncode, quiet.stderr.count("\n")) == (2, 1)
     told = python(entry, tmp_path / "none", "x.jpg", "--out", tmp_path / "out.csv", FFL_DEBUG="1")
@@ -65,7 +65,7 @@ def test_the_worker_ends_with_its_parent(tmp_path: Path) -> None:
     """A SIGKILL to the parent, which it cannot pass on, leaves no worker that goes on writing."""
     code = """
 import os, sys, time
-from serve.supervise import supervise
+from serve.predict.supervise import supervise
 def run(recovery):
     print(os.getpid(), flush=True)
     time.sleep(100)

@@ -1,0 +1,1 @@
+"""From what was named (folders, patterns, archives, tables, standard input) to items: one for each image."""

@@ -1,0 +1,118 @@
+"""`ffl-predict BUNDLE INPUT... [--out FILE]`: classify images, exactly one row per input, in order."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ffl_deploy.command import Parser, positive, run_command
+from ffl_deploy.errors import DONE, SOME_INPUTS_FAILED, Interrupted, UsageError
+from serve.inputs.standard_input import STANDARD_INPUT, spool_standard_input
+from serve.predict.supervise import Recovery, supervise
+
+DESCRIPTION = """\
+Classify images with an exported bundle: exactly one row per input, in input order.
+
+INPUT is a file, a folder (searched recursively), a quoted glob, a zip or tar archive (streamed, never unpacked), a CSV or
+Parquet table with a column of paths or image bytes, or - for paths on standard input. An image that cannot be used gets a
+row that says why, and the run goes on. Without --out the rows are printed.
+
+Exit: 0 all rows ok; 1 corrupt bundle, full disk; 2 unusable input; 3 finished, some rows have errors; 130 interrupted (--resume).
+"""
+
+
+def build_parser() -> Parser:
+    parser = Parser("ffl-predict", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", metavar="BUNDLE", help="folder that ffl-export wrote")
+    parser.add_argument("inputs", metavar="INPUT", nargs="+", help="what to classify")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="where the rows go; the suffix chooses the format")
+    parser.add_argument("--format", choices=("parquet", "jsonl", "csv"), help="default: by the suffix of FILE, else parquet")
+    parser.add_argument("--variant", metavar="NAME", help="of the bundle (default: fp32)")
+    parser.add_argument("--runtime", metavar="NAME", help="onnxruntime, openvino or tensorrt (default: the variant's own)")
+    parser.add_argument("--top-k", type=positive, default=5, metavar="K", help="labels per row (default: 5)")
+    parser.add_argument("--logits", action="store_true", help="add the column logits")
+    parser.add_argument("--embedding", action="store_true", help="add the column embedding, if the bundle's graph gives one")
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run; the result has the same bytes")
+    parser.add_argument("--engine", choices=("local", "ray"), default="local", help="ray: Ray Data, on this machine or a cluster")
+    reading = parser.add_argument_group("reading")
+    reading.add_argument("--column", metavar="NAME", help="of tables: paths or image bytes (default: path, image, ...)")
+    reading.add_argument(
+        "--label-column", metavar="NAME", help="of tables: true classes (default: label, class or target, if there)"
+    )
+    reading.add_argument("--follow-links", action="store_true", help="take symbolic links to files that a folder holds")
+    speed = parser.add_argument_group("speed (default: measured in a second at the start)")
+    speed.add_argument("--batch-size", type=positive, metavar="N", help="images per inference")
+    speed.add_argument("--threads", type=positive, metavar="N", help="cores to use (default: all)")
+    speed.add_argument("--shard-size", type=positive, metavar="N", help="rows per shard: what a kill can cost (default: 1024)")
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--quiet", action="store_true", help="print errors only")
+    output.add_argument("--json", action="store_true", help="progress as JSON lines on stderr, the summary as JSON on stdout")
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run in this process: for tests and for programs that call the command."""
+    arguments = build_parser().parse_args(argv)
+    return delivered(arguments, lambda out: run(arguments, out, Recovery()))
+
+
+def supervised_main(argv: Sequence[str]) -> int:
+    """Run in a child process that is restarted when it dies."""
+    arguments = build_parser().parse_args(argv)
+    if STANDARD_INPUT in arguments.inputs:
+        spool_standard_input()
+    return delivered(arguments, lambda out: supervise(lambda recovery: run_command(lambda _: run(arguments, out, recovery))))
+
+
+def delivered(arguments: argparse.Namespace, job: Callable[[Path], int]) -> int:
+    """Run `job` on --out, or on a temporary file whose rows are then printed; -> its exit code."""
+    if arguments.out:
+        if arguments.out.is_dir():
+            raise UsageError(f"{arguments.out} is a folder; give --out a file inside it.")
+        return job(Path(os.path.realpath(arguments.out)) if arguments.out.is_symlink() else arguments.out)
+    from serve.predict.screen import rows_on_screen, show
+
+    with rows_on_screen(arguments) as rows:
+        code = job(rows)
+        if code in (DONE, SOME_INPUTS_FAILED):
+            show(rows, arguments.format)
+    return code
+
+
+def run(arguments: argparse.Namespace, out: Path, recovery: Recovery) -> int:
+    """Do what the flags say, with the rows in `out`; -> the exit code."""
+    from serve.predict.job import Job
+    from serve.predict.runner import run_job
+
+    job = Job(
+        bundle=arguments.bundle,
+        inputs=list(arguments.inputs),
+        out=out,
+        format=arguments.format,
+        variant=arguments.variant,
+        runtime=arguments.runtime,
+        top_k=arguments.top_k,
+        columns=[name for name in ("logits", "embedding") if getattr(arguments, name)],
+        column=arguments.column,
+        label_column=arguments.label_column,
+        follow_links=arguments.follow_links,
+        batch_size=arguments.batch_size,
+        threads=arguments.threads,
+        shard_size=arguments.shard_size,
+        resume=arguments.resume,
+        engine=arguments.engine,
+        recovery=recovery,
+        report="quiet" if arguments.quiet or not arguments.out else "json" if arguments.json else "screen",
+    )
+    try:
+        errors = run_job(job)
+    except Interrupted as stopped:
+        raise stopped if arguments.out else Interrupted("interrupted; a run with --out FILE can be resumed.") from None
+    return SOME_INPUTS_FAILED if errors else DONE
+
+
+def entry() -> None:
+    sys.exit(run_command(supervised_main))

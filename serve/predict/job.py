@@ -1,0 +1,48 @@
+"""What ffl-predict was asked to do, and what an engine works with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from ffl_deploy.bundle import Bundle
+from serve.predict.progress import Progress, Report
+from serve.predict.shards import Parts
+from serve.predict.summary import Totals
+from serve.predict.supervise import Recovery
+
+
+@dataclass(frozen=True)
+class Job:
+    """What ffl-predict was asked to do; the fields are its flags. None: decide by the bundle, the file name or a measurement."""
+
+    bundle: str
+    inputs: list[str]
+    out: Path
+    format: str | None = None
+    variant: str | None = None
+    runtime: str | None = None
+    top_k: int = 5
+    columns: list[str] = field(default_factory=list)  # of rows.OPTIONAL_COLUMNS
+    column: str | None = None
+    label_column: str | None = None
+    follow_links: bool = False
+    batch_size: int | None = None
+    threads: int | None = None
+    shard_size: int | None = None
+    resume: bool = False
+    engine: Literal["local", "ray"] = "local"
+    report: Report = "screen"
+    recovery: Recovery = field(default_factory=Recovery)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What an engine works with: the request, the model, where shards go, and what to keep count with."""
+
+    job: Job
+    bundle: Bundle
+    parts: Parts
+    totals: Totals
+    progress: Progress

@@ -1,0 +1,96 @@
+"""The engine `local`: every shard that is not finished yet, through one pipeline in this process."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+
+from ffl_deploy.errors import UsageError
+from serve.inputs.items import Item
+from serve.pipeline import Chunk, Classifier, chunks, run_pipeline
+from serve.predict.job import Run
+from serve.predict.labelled import count_labels
+from serve.predict.shards import Request, ShardRecord, count, hash_names
+from serve.predict.supervise import CarefulShardDone
+from serve.rows import OK, Row, encode
+
+
+def predict_shards(run: Run, items: Iterator[Item]) -> None:
+    """Make every shard that is not finished yet."""
+    settings, recovery = run.parts.manifest.settings, run.job.recovery
+    session = run.bundle.session(run.job.variant, run.job.runtime, threads=settings.threads)
+    classifier = Classifier(session, run.bundle.classes, run.job.top_k, run.job.columns)
+
+    def work() -> Iterator[Chunk]:
+        for index, shard in unfinished(run, items):
+            first = index * settings.shard_size
+            guarded = (recovery.guarded(item, index, first + position) for position, item in enumerate(shard))
+            yield from chunks(guarded, index, settings.batch_size)
+
+    rows: list[Row] = []
+    labels: list[str | None] = []
+    for finished in run_pipeline(work(), classifier, run.bundle.preprocessing, settings):
+        rows += finished.rows
+        labels += finished.labels
+        run.totals.add_timing(finished.decode_seconds, [finished.infer_seconds])
+        run.progress.advance(len(finished.rows), sum(row.status != OK for row in finished.rows))
+        if finished.ends_shard:
+            data, record = made(rows, labels, run.parts.manifest.request, run.bundle.classes)
+            run.parts.commit(finished.shard, data, record)
+            run.totals.add_record(record, resumed=False)
+            recovery.marker.finished(finished.shard + 1)
+            if finished.shard == recovery.careful:
+                raise CarefulShardDone
+            rows, labels = [], []
+
+
+def unfinished(run: Run, items: Iterator[Item]) -> Iterator[tuple[int, Iterator[Item]]]:
+    """Yield (index, items) of each shard to make; check and count those that an earlier session finished.
+
+    Each shard's items must be used up before the next shard is asked for.
+    """
+    parts = run.parts
+    index = 0
+    for index, shard in enumerate(cut(items, parts.manifest.settings.shard_size)):
+        record = parts.record(index)
+        run.totals.shards = index + 1
+        if record is None:
+            yield index, shard
+            continue
+        if hash_names(item.path for item in shard) != record.inputs_sha256:
+            raise inputs_changed(run, index)
+        run.totals.add_record(record, resumed=True)
+        run.job.recovery.marker.finished(index + 1)
+        run.progress.advance(record.rows, record.rows - record.statuses.get(OK, 0))
+    if parts.record(index + 1) is not None:
+        raise inputs_changed(run, index + 1)
+
+
+def inputs_changed(run: Run, index: int) -> UsageError:
+    return UsageError(
+        f"the inputs changed since shard {index} of {run.parts.folder} was finished (a file was added, removed or renamed); "
+        "bring them back to what they were, or remove that folder and start again."
+    )
+
+
+def cut(items: Iterator[Item], size: int) -> Iterator[Iterator[Item]]:
+    """-> consecutive runs of `size` items; each must be used up before the next is asked for."""
+    for first in items:
+        yield itertools.chain([first], itertools.islice(items, size - 1))
+
+
+def made(
+    rows: Sequence[Row], labels: Iterable[str | None], request: Request, classes: Sequence[str]
+) -> tuple[bytes, ShardRecord]:
+    """-> one shard's bytes and its record."""
+    data = encode(rows, request.format, request.columns)
+    return data, ShardRecord(
+        rows=len(rows),
+        sha256=hashlib.sha256(data).hexdigest(),
+        inputs_sha256=hash_names(row.path for row in rows),
+        statuses=count(row.status for row in rows),
+        labels=count(row.label for row in rows if row.label is not None),
+        remarks=count(row.error for row in rows if row.status == OK and row.error),
+        labelled=count_labels(rows, list(labels), classes),
+    )

@@ -1,0 +1,208 @@
+"""One prediction run: from what was asked to the finished file."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import FrameType
+
+import msgspec
+
+from ffl_deploy.bundle import Bundle, load_bundle
+from ffl_deploy.errors import CheckError, Interrupted, UsageError
+from serve.inputs.items import Item, displayed
+from serve.inputs.sources import Reading, check_inputs, count_inputs, is_pattern, matches, read_inputs
+from serve.predict import local
+from serve.predict.job import Job, Run
+from serve.predict.labelled_report import make_report, report_path, report_screen, write_report
+from serve.predict.progress import Progress
+from serve.predict.shards import Parts, Request, Settings, open_parts, parts_folder
+from serve.predict.summary import Totals, screen, summarise, summary_path, write_summary
+from serve.predict.tuning import SMALL_RUN, choose_settings
+from serve.rows import assemble, format_of
+
+
+def run_job(job: Job) -> int:
+    """Run it and -> the number of rows with an error.
+
+    Raises UsageError (nothing to classify, unusable flags), CheckError (bundle), Interrupted, OSError (disk).
+    """
+    check_output(job)
+    bundle = load_bundle(job.bundle)
+    request = make_request(job, bundle)
+    if job.resume and not parts_folder(job.out).exists() and job.out.is_file():
+        return _already_finished(job, request)
+    reading = Reading(frozenset(bundle.classes), job.column, job.label_column, job.follow_links)
+    check_inputs(job.inputs, reading)
+    first, items = peek(read_inputs(job.inputs, reading), SMALL_RUN)
+    if not first:
+        found = f" (skipped: {reading.skipped})" if reading.skipped.reasons else ""
+        raise UsageError(f"nothing to classify in {', '.join(job.inputs)}{found}; name image files or a folder that holds some.")
+    started = time.perf_counter()
+
+    def settings() -> Settings:
+        return choose_settings(bundle, job, small=len(first) < SMALL_RUN and not first[-1].bound)
+
+    resume = job.resume or job.recovery.restarted
+    with stop_signals(job.out), full_disks(job.out), open_parts(job.out, request, settings, resume) as parts:
+        check_overrides(job, parts)
+        totals = Totals()
+        with Progress(job.report, lambda: count_inputs(job.inputs, reading)) as progress:
+            run = Run(job, bundle, parts, totals, progress)
+            engine_of(job)(run, items)
+        assemble((parts.data_path(index) for index in range(totals.shards)), job.out, request.format, job.columns)
+        summary = summarise(totals, parts.manifest, job.out, reading.skipped, time.perf_counter() - started)
+        report = make_report(totals.labelled, bundle.classes, min(job.top_k, len(bundle.classes)))
+        if report["labelled_rows"]:
+            write_report(job.out, report, totals.labelled, bundle.classes)
+            summary["labelled"] = {name: value for name, value in report.items() if not isinstance(value, list | dict)}
+        write_summary(job.out, summary)
+        parts.remove()
+    if job.report == "json":
+        print(msgspec.json.encode(summary).decode())
+    elif job.report == "screen":
+        print(screen(summary), *([report_screen(report)] if report["labelled_rows"] else []), sep="\n")
+    return totals.errors
+
+
+def check_output(job: Job) -> None:
+    """Raise UsageError where writing the output would replace an input, or what is no file."""
+    if job.out.exists() and not job.out.is_file():
+        raise UsageError(f"{job.out} is a device or a pipe, which a file would replace; leave --out away to print the rows.")
+    written = {os.path.realpath(path) for path in (job.out, summary_path(job.out), report_path(job.out)) if path.exists()}
+    for argument in job.inputs if written else ():
+        if os.path.realpath(argument) in written or (
+            is_pattern(argument) and written & set(map(os.path.realpath, matches(argument)))
+        ):
+            raise UsageError(f"--out {job.out} would replace an input ({argument}); choose another file.")
+
+
+def engine_of(job: Job) -> Callable[[Run, Iterator[Item]], None]:
+    """-> what makes the shards; Ray is imported only where it is asked for."""
+    if job.engine == "ray":
+        from serve.predict import ray_engine
+
+        return ray_engine.predict_shards
+    return local.predict_shards
+
+
+def check_overrides(job: Job, parts: Parts) -> None:
+    """Raise UsageError where a flag contradicts what the interrupted run was computed with."""
+    settings = parts.manifest.settings
+    stored = {
+        "batch_size": settings.batch_size,
+        "shard_size": settings.shard_size,
+        "threads": settings.threads * settings.streams,
+    }
+    for name, value in stored.items():
+        asked = getattr(job, name)
+        if asked is not None and asked != value:
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(f"{parts.folder} was computed with {flag} {value}, not {asked}; leave {flag} away to resume it.")
+
+
+def make_request(job: Job, bundle: Bundle) -> Request:
+    """-> everything the output's bytes depend on but the settings. Raises UsageError for what the bundle cannot give."""
+    variant = bundle.variant(job.variant)
+    given = [output.name for output in bundle.manifest.outputs]
+    for column in job.columns:
+        if column not in given:
+            raise UsageError(
+                f"{bundle.folder} has no output {column!r} (it has {', '.join(given)}); "
+                f"export the target with that output, or leave --{column} away."
+            )
+    return Request(
+        bundle_sha256=bundle.sha256,
+        variant=variant.name,
+        runtime=job.runtime or variant.runtime,
+        format=format_of(job.out, job.format),
+        top_k=job.top_k,
+        columns=job.columns,
+        inputs=[displayed(argument) for argument in job.inputs],
+        options={"column": job.column, "label_column": job.label_column, "follow_links": job.follow_links},
+        toolchain={name: found for name in ("onnxruntime", "openvino", "pillow", "pyarrow") if (found := _version(name))},
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _already_finished(job: Job, request: Request) -> int:
+    """The output is there and no unfinished run is: say so, unless it came from another request."""
+    try:
+        summary = msgspec.json.decode(summary_path(job.out).read_bytes())
+        before = msgspec.convert(summary["request"], Request)
+    except (OSError, msgspec.DecodeError, msgspec.ValidationError, KeyError, TypeError):
+        raise UsageError(
+            f"{job.out} has no {summary_path(job.out).name} beside it that says which command wrote it; "
+            "leave --resume away to replace it, or choose another --out."
+        ) from None
+    if before != request:
+        raise UsageError(
+            f"{job.out} is complete, but from another command; leave --resume away to replace it, or choose another --out."
+        )
+    if job.report == "screen":
+        print(f"{job.out} is already complete.")
+    elif job.report == "json":
+        print(msgspec.json.encode(summary).decode())
+    return 0
+
+
+def peek(items: Iterator[Item], limit: int) -> tuple[list[Item], Iterator[Item]]:
+    """-> (up to `limit` of the first items, an iterator over all of them). A bound item ends the look."""
+    seen: list[Item] = []
+    for item in items:
+        seen.append(item.loaded() if item.bound else item)  # a bound one may not be readable later
+        if item.bound or len(seen) == limit:
+            break
+    return seen, itertools.chain(seen, items)
+
+
+@contextmanager
+def full_disks(out: Path) -> Iterator[None]:
+    """Say of a full disk, a quota or a size limit that nothing finished is lost. Raises CheckError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise CheckError(
+            f"the disk is full ({error.filename or out}); free some space and run the same command with --resume, "
+            "the finished part is kept."
+        ) from error
+
+
+@contextmanager
+def stop_signals(out: Path) -> Iterator[None]:
+    """Inside the block SIGINT and SIGTERM raise Interrupted: finished shards are safe, a resume makes the rest."""
+
+    stopped = False
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal stopped
+        if stopped:  # the first one is already unwinding
+            return
+        stopped = True
+        raise Interrupted(f"interrupted; the finished part is in {parts_folder(out)}: the same command with --resume goes on.")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,154 @@
+"""What a run ends with: counts and rates, as JSON beside the output and as one screen."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from ffl_deploy.files import write_atomically
+from serve.inputs.items import Skipped, displayed
+from serve.predict.labelled import LabelCounts
+from serve.predict.shards import PartsManifest, ShardRecord
+from serve.rows import OK
+
+SHOWN_LABELS = 10
+
+
+class Histogram:
+    """Durations in 1 % wide steps from 1 us to 3 h: percentiles of any number of values in 20 kB."""
+
+    _STEP = 1.01
+    _FIRST = 1e-6
+
+    def __init__(self) -> None:
+        self._counts = np.zeros(2400, np.int64)
+        self.total = 0.0  # seconds
+
+    def add(self, seconds: float) -> None:
+        index = int(np.log(max(seconds, self._FIRST) / self._FIRST) / np.log(self._STEP))
+        self._counts[min(index, len(self._counts) - 1)] += 1
+        self.total += seconds
+
+    def percentile(self, percent: float) -> float | None:
+        """-> seconds, within 1 %; None where nothing was added."""
+        count = int(self._counts.sum())
+        if count == 0:
+            return None
+        index = int(np.searchsorted(np.cumsum(self._counts), max(1.0, percent / 100 * count)))
+        return float(self._FIRST * self._STEP ** (index + 0.5))
+
+
+@dataclass
+class Totals:
+    """Everything the summary counts; memory does not grow with the number of rows."""
+
+    shards: int = 0
+    rows: int = 0
+    resumed_rows: int = 0  # of them from shards that an earlier, interrupted run finished
+    statuses: Counter[str] = field(default_factory=Counter)
+    labels: Counter[str] = field(default_factory=Counter)
+    remarks: Counter[str] = field(default_factory=Counter)
+    labelled: LabelCounts = field(default_factory=LabelCounts)
+    decode: Histogram = field(default_factory=Histogram)  # of an image, in its thread
+    infer: Histogram = field(default_factory=Histogram)  # of a batch
+    started: float = field(default_factory=time.perf_counter)
+
+    def add_record(self, record: ShardRecord, resumed: bool) -> None:
+        self.rows += record.rows
+        self.resumed_rows += record.rows if resumed else 0
+        self.statuses.update(record.statuses)
+        self.labels.update(record.labels)
+        self.remarks.update(record.remarks)
+        self.labelled.add(record.labelled)
+
+    def add_timing(self, decode_seconds: Sequence[float], infer_seconds: Sequence[float]) -> None:
+        """decode_seconds: of images; infer_seconds: of batches."""
+        for seconds in decode_seconds:
+            self.decode.add(seconds)
+        for seconds in infer_seconds:
+            self.infer.add(seconds)
+
+    @property
+    def errors(self) -> int:
+        return self.rows - self.statuses[OK]
+
+
+def summarise(totals: Totals, manifest: PartsManifest, out: Path, skipped: Skipped, seconds: float) -> dict[str, Any]:
+    """-> the summary as plain data. Times are this session's; counts are the whole run's."""
+    made = totals.rows - totals.resumed_rows
+    busy = totals.decode.total + totals.infer.total
+    return {
+        "out": displayed(str(out)),
+        "rows": totals.rows,
+        "ok": totals.statuses[OK],
+        "errors": totals.errors,
+        "resumed_rows": totals.resumed_rows,
+        "seconds": round(seconds, 3),
+        "images_per_second": round(made / seconds, 2) if seconds > 0 else None,
+        "decode_share": round(totals.decode.total / busy, 4) if busy else None,
+        "infer_share": round(totals.infer.total / busy, 4) if busy else None,
+        "decode_ms_per_image": _percentiles(totals.decode),
+        "infer_ms_per_batch": _percentiles(totals.infer),
+        "statuses": dict(sorted(totals.statuses.items())),
+        "labels": dict(totals.labels.most_common()),
+        "remarks": dict(totals.remarks),
+        "skipped": dict(sorted(skipped.reasons.items())),
+        "request": msgspec.to_builtins(manifest.request),
+        "settings": msgspec.to_builtins(manifest.settings),
+    }
+
+
+def summary_path(out: Path) -> Path:
+    return out.with_name(out.name + ".summary.json")
+
+
+def write_summary(out: Path, summary: dict[str, Any]) -> None:
+    write_atomically(summary_path(out), msgspec.json.format(msgspec.json.encode(summary), indent=2) + b"\n")
+
+
+def screen(summary: dict[str, Any]) -> str:
+    """-> the summary as lines for people."""
+    lines = [f"{summary['rows']} rows in {summary['out']}: {summary['ok']} ok, {summary['errors']} with an error"]
+    if summary["resumed_rows"]:
+        lines.append(f"  {summary['resumed_rows']} of them were finished before this session")
+    if summary["images_per_second"] is not None:
+        lines.append(f"  {summary['images_per_second']:g} images/s over {summary['seconds']:g} s")
+    if summary["decode_share"] is not None:
+        decode, infer = summary["decode_ms_per_image"], summary["infer_ms_per_batch"]
+        lines.append(
+            f"  decode {summary['decode_share']:.0%} (an image p50 {decode['p50']:g} ms, p95 {decode['p95']:g} ms), "
+            f"inference {summary['infer_share']:.0%} (a batch p50 {infer['p50']:g} ms, p95 {infer['p95']:g} ms)"
+        )
+    for title, counts in (
+        ("errors", _without_ok(summary["statuses"])),
+        ("remarks", summary["remarks"]),
+        ("labels", summary["labels"]),
+    ):
+        if counts:
+            shown = [f"{name} {count}" for name, count in list(counts.items())[:SHOWN_LABELS]]
+            more = f", and {len(counts) - SHOWN_LABELS} more" if len(counts) > SHOWN_LABELS else ""
+            lines.append(f"  {title}: {', '.join(shown)}{more}")
+    if summary["skipped"]:
+        lines.append("  skipped, not inputs: " + ", ".join(f"{count} {reason}" for reason, count in summary["skipped"].items()))
+    return "\n".join(lines)
+
+
+def _without_ok(statuses: dict[str, int]) -> dict[str, int]:
+    return {status: count for status, count in statuses.items() if status != OK}
+
+
+def _percentiles(times: Histogram) -> dict[str, float | None]:
+    """-> p50 and p95 in milliseconds."""
+
+    def milliseconds(percent: float) -> float | None:
+        value = times.percentile(percent)
+        return None if value is None else round(value * 1e3, 3)
+
+    return {"p50": milliseconds(50), "p95": milliseconds(95)}

@@ -1,0 +1,174 @@
+"""What is refused before any application code sees it: foreign pages, strangers, bodies that are too large or too slow.
+
+Gradio leaves these holes when it is mounted: a POST with a foreign Origin is executed, and a `data:` URL in JSON passes
+over `max_file_size`. Both close here, for the protocol and the demo alike.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import hmac
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+from urllib.parse import urlsplit
+
+from serve.server.asgi import App, Message, Receive, Refused, Scope, Send, header, send_refusal
+from serve.server.settings import Limits
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+PROBES = ("/v2/health/live", "/v2/health/ready")  # kubelets carry no token and name the pod's address as Host
+
+
+class HostAndOrigin:
+    """403 for a foreign Origin, 421 for a Host that is not ours (a foreign page's name rebound to this address).
+
+    Args: hosts: names without port that clients may use; empty: any, for servers bound to more than loopback.
+    """
+
+    def __init__(self, app: App, hosts: Sequence[str]) -> None:
+        self.app, self.hosts = app, frozenset(hosts)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in PROBES:
+            return await self.app(scope, receive, send)
+        host, origin = header(scope, b"host") or "", header(scope, b"origin")
+        if self.hosts and _host_name(f"//{host}") not in self.hosts:
+            return await send_refusal(send, Refused(421, "host", "this server does not answer for that Host"))
+        # A page may call the server that it came from, port included, and no other page may.
+        if origin is not None and origin.partition("://")[2].lower() != host.lower():
+            return await send_refusal(send, Refused(403, "origin", "requests from pages of another origin are refused"))
+        return await self.app(scope, receive, send)
+
+
+def _host_name(url: str) -> str | None:
+    try:
+        return urlsplit(url).hostname
+    except ValueError:
+        return None
+
+
+class Token:
+    """401 without the token: `Authorization: Bearer TOKEN`, or as the password of any user name (browsers ask for that)."""
+
+    def __init__(self, app: App, token: str) -> None:
+        self.app, self._token = app, token.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in PROBES or self._allowed(header(scope, b"authorization") or ""):
+            return await self.app(scope, receive, send)
+        challenge = {"www-authenticate": 'Basic realm="ffl-serve", charset="UTF-8"'}
+        return await send_refusal(send, Refused(401, "token", "a valid token is needed", challenge))
+
+    def _allowed(self, authorization: str) -> bool:
+        scheme, _, given = authorization.partition(" ")
+        secret = given.strip().encode()
+        if scheme.lower() == "basic":
+            try:
+                secret = base64.b64decode(secret, validate=True).partition(b":")[2]
+            except binascii.Error:
+                return False
+        elif scheme.lower() != "bearer":
+            return False
+        return hmac.compare_digest(secret, self._token)
+
+
+BUSY = Refused(503, "bytes", "the server is busy with other bodies; try again", {"retry-after": "1"})
+
+
+class Bodies:
+    """413 for a body over its route's limit, 408 for one that does not arrive, 503 when all bodies together are too many.
+
+    Args: limit_of: path -> largest body in bytes.
+    """
+
+    def __init__(self, app: App, limits: Limits, limit_of: Callable[[str], int]) -> None:
+        self.app, self.limits, self._limit_of = app, limits, limit_of
+        self._in_flight = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        limit = self._limit_of(scope["path"])
+        announced = header(scope, b"content-length")
+        size = int(announced) if announced is not None and announced.isdecimal() else 0
+        if size > limit:
+            return await send_refusal(send, _too_large(limit))
+        if header(scope, b"content-encoding") not in (None, "identity"):
+            return await send_refusal(send, Refused(415, "encoding", "send the body without Content-Encoding"))
+        body = _Body(self, receive, limit)
+        started = False
+
+        async def watched_send(message: Message) -> None:
+            nonlocal started
+            if body.refused and not started:
+                return  # FastAPI turns any error of a body into its own 400; the refusal below is the answer
+            started = True
+            await send(message)
+
+        try:
+            if not self.fits(size):
+                body.refuse(BUSY)
+            await self.app(scope, body.receive, watched_send)
+        except Refused:
+            if started or body.refused is None:
+                raise
+        finally:
+            self._in_flight -= body.reserved
+        if body.refused and not started:
+            await send_refusal(send, body.refused)
+        return None
+
+    def fits(self, size: int) -> bool:
+        """-> whether `size` further bytes may be held. What is announced only counts as it arrives: it may never."""
+        return self._in_flight + size <= self.limits.bytes_in_flight
+
+    def take(self, size: int) -> bool:
+        """-> whether `size` further bytes are held from now on."""
+        if not self.fits(size):
+            return False
+        self._in_flight += size
+        return True
+
+
+class _Body:
+    """One request's body on its way in."""
+
+    def __init__(self, owner: Bodies, receive: Receive, limit: int) -> None:
+        self._owner, self._receive, self._limit = owner, receive, limit
+        self._read = self.reserved = 0
+        self._complete = False
+        self._deadline: float | None = None
+        self.refused: Refused | None = None
+
+    def reserve(self, size: int) -> None:
+        if size > self.reserved:
+            if not self._owner.take(size - self.reserved):
+                self.refuse(BUSY)
+            self.reserved = size
+
+    def refuse(self, refused: Refused) -> NoReturn:
+        self.refused = refused
+        raise refused
+
+    async def receive(self) -> Message:
+        if self._complete:
+            return await self._receive()  # waits for the client to go away
+        limits, now = self._owner.limits, asyncio.get_running_loop().time()
+        self._deadline = self._deadline or now + limits.body_seconds
+        try:
+            async with asyncio.timeout_at(min(self._deadline, now + limits.body_pause_seconds)):
+                message = await self._receive()
+        except TimeoutError:
+            self.refuse(Refused(408, "slow", "the body arrives too slowly; send a smaller one"))
+        self._read += len(message.get("body", b""))
+        self._complete = not message.get("more_body", False)
+        if self._read > self._limit:
+            self.refuse(_too_large(self._limit))
+        self.reserve(self._read)
+        return message
+
+
+def _too_large(limit: int) -> Refused:
+    return Refused(413, "size", f"the body is larger than {limit} bytes; send fewer or smaller images")

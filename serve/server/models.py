@@ -1,0 +1,159 @@
+"""The models a server holds: opened, verified, each behind its micro-batcher."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+from ffl_deploy.bundle import Bundle, Variant, load_bundle
+from ffl_deploy.errors import CheckError, UsageError
+from ffl_deploy.files import shown
+from ffl_deploy.images import Decoded, Pixels, decode, prepare
+from ffl_deploy.parity import PARITY_GATES, gate_precision, judge, measure
+from ffl_deploy.runtime import Outputs, Session, available_cores
+from ffl_deploy.verify import check_files
+from serve.server.batcher import MicroBatcher, Overloaded
+from serve.server.protocol import Signature
+from serve.server.settings import Limits, ModelSpec, Settings
+
+T = TypeVar("T")
+
+ObserveBatch = Callable[[str, int, float], None]
+"""Called after each run with (model name, images, seconds)."""
+
+
+class NonFinite(Exception):
+    """The model gave NaN or infinity: there is no answer for this image."""
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """One bundle's variant under the name that clients use."""
+
+    name: str
+    bundle: Bundle
+    variant: Variant
+    session: Session
+    batcher: MicroBatcher
+    signature: Signature
+
+    async def infer(self, images: np.ndarray) -> Outputs:
+        """uint8 [n, height, width, 3] -> Outputs. Raises NonFinite, Overloaded."""
+        outputs = await self.batcher.infer(images)
+        if not outputs.finite.all():
+            raise NonFinite(f"{self.name} gave NaN or infinite values for {_bad_rows(outputs.finite)}")
+        return outputs
+
+
+def _bad_rows(finite: np.ndarray) -> str:
+    rows = np.flatnonzero(~finite)
+    return f"image {rows[0]}" if len(rows) == 1 else f"{len(rows)} of {len(finite)} images"
+
+
+class Decoders:
+    """Decodes image files on a few threads; a file that cannot be decoded fails its own request before it meets a batch."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._threads = ThreadPoolExecutor(available_cores(), thread_name_prefix="decode")
+        self._waiting = 0
+
+    async def decode(self, data: bytes) -> Decoded:
+        """-> the decoded image. Raises ImageError, Overloaded."""
+        return await self.run(lambda: decode(data, self._limits.pixels))
+
+    async def prepare(self, files: Iterable[bytes], model: ServedModel) -> np.ndarray:
+        """-> uint8 [n, height, width, 3]: what `model` is fed. Raises ImageError, Overloaded."""
+        preprocessing = model.bundle.preprocessing
+
+        def one(data: bytes) -> Pixels:
+            return prepare(decode(data, self._limits.pixels).pixels, preprocessing)
+
+        return np.stack(await asyncio.gather(*[self.run(one, data) for data in files]))
+
+    async def run(self, function: Callable[..., T], *arguments: object) -> T:
+        if self._waiting >= self._limits.queued_decodes:
+            raise Overloaded
+        self._waiting += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
+        finally:
+            self._waiting -= 1
+
+    def close(self) -> None:
+        self._threads.shutdown(cancel_futures=True)
+
+
+Models = Mapping[str, ServedModel]
+
+
+def check_specs(specs: Iterable[ModelSpec]) -> None:
+    """Refuse unusable bundles before a port is opened: manifests, variants, names. Raises UsageError, CheckError."""
+    names: set[str] = set()
+    for spec in specs:
+        load_bundle(spec.folder).variant(spec.variant)
+        if spec.name in names:
+            raise UsageError(f"two bundles are called {spec.name!r}; rename one: OTHER={spec.folder}")
+        names.add(spec.name)
+
+
+def open_model(spec: ModelSpec, settings: Settings, observe: ObserveBatch) -> ServedModel:
+    """Load and verify one bundle: every file's hash, then the golden samples through the session that will serve.
+
+    Raises CheckError, UsageError.
+    """
+    bundle = load_bundle(spec.folder)
+    variant = bundle.variant(spec.variant)
+    check_files(bundle)
+    workers = min(settings.workers, available_cores())
+    threads = settings.threads or max(1, available_cores() // workers)
+    session = bundle.session(variant.name, settings.runtime, threads)
+    outputs = verify(bundle, variant, session, settings.max_batch)
+    preprocessing = bundle.preprocessing
+    shapes = {name: values.shape[1:] for name, values in outputs._asdict().items() if values is not None}
+    signature = Signature(
+        spec.name,
+        preprocessing.height,
+        preprocessing.width,
+        bundle.classes,
+        shapes,
+        settings.limits.images_per_request,
+        platform=f"{session.runtime}_{session.computed or variant.precision.computed}",
+    )
+    batcher = MicroBatcher(
+        session.run,
+        max_batch=settings.max_batch,
+        workers=workers,
+        max_queue=settings.limits.queued_images,
+        observe=lambda images, seconds: observe(spec.name, images, seconds),
+        name=spec.name,
+    )
+    return ServedModel(spec.name, bundle, variant, session, batcher, signature)
+
+
+def verify(bundle: Bundle, variant: Variant, session: Session, max_batch: int) -> Outputs:
+    """Compare the session with the golden samples by the gate of the variant's precision; -> its outputs for the first one.
+
+    It also is the warm-up: the largest and the smallest batch have run before the first request. Raises CheckError.
+    """
+    golden = bundle.golden()
+    gate = PARITY_GATES[gate_precision(variant.precision.stored, session.computed or variant.precision.computed)]
+    verdict = judge(measure(session.run, golden.images, golden.logits, [1, max_batch], bundle.temperature), gate)
+    if verdict.failed:
+        found = "; ".join(map(str, verdict.findings))
+        raise CheckError(
+            f"{shown(bundle.folder)} does not give its golden answers here ({found}); run ffl-verify, or export it again."
+        )
+    return session.run(golden.images[:1])
+
+
+async def timed_infer(model: ServedModel, images: np.ndarray) -> tuple[Outputs, float]:
+    """-> (outputs, seconds in the queue and the model)."""
+    began = time.perf_counter()
+    return await model.infer(images), time.perf_counter() - began

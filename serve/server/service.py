@@ -1,0 +1,71 @@
+"""What one server process is doing: its models, its phase, its counters. Created once and handed to every part."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from enum import Enum
+
+from serve.server.logs import LOGGER
+from serve.server.metrics import Metrics
+from serve.server.models import Decoders, ServedModel, open_model
+from serve.server.settings import Settings
+
+
+class Phase(Enum):
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"  # not ready any more, still answering everybody
+    CLOSING = "closing"  # the port is closed; every answer ends its connection
+
+
+class Service:
+    """`models` is complete in phase READY: a model is listed once it is verified, the service is ready once all are."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.metrics = Metrics()
+        self.decoders = Decoders(settings.limits)
+        self.models: dict[str, ServedModel] = {}
+        self.phase = Phase.STARTING
+        self.failure: Exception | None = None  # why loading ended; the command raises it
+        self.url = ""  # where it listens, once it does
+        self.endless: list[Callable[[], None]] = []  # called to end the streams that would never end by themselves
+        self._started = time.monotonic()
+        self.log = logging.getLogger(LOGGER)
+
+    async def load_models(self) -> None:
+        """Open and verify every bundle, one after the other: each already uses all cores. Raises CheckError, UsageError."""
+        for spec in self.settings.models:
+            model = await asyncio.to_thread(open_model, spec, self.settings, self.metrics.observe_batch)
+            self.models[spec.name] = model
+            self.metrics.watch_queue(spec.name, lambda batcher=model.batcher: batcher.waiting_images)  # type: ignore[misc]
+            identity = {"variant": model.variant.name, "runtime": model.session.runtime, "bundle_sha256": model.bundle.sha256}
+            self.metrics.model_info.labels(spec.name).info(identity)
+            self.log.info("model verified", extra={"model": spec.name, "folder": str(spec.folder), **identity})
+
+    def become(self, phase: Phase) -> None:
+        """Enter `phase`, never going back: a draining server does not become ready again."""
+        if list(Phase).index(phase) < list(Phase).index(self.phase):
+            return
+        self.phase = phase
+        self.metrics.ready.set(phase is Phase.READY)
+        if phase is Phase.CLOSING:
+            for end in self.endless:
+                end()
+
+    @property
+    def ready(self) -> bool:
+        return self.phase is Phase.READY
+
+    def log_ready(self) -> None:
+        seconds = round(time.monotonic() - self._started, 2)
+        self.log.info("ready", extra={"url": self.url, "models": sorted(self.models), "seconds": seconds})
+
+    def close(self) -> None:
+        """Stop the threads; called when no request is left."""
+        for model in self.models.values():
+            model.batcher.close()
+        self.decoders.close()

@@ -1,0 +1,74 @@
+"""What a server is started with. Every limit of the service is decided here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ffl_deploy.errors import UsageError
+from ffl_deploy.images import MAX_PIXELS
+
+MIB = 1024 * 1024
+NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds that keep one client, or many, from taking the machine. Beyond them: 413, 408, 429 or 503, never a longer queue."""
+
+    body_bytes: int = 32 * MIB  # of one /v2 request
+    demo_json_bytes: int = MIB  # of one JSON request to the demo; files go through its upload route
+    upload_bytes: int = 256 * MIB  # of one upload to the demo: a zip of photos
+    upload_folder_bytes: int = 2048 * MIB  # of all uploads that are kept
+    bytes_in_flight: int = 512 * MIB  # of all bodies that are being read or answered
+    body_seconds: float = 600.0  # until a request's body has arrived
+    body_pause_seconds: float = 20.0  # between two pieces of it
+    pixels: int = MAX_PIXELS  # of one image, by its header
+    images_per_request: int = 64
+    queued_images: int = 1024  # that wait for one model
+    queued_decodes: int = 256  # image files that wait for a decoder
+    demo_queue: int = 64  # demo actions that wait
+    demo_sessions: int = 128  # open pages and API calls of which Gradio keeps a state; more than can wait or run
+    connections: int = 1000
+    batch_images: int = 10_000  # of one batch in the demo
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """`name` is what clients say; `folder` holds the bundle."""
+
+    name: str
+    folder: Path
+    variant: str | None = None
+
+
+def model_spec(text: str, variant: str | None = None) -> ModelSpec:
+    """`NAME=BUNDLE` or `BUNDLE` -> ModelSpec. A folder that exists is one, even with `=` in its path. Raises UsageError."""
+    name, equals, folder = text.partition("=")
+    if not equals or Path(text).exists():
+        name, folder = Path(text).resolve().name, text
+    if not name or not NAME_CHARACTERS.issuperset(name):
+        raise UsageError(f"{name!r} cannot be a model's name in a URL; give one of letters, digits and -_. as in cats={folder}")
+    return ModelSpec(name, Path(folder), variant)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A server, completely described."""
+
+    models: tuple[ModelSpec, ...]
+    host: str = "127.0.0.1"
+    port: int = 7860
+    protocol: bool = True  # serve /v2
+    demo: bool = True  # serve the Gradio demo at /
+    runtime: str | None = None
+    threads: int | None = None  # of one run; None shares the cores among the workers
+    workers: int = 2  # runs of one model at a time, at most one for each core
+    max_batch: int = 32  # images in one run of a model
+    token: str | None = field(default=None, repr=False)
+    allowed_hosts: tuple[str, ...] = ()  # further Host names, behind a proxy or in a cluster
+    drain_seconds: float = 1.0  # between "not ready" and closing the port
+    shutdown_seconds: float = 30.0  # for requests in flight
+    access_log: bool = False
+    log_format: str = "json"
+    limits: Limits = Limits()

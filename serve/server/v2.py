@@ -1,0 +1,194 @@
+"""The routes under /v2: the Open Inference Protocol over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+import msgspec
+import numpy as np
+from starlette.exceptions import HTTPException
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route, Router
+
+import ffl_deploy
+from ffl_deploy.images import ImageError
+from serve.server.asgi import Receive, Scope, Send, header, send_body, send_json
+from serve.server.batcher import Closed, Overloaded
+from serve.server.models import NonFinite, ServedModel
+from serve.server.protocol import HEADER_LENGTH, VERSION, ProtocolError, Request, read_request, write_response
+from serve.server.service import Phase, Service
+
+# A JSON body of this size is parsed in about a millisecond; larger ones go to a thread, so that they delay nobody.
+PARSE_INLINE_BYTES = 64 * 1024
+
+
+class ClientGone(Exception):
+    """Nobody is waiting for the answer any more."""
+
+
+def routes(service: Service) -> Router:
+    """-> the router to mount at /v2; of a demo alone it has the health routes only."""
+    described = Descriptions(service)
+    found: list[BaseRoute] = [Route("/health/live", described.live), Route("/health/ready", described.ready)]
+    if service.settings.protocol:
+        infer = Infer(service)
+        found += [Route("/", described.server), Route("/repository/index", described.index, methods=["POST"])]
+        for model in ("/models/{name}", "/models/{name}/versions/{version}"):
+            found += [
+                Route(model, described.model),
+                Route(model + "/ready", described.model_ready),
+                Route(model + "/infer", infer, methods=["POST"]),
+            ]
+    return Router(found, redirect_slashes=False, default=_not_found)
+
+
+async def _not_found(scope: Scope, receive: Receive, send: Send) -> None:
+    raise HTTPException(404, "the inference protocol has no such route; see GET /v2")
+
+
+def find_model(service: Service, name: str, version: str | None = None) -> ServedModel:
+    """-> the model that the path names. Raises HTTPException 404, or 503 while bundles are still loading."""
+    if name in service.models and version in (None, VERSION):
+        return service.models[name]
+    if name in {spec.name for spec in service.settings.models} and version in (None, VERSION):
+        raise HTTPException(503, f"{name} is still loading", {"retry-after": "1"})
+    raise HTTPException(404, f"there is no such model; this server has {', '.join(service.models) or 'none yet'}")
+
+
+def json_response(content: Any, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(content), status, media_type="application/json")
+
+
+class Descriptions:
+    """Everything under /v2 but inference: health, metadata, index."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+
+    async def server(self, request: HttpRequest) -> Response:
+        extensions = ["binary_tensor_data", "classification", "model_repository"]
+        return json_response({"name": "ffl-serve", "version": ffl_deploy.__version__, "extensions": extensions})
+
+    async def live(self, request: HttpRequest) -> Response:
+        return json_response({"live": True})
+
+    async def ready(self, request: HttpRequest) -> Response:
+        ready = self.service.ready
+        return json_response({"ready": ready, "phase": self.service.phase.value}, 200 if ready else 503)
+
+    async def model(self, request: HttpRequest) -> Response:
+        return json_response(self._model(request).signature.metadata())
+
+    async def model_ready(self, request: HttpRequest) -> Response:
+        name = self._model(request).name
+        draining = self.service.phase in (Phase.DRAINING, Phase.CLOSING)
+        return json_response({"name": name, "ready": not draining}, 503 if draining else 200)
+
+    async def index(self, request: HttpRequest) -> Response:
+        states = {spec.name: spec.name in self.service.models for spec in self.service.settings.models}
+        return json_response(
+            [{"name": name, "version": VERSION, "state": "READY" if loaded else "LOADING"} for name, loaded in states.items()]
+        )
+
+    def _model(self, request: HttpRequest) -> ServedModel:
+        return find_model(self.service, request.path_params["name"], request.path_params.get("version"))
+
+
+class Infer:
+    """POST /v2/models/NAME/infer, as plain ASGI: it is the one route whose own cost counts."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        model = find_model(self.service, scope["path_params"]["name"], scope["path_params"].get("version"))
+        try:
+            body = await _read_body(receive)
+            async with _while_connected(receive):
+                parts, header_length = await self._answer(model, body, _header_length(scope))
+        except ClientGone:
+            return None
+        except ProtocolError as error:
+            return await send_json(send, 400, {"error": str(error)})
+        except ImageError as error:
+            return await send_json(send, 400, {"error": str(error), "code": error.code})
+        except NonFinite as error:
+            return await send_json(send, 500, {"error": str(error), "code": "nonfinite"})
+        except Overloaded:
+            return await send_json(send, 503, {"error": f"{model.name} has too much to do; try again"}, {"retry-after": "1"})
+        except Closed:
+            return await send_json(send, 503, {"error": "the server is shutting down"}, {"retry-after": "1"})
+        if header_length is None:
+            return await send_body(send, 200, parts, "application/json")
+        headers = {HEADER_LENGTH: str(header_length)}
+        return await send_body(send, 200, parts, "application/octet-stream", headers)
+
+    async def _answer(
+        self, model: ServedModel, body: bytes, header_length: int | None
+    ) -> tuple[list[bytes | memoryview], int | None]:
+        json_bytes = len(body) if header_length is None else header_length
+        if json_bytes > PARSE_INLINE_BYTES:
+            request = await asyncio.to_thread(read_request, body, header_length, model.signature)
+        else:
+            request = read_request(body, header_length, model.signature)
+        outputs = await model.infer(await self._images(model, request))
+        results = {name: values for name, values in outputs._asdict().items() if values is not None}
+        return write_response(model.signature, request, results)
+
+    async def _images(self, model: ServedModel, request: Request) -> np.ndarray:
+        if request.images is not None:
+            return request.images
+        return await self.service.decoders.prepare(request.encoded, model)
+
+
+MOST_DIGITS = 12  # of a length
+
+
+def _header_length(scope: Scope) -> int | None:
+    text = header(scope, HEADER_LENGTH.encode())
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdecimal() and len(text) <= MOST_DIGITS):
+        raise ProtocolError(f"{HEADER_LENGTH} has to be a whole number")
+    return int(text)
+
+
+async def _read_body(receive: Receive) -> bytes:
+    """-> the whole body; its size was bounded by the middleware. Raises ClientGone."""
+    parts = []
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        parts.append(message.get("body", b""))
+        if not message.get("more_body", False):
+            return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+@contextlib.asynccontextmanager
+async def _while_connected(receive: Receive) -> AsyncIterator[None]:
+    """Run the block until the client goes away, then raise ClientGone in it: its place in the queue becomes free."""
+    task = asyncio.current_task()
+    assert task is not None
+    gone = False
+
+    async def watch() -> None:
+        nonlocal gone
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        gone = True
+        task.cancel()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        yield
+    except asyncio.CancelledError:
+        if gone and task.uncancel() == 0:
+            raise ClientGone from None
+        raise
+    finally:
+        watcher.cancel()

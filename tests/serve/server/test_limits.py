@@ -1,0 +1,452 @@
+"""What is refused: foreign pages, strangers, bodies too large, too slow or too many, files and URLs that are not the client's.
+
+Each test that guards against a known advisory names it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from ffl_deploy.bundle import Bundle
+from serve.server.limits import Bodies
+from serve.server.offline import SILENCE, private_environment
+from serve.server.settings import Limits, ModelSpec, Settings
+
+Start = Callable[..., contextlib.AbstractContextManager[Any]]
+SMALL = Limits(body_bytes=20_000, demo_json_bytes=5_000, upload_bytes=50_000, bytes_in_flight=100_000)
+
+
+@pytest.fixture(scope="module")
+def demo(two_bundles: tuple[Bundle, Bundle], start_server: Start, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Both bundles with the demo and small limits."""
+    models = tuple(ModelSpec(bundle.name, bundle.folder) for bundle in two_bundles)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads") / "gradio"))
+        with start_server(Settings(models, limits=SMALL)) as running:
+            yield running
+
+
+def call(running: Any, value: Any, **options: Any) -> httpx.Response:
+    """POST the value as the image of the named endpoint."""
+    return httpx.post(f"{running.url}/gradio_api/call/classify", json={"data": [value]}, **options)
+
+
+def file_data(**fields: Any) -> dict[str, Any]:
+    return {"meta": {"_type": "gradio.FileData"}, "orig_name": "x.png", **fields}
+
+
+@pytest.mark.parametrize(
+    "path", ["/v2/models/fused/infer", "/gradio_api/call/classify", "/gradio_api/upload", "/gradio_api/queue/join"]
+)
+@pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://127.0.0.1:1", "https://127.0.0.1.evil.example"])
+def test_a_post_from_a_foreign_page_is_never_executed(demo: Any, path: str, origin: str) -> None:
+    """CVE-2024-47084 and CVE-2024-47168's kind: a page elsewhere drives a server on this machine."""
+    response = httpx.post(demo.url + path, content=b"{}", headers={"origin": origin})
+    assert response.status_code == 403
+    assert "another origin" in response.json()["error"]
+
+
+def test_its_own_page_may_post(demo: Any) -> None:
+    response = httpx.post(f"{demo.url}/v2/models/fused/infer", content=b"{}", headers={"origin": demo.url})
+    assert response.status_code == 400
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:7860", "[::", ""])
+def test_a_rebound_name_is_not_answered(demo: Any, host: str) -> None:
+    """DNS rebinding: the foreign page's own name points at this machine, so its Origin and Host agree."""
+    response = httpx.get(f"{demo.url}/v2/models/fused", headers={"host": host, "origin": f"http://{host}"})
+    assert response.status_code == 421
+    assert httpx.get(f"{demo.url}/v2/health/ready", headers={"host": "10.0.0.7:7860"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "limit"),
+    [("/v2/models/fused/infer", 20_000), ("/gradio_api/call/classify", 5_000), ("/gradio_api/upload", 50_000)],
+)
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_over_its_limit_is_413_announced_or_not(demo: Any, path: str, limit: int, chunked: bool) -> None:
+    """Bad input 33. Chunked bodies have no length to look at, and FastAPI would turn the error into a 400."""
+    form = {"content-type": "multipart/form-data; boundary=b"} if path.endswith("upload") else {}
+    # A well-formed start: about anything else Gradio may complain before the rest has come.
+    start = b'--b\r\nContent-Disposition: form-data; name="files"; filename="x.png"\r\n\r\n' if form else b""
+    content: Any = iter([start, *[b"x" * 1000] * (limit // 1000 + 1)]) if chunked else start + b"x" * (limit + 1)
+    response = httpx.post(demo.url + path, content=content, headers=form)
+    assert response.status_code == 413
+    assert str(limit) in response.json()["error"]
+
+
+def test_a_data_url_in_json_does_not_pass_over_the_limit_and_is_not_read_at_all(demo: Any) -> None:
+    """Gradio's `max_file_size` does not see it: measured there, a body of 40 MB was read."""
+    data = "data:image/png;base64," + base64.b64encode(b"x" * 6_000).decode()
+    assert call(demo, file_data(path="x", url=data)).status_code == 413
+    short = "data:image/png;base64,AAAA"
+    assert call(demo, file_data(path="", url=short)).status_code == 403
+
+
+@pytest.mark.parametrize(
+    "reference",
+    [
+        {"path": "/etc/passwd"},
+        {"path": "../../../etc/passwd"},
+        {"path": "http://127.0.0.1:1/x.png"},
+        {"path": "file:///etc/passwd"},
+        {"path": "", "url": "http://169.254.169.254/latest/meta-data"},
+        {"path": "", "url": "http://x/gradio_api/file/../../etc/passwd"},
+        {"path": os.path.join(tempfile.gettempdir(), "gradio", "x\0.png")},
+    ],
+)
+def test_no_path_or_url_of_a_client_is_read(demo: Any, reference: dict[str, str]) -> None:
+    """CVE-2024-1561, CVE-2023-51449, CVE-2024-4941 (files); CVE-2024-4325, CVE-2024-1183, CVE-2024-47167 (URLs)."""
+    assert call(demo, file_data(**reference)).status_code == 403
+    assert call(demo, {"nested": [file_data(**reference)]}).status_code == 403
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/gradio_api/file=/etc/passwd",
+        "/gradio_api/file=../../../../etc/passwd",
+        "/gradio_api/file=http://127.0.0.1:1/",
+        "/gradio_api/file=%2Fetc%2Fpasswd",
+        "/gradio_api/file=//etc/passwd",
+    ],
+)
+def test_the_file_route_reads_uploads_only(demo: Any, path: str) -> None:
+    """CVE-2023-51449, CVE-2024-34510, CVE-2024-10648: path traversal and SSRF through /file=."""
+    assert httpx.get(demo.url + path).status_code in (403, 404)
+
+
+def test_a_link_in_the_upload_folder_leads_nowhere(demo: Any, tmp_path: Path) -> None:
+    from serve.demo.guard import upload_folder
+
+    upload_folder().mkdir(parents=True, exist_ok=True)
+    link = upload_folder() / "link"
+    link.symlink_to("/etc/passwd")
+    try:
+        assert httpx.get(f"{demo.url}/gradio_api/file={link}").status_code == 403
+    finally:
+        link.unlink()
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/gradio_api/proxy=http://127.0.0.1:1/",
+        "/gradio_api/component_server",
+        "/gradio_api/vibe-edit",
+        "/gradio_api/process_recording",
+        "/gradio_api/stream/x",
+        "/gradio_api/deep_link",
+        "/gradio_api/dev/reload",
+        "/monitoring",
+        "/monitoring/summary",
+        "/login",
+        "/docs",
+        "/openapi.json",
+        "/gradio_api/runs",
+    ],
+)
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_routes_of_gradio_that_the_demo_does_not_need_do_not_exist(demo: Any, path: str, method: str) -> None:
+    """CVE-2024-48052 and GHSA-3c67-5hwx-f6wx (proxy), CVE-2024-47867's kind: what is not there cannot be attacked."""
+    response = httpx.request(method, demo.url + path)
+    assert response.status_code == 404
+    assert response.json() == {"error": "the demo has no such route"}
+
+
+def test_deeply_nested_json_is_refused(demo: Any) -> None:
+    response = httpx.post(f"{demo.url}/gradio_api/call/classify", content=b"[" * 4_900)
+    assert response.status_code == 400
+
+
+def test_a_body_that_does_not_arrive_is_408(two_bundles: tuple[Bundle, Bundle], start_server: Start) -> None:
+    limits = Limits(body_pause_seconds=0.2)
+    with start_server(Settings((ModelSpec("fused", two_bundles[0].folder),), demo=False, limits=limits)) as running:
+        host, port = running.address.split(":")
+        with socket.create_connection((host, int(port)), timeout=60) as connection:
+            connection.sendall(b"POST /v2/models/fused/infer HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 100\r\n\r\n{")
+            assert b" 408 " in connection.recv(4096)
+
+
+def test_a_compressed_body_is_refused_before_it_can_expand(demo: Any) -> None:
+    response = httpx.post(f"{demo.url}/v2/models/fused/infer", content=b"x", headers={"content-encoding": "gzip"})
+    assert response.status_code == 415
+
+
+def test_many_large_bodies_at_once_are_503_instead_of_memory() -> None:
+    release = asyncio.Event()
+    statuses: list[int] = []
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await release.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def request(bodies: Any) -> None:
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request", "body": b"x" * 40, "more_body": False}
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                statuses.append(message["status"])
+
+        await bodies({"type": "http", "path": "/", "headers": [(b"content-length", b"40")]}, receive, send)
+
+    async def main() -> None:
+        bodies = Bodies(application, Limits(bytes_in_flight=100), lambda path: 50)
+        tasks = [asyncio.create_task(request(bodies)) for _ in range(5)]
+        for _ in range(100):  # turns of the event loop, not seconds: nothing here waits for anything outside it
+            await asyncio.sleep(0)
+        assert statuses == [503] * 3
+        release.set()
+        await asyncio.gather(*tasks)
+        await request(bodies)
+        assert statuses == [503] * 3 + [200] * 3
+
+    asyncio.run(main())
+
+
+def test_announced_bodies_that_do_not_arrive_keep_nobody_out() -> None:
+    statuses: list[int] = []
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def send(message: Any) -> None:
+        statuses.append(message["status"])
+
+    async def never() -> dict[str, Any]:
+        await asyncio.sleep(60)
+        raise AssertionError
+
+    async def arrived() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"x" * 40, "more_body": False}
+
+    async def main() -> None:
+        bodies = Bodies(application, Limits(bytes_in_flight=100), lambda path: 90)
+        scope = {"type": "http", "path": "/", "headers": [(b"content-length", b"90")]}
+        waiting = [asyncio.create_task(bodies(scope, never, send)) for _ in range(3)]
+        await asyncio.sleep(0)
+        await bodies({**scope, "headers": [(b"content-length", b"40")]}, arrived, send)
+        assert statuses == [200]
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+
+    asyncio.run(main())
+
+
+def test_the_upload_folder_has_a_quota(two_bundles: tuple[Bundle, Bundle]) -> None:
+    """Bad input 33: a flood of uploads meets 503, not a full disk."""
+    from serve.demo.guard import DemoGuard, upload_folder
+
+    upload_folder().mkdir(parents=True, exist_ok=True)
+    held = upload_folder() / "held"
+    held.write_bytes(b"x" * 1000)
+
+    class Service:
+        settings = Settings((), limits=Limits(upload_folder_bytes=1000))
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        raise AssertionError("reached the demo")
+
+    sent: list[Any] = []
+
+    async def main() -> None:
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        scope = {"type": "http", "path": "/gradio_api/upload", "method": "POST", "headers": [(b"content-length", b"10")]}
+        await DemoGuard(application, Service())(scope, None, send)  # type: ignore[arg-type]
+
+    try:
+        asyncio.run(main())
+    finally:
+        held.unlink()
+    assert sent[0]["status"] == 503
+
+
+def test_the_page_forbids_the_browser_every_foreign_request(demo: Any) -> None:
+    response = httpx.get(demo.url)
+    assert response.status_code == 200
+    assert "default-src 'self'" in response.headers["content-security-policy"]
+    assert "http" not in response.headers["content-security-policy"]
+    assert response.headers["x-content-type-options"] == "nosniff"
+
+
+@pytest.mark.parametrize("suffix", ["svg", "html", "js"])
+def test_an_uploaded_page_is_not_shown_as_one(demo: Any, suffix: str) -> None:
+    """CVE-2024-47872: stored XSS through uploaded HTML, JS or SVG."""
+    content = b"<script>alert(1)</script>"
+    (path,) = httpx.post(f"{demo.url}/gradio_api/upload", files={"files": (f"x.{suffix}", content)}).json()
+    response = httpx.get(f"{demo.url}/gradio_api/file={path}")
+    assert response.headers["content-disposition"].startswith("attachment")
+    assert "html" not in response.headers["content-type"]
+
+
+@pytest.fixture
+def locked(two_bundles: tuple[Bundle, Bundle], start_server: Start) -> Iterator[Any]:
+    settings = Settings((ModelSpec("fused", two_bundles[0].folder),), demo=False, token="correct-horse-battery")
+    with start_server(settings) as running:
+        yield running
+
+
+def test_the_token_is_needed_everywhere_but_for_probes(locked: Any) -> None:
+    from tritonclient import http as triton
+
+    for path in ("/v2", "/v2/models/fused", "/metrics", "/"):
+        for headers in (
+            {},
+            {"authorization": "Bearer wrong"},
+            {"authorization": "Basic !"},
+            {"authorization": "correct-horse-battery"},
+        ):
+            refused = httpx.get(locked.url + path, headers=headers)
+            assert refused.status_code == 401
+            assert refused.headers["www-authenticate"].startswith("Basic")
+        assert httpx.get(locked.url + path, headers={"authorization": "Bearer correct-horse-battery"}).status_code == 200
+        assert httpx.get(locked.url + path, auth=("anyone", "correct-horse-battery")).status_code == 200
+    assert httpx.get(f"{locked.url}/v2/health/ready").status_code == 200
+    with contextlib.closing(triton.InferenceServerClient(locked.address)) as client:
+        assert client.get_model_metadata("fused", headers={"Authorization": "Bearer correct-horse-battery"})["name"] == "fused"
+
+
+def test_the_token_never_shows() -> None:
+    assert "secret" not in repr(Settings((), token="secret-secret-secret"))
+
+
+def test_temporary_files_go_with_the_process_and_orphans_with_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for name in (*SILENCE, "GRADIO_TEMP_DIR", "MPLCONFIGDIR"):
+        monkeypatch.setenv(name, "")
+    with private_environment() as alive:
+        assert os.environ["GRADIO_TEMP_DIR"].startswith(str(alive))
+        assert all(os.environ[name] == value for name, value in SILENCE.items())
+        orphan = tmp_path / "ffl-serve-orphan"
+        orphan.mkdir()
+        (orphan / ".lock").touch()
+        tempfile.tempdir = str(tmp_path)
+        with private_environment():
+            assert not orphan.exists()
+            assert alive.exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def connections(process: int) -> set[str]:
+    """-> the far ends, as /proc/net writes them, of all TCP and UDP sockets that the process has."""
+    sockets = set()
+    for link in Path(f"/proc/{process}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            sockets.add(os.readlink(link))
+    rows = [
+        line.split()
+        for table in ("tcp", "tcp6", "udp", "udp6")
+        if Path(f"/proc/{process}/net/{table}").exists()
+        for line in Path(f"/proc/{process}/net/{table}").read_text().splitlines()[1:]
+    ]
+    found = {row[2].partition(":")[0] for row in rows if f"socket:[{row[9]}]" in sockets}
+    assert found, "the server has its port open"
+    return found
+
+
+def test_nothing_is_written_outside_the_temporary_folder_and_telemetry_is_off(
+    two_bundles: tuple[Bundle, Bundle], serve_process: Start, tmp_path: Path
+) -> None:
+    """ONNX Runtime writes and calls home from the import on unless told before it; Gradio, Matplotlib and the hub have caches."""
+    home, temporary = tmp_path / "home", tmp_path / "tmp"
+    home.mkdir()
+    temporary.mkdir()
+    environment = {k: v for k, v in os.environ.items() if k not in SILENCE and not k.startswith(("XDG_", "GRADIO_", "HF_"))}
+    environment |= {"HOME": str(home), "TMPDIR": str(temporary), "PYTHONDONTWRITEBYTECODE": "1"}
+    with serve_process(str(two_bundles[0].folder), env=environment) as running:
+        assert httpx.get(running.url).status_code == 200
+        (path,) = httpx.post(f"{running.url}/gradio_api/upload", files={"files": ("x.png", b"x")}).json()
+        assert path.startswith(str(temporary))
+        assert connections(running.process.pid) <= {"0100007F", "00000000"}, "to this machine, or listening"
+        running.process.terminate()
+        assert running.process.wait(60) == 0
+    assert list(home.rglob("*")) == []
+    assert list(temporary.rglob("*")) == []
+
+
+def test_it_imports_no_torch_and_gradio_only_for_the_demo(two_bundles: tuple[Bundle, Bundle]) -> None:
+    code = """
+import sys, time
+from serve.app import create_app
+from serve.command import parse_arguments
+from starlette.testclient import TestClient
+
+with TestClient(create_app(parse_arguments(sys.argv[1:]))) as client:
+    while client.get("/v2/health/ready").status_code != 200: time.sleep(0.05)
+print(sorted({"torch", "gradio", "scipy.stats", "sklearn", "ray"} & set(sys.modules)))
+"""
+    for arguments, expected in ((["--no-demo"], "[]"), ([], "['gradio']")):
+        command = [sys.executable, "-c", code, str(two_bundles[0].folder), "--allow-host", "testserver", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=140, check=False)
+        assert done.stdout.strip().splitlines()[-1:] == [expected], done.stderr
+
+
+def test_gradio_is_imported_while_the_bundles_load(two_bundles: tuple[Bundle, Bundle]) -> None:
+    """One after the other they would take seconds longer to be ready."""
+    code = """
+import sys, time
+import serve.server.service
+from serve.app import create_app
+from serve.command import parse_arguments
+from starlette.testclient import TestClient
+
+def slow(*arguments, real=serve.server.service.open_model):
+    deadline = time.monotonic() + 30
+    while "gradio" not in sys.modules and time.monotonic() < deadline: time.sleep(0.02)
+    print("gradio" in sys.modules)
+    return real(*arguments)
+
+serve.server.service.open_model = slow
+with TestClient(create_app(parse_arguments(sys.argv[1:]))) as client:
+    while client.get("/v2/health/ready").status_code != 200: time.sleep(0.05)
+"""
+    command = [sys.executable, "-c", code, str(two_bundles[0].folder), "--allow-host", "testserver"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.split() == ["True"], done.stderr
+
+
+def test_log_lines_cannot_be_forged() -> None:
+    import logging
+
+    from serve.server.logs import JsonFormatter
+
+    record = logging.LogRecord("x", 20, "", 0, 'a\n{"level": "error"}', None, None)
+    record.path = "/\r\nfake"
+    line = JsonFormatter().format(record)
+    assert "\n" not in line
+    assert json.loads(line)["path"] == "/\r\nfake"
+
+
+def test_bind_to_the_world_warns(two_bundles: tuple[Bundle, Bundle]) -> None:
+    command = [sys.executable, "-m", "serve.command", str(two_bundles[0].folder), "--no-demo", "--port", "0", "--host", "0.0.0.0"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stderr is not None
+        first = json.loads(process.stderr.readline())
+        assert first["level"] == "warning"
+        assert "without a token" in first["message"]
+    finally:
+        process.terminate()  # at once: a signal during start-up must not be lost
+        process.communicate(timeout=60)
+    assert process.returncode == 0
