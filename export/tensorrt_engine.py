@@ -17,7 +17,14 @@ from typing import Any
 from ffl_deploy.errors import CheckError, UsageError
 from ffl_deploy.files import sha256_of, write_atomically
 from ffl_deploy.run_directory import write_json
-from ffl_deploy.runtime.tensorrt_runtime import EngineRecord, import_tensorrt, message_collector
+from ffl_deploy.runtime.tensorrt_runtime import (
+    EngineRecord,
+    checked,
+    device_capability,
+    import_cuda,
+    import_tensorrt,
+    message_collector,
+)
 
 RTX_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")
 """Built for by default: Ampere, Ada, Blackwell. Turing (7.5) has to be asked for: it has no fp32 matrix product."""
@@ -66,11 +73,14 @@ def build_engine(source: Path, path: Path, height: int, width: int, options: Eng
     profile.set_shape("images", *((batch, height, width, 3) for batch in options.batches))
     if config.add_optimization_profile(profile) < 0:
         raise CheckError(f"TensorRT refuses the batch sizes {options.batches}: {_text(log.errors)}")
-    capabilities = _set_capabilities(trt, config, flavour, options.capabilities)
+    capabilities, gpu = _set_capabilities(trt, config, flavour, options.capabilities), ""
+    if not capabilities:  # it builds on, and for, the GPU that is here
+        capabilities, gpu = this_gpu(flavour)
     start = time.perf_counter()
     engine = builder.build_serialized_network(network, config)
     seconds = time.perf_counter() - start
-    if engine is None or log.errors:
+    # An engine is the answer: TensorRT also logs, as an error, every tactic that it tried and left out (NVIDIA/TensorRT #4028).
+    if engine is None:
         wanted = f" for compute capability {', '.join(capabilities)}" if capabilities else ""
         raise CheckError(f"{flavour} cannot build {source.name}{wanted}: {_text(log.errors)}")
     record = EngineRecord(
@@ -82,7 +92,8 @@ def build_engine(source: Path, path: Path, height: int, width: int, options: Eng
         source_sha256=sha256_of(source),
         platform=f"{platform.system()} {platform.machine()}",
         build_seconds=round(seconds, 3),
-        log=log.warnings,
+        log=[*log.warnings, *log.errors],
+        gpu=gpu,
     )
     write_atomically(path, bytes(engine))
     write_json(path.with_suffix(".json"), record)
@@ -102,6 +113,8 @@ def _set_capabilities(trt: Any, config: Any, flavour: str, wanted: Sequence[str]
         return []
     members = trt.ComputeCapability.__members__ if hasattr(trt, "ComputeCapability") else {}
     known = {f"{name[2:-1]}.{name[-1]}": member for name, member in members.items() if name.startswith("SM")}
+    if not known:
+        raise UsageError(f"{flavour} {trt.__version__} builds for this machine's GPU only; leave --compute-capability out.")
     unknown = [name for name in names if name not in known]
     if unknown:
         raise UsageError(
@@ -112,6 +125,15 @@ def _set_capabilities(trt: Any, config: Any, flavour: str, wanted: Sequence[str]
         if not config.set_compute_capability(known[name], index):
             raise CheckError(f"{flavour} refuses to build for compute capability {name}.")
     return names
+
+
+def this_gpu(flavour: str) -> tuple[list[str], str]:
+    """-> (its compute capability as ["8.9"], its name). Raises UsageError where there is none."""
+    cuda = import_cuda()
+    advice = f"{flavour} builds on the GPU that the engine is for: leave --tensorrt out here, or export there"
+    major, minor = device_capability(cuda, advice)
+    name = checked(cuda, cuda.cudaGetDeviceProperties(0)).name
+    return [f"{major}.{minor}"], name.decode() if isinstance(name, bytes) else str(name)
 
 
 def _text(messages: Sequence[str]) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +96,21 @@ def import_onnxruntime() -> Any:
         import onnxruntime
     except ImportError as error:
         raise UsageError("ONNX Runtime is not installed; run: pip install 'ffl-deploy[cpu]' (or [gpu]).") from error
+    load_cuda(onnxruntime)
     return onnxruntime
+
+
+@cache
+def load_cuda(onnxruntime: Any) -> None:
+    """Load CUDA's and cuDNN's libraries from the wheels that the extra `gpu` installs, once a process.
+
+    They lie in `site-packages/nvidia`, where the system's loader does not look; torch, which would have loaded them, is not
+    part of a deployment. What cannot be loaded is told by the session that needs it, so nothing is printed here.
+    """
+    wanted = PROVIDERS["onnxruntime-cuda"].name in onnxruntime.get_available_providers()
+    if wanted and hasattr(onnxruntime, "preload_dlls"):
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(OSError, RuntimeError):
+            onnxruntime.preload_dlls()
 
 
 def _reason(error: Exception) -> str:

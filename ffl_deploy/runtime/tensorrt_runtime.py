@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import weakref
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -36,12 +37,14 @@ class EngineRecord(msgspec.Struct, frozen=True):
     source_sha256: str
     platform: str
     build_seconds: float
-    log: list[str]  # warnings of builder and parser
+    log: list[str]  # warnings of builder and parser, and errors that did not keep it from building
+    gpu: str = ""  # the model that it was built on; empty where it was built without one
 
 
 class TensorRtSession(Session):
     """An engine, its execution context and its device buffers. Calls from several threads take turns.
 
+    Buffers and stream go back to the GPU with `close`, or with the session itself where nobody closes it.
     Raises UsageError where TensorRT or a GPU is missing, CheckError where the engine was built for something else.
     """
 
@@ -65,20 +68,21 @@ class TensorRtSession(Session):
             raise CheckError(f"TensorRT cannot prepare {model}: {'; '.join(self._logger.errors)}; free some GPU memory.")
         self._max_batch = record.profile["max"]
         self._lock = Lock()
+        self._buffers: dict[str, tuple[int, np.dtype[Any], bool]] = {}
         self._stream = self._call(self._cuda.cudaStreamCreate())
-        self._buffers = self._allocate(trt)
+        # From here on, so that what a failing allocation leaves goes back too.
+        self._finalizer = weakref.finalize(self, _give_back, self._cuda, self._stream, self._buffers)
+        self._allocate(trt)
 
-    def _allocate(self, trt: Any) -> dict[str, tuple[int, np.dtype[Any], bool]]:
-        """-> tensor name -> (device pointer for the largest batch, dtype, is it an input)."""
-        buffers = {}
+    def _allocate(self, trt: Any) -> None:
+        """Fill `_buffers`: tensor name -> (device pointer for the largest batch, dtype, is it an input)."""
         for index in range(self._engine.num_io_tensors):
             name = self._engine.get_tensor_name(index)
             dtype = np.dtype(trt.nptype(self._engine.get_tensor_dtype(name)))
             count = self._max_batch * math.prod(int(size) for size in tuple(self._engine.get_tensor_shape(name))[1:])
             pointer = self._call(self._cuda.cudaMalloc(count * dtype.itemsize))
+            self._buffers[name] = (pointer, dtype, self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT)
             self._context.set_tensor_address(name, pointer)
-            buffers[name] = (pointer, dtype, self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT)
-        return buffers
 
     def run(self, images: np.ndarray) -> Outputs:
         parts = [self._run(images[start : start + self._max_batch]) for start in range(0, len(images), self._max_batch)]
@@ -115,10 +119,16 @@ class TensorRtSession(Session):
 
     def close(self) -> None:
         """Give the device memory back; the session cannot be used afterwards."""
-        for pointer, _, _ in self._buffers.values():
-            self._cuda.cudaFree(pointer)
-        self._buffers = {}
-        self._cuda.cudaStreamDestroy(self._stream)
+        self._finalizer()
+
+
+def _give_back(cuda: Any, stream: Any, buffers: dict[str, tuple[int, np.dtype[Any], bool]]) -> None:
+    """Free what a session holds on the GPU, after what its stream still does."""
+    cuda.cudaStreamSynchronize(stream)
+    for pointer, _, _ in buffers.values():
+        cuda.cudaFree(pointer)
+    buffers.clear()
+    cuda.cudaStreamDestroy(stream)
 
 
 def engine_record(variant: Variant) -> EngineRecord:
@@ -168,14 +178,14 @@ def import_cuda() -> Any:
     return runtime
 
 
-def device_capability(cuda: Any) -> tuple[int, int]:
-    """-> compute capability of GPU 0. Raises UsageError where there is no usable GPU."""
+ONNX_INSTEAD = "use the bundle's ONNX variants here: --variant fp32 --runtime onnxruntime"
+
+
+def device_capability(cuda: Any, advice: str = ONNX_INSTEAD) -> tuple[int, int]:
+    """-> compute capability of GPU 0. Raises UsageError, which ends with `advice`, where there is no usable GPU."""
     status, count = cuda.cudaGetDeviceCount()
     if int(status) != 0 or not count:
-        raise UsageError(
-            f"TensorRT engines need an NVIDIA GPU and its driver ({status.name}); use the bundle's ONNX variants here: "
-            "--variant fp32 --runtime onnxruntime."
-        )
+        raise UsageError(f"TensorRT engines need an NVIDIA GPU and its driver ({status.name}); {advice}.")
     properties = checked(cuda, cuda.cudaGetDeviceProperties(0))
     return int(properties.major), int(properties.minor)
 

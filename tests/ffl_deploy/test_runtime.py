@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import msgspec
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 
 from ffl_deploy.bundle import Bundle
 from ffl_deploy.errors import CheckError, UsageError
-from ffl_deploy.runtime import RUNTIMES, OnnxRuntimeSession, Outputs, Session
+from ffl_deploy.runtime import RUNTIMES, OnnxRuntimeSession, Outputs, Session, import_onnxruntime
 from ffl_deploy.runtime.session import FixedBatchSession
 
 
@@ -86,6 +87,29 @@ def test_a_provider_that_falls_back_silently_is_an_error(tiny_bundle: Bundle, mo
         OnnxRuntimeSession(tiny_bundle.folder / "model.onnx", "fp32", runtime="onnxruntime-cuda")
     with pytest.raises(UsageError, match=r"has no TensorrtExecutionProvider.*\[gpu\]"):
         OnnxRuntimeSession(tiny_bundle.folder / "model.onnx", "fp32", runtime="onnxruntime-tensorrt")
+
+
+@pytest.mark.parametrize(
+    ("providers", "loads"), [(["CUDAExecutionProvider", "CPUExecutionProvider"], 1), (["CPUExecutionProvider"], 0)]
+)
+def test_cuda_libraries_are_loaded_from_their_wheels_once(
+    providers: list[str], loads: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """They lie where no loader looks; onnxruntime-gpu does not look for them by itself, and prints when it is told to."""
+    calls = []
+
+    def preload_dlls() -> None:
+        calls.append(1)
+        print("Failed to load libcudnn.so.9")
+        raise OSError("libcudnn.so.9")
+
+    fake = ModuleType("onnxruntime")
+    vars(fake).update(get_available_providers=lambda: providers, preload_dlls=preload_dlls)
+    monkeypatch.setitem(sys.modules, "onnxruntime", fake)
+    assert import_onnxruntime() is fake
+    assert import_onnxruntime() is fake
+    assert len(calls) == loads
+    assert capfd.readouterr().out == ""
 
 
 class Echo(Session):
