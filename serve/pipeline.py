@@ -13,12 +13,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import NamedTuple, TypeVar
 
+import msgspec
 import numpy as np
 
 from ffl_deploy.images import ImageError, Pixels, Preprocessing, decode, prepare
 from ffl_deploy.runtime import Outputs, Session
 from serve.inputs.items import Item
-from serve.predict.shards import Settings
 from serve.rows import OK, Row
 
 DECODE_CHUNK = 16  # items a decoding thread takes at a time: hand-over costs 30 us, a small image decodes in 50
@@ -27,6 +27,16 @@ ANIMATED = "animated: only the first frame was classified"
 
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")
+
+
+class WorkSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How it is computed: chosen at the start, repeated by a resume because the last bit of a float depends on it."""
+
+    batch_size: int
+    shard_size: int
+    streams: int  # batches in inference at the same time
+    threads: int  # of each inference
+    decoders: int  # decoding threads; does not touch the bytes
 
 
 class Prepared(NamedTuple):
@@ -52,7 +62,7 @@ class Chunk(NamedTuple):
     bytes: int = 0  # of encoded images that it holds
 
 
-class Finished(NamedTuple):
+class BatchRows(NamedTuple):
     """One batch's rows, in order, with the true label of each where it is known."""
 
     shard: int
@@ -151,8 +161,8 @@ def chunks(items: Iterable[Item], shard: int, batch_size: int) -> Iterator[Chunk
 
 
 def run_pipeline(
-    work: Iterable[Chunk], classifier: Classifier, preprocessing: Preprocessing, settings: Settings
-) -> Iterator[Finished]:
+    work: Iterable[Chunk], classifier: Classifier, preprocessing: Preprocessing, settings: WorkSettings
+) -> Iterator[BatchRows]:
     """Yield each batch's rows in order, while later batches are decoded and classified.
 
     Of the settings it needs the batch size, the decoding threads and the streams.
@@ -171,12 +181,12 @@ def run_pipeline(
                 yield chunk, batch
                 batch = []
 
-    def classify(batch: tuple[Chunk, list[Prepared]]) -> Finished:
+    def classify(batch: tuple[Chunk, list[Prepared]]) -> BatchRows:
         chunk, prepared = batch
         started = time.perf_counter()
         rows = classifier.rows(prepared)
         seconds = time.perf_counter() - started
-        return Finished(
+        return BatchRows(
             chunk.shard, rows, [item.label for item in prepared], chunk.ends_shard, [item.seconds for item in prepared], seconds
         )
 

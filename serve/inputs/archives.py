@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import PurePosixPath
 
 from ffl_deploy.images import SUFFIXES, ImageError
-from serve.inputs.items import MAX_FILE_BYTES, METADATA, Item, Skipped, displayed, failed_item, is_metadata, refuse
+from serve.inputs.items import MAX_FILE_BYTES, METADATA, Item, Skipped, displayed, failed_item, is_metadata, label_of, refuse
 
 ZIP_SUFFIXES = (".zip",)
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
@@ -99,7 +99,7 @@ def _read_tar_member(archive: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
 
 
 def _member(path: str, name: str, classes: frozenset[str], read: partial[bytes]) -> Item:
-    label = next((displayed(part) for part in PurePosixPath(name).parts[:-1] if part in classes), None)
+    label = label_of(PurePosixPath(name).parts[:-1], classes)
     if "\0" in name:
         read = partial(refuse, "corrupt", "the member's name holds a NUL")
     return Item(f"{displayed(path)}::{displayed(name)}", read, label, bound=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -60,6 +60,11 @@ def is_metadata(name: str) -> bool:
     """-> whether a file or member is what macOS adds to folders and zips beside each image (`._photo.jpg`)."""
     parts = name.split("/")
     return parts[-1].startswith("._") or "__MACOSX" in parts
+
+
+def label_of(folders: Iterable[str], classes: frozenset[str]) -> str | None:
+    """-> the first folder name that is a class of the bundle: how a folder of class folders labels its images."""
+    return next((displayed(name) for name in folders if name in classes), None)
 
 
 def file_item(path: str, label: str | None = None) -> Item:

@@ -17,7 +17,7 @@ from pathlib import PurePath
 from ffl_deploy.errors import UsageError
 from ffl_deploy.images import SUFFIXES
 from serve.inputs import archives, tables
-from serve.inputs.items import METADATA, Item, Skipped, displayed, failed_item, file_item, is_metadata
+from serve.inputs.items import METADATA, Item, Skipped, failed_item, file_item, is_metadata, label_of
 from serve.inputs.standard_input import STANDARD_INPUT, standard_input
 
 SPILL = 50_000  # names sorted in memory at a time, about 5 MB
@@ -177,11 +177,6 @@ def _spilled(names: list[bytes]) -> Iterator[bytes]:
                 yield from complete
 
     return read()
-
-
-def label_of(parts: Iterable[str], classes: frozenset[str]) -> str | None:
-    """-> the first folder name that is a class of the bundle: how a folder of class folders labels its images."""
-    return next((displayed(part) for part in parts if part in classes), None)
 
 
 def count_inputs(inputs: Iterable[str], reading: Reading) -> int | None:

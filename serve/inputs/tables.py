@@ -12,15 +12,15 @@ from ffl_deploy.errors import UsageError
 from ffl_deploy.images import ImageError
 from serve.inputs.items import MAX_FILE_BYTES, Item, displayed, file_item, refuse
 
-SUFFIXES = (".csv", ".parquet")
-COLUMNS = ("path", "image", "file_name", "image_path", "filename", "file", "bytes")  # tried in this order
+TABLE_SUFFIXES = (".csv", ".parquet")
+IMAGE_COLUMNS = ("path", "image", "file_name", "image_path", "filename", "file", "bytes")  # tried in this order
 LABEL_COLUMNS = ("label", "class", "target")
 ROWS_AT_A_TIME = 32  # rows of image bytes decoded from Parquet at a time
 MAX_CHUNK_BYTES = 4 * 2**30  # of a column chunk: Parquet decodes it page by page, but a writer can make one giant page
 
 
 def is_table(path: str) -> bool:
-    return path.lower().endswith(SUFFIXES)
+    return path.lower().endswith(TABLE_SUFFIXES)
 
 
 def check_table(path: str, column: str | None, label_column: str | None) -> None:
@@ -46,9 +46,9 @@ def _chosen(path: str, names: Sequence[str], column: str | None, label_column: s
     for wanted, flag in ((column, "--column"), (label_column, "--label-column")):
         if wanted is not None and wanted not in names:
             raise UsageError(f"{path} has no column {wanted!r}; give {flag} one of: {', '.join(names)}.")
-    image = column or next((name for name in COLUMNS if name in names), None)
+    image = column or next((name for name in IMAGE_COLUMNS if name in names), None)
     if image is None:
-        raise UsageError(f"{path} has no column called {' or '.join(COLUMNS)}; give --column one of: {', '.join(names)}.")
+        raise UsageError(f"{path} has no column called {' or '.join(IMAGE_COLUMNS)}; give --column one of: {', '.join(names)}.")
     return image, label_column or next((name for name in LABEL_COLUMNS if name in names and name != image), None)
 
 

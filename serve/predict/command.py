@@ -105,7 +105,7 @@ def run(arguments: argparse.Namespace, out: Path, recovery: Recovery) -> int:
         resume=arguments.resume,
         engine=arguments.engine,
         recovery=recovery,
-        report="quiet" if arguments.quiet or not arguments.out else "json" if arguments.json else "screen",
+        display="quiet" if arguments.quiet or not arguments.out else "json" if arguments.json else "screen",
     )
     try:
         errors = run_job(job)

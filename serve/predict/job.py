@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 from ffl_deploy.bundle import Bundle
-from serve.predict.progress import Progress, Report
-from serve.predict.shards import Parts
+from serve.predict.progress import Display, Progress
+from serve.predict.shards import ShardsFolder
 from serve.predict.summary import Totals
 from serve.predict.supervise import Recovery
 
@@ -33,16 +33,16 @@ class Job:
     shard_size: int | None = None
     resume: bool = False
     engine: Literal["local", "ray"] = "local"
-    report: Report = "screen"
+    display: Display = "screen"
     recovery: Recovery = field(default_factory=Recovery)
 
 
 @dataclass(frozen=True)
-class Run:
+class PredictRun:
     """What an engine works with: the request, the model, where shards go, and what to keep count with."""
 
     job: Job
     bundle: Bundle
-    parts: Parts
+    shards: ShardsFolder
     totals: Totals
     progress: Progress

@@ -9,16 +9,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from ffl_deploy.errors import UsageError
 from serve.inputs.items import Item
 from serve.pipeline import Chunk, Classifier, chunks, run_pipeline
-from serve.predict.job import Run
+from serve.predict.job import PredictRun
 from serve.predict.labelled import count_labels
-from serve.predict.shards import Request, ShardRecord, count, hash_names
+from serve.predict.shards import PredictRequest, ShardRecord, count, hash_names
 from serve.predict.supervise import CarefulShardDone
 from serve.rows import OK, Row, encode
 
 
-def predict_shards(run: Run, items: Iterator[Item]) -> None:
+def predict_shards(run: PredictRun, items: Iterator[Item]) -> None:
     """Make every shard that is not finished yet."""
-    settings, recovery = run.parts.manifest.settings, run.job.recovery
+    settings, recovery = run.shards.manifest.settings, run.job.recovery
     session = run.bundle.session(run.job.variant, run.job.runtime, threads=settings.threads)
     classifier = Classifier(session, run.bundle.classes, run.job.top_k, run.job.columns)
 
@@ -30,30 +30,30 @@ def predict_shards(run: Run, items: Iterator[Item]) -> None:
 
     rows: list[Row] = []
     labels: list[str | None] = []
-    for finished in run_pipeline(work(), classifier, run.bundle.preprocessing, settings):
-        rows += finished.rows
-        labels += finished.labels
-        run.totals.add_timing(finished.decode_seconds, [finished.infer_seconds])
-        run.progress.advance(len(finished.rows), sum(row.status != OK for row in finished.rows))
-        if finished.ends_shard:
-            data, record = made(rows, labels, run.parts.manifest.request, run.bundle.classes)
-            run.parts.commit(finished.shard, data, record)
+    for batch in run_pipeline(work(), classifier, run.bundle.preprocessing, settings):
+        rows += batch.rows
+        labels += batch.labels
+        run.totals.add_timing(batch.decode_seconds, [batch.infer_seconds])
+        run.progress.advance(len(batch.rows), sum(row.status != OK for row in batch.rows))
+        if batch.ends_shard:
+            data, record = encode_shard(rows, labels, run.shards.manifest.request, run.bundle.classes)
+            run.shards.commit(batch.shard, data, record)
             run.totals.add_record(record, resumed=False)
-            recovery.marker.finished(finished.shard + 1)
-            if finished.shard == recovery.careful:
+            recovery.marker.finished(batch.shard + 1)
+            if batch.shard == recovery.careful:
                 raise CarefulShardDone
             rows, labels = [], []
 
 
-def unfinished(run: Run, items: Iterator[Item]) -> Iterator[tuple[int, Iterator[Item]]]:
+def unfinished(run: PredictRun, items: Iterator[Item]) -> Iterator[tuple[int, Iterator[Item]]]:
     """Yield (index, items) of each shard to make; check and count those that an earlier session finished.
 
     Each shard's items must be used up before the next shard is asked for.
     """
-    parts = run.parts
+    shards = run.shards
     index = 0
-    for index, shard in enumerate(cut(items, parts.manifest.settings.shard_size)):
-        record = parts.record(index)
+    for index, shard in enumerate(cut(items, shards.manifest.settings.shard_size)):
+        record = shards.record(index)
         run.totals.shards = index + 1
         if record is None:
             yield index, shard
@@ -63,13 +63,13 @@ def unfinished(run: Run, items: Iterator[Item]) -> Iterator[tuple[int, Iterator[
         run.totals.add_record(record, resumed=True)
         run.job.recovery.marker.finished(index + 1)
         run.progress.advance(record.rows, record.rows - record.statuses.get(OK, 0))
-    if parts.record(index + 1) is not None:
+    if shards.record(index + 1) is not None:
         raise inputs_changed(run, index + 1)
 
 
-def inputs_changed(run: Run, index: int) -> UsageError:
+def inputs_changed(run: PredictRun, index: int) -> UsageError:
     return UsageError(
-        f"the inputs changed since shard {index} of {run.parts.folder} was finished (a file was added, removed or renamed); "
+        f"the inputs changed since shard {index} of {run.shards.folder} was finished (a file was added, removed or renamed); "
         "bring them back to what they were, or remove that folder and start again."
     )
 
@@ -80,8 +80,8 @@ def cut(items: Iterator[Item], size: int) -> Iterator[Iterator[Item]]:
         yield itertools.chain([first], itertools.islice(items, size - 1))
 
 
-def made(
-    rows: Sequence[Row], labels: Iterable[str | None], request: Request, classes: Sequence[str]
+def encode_shard(
+    rows: Sequence[Row], labels: Iterable[str | None], request: PredictRequest, classes: Sequence[str]
 ) -> tuple[bytes, ShardRecord]:
     """-> one shard's bytes and its record."""
     data = encode(rows, request.format, request.columns)

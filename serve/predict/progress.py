@@ -12,25 +12,25 @@ from typing import Any, Literal
 
 from ffl_deploy.errors import FflError
 
-Report = Literal["screen", "json", "quiet"]
+Display = Literal["screen", "json", "quiet"]
 JSON_INTERVAL = 1.0  # seconds between JSON lines
 
 
 class Progress:
     """Counts rows; the total arrives when a thread has counted the inputs' names, and with it the estimated time of arrival."""
 
-    def __init__(self, report: Report, count: Callable[[], int | None]) -> None:
-        self._report, self._done, self._errors = report, 0, 0
+    def __init__(self, display: Display, count: Callable[[], int | None]) -> None:
+        self._display, self._done, self._errors = display, 0, 0
         self._total: int | None = None
         self._started = self._last = time.monotonic()
         self._bar: Any = None
-        if report == "screen":
+        if display == "screen":
             from tqdm import tqdm
 
             self._bar = tqdm(
                 unit="image", dynamic_ncols=True, disable=None, smoothing=0.1
             )  # disabled where stderr is no terminal
-        if report != "quiet":
+        if display != "quiet":
             threading.Thread(target=self._find_total, args=(count,), daemon=True).start()
 
     def _find_total(self, count: Callable[[], int | None]) -> None:
@@ -49,7 +49,7 @@ class Progress:
             self._bar.update(rows)
             if errors:
                 self._bar.set_postfix(errors=self._errors, refresh=False)
-        elif self._report == "json" and time.monotonic() - self._last >= JSON_INTERVAL:
+        elif self._display == "json" and time.monotonic() - self._last >= JSON_INTERVAL:
             self._line()
 
     def _line(self) -> None:
@@ -66,5 +66,5 @@ class Progress:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._bar is not None:
             self._bar.close()
-        elif self._report == "json":
+        elif self._display == "json":
             self._line()

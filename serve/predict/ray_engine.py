@@ -17,9 +17,9 @@ import msgspec
 
 from ffl_deploy.errors import CheckError, UsageError
 from serve.inputs.items import Item, read_file, refuse
-from serve.predict.job import Job, Run
-from serve.predict.local import made, unfinished
-from serve.predict.shards import PartsManifest, ShardRecord
+from serve.predict.job import Job, PredictRun
+from serve.predict.local import encode_shard, unfinished
+from serve.predict.shards import ShardRecord, ShardsManifest
 from serve.rows import Row
 
 WINDOW = 1024  # shards in one Ray Data job
@@ -34,7 +34,7 @@ class ShardMaker:
         from ffl_deploy.bundle import load_bundle
         from serve.pipeline import Classifier
 
-        self.manifest = msgspec.json.decode(manifest, type=PartsManifest)
+        self.manifest = msgspec.json.decode(manifest, type=ShardsManifest)
         request, settings = self.manifest.request, self.manifest.settings
         self.bundle = load_bundle(bundle)
         if self.bundle.sha256 != request.bundle_sha256:
@@ -53,13 +53,13 @@ class ShardMaker:
         decode_seconds: list[float] = []
         infer_seconds: list[float] = []
         work = chunks(map(item_of, items), index, settings.batch_size)
-        for finished in run_pipeline(work, self.classifier, self.bundle.preprocessing, settings):
-            rows += finished.rows
-            labels += finished.labels
-            decode_seconds += finished.decode_seconds
-            infer_seconds.append(finished.infer_seconds)
-        data, record = made(rows, labels, self.manifest.request, self.bundle.classes)
-        result = Made(index, data, record, decode_seconds, infer_seconds)
+        for done in run_pipeline(work, self.classifier, self.bundle.preprocessing, settings):
+            rows += done.rows
+            labels += done.labels
+            decode_seconds += done.decode_seconds
+            infer_seconds.append(done.infer_seconds)
+        data, record = encode_shard(rows, labels, self.manifest.request, self.bundle.classes)
+        result = MadeShard(index, data, record, decode_seconds, infer_seconds)
         return {"made": [msgspec.msgpack.encode(result)]}
 
 
@@ -74,7 +74,7 @@ class PlainItem(msgspec.Struct, frozen=True, array_like=True):
     message: str = ""
 
 
-class Made(msgspec.Struct, frozen=True, array_like=True):
+class MadeShard(msgspec.Struct, frozen=True, array_like=True):
     """What an actor sends back for a shard."""
 
     index: int
@@ -104,7 +104,7 @@ def item_of(plain: PlainItem) -> Item:
     return Item(plain.path, partial(refuse, plain.code or "unreadable", plain.message), plain.label)
 
 
-def predict_shards(run: Run, items: Iterator[Item]) -> None:
+def predict_shards(run: PredictRun, items: Iterator[Item]) -> None:
     """Make every shard that is not finished yet. Raises UsageError without Ray, CheckError when the cluster gives up."""
     ray = start_ray()
     try:
@@ -113,7 +113,7 @@ def predict_shards(run: Run, items: Iterator[Item]) -> None:
         )
         while window := next_window(described):
             for finished in mapped(ray, window, run):
-                run.parts.commit(finished.index, finished.data, finished.record)
+                run.shards.commit(finished.index, finished.data, finished.record)
                 run.totals.add_record(finished.record, resumed=False)
                 run.totals.add_timing(finished.decode_seconds, finished.infer_seconds)
                 run.progress.advance(finished.record.rows, finished.record.rows - finished.record.statuses.get("ok", 0))
@@ -159,9 +159,9 @@ def start_ray() -> Any:
     return ray
 
 
-def mapped(ray: Any, window: list[dict[str, Any]], run: Run) -> Iterator[Made]:
+def mapped(ray: Any, window: list[dict[str, Any]], run: PredictRun) -> Iterator[MadeShard]:
     """Yield the shards of `window`, made, in order."""
-    settings, job = run.parts.manifest.settings, run.job
+    settings, job = run.shards.manifest.settings, run.job
     cores = settings.threads * settings.streams
     actors = max(1, min(len(window), int(ray.cluster_resources().get("CPU", 1)) // cores))
     with warnings.catch_warnings():
@@ -175,8 +175,8 @@ def mapped(ray: Any, window: list[dict[str, Any]], run: Run) -> Iterator[Made]:
             ray_remote_args_fn=lambda: {"max_restarts": -1, "max_task_retries": RETRIES},
         )
     for batch in dataset.iter_batches(batch_size=1, prefetch_batches=0):
-        yield msgspec.msgpack.decode(batch["made"][0], type=Made)
+        yield msgspec.msgpack.decode(batch["made"][0], type=MadeShard)
 
 
-def constructor_arguments(job: Job, run: Run) -> tuple[Any, ...]:
-    return (os.path.abspath(job.bundle), job.variant, job.runtime, msgspec.json.encode(run.parts.manifest))
+def constructor_arguments(job: Job, run: PredictRun) -> tuple[Any, ...]:
+    return (os.path.abspath(job.bundle), job.variant, job.runtime, msgspec.json.encode(run.shards.manifest))

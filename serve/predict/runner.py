@@ -20,12 +20,13 @@ from ffl_deploy.bundle import Bundle, load_bundle
 from ffl_deploy.errors import CheckError, Interrupted, UsageError
 from serve.inputs.items import Item, displayed
 from serve.inputs.sources import Reading, check_inputs, count_inputs, is_pattern, matches, read_inputs
+from serve.pipeline import WorkSettings
 from serve.predict import local
-from serve.predict.job import Job, Run
+from serve.predict.job import Job, PredictRun
 from serve.predict.labelled_report import make_report, report_path, report_screen, write_report
 from serve.predict.progress import Progress
-from serve.predict.shards import Parts, Request, Settings, open_parts, parts_folder
-from serve.predict.summary import Totals, screen, summarise, summary_path, write_summary
+from serve.predict.shards import PredictRequest, ShardsFolder, open_shards, shards_folder
+from serve.predict.summary import Summary, Totals, screen, summarise, summary_path, write_summary
 from serve.predict.tuning import SMALL_RUN, choose_settings
 from serve.rows import assemble, format_of
 
@@ -38,7 +39,7 @@ def run_job(job: Job) -> int:
     check_output(job)
     bundle = load_bundle(job.bundle)
     request = make_request(job, bundle)
-    if job.resume and not parts_folder(job.out).exists() and job.out.is_file():
+    if job.resume and not shards_folder(job.out).exists() and job.out.is_file():
         return _already_finished(job, request)
     reading = Reading(frozenset(bundle.classes), job.column, job.label_column, job.follow_links)
     check_inputs(job.inputs, reading)
@@ -48,28 +49,28 @@ def run_job(job: Job) -> int:
         raise UsageError(f"nothing to classify in {', '.join(job.inputs)}{found}; name image files or a folder that holds some.")
     started = time.perf_counter()
 
-    def settings() -> Settings:
+    def settings() -> WorkSettings:
         return choose_settings(bundle, job, small=len(first) < SMALL_RUN and not first[-1].bound)
 
     resume = job.resume or job.recovery.restarted
-    with stop_signals(job.out), full_disks(job.out), open_parts(job.out, request, settings, resume) as parts:
-        check_overrides(job, parts)
+    with stop_signals(job.out), full_disks(job.out), open_shards(job.out, request, settings, resume) as shards:
+        check_overrides(job, shards)
         totals = Totals()
-        with Progress(job.report, lambda: count_inputs(job.inputs, reading)) as progress:
-            run = Run(job, bundle, parts, totals, progress)
+        with Progress(job.display, lambda: count_inputs(job.inputs, reading)) as progress:
+            run = PredictRun(job, bundle, shards, totals, progress)
             engine_of(job)(run, items)
-        assemble((parts.data_path(index) for index in range(totals.shards)), job.out, request.format, job.columns)
-        summary = summarise(totals, parts.manifest, job.out, reading.skipped, time.perf_counter() - started)
+        assemble((shards.data_path(index) for index in range(totals.shards)), job.out, request.format, job.columns)
+        summary = summarise(totals, shards.manifest, job.out, reading.skipped, time.perf_counter() - started)
         report = make_report(totals.labelled, bundle.classes, min(job.top_k, len(bundle.classes)))
-        if report["labelled_rows"]:
+        if report.labelled_rows:
             write_report(job.out, report, totals.labelled, bundle.classes)
-            summary["labelled"] = {name: value for name, value in report.items() if not isinstance(value, list | dict)}
+            summary.labelled = report.numbers()
         write_summary(job.out, summary)
-        parts.remove()
-    if job.report == "json":
+        shards.remove()
+    if job.display == "json":
         print(msgspec.json.encode(summary).decode())
-    elif job.report == "screen":
-        print(screen(summary), *([report_screen(report)] if report["labelled_rows"] else []), sep="\n")
+    elif job.display == "screen":
+        print(screen(summary), *([report_screen(report)] if report.labelled_rows else []), sep="\n")
     return totals.errors
 
 
@@ -85,7 +86,7 @@ def check_output(job: Job) -> None:
             raise UsageError(f"--out {job.out} would replace an input ({argument}); choose another file.")
 
 
-def engine_of(job: Job) -> Callable[[Run, Iterator[Item]], None]:
+def engine_of(job: Job) -> Callable[[PredictRun, Iterator[Item]], None]:
     """-> what makes the shards; Ray is imported only where it is asked for."""
     if job.engine == "ray":
         from serve.predict import ray_engine
@@ -94,9 +95,9 @@ def engine_of(job: Job) -> Callable[[Run, Iterator[Item]], None]:
     return local.predict_shards
 
 
-def check_overrides(job: Job, parts: Parts) -> None:
+def check_overrides(job: Job, shards: ShardsFolder) -> None:
     """Raise UsageError where a flag contradicts what the interrupted run was computed with."""
-    settings = parts.manifest.settings
+    settings = shards.manifest.settings
     stored = {
         "batch_size": settings.batch_size,
         "shard_size": settings.shard_size,
@@ -106,10 +107,10 @@ def check_overrides(job: Job, parts: Parts) -> None:
         asked = getattr(job, name)
         if asked is not None and asked != value:
             flag = "--" + name.replace("_", "-")
-            raise UsageError(f"{parts.folder} was computed with {flag} {value}, not {asked}; leave {flag} away to resume it.")
+            raise UsageError(f"{shards.folder} was computed with {flag} {value}, not {asked}; leave {flag} away to resume it.")
 
 
-def make_request(job: Job, bundle: Bundle) -> Request:
+def make_request(job: Job, bundle: Bundle) -> PredictRequest:
     """-> everything the output's bytes depend on but the settings. Raises UsageError for what the bundle cannot give."""
     variant = bundle.variant(job.variant)
     given = [output.name for output in bundle.manifest.outputs]
@@ -119,7 +120,7 @@ def make_request(job: Job, bundle: Bundle) -> Request:
                 f"{bundle.folder} has no output {column!r} (it has {', '.join(given)}); "
                 f"export the target with that output, or leave --{column} away."
             )
-    return Request(
+    return PredictRequest(
         bundle_sha256=bundle.sha256,
         variant=variant.name,
         runtime=job.runtime or variant.runtime,
@@ -139,23 +140,22 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _already_finished(job: Job, request: Request) -> int:
+def _already_finished(job: Job, request: PredictRequest) -> int:
     """The output is there and no unfinished run is: say so, unless it came from another request."""
     try:
-        summary = msgspec.json.decode(summary_path(job.out).read_bytes())
-        before = msgspec.convert(summary["request"], Request)
-    except (OSError, msgspec.DecodeError, msgspec.ValidationError, KeyError, TypeError):
+        summary = msgspec.json.decode(summary_path(job.out).read_bytes(), type=Summary)
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
         raise UsageError(
             f"{job.out} has no {summary_path(job.out).name} beside it that says which command wrote it; "
             "leave --resume away to replace it, or choose another --out."
         ) from None
-    if before != request:
+    if summary.request != request:
         raise UsageError(
             f"{job.out} is complete, but from another command; leave --resume away to replace it, or choose another --out."
         )
-    if job.report == "screen":
+    if job.display == "screen":
         print(f"{job.out} is already complete.")
-    elif job.report == "json":
+    elif job.display == "json":
         print(msgspec.json.encode(summary).decode())
     return 0
 
@@ -195,7 +195,7 @@ def stop_signals(out: Path) -> Iterator[None]:
         if stopped:  # the first one is already unwinding
             return
         stopped = True
-        raise Interrupted(f"interrupted; the finished part is in {parts_folder(out)}: the same command with --resume goes on.")
+        raise Interrupted(f"interrupted; the finished part is in {shards_folder(out)}: the same command with --resume goes on.")
 
     if threading.current_thread() is not threading.main_thread():
         yield

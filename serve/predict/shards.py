@@ -22,6 +22,7 @@ import msgspec
 
 from ffl_deploy.errors import CheckError, UsageError
 from ffl_deploy.files import sha256_of, write_atomically
+from serve.pipeline import WorkSettings
 from serve.predict.labelled import LabelCounts
 from serve.rows import Format
 
@@ -29,7 +30,7 @@ MANIFEST = "manifest.json"
 LOCK_PATIENCE = 2.0  # seconds; a killed run's worker needs a moment to go
 
 
-class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class PredictRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What was asked for. Two runs with the same request and settings over the same files give the same bytes."""
 
     bundle_sha256: str
@@ -43,19 +44,9 @@ class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     toolchain: dict[str, str]
 
 
-class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How it is computed: chosen at the start, repeated by a resume because the last bit of a float depends on it."""
-
-    batch_size: int
-    shard_size: int
-    streams: int  # batches in inference at the same time
-    threads: int  # of each inference
-    decoders: int  # decoding threads; does not touch the bytes
-
-
-class PartsManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    request: Request
-    settings: Settings
+class ShardsManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    request: PredictRequest
+    settings: WorkSettings
 
 
 class ShardRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -70,10 +61,10 @@ class ShardRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     labelled: LabelCounts
 
 
-class Parts:
+class ShardsFolder:
     """An open and locked FILE.parts."""
 
-    def __init__(self, folder: Path, manifest: PartsManifest) -> None:
+    def __init__(self, folder: Path, manifest: ShardsManifest) -> None:
         self.folder, self.manifest = folder, manifest
 
     def data_path(self, index: int) -> Path:
@@ -101,34 +92,34 @@ class Parts:
         shutil.rmtree(self.folder)
 
 
-def parts_folder(out: Path) -> Path:
+def shards_folder(out: Path) -> Path:
     return out.with_name(out.name + ".parts")
 
 
 @contextlib.contextmanager
-def open_parts(out: Path, request: Request, settings: Callable[[], Settings], resume: bool) -> Iterator[Parts]:
+def open_shards(out: Path, request: PredictRequest, settings: Callable[[], WorkSettings], resume: bool) -> Iterator[ShardsFolder]:
     """Lock and open FILE.parts, new or (with `resume`) as an interrupted run left it.
 
     Args: settings: called for a new run only; it may take time to measure.
     Raises UsageError: another process has it; it holds another run, or an unfinished one and `resume` was not asked for.
     """
-    folder = parts_folder(out)
+    folder = shards_folder(out)
     with locked(folder):
         for left in out.parent.glob(f".{glob.escape(out.name)}.*.tmp"):  # of a run that was killed while it put the rows together
             left.unlink(missing_ok=True)
         try:
             manifest = _existing(folder, request, resume)
             if manifest is None:
-                manifest = PartsManifest(request, settings())
+                manifest = ShardsManifest(request, settings())
                 write_atomically(folder / MANIFEST, msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
-            yield Parts(folder, manifest)
+            yield ShardsFolder(folder, manifest)
         except BaseException:
             if not any(folder.glob("[0-9]*.json")):  # nothing worth a resume
                 shutil.rmtree(folder, ignore_errors=True)
             raise
 
 
-def _existing(folder: Path, request: Request, resume: bool) -> PartsManifest | None:
+def _existing(folder: Path, request: PredictRequest, resume: bool) -> ShardsManifest | None:
     """-> the manifest of the unfinished run to go on with, or None where there is none."""
     finished = sum(1 for _ in folder.glob("[0-9]*.json"))
     if not (folder / MANIFEST).is_file() or (finished == 0 and not resume):
@@ -138,10 +129,10 @@ def _existing(folder: Path, request: Request, resume: bool) -> PartsManifest | N
             f"{folder} holds {finished} finished shards; add --resume to go on with them, or remove the folder to start again."
         )
     try:
-        manifest = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=PartsManifest)
+        manifest = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=ShardsManifest)
     except msgspec.DecodeError as error:
         raise CheckError(f"{folder / MANIFEST} is corrupt ({error}); remove {folder} and start again.") from error
-    for name in Request.__struct_fields__:
+    for name in PredictRequest.__struct_fields__:
         before, now = getattr(manifest.request, name), getattr(request, name)
         if before != now:
             raise UsageError(

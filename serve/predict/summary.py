@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
 
 from ffl_deploy.files import write_atomically
 from serve.inputs.items import Skipped, displayed
+from serve.pipeline import WorkSettings
 from serve.predict.labelled import LabelCounts
-from serve.predict.shards import PartsManifest, ShardRecord
+from serve.predict.labelled_report import LabelledNumbers
+from serve.predict.shards import PredictRequest, ShardRecord, ShardsManifest
 from serve.rows import OK
 
 SHOWN_LABELS = 10
@@ -58,7 +58,6 @@ class Totals:
     labelled: LabelCounts = field(default_factory=LabelCounts)
     decode: Histogram = field(default_factory=Histogram)  # of an image, in its thread
     infer: Histogram = field(default_factory=Histogram)  # of a batch
-    started: float = field(default_factory=time.perf_counter)
 
     def add_record(self, record: ShardRecord, resumed: bool) -> None:
         self.rows += record.rows
@@ -80,63 +79,96 @@ class Totals:
         return self.rows - self.statuses[OK]
 
 
-def summarise(totals: Totals, manifest: PartsManifest, out: Path, skipped: Skipped, seconds: float) -> dict[str, Any]:
-    """-> the summary as plain data. Times are this session's; counts are the whole run's."""
-    made = totals.rows - totals.resumed_rows
+class Percentiles(msgspec.Struct, frozen=True):
+    """In milliseconds; None where nothing was measured."""
+
+    p50: float | None
+    p95: float | None
+
+
+class Summary(msgspec.Struct):
+    """FILE.summary.json. Times are this session's; counts are the whole run's."""
+
+    out: str
+    rows: int
+    ok: int
+    errors: int
+    resumed_rows: int
+    seconds: float
+    images_per_second: float | None
+    decode_share: float | None  # of the time that threads spent working; 0..1, with `infer_share` 1
+    infer_share: float | None
+    decode_ms_per_image: Percentiles
+    infer_ms_per_batch: Percentiles
+    statuses: dict[str, int]
+    labels: dict[str, int]  # of the first place, most frequent first
+    remarks: dict[str, int]
+    skipped: dict[str, int]  # what folders and archives held that is no input
+    request: PredictRequest
+    settings: WorkSettings
+    labelled: LabelledNumbers | msgspec.UnsetType = msgspec.UNSET  # absent unless some inputs have a label
+
+
+def summarise(totals: Totals, manifest: ShardsManifest, out: Path, skipped: Skipped, seconds: float) -> Summary:
+    """-> the summary of a run. seconds: of this session."""
+    session_rows = totals.rows - totals.resumed_rows
     busy = totals.decode.total + totals.infer.total
-    return {
-        "out": displayed(str(out)),
-        "rows": totals.rows,
-        "ok": totals.statuses[OK],
-        "errors": totals.errors,
-        "resumed_rows": totals.resumed_rows,
-        "seconds": round(seconds, 3),
-        "images_per_second": round(made / seconds, 2) if seconds > 0 else None,
-        "decode_share": round(totals.decode.total / busy, 4) if busy else None,
-        "infer_share": round(totals.infer.total / busy, 4) if busy else None,
-        "decode_ms_per_image": _percentiles(totals.decode),
-        "infer_ms_per_batch": _percentiles(totals.infer),
-        "statuses": dict(sorted(totals.statuses.items())),
-        "labels": dict(totals.labels.most_common()),
-        "remarks": dict(totals.remarks),
-        "skipped": dict(sorted(skipped.reasons.items())),
-        "request": msgspec.to_builtins(manifest.request),
-        "settings": msgspec.to_builtins(manifest.settings),
-    }
+    return Summary(
+        out=displayed(str(out)),
+        rows=totals.rows,
+        ok=totals.statuses[OK],
+        errors=totals.errors,
+        resumed_rows=totals.resumed_rows,
+        seconds=round(seconds, 3),
+        images_per_second=round(session_rows / seconds, 2) if seconds > 0 else None,
+        decode_share=round(totals.decode.total / busy, 4) if busy else None,
+        infer_share=round(totals.infer.total / busy, 4) if busy else None,
+        decode_ms_per_image=_percentiles(totals.decode),
+        infer_ms_per_batch=_percentiles(totals.infer),
+        statuses=dict(sorted(totals.statuses.items())),
+        labels=dict(totals.labels.most_common()),
+        remarks=dict(totals.remarks),
+        skipped=dict(sorted(skipped.reasons.items())),
+        request=manifest.request,
+        settings=manifest.settings,
+    )
 
 
 def summary_path(out: Path) -> Path:
     return out.with_name(out.name + ".summary.json")
 
 
-def write_summary(out: Path, summary: dict[str, Any]) -> None:
+def write_summary(out: Path, summary: Summary) -> None:
     write_atomically(summary_path(out), msgspec.json.format(msgspec.json.encode(summary), indent=2) + b"\n")
 
 
-def screen(summary: dict[str, Any]) -> str:
+def screen(summary: Summary) -> str:
     """-> the summary as lines for people."""
-    lines = [f"{summary['rows']} rows in {summary['out']}: {summary['ok']} ok, {summary['errors']} with an error"]
-    if summary["resumed_rows"]:
-        lines.append(f"  {summary['resumed_rows']} of them were finished before this session")
-    if summary["images_per_second"] is not None:
-        lines.append(f"  {summary['images_per_second']:g} images/s over {summary['seconds']:g} s")
-    if summary["decode_share"] is not None:
-        decode, infer = summary["decode_ms_per_image"], summary["infer_ms_per_batch"]
+    # how many, and how fast
+    lines = [f"{summary.rows} rows in {summary.out}: {summary.ok} ok, {summary.errors} with an error"]
+    if summary.resumed_rows:
+        lines.append(f"  {summary.resumed_rows} of them were finished before this session")
+    if summary.images_per_second is not None:
+        lines.append(f"  {summary.images_per_second:g} images/s over {summary.seconds:g} s")
+    if summary.decode_share is not None:
+        decode, infer = summary.decode_ms_per_image, summary.infer_ms_per_batch
         lines.append(
-            f"  decode {summary['decode_share']:.0%} (an image p50 {decode['p50']:g} ms, p95 {decode['p95']:g} ms), "
-            f"inference {summary['infer_share']:.0%} (a batch p50 {infer['p50']:g} ms, p95 {infer['p95']:g} ms)"
+            f"  decode {summary.decode_share:.0%} (an image p50 {decode.p50:g} ms, p95 {decode.p95:g} ms), "
+            f"inference {summary.infer_share:.0%} (a batch p50 {infer.p50:g} ms, p95 {infer.p95:g} ms)"
         )
+
+    # what the rows say, the most frequent first
     for title, counts in (
-        ("errors", _without_ok(summary["statuses"])),
-        ("remarks", summary["remarks"]),
-        ("labels", summary["labels"]),
+        ("errors", _without_ok(summary.statuses)),
+        ("remarks", summary.remarks),
+        ("labels", summary.labels),
     ):
         if counts:
             shown = [f"{name} {count}" for name, count in list(counts.items())[:SHOWN_LABELS]]
             more = f", and {len(counts) - SHOWN_LABELS} more" if len(counts) > SHOWN_LABELS else ""
             lines.append(f"  {title}: {', '.join(shown)}{more}")
-    if summary["skipped"]:
-        lines.append("  skipped, not inputs: " + ", ".join(f"{count} {reason}" for reason, count in summary["skipped"].items()))
+    if summary.skipped:
+        lines.append("  skipped, not inputs: " + ", ".join(f"{n} {reason}" for reason, n in summary.skipped.items()))
     return "\n".join(lines)
 
 
@@ -144,11 +176,9 @@ def _without_ok(statuses: dict[str, int]) -> dict[str, int]:
     return {status: count for status, count in statuses.items() if status != OK}
 
 
-def _percentiles(times: Histogram) -> dict[str, float | None]:
-    """-> p50 and p95 in milliseconds."""
-
+def _percentiles(times: Histogram) -> Percentiles:
     def milliseconds(percent: float) -> float | None:
         value = times.percentile(percent)
         return None if value is None else round(value * 1e3, 3)
 
-    return {"p50": milliseconds(50), "p95": milliseconds(95)}
+    return Percentiles(milliseconds(50), milliseconds(95))

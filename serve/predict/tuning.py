@@ -8,29 +8,29 @@ import numpy as np
 
 from ffl_deploy.bundle import Bundle
 from ffl_deploy.runtime import Session, available_cores
+from serve.pipeline import WorkSettings
 from serve.predict.job import Job
-from serve.predict.shards import Settings
 
 SMALL_RUN = 2048  # items: below, measuring costs more than it gains
 SMALL_BATCH = 32
 SHARD_SIZE = 1024  # rows: some seconds of work, and a row group of the Parquet output
-BATCHES = (16, 64)
+BATCH_SIZES = (16, 64)
 MEASURE_SECONDS = 0.25  # for each candidate
 WORTH = 1.05  # a larger or split configuration must be this much faster than the one before it
 
 
-def choose_settings(bundle: Bundle, job: Job, small: bool) -> Settings:
+def choose_settings(bundle: Bundle, job: Job, small: bool) -> WorkSettings:
     """-> settings for a new run: what the flags say, and for the rest a measurement (or, for a small run, safe values)."""
     if job.engine == "ray":  # an actor takes one core unless it was told otherwise: the cluster has as many as there are cores
-        return Settings(
-            job.batch_size or BATCHES[-1], job.shard_size or SHARD_SIZE, streams=1, threads=job.threads or 1, decoders=1
+        return WorkSettings(
+            job.batch_size or BATCH_SIZES[-1], job.shard_size or SHARD_SIZE, streams=1, threads=job.threads or 1, decoders=1
         )
     cores = job.threads or available_cores()
     if small or (job.batch_size is not None and cores == 1):
         batch_size, streams = job.batch_size or SMALL_BATCH, 1
     else:
-        batch_size, streams = measure(bundle, job, cores)
-    return Settings(
+        batch_size, streams = fastest(bundle, job, cores)
+    return WorkSettings(
         batch_size=batch_size,
         shard_size=job.shard_size or SHARD_SIZE,
         streams=streams,
@@ -39,7 +39,7 @@ def choose_settings(bundle: Bundle, job: Job, small: bool) -> Settings:
     )
 
 
-def measure(bundle: Bundle, job: Job, cores: int) -> tuple[int, int]:
+def fastest(bundle: Bundle, job: Job, cores: int) -> tuple[int, int]:
     """-> (batch size, streams) with the highest rate: one stream on all cores, or one stream on each core.
 
     Streams need no barrier between the layers of a network, threads inside one inference do; which one wins depends on the model.
@@ -47,7 +47,7 @@ def measure(bundle: Bundle, job: Job, cores: int) -> tuple[int, int]:
     best, best_rate = (job.batch_size or SMALL_BATCH, 1), 0.0
     for streams in dict.fromkeys((1, cores)):
         session = bundle.session(job.variant, job.runtime, threads=cores // streams)
-        for batch_size in (job.batch_size,) if job.batch_size else BATCHES:
+        for batch_size in (job.batch_size,) if job.batch_size else BATCH_SIZES:
             if batch_size > best_rate * 2 * MEASURE_SECONDS > 0:  # so slow a model gains nothing by more images at once
                 continue
             rate = measured_rate(session, bundle, batch_size, streams)

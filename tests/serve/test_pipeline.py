@@ -13,8 +13,7 @@ import pytest
 from ffl_deploy.bundle import Bundle
 from serve import pipeline
 from serve.inputs.items import Item, failed_item
-from serve.pipeline import DECODE_CHUNK, Chunk, Classifier, chunks, ordered_map, run_pipeline
-from serve.predict.shards import Settings
+from serve.pipeline import DECODE_CHUNK, Chunk, Classifier, WorkSettings, chunks, ordered_map, run_pipeline
 from serve.predict.supervise import Recovery
 
 
@@ -86,7 +85,7 @@ def test_an_unexpected_fault_costs_one_row(tiny_bundle: Bundle) -> None:
 
     work, before = chunks([*items(5), Item("x", fault)], 0, 4), set(threading.enumerate())
     classifier = Classifier(tiny_bundle.session(), tiny_bundle.classes, 5)
-    settings = Settings(batch_size=4, shard_size=100, streams=2, threads=1, decoders=2)
+    settings = WorkSettings(batch_size=4, shard_size=100, streams=2, threads=1, decoders=2)
     finished = list(run_pipeline(work, classifier, tiny_bundle.preprocessing, settings))
     assert [row.status for part in finished for row in part.rows] == ["empty"] * 5 + ["internal_error"]
     assert [part.ends_shard for part in finished] == [False, True]

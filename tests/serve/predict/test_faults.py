@@ -58,7 +58,7 @@ FLAGS = ("--batch-size", "16", "--shard-size", "32", "--threads", "2", "--quiet"
 def test_28_a_resume_repeats_the_bytes(predict: Predict, many: Path, format: str, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = predict(many, flags=FLAGS, out=f"whole.{format}")
     assert whole.code == 3
-    real, calls = shards.Parts.commit, []
+    real, calls = shards.ShardsFolder.commit, []
 
     def failing(self: Any, *arguments: Any) -> None:
         calls.append(arguments[0])
@@ -66,7 +66,7 @@ def test_28_a_resume_repeats_the_bytes(predict: Predict, many: Path, format: str
             raise KeyboardInterrupt
         real(self, *arguments)
 
-    monkeypatch.setattr(shards.Parts, "commit", failing)
+    monkeypatch.setattr(shards.ShardsFolder, "commit", failing)
     run = predict(many, flags=FLAGS, out=f"cut.{format}")
     assert run.code == 130
     assert not run.out.exists(), "the output appears only when it is complete"
@@ -95,14 +95,14 @@ def test_28_a_damaged_shard_is_made_again(predict: Predict, many: Path, monkeypa
 
 def interrupted(predict: Predict, source: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
     """Leave cut.jsonl.parts with `after` finished shards."""
-    real = shards.Parts.commit
+    real = shards.ShardsFolder.commit
 
     def commit(self: Any, index: int, *rest: Any) -> None:
         if index == after:
             raise KeyboardInterrupt
         real(self, index, *rest)
 
-    monkeypatch.setattr(shards.Parts, "commit", commit)
+    monkeypatch.setattr(shards.ShardsFolder, "commit", commit)
     assert predict(source, flags=FLAGS, out="cut.jsonl").code == 130
     monkeypatch.undo()
 

@@ -122,13 +122,13 @@ def test_a_worker_killed_once_reads_standard_input_again(tiny_bundle: Bundle, fo
     script = f"""
 import os, signal, sys
 from serve.predict import shards
-real = shards.Parts.commit
+real = shards.ShardsFolder.commit
 def commit(self, index, *rest):
     if index == 1 and not os.path.exists({str(tmp_path / "died")!r}):
         open({str(tmp_path / "died")!r}, "w").close()
         os.kill(os.getpid(), signal.SIGKILL)
     return real(self, index, *rest)
-shards.Parts.commit = commit
+shards.ShardsFolder.commit = commit
 from serve.predict.command import entry
 entry()
 """

@@ -217,8 +217,8 @@ def test_settings_are_measured_for_a_long_run_only(
     from serve.predict import runner, tuning
 
     calls = []
-    real = tuning.measure
-    monkeypatch.setattr(tuning, "measure", lambda *arguments: calls.append(1) or real(*arguments))
+    real = tuning.fastest
+    monkeypatch.setattr(tuning, "fastest", lambda *arguments: calls.append(1) or real(*arguments))
     monkeypatch.setattr(tuning, "MEASURE_SECONDS", 0.01)
     root = tmp_path / "many"
     root.mkdir()
@@ -230,7 +230,7 @@ def test_settings_are_measured_for_a_long_run_only(
     run = predict(root)
     assert calls == [1]
     settings = json.loads(run.out.with_name("predictions.jsonl.summary.json").read_text())["settings"]
-    assert settings["batch_size"] in tuning.BATCHES
+    assert settings["batch_size"] in tuning.BATCH_SIZES
 
 
 def command(*arguments: object) -> subprocess.CompletedProcess[str]:
