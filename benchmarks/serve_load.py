@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from ffl_deploy.bundle import Bundle, load_bundle
-from serve.server.settings import model_spec
+from serve.server.settings import ModelSpec
 
 BATCHES = (1, 8, 16, 32, 64)
 
@@ -120,7 +120,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     given = parser.parse_args()
     bundle = load_bundle(given.bundle)
-    name = model_spec(given.bundle).name
+    name = ModelSpec.parse(given.bundle).name
     request = infer_request(bundle, name, given.images)
     best = max(BATCHES, key=lambda batch: session_rate(bundle, given.variant, batch, given.seconds / 3))
     process, port = start_server(str(Path(given.bundle)), given.variant, given.max_batch)

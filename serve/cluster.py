@@ -14,9 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from serve.server.asgi import Message
 from serve.server.offline import SILENCE
-from serve.server.settings import Limits, Settings, model_spec
+from serve.server.settings import Limits, ModelSpec, Settings
 
 os.environ.update(SILENCE)  # before Ray is imported; its workers inherit it
 
@@ -24,6 +23,10 @@ import msgspec
 from ray import serve as ray_serve
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import ASGIApp, Message
+
+from serve.app import create_app
+from serve.server.service import Phase
 
 
 class Arguments(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -51,10 +54,7 @@ class Bundles:
     """One replica: a process with its own sessions, batchers and metrics."""
 
     async def __init__(self, bundles: Sequence[str], variant: str | None, threads: int) -> None:  # type: ignore[misc]  # Ray awaits it
-        from serve.app import create_app
-        from serve.server.service import Phase
-
-        models = tuple(model_spec(text, variant) for text in bundles)
+        models = tuple(ModelSpec.parse(text, variant) for text in bundles)
         # The cluster's proxy is the only one who connects; it bounds the queue and sets the Host.
         settings = Settings(models, host="0.0.0.0", demo=False, workers=1, threads=threads, limits=Limits())
         self._app = create_app(settings)
@@ -75,18 +75,18 @@ class Bundles:
         return response
 
 
-async def _capture(app: Any, request: Request) -> Captured:
-    status, headers, parts = 500, [], []
+async def _capture(app: ASGIApp, request: Request) -> Captured:
+    status, headers, pieces = 500, [], []
 
     async def send(message: Message) -> None:
         nonlocal status, headers
         if message["type"] == "http.response.start":
             status, headers = message["status"], list(message["headers"])
         elif message["type"] == "http.response.body":
-            parts.append(message.get("body", b""))
+            pieces.append(message.get("body", b""))
 
     await app(dict(request.scope), request.receive, send)
-    return Captured(status, headers, b"".join(parts))
+    return Captured(status, headers, b"".join(pieces))
 
 
 def app(arguments: dict[str, str]) -> ray_serve.Application:

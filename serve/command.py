@@ -9,7 +9,7 @@ from pathlib import Path
 from ffl_deploy.command import Parser, positive, run_command
 from ffl_deploy.errors import DONE, UsageError
 from ffl_deploy.runtime import RUNTIMES
-from serve.server.settings import Limits, Settings, model_spec
+from serve.server.settings import Limits, ModelSpec, Settings
 
 
 def parse_arguments(argv: Sequence[str], program: str = "ffl-serve") -> Settings:
@@ -19,11 +19,14 @@ def parse_arguments(argv: Sequence[str], program: str = "ffl-serve") -> Settings
         description="Serve bundles: a demo at /, the Open Inference Protocol v2 at /v2, Prometheus metrics at /metrics.",
         epilog="SIGTERM drains: requests in flight are answered, then the exit code is 0. See docs/serving.md.",
     )
+    # what is served, and where
     parser.add_argument(
         "bundles", nargs="+", metavar="[NAME=]BUNDLE", help="a bundle folder, served under its folder's name or as NAME"
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     parser.add_argument("--port", type=int, default=7860, help="0 takes any free port (default: 7860)")
+
+    # how it is computed
     parser.add_argument("--variant", help="variant of every bundle, such as int8 (default: fp32)")
     parser.add_argument("--runtime", choices=sorted(RUNTIMES), help="default: the one that the variant was verified with")
     parser.add_argument("--threads", type=positive, help="threads of one run (default: the cores, shared among the workers)")
@@ -31,6 +34,8 @@ def parse_arguments(argv: Sequence[str], program: str = "ffl-serve") -> Settings
         "--workers", type=positive, default=2, help="runs of one model at a time; 1 answers a lone request soonest (default: 2)"
     )
     parser.add_argument("--max-batch", type=positive, default=32, help="images in one run of a model (default: 32)")
+
+    # bounds, and who may come in
     parser.add_argument(
         "--max-queue", type=positive, default=Limits.queued_images, help="images that may wait for one model; more get 503"
     )
@@ -43,20 +48,24 @@ def parse_arguments(argv: Sequence[str], program: str = "ffl-serve") -> Settings
     parser.add_argument(
         "--allow-host", action="append", default=[], metavar="NAME", help="a further Host name clients use (repeatable)"
     )
+
+    # its end, and what it logs
     parser.add_argument(
         "--drain", type=float, default=1.0, metavar="SECONDS", help="from 'not ready' to closing the port (default: 1)"
     )
     parser.add_argument("--shutdown", type=float, default=30.0, metavar="SECONDS", help="for requests in flight (default: 30)")
     parser.add_argument("--access-log", action="store_true", help="log every request, not only refused ones")
     parser.add_argument("--log-format", choices=("json", "text"), help="default: text on a terminal, else json")
+
     parser.add_argument("--no-demo", action="store_true", help="the protocol alone, without importing Gradio")
+
     given = parser.parse_args(argv)
     if not 0 <= given.port <= 65535:
         raise UsageError(f"--port is {given.port}; it has to be from 0 to 65535.")
     if given.drain < 0 or given.shutdown < 0:
         raise UsageError("--drain and --shutdown cannot be negative.")
     return Settings(
-        models=tuple(model_spec(text, given.variant) for text in given.bundles),
+        models=tuple(ModelSpec.parse(text, given.variant) for text in given.bundles),
         host=given.host,
         port=given.port,
         demo=not given.no_demo,
@@ -86,21 +95,17 @@ def _read_token(path: Path) -> str:
     return token
 
 
-def main(argv: Sequence[str]) -> int:
-    return serve(parse_arguments(argv))
+def run(settings: Settings) -> int:
+    """Serve until SIGTERM or SIGINT; -> exit code. Raises UsageError, CheckError."""
+    from serve.app import create_app  # FastAPI and uvicorn take a second, which --help does without
+    from serve.lifecycle import serve
 
-
-def serve(settings: Settings) -> int:
-    """Run until SIGTERM or SIGINT; -> exit code. Raises UsageError, CheckError."""
-    from serve.server.offline import private_environment
-
-    with private_environment():
-        from serve.lifecycle import run_until_signal
-        from serve.server.models import check_specs
-
-        check_specs(settings.models)
-        run_until_signal(settings)
+    serve(settings, create_app)
     return DONE
+
+
+def main(argv: Sequence[str]) -> int:
+    return run(parse_arguments(argv))
 
 
 def entry() -> None:

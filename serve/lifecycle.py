@@ -7,14 +7,17 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
+from fastapi import FastAPI
 
 from ffl_deploy.errors import UsageError
-from serve.app import create_app
 from serve.server.limits import LOOPBACK
 from serve.server.logs import log_config
+from serve.server.models import check_specs
+from serve.server.offline import private_environment
 from serve.server.service import Phase, Service
 from serve.server.settings import Settings
 
@@ -22,6 +25,9 @@ from serve.server.settings import Settings
 KEEP_ALIVE_SECONDS = 75
 BACKLOG = 2048
 SETTLE_SECONDS = 1.0
+
+CreateApp = Callable[[Settings, Callable[[], None]], FastAPI]
+"""(settings, what to call when loading failed) -> an application whose `state.service` is its Service."""
 
 
 class DrainingServer(uvicorn.Server):
@@ -62,13 +68,25 @@ class DrainingServer(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def run_until_signal(settings: Settings) -> None:
-    """Serve until SIGTERM or SIGINT has drained. Raises UsageError, and CheckError when a bundle does not verify."""
+def serve(settings: Settings, create_app: CreateApp) -> None:
+    """Serve until SIGTERM or SIGINT has drained; every temporary file lies in one folder, removed at the end.
+
+    Raises UsageError, and CheckError when a bundle does not verify.
+    """
+    with private_environment():
+        check_specs(settings.models)
+        run_until_signal(settings, create_app)
+
+
+def run_until_signal(settings: Settings, create_app: CreateApp) -> None:
+    """The part of `serve` that listens. Raises what it raises."""
     with open_port(settings.host, settings.port) as port:
         address, number = port.getsockname()[:2]
-        app = create_app(settings, stop=lambda: server.stop())
+        # the application, which may stop the server that it is given to
+        app = create_app(settings, lambda: server.stop())
         service: Service = app.state.service
         service.url = f"http://{f'[{address}]' if ':' in address else address}:{number}"
+
         config = uvicorn.Config(
             app,
             log_config=log_config(settings.log_format),
@@ -83,6 +101,7 @@ def run_until_signal(settings: Settings) -> None:
             proxy_headers=False,
         )
         server = DrainingServer(config, service)
+
         # uvicorn raises the signals that it has caught once more when it is done: a drained SIGTERM is a success.
         # A signal that comes before uvicorn listens has to end it all the same.
         for caught in (signal.SIGTERM, signal.SIGINT):

@@ -8,14 +8,14 @@ from dataclasses import replace
 
 from ffl_deploy.command import run_command
 from ffl_deploy.errors import UsageError
-from serve.command import parse_arguments, serve
+from serve.command import parse_arguments, run
 
 
 def main(argv: Sequence[str]) -> int:
     settings = parse_arguments(argv, program="python -m serve.demo")
     if not settings.demo:
         raise UsageError("--no-demo leaves nothing to serve here; use ffl-serve.")
-    return serve(replace(settings, protocol=False))
+    return run(replace(settings, protocol=False))
 
 
 def entry() -> None:

@@ -14,14 +14,15 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.server.asgi import App, Message, Receive, Refused, Scope, Send, header, send_refusal
+from serve.server.responses import Refused
 from serve.server.service import Service
 from serve.server.settings import Limits
 
@@ -33,45 +34,38 @@ ROUTES = re.compile(
     rf"{API}/(info|openapi\.json|app_id|startup-events|queue/(join|data|status)|call/.+|run/[^/]+|cancel|reset|heartbeat/[^/]+|"
     r"upload|upload_progress|theme\.css|file=.+|custom_component/.+)/?"
 )
-OURS = ("/v2", "/metrics")
 MEASURE_SECONDS, MEASURE_SHARE = 0.5, 10  # the upload folder is measured for at most a tenth of the time
 
 
-def body_limits(limits: Limits) -> Callable[[str], int]:
-    """-> path -> the largest body in bytes."""
-
-    def limit_of(path: str) -> int:
-        if path.startswith("/v2/"):
-            return limits.body_bytes
-        return limits.upload_bytes if path.rstrip("/") == UPLOAD else limits.demo_json_bytes
-
-    return limit_of
+def largest_demo_body(path: str, limits: Limits) -> int:
+    """-> the largest body that may be sent to `path`, in bytes."""
+    return limits.upload_bytes if path.rstrip("/") == UPLOAD else limits.demo_json_bytes
 
 
 class DemoGuard:
-    """In front of the demo: known routes only, files of the upload folder only, room for uploads only as agreed."""
+    """What the demo is mounted behind: known routes only, files of the upload folder only, room for uploads only as agreed."""
 
-    def __init__(self, app: App, service: Service) -> None:
+    def __init__(self, app: ASGIApp, service: Service) -> None:
         self.app, self.limits = app, service.settings.limits
         self._uploads = 0  # in progress
         self._kept_bytes, self._measure_at = 0, 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OURS or scope["path"].startswith("/v2/"):
+        if scope["type"] != "http":
             return await self.app(scope, receive, send)
         path = scope["path"]
         try:
             if not ROUTES.fullmatch(path):
-                raise Refused(404, "route", "the demo has no such route")
+                raise Refused(404, "the demo has no such route")
             if path.startswith(FILE) and not _in_upload_folder(path.removeprefix(FILE)):
-                raise Refused(403, "file", "only files of this demo can be read")
+                raise Refused(403, "only files of this demo can be read")
             if scope["method"] == "POST":
                 if path.rstrip("/") == UPLOAD:
                     await self._check_room(scope)
                     return await self._upload(scope, receive, send)
                 receive = await _checked_json(receive)
         except Refused as refused:
-            return await send_refusal(send, refused)
+            return await refused(scope, receive, send)
         return await self.app(scope, receive, _with_page_headers(send))
 
     async def _upload(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -91,7 +85,7 @@ class DemoGuard:
         The folder is measured now and then, and in between what is announced counts: walking thousands of files for every
         upload made a flood of small ones a queue of walks.
         """
-        announced = header(scope, b"content-length") or ""
+        announced = Headers(scope=scope).get("content-length", "")
         size = int(announced) if announced.isdecimal() else self.limits.upload_bytes
         began = time.monotonic()
         if began >= self._measure_at:
@@ -103,7 +97,7 @@ class DemoGuard:
                 now = time.monotonic()
                 self._measure_at = now + MEASURE_SECONDS + MEASURE_SHARE * (now - began)
         if self._kept_bytes + size > self.limits.upload_folder_bytes:
-            raise Refused(503, "uploads", "the server holds too many uploads; try again later", {"retry-after": "600"})
+            raise Refused(503, "the server holds too many uploads; try again later", {"retry-after": "600"})
         self._kept_bytes += size
 
 
@@ -141,19 +135,19 @@ def _folder_bytes(folder: Path) -> int:
 
 async def _checked_json(receive: Receive) -> Receive:
     """Read a JSON body (its size is bounded already), check what it points at; -> a receive that gives it again."""
-    parts: list[bytes] = []
+    pieces: list[bytes] = []
     more = True
     while more:
         message = await receive()
         if message["type"] == "http.disconnect":
             return receive
-        parts.append(message.get("body", b""))
+        pieces.append(message.get("body", b""))
         more = message.get("more_body", False)
-    body = b"".join(parts)
+    body = b"".join(pieces)
     try:
         _check_references(msgspec.json.decode(body) if body else None)
     except (msgspec.DecodeError, RecursionError):
-        raise Refused(400, "json", "the body is not valid JSON") from None
+        raise Refused(400, "the body is not valid JSON") from None
     given = False
 
     async def again() -> Message:
@@ -174,9 +168,9 @@ def _check_references(value: Any) -> None:
     elif isinstance(value, dict):
         path, url = value.get("path"), value.get("url")
         if isinstance(path, str) and path and not _in_upload_folder(path):
-            raise Refused(403, "path", "only files that were uploaded here can be named; see the route upload")
+            raise Refused(403, "only files that were uploaded here can be named; see the route upload")
         if isinstance(url, str) and url and not re.match(rf"(https?://[^/]+)?{re.escape(FILE)}", url):
-            raise Refused(403, "url", "URLs are not read; upload the file first")
+            raise Refused(403, "URLs are not read; upload the file first")
         for item in value.values():
             _check_references(item)
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from ffl_deploy.runtime import Outputs
 
-Run = Callable[[np.ndarray], Outputs]
+RunModel = Callable[[np.ndarray], Outputs]
 """uint8 [n, height, width, 3] -> Outputs with n rows; blocks."""
 
 Observe = Callable[[int, float], None]
@@ -54,7 +54,7 @@ class MicroBatcher:
 
     def __init__(
         self,
-        run: Run,
+        run: RunModel,
         *,
         max_batch: int,
         max_queue: int,
@@ -121,8 +121,8 @@ class MicroBatcher:
                 self._running_images -= sum(len(job.images) for job in jobs)
             # All jobs of one batch nearly always share a loop: one wake-up answers them all.
             for loop in {job.loop for job in jobs}:
-                mine = [(job, result) for job, result in zip(jobs, results, strict=True) if job.loop is loop]
-                _call_in(loop, _resolve, mine)
+                answers = [(job, result) for job, result in zip(jobs, results, strict=True) if job.loop is loop]
+                _call_in(loop, _resolve, answers)
 
     def _take(self) -> list[_Job]:
         """-> the jobs of the next batch, waiting for one; [] when closed.
@@ -176,7 +176,7 @@ class MicroBatcher:
             pieces.append(outputs)
         if len(pieces) == 1:
             return pieces[0]
-        return Outputs._make([None if values[0] is None else np.concatenate(values) for values in zip(*pieces, strict=True)])
+        return Outputs.joined(pieces)
 
 
 def _call_in(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *arguments: object) -> None:

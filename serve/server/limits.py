@@ -14,7 +14,10 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 from urllib.parse import urlsplit
 
-from serve.server.asgi import App, Message, Receive, Refused, Scope, Send, header, send_refusal
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve.server.responses import Refused
 from serve.server.settings import Limits
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -27,18 +30,19 @@ class HostAndOrigin:
     Args: hosts: names without port that clients may use; empty: any, for servers bound to more than loopback.
     """
 
-    def __init__(self, app: App, hosts: Sequence[str]) -> None:
+    def __init__(self, app: ASGIApp, hosts: Sequence[str]) -> None:
         self.app, self.hosts = app, frozenset(hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] in PROBES:
             return await self.app(scope, receive, send)
-        host, origin = header(scope, b"host") or "", header(scope, b"origin")
+        headers = Headers(scope=scope)
+        host, origin = headers.get("host", ""), headers.get("origin")
         if self.hosts and _host_name(f"//{host}") not in self.hosts:
-            return await send_refusal(send, Refused(421, "host", "this server does not answer for that Host"))
+            return await Refused(421, "this server does not answer for that Host")(scope, receive, send)
         # A page may call the server that it came from, port included, and no other page may.
         if origin is not None and origin.partition("://")[2].lower() != host.lower():
-            return await send_refusal(send, Refused(403, "origin", "requests from pages of another origin are refused"))
+            return await Refused(403, "requests from pages of another origin are refused")(scope, receive, send)
         return await self.app(scope, receive, send)
 
 
@@ -52,14 +56,14 @@ def _host_name(url: str) -> str | None:
 class Token:
     """401 without the token: `Authorization: Bearer TOKEN`, or as the password of any user name (browsers ask for that)."""
 
-    def __init__(self, app: App, token: str) -> None:
+    def __init__(self, app: ASGIApp, token: str) -> None:
         self.app, self._token = app, token.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in PROBES or self._allowed(header(scope, b"authorization") or ""):
+        if scope["type"] != "http" or scope["path"] in PROBES or self._allowed(Headers(scope=scope).get("authorization", "")):
             return await self.app(scope, receive, send)
         challenge = {"www-authenticate": 'Basic realm="ffl-serve", charset="UTF-8"'}
-        return await send_refusal(send, Refused(401, "token", "a valid token is needed", challenge))
+        return await Refused(401, "a valid token is needed", challenge)(scope, receive, send)
 
     def _allowed(self, authorization: str) -> bool:
         scheme, _, given = authorization.partition(" ")
@@ -74,7 +78,7 @@ class Token:
         return hmac.compare_digest(secret, self._token)
 
 
-BUSY = Refused(503, "bytes", "the server is busy with other bodies; try again", {"retry-after": "1"})
+BUSY = Refused(503, "the server is busy with other bodies; try again", {"retry-after": "1"})
 
 
 class Bodies:
@@ -83,7 +87,7 @@ class Bodies:
     Args: limit_of: path -> largest body in bytes.
     """
 
-    def __init__(self, app: App, limits: Limits, limit_of: Callable[[str], int]) -> None:
+    def __init__(self, app: ASGIApp, limits: Limits, limit_of: Callable[[str], int]) -> None:
         self.app, self.limits, self._limit_of = app, limits, limit_of
         self._in_flight = 0
 
@@ -91,12 +95,13 @@ class Bodies:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         limit = self._limit_of(scope["path"])
-        announced = header(scope, b"content-length")
+        headers = Headers(scope=scope)
+        announced = headers.get("content-length")
         size = int(announced) if announced is not None and announced.isdecimal() else 0
         if size > limit:
-            return await send_refusal(send, _too_large(limit))
-        if header(scope, b"content-encoding") not in (None, "identity"):
-            return await send_refusal(send, Refused(415, "encoding", "send the body without Content-Encoding"))
+            return await _too_large(limit)(scope, receive, send)
+        if headers.get("content-encoding") not in (None, "identity"):
+            return await Refused(415, "send the body without Content-Encoding")(scope, receive, send)
         body = _Body(self, receive, limit)
         started = False
 
@@ -117,7 +122,7 @@ class Bodies:
         finally:
             self._in_flight -= body.reserved
         if body.refused and not started:
-            await send_refusal(send, body.refused)
+            await body.refused(scope, receive, send)
         return None
 
     def fits(self, size: int) -> bool:
@@ -161,7 +166,7 @@ class _Body:
             async with asyncio.timeout_at(min(self._deadline, now + limits.body_pause_seconds)):
                 message = await self._receive()
         except TimeoutError:
-            self.refuse(Refused(408, "slow", "the body arrives too slowly; send a smaller one"))
+            self.refuse(Refused(408, "the body arrives too slowly; send a smaller one"))
         self._read += len(message.get("body", b""))
         self._complete = not message.get("more_body", False)
         if self._read > self._limit:
@@ -171,4 +176,4 @@ class _Body:
 
 
 def _too_large(limit: int) -> Refused:
-    return Refused(413, "size", f"the body is larger than {limit} bytes; send fewer or smaller images")
+    return Refused(413, f"the body is larger than {limit} bytes; send fewer or smaller images")

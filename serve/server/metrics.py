@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
-_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
+_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 class Metrics:
@@ -29,7 +29,9 @@ class Metrics:
         )
         self.in_flight = Gauge("ffl_requests_in_flight", "Requests that are being read or answered.", registry=registry)
         self.images = Counter("ffl_images", "Images that a model has answered.", ["model"], registry=registry)
-        self.batch_images = Histogram("ffl_batch_images", "Images in one run.", ["model"], buckets=_BATCHES, registry=registry)
+        self.batch_images = Histogram(
+            "ffl_batch_images", "Images in one run.", ["model"], buckets=_BATCH_SIZES, registry=registry
+        )
         self.run_seconds = Histogram("ffl_run_seconds", "One run of a model.", ["model"], buckets=_SECONDS, registry=registry)
         self.queue = Gauge("ffl_queue_images", "Images that wait for a model.", ["model"], registry=registry)
         self.ready = Gauge(

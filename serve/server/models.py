@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -88,9 +88,6 @@ class Decoders:
 
     def close(self) -> None:
         self._threads.shutdown(cancel_futures=True)
-
-
-Models = Mapping[str, ServedModel]
 
 
 def check_specs(specs: Iterable[ModelSpec]) -> None:

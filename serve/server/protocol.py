@@ -57,7 +57,7 @@ class Header(msgspec.Struct):
 
 
 @dataclass(frozen=True)
-class Request:
+class InferRequest:
     """A checked request: either `images`, uint8 [n, height, width, 3], or `encoded`, n image files."""
 
     id: str
@@ -103,7 +103,7 @@ _decode_header = msgspec.json.Decoder(Header).decode
 _encode_header = msgspec.json.Encoder().encode
 
 
-def read_request(body: bytes, header_length: int | None, signature: Signature) -> Request:
+def read_request(body: bytes, header_length: int | None, signature: Signature) -> InferRequest:
     """Parse and check a request.
 
     Args: header_length: bytes of the JSON part when raw tensors follow it, else None.
@@ -125,10 +125,10 @@ def read_request(body: bytes, header_length: int | None, signature: Signature) -
     images, encoded = None, []
     if tensor.name == IMAGES:
         _check(tensor, "UINT8", [signature.height, signature.width, 3], signature)
-        images = _uint8_tensor(tensor, _raw_part(tensor, raw))
+        images = _uint8_tensor(tensor, _raw_data(tensor, raw))
     elif tensor.name == ENCODED:
         _check(tensor, "BYTES", [], signature)
-        encoded = _bytes_tensor(tensor, _raw_part(tensor, raw))
+        encoded = _bytes_tensor(tensor, _raw_data(tensor, raw))
     else:
         raise ProtocolError(f"unknown input; {signature.name} takes {IMAGES!r} or {ENCODED!r}")
     outputs = header.outputs or [RequestedOutput(name) for name in signature.outputs]
@@ -137,13 +137,13 @@ def read_request(body: bytes, header_length: int | None, signature: Signature) -
             raise ProtocolError(f"unknown output; {signature.name} gives {', '.join(signature.outputs)}")
     if len({output.name for output in outputs}) != len(outputs):
         raise ProtocolError("an output is requested twice")
-    return Request(header.id, images, encoded, outputs, bool(header.parameters.get("binary_data_output", False)))
+    return InferRequest(header.id, images, encoded, outputs, bool(header.parameters.get("binary_data_output", False)))
 
 
 def write_response(
-    signature: Signature, request: Request, results: Mapping[str, np.ndarray]
+    signature: Signature, request: InferRequest, results: Mapping[str, np.ndarray]
 ) -> tuple[list[bytes | memoryview], int | None]:
-    """-> (parts of the body, header_length as in `read_request`). results: output name -> float32 [n, ...]."""
+    """-> (the body as buffers, header_length as in `read_request`). results: output name -> float32 [n, ...]."""
     described: list[dict[str, Any]] = []
     raw: list[bytes | memoryview] = []
     for output in request.outputs:
@@ -153,9 +153,9 @@ def write_response(
             labels, values, datatype = _classification(values, count, signature.classes)
         entry: dict[str, Any] = {"name": output.name, "datatype": datatype, "shape": list(values.shape)}
         if output.parameters.get("binary_data", request.binary_by_default):
-            part = _raw_bytes(values, labels)
-            entry["parameters"] = {"binary_data_size": len(part)}
-            raw.append(part)
+            buffer = _raw_bytes(values, labels)
+            entry["parameters"] = {"binary_data_size": len(buffer)}
+            raw.append(buffer)
         else:
             entry["data"] = values.ravel().tolist() if labels is None else labels
         described.append(entry)
@@ -177,7 +177,7 @@ def _check(tensor: Tensor, datatype: str, image_shape: list[int], signature: Sig
         raise ProtocolError(f"{signature.name} takes at most {signature.max_images} images a request; send several requests")
 
 
-def _raw_part(tensor: Tensor, raw: memoryview | None) -> memoryview | None:
+def _raw_data(tensor: Tensor, raw: memoryview | None) -> memoryview | None:
     """-> the tensor's bytes behind the header, or None when its data is in the JSON."""
     size = tensor.parameters.get("binary_data_size")
     if size is None:

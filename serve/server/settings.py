@@ -41,15 +41,17 @@ class ModelSpec:
     folder: Path
     variant: str | None = None
 
-
-def model_spec(text: str, variant: str | None = None) -> ModelSpec:
-    """`NAME=BUNDLE` or `BUNDLE` -> ModelSpec. A folder that exists is one, even with `=` in its path. Raises UsageError."""
-    name, equals, folder = text.partition("=")
-    if not equals or Path(text).exists():
-        name, folder = Path(text).resolve().name, text
-    if not name or not NAME_CHARACTERS.issuperset(name):
-        raise UsageError(f"{name!r} cannot be a model's name in a URL; give one of letters, digits and -_. as in cats={folder}")
-    return ModelSpec(name, Path(folder), variant)
+    @staticmethod
+    def parse(text: str, variant: str | None = None) -> ModelSpec:
+        """`NAME=BUNDLE` or `BUNDLE` -> ModelSpec. A folder that exists is one, even with `=` in its path. Raises UsageError."""
+        name, equals, folder = text.partition("=")
+        if not equals or Path(text).exists():
+            name, folder = Path(text).resolve().name, text
+        if not name or not NAME_CHARACTERS.issuperset(name):
+            raise UsageError(
+                f"{name!r} cannot be a model's name in a URL; give one of letters, digits and -_. as in cats={folder}"
+            )
+        return ModelSpec(name, Path(folder), variant)
 
 
 @dataclass(frozen=True)

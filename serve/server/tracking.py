@@ -6,7 +6,9 @@ import itertools
 import os
 import time
 
-from serve.server.asgi import App, Message, Receive, Scope, Send, header
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
 from serve.server.service import Phase, Service
 
 _ID_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.")
@@ -26,7 +28,7 @@ def route_of(path: str) -> str:
 class Tracking:
     """Every response carries `x-request-id` (the client's own, if it is short and plain), which the log lines repeat."""
 
-    def __init__(self, app: App, service: Service) -> None:
+    def __init__(self, app: ASGIApp, service: Service) -> None:
         self.app, self.service = app, service
         self._numbers = itertools.count(1)
         self._prefix = os.urandom(4).hex()
@@ -76,7 +78,7 @@ class Tracking:
         return None
 
     def _request_id(self, scope: Scope) -> str:
-        given = header(scope, b"x-request-id")
+        given = Headers(scope=scope).get("x-request-id")
         if given and len(given) <= 64 and _ID_CHARACTERS.issuperset(given):
             return given
         return f"{self._prefix}-{next(self._numbers)}"

@@ -5,21 +5,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
-from typing import Any
 
-import msgspec
 import numpy as np
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.requests import Request as HttpRequest
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route, Router
+from starlette.types import Receive, Scope, Send
 
 import ffl_deploy
 from ffl_deploy.images import ImageError
-from serve.server.asgi import Receive, Scope, Send, header, send_body, send_json
 from serve.server.batcher import Closed, Overloaded
 from serve.server.models import NonFinite, ServedModel
-from serve.server.protocol import HEADER_LENGTH, VERSION, ProtocolError, Request, read_request, write_response
+from serve.server.protocol import HEADER_LENGTH, VERSION, InferRequest, ProtocolError, read_request, write_response
+from serve.server.responses import json_response
 from serve.server.service import Phase, Service
 
 # A JSON body of this size is parsed in about a millisecond; larger ones go to a thread, so that they delay nobody.
@@ -59,42 +59,38 @@ def find_model(service: Service, name: str, version: str | None = None) -> Serve
     raise HTTPException(404, f"there is no such model; this server has {', '.join(service.models) or 'none yet'}")
 
 
-def json_response(content: Any, status: int = 200) -> Response:
-    return Response(msgspec.json.encode(content), status, media_type="application/json")
-
-
 class Descriptions:
     """Everything under /v2 but inference: health, metadata, index."""
 
     def __init__(self, service: Service) -> None:
         self.service = service
 
-    async def server(self, request: HttpRequest) -> Response:
+    async def server(self, request: Request) -> Response:
         extensions = ["binary_tensor_data", "classification", "model_repository"]
         return json_response({"name": "ffl-serve", "version": ffl_deploy.__version__, "extensions": extensions})
 
-    async def live(self, request: HttpRequest) -> Response:
+    async def live(self, request: Request) -> Response:
         return json_response({"live": True})
 
-    async def ready(self, request: HttpRequest) -> Response:
+    async def ready(self, request: Request) -> Response:
         ready = self.service.ready
         return json_response({"ready": ready, "phase": self.service.phase.value}, 200 if ready else 503)
 
-    async def model(self, request: HttpRequest) -> Response:
+    async def model(self, request: Request) -> Response:
         return json_response(self._model(request).signature.metadata())
 
-    async def model_ready(self, request: HttpRequest) -> Response:
+    async def model_ready(self, request: Request) -> Response:
         name = self._model(request).name
         draining = self.service.phase in (Phase.DRAINING, Phase.CLOSING)
         return json_response({"name": name, "ready": not draining}, 503 if draining else 200)
 
-    async def index(self, request: HttpRequest) -> Response:
+    async def index(self, request: Request) -> Response:
         states = {spec.name: spec.name in self.service.models for spec in self.service.settings.models}
         return json_response(
             [{"name": name, "version": VERSION, "state": "READY" if loaded else "LOADING"} for name, loaded in states.items()]
         )
 
-    def _model(self, request: HttpRequest) -> ServedModel:
+    def _model(self, request: Request) -> ServedModel:
         return find_model(self.service, request.path_params["name"], request.path_params.get("version"))
 
 
@@ -109,37 +105,42 @@ class Infer:
         try:
             body = await _read_body(receive)
             async with _while_connected(receive):
-                parts, header_length = await self._answer(model, body, _header_length(scope))
+                response = await self._answer(model, body, _header_length(scope))
         except ClientGone:
-            return None
+            return
         except ProtocolError as error:
-            return await send_json(send, 400, {"error": str(error)})
+            response = json_response({"error": str(error)}, 400)
         except ImageError as error:
-            return await send_json(send, 400, {"error": str(error), "code": error.code})
+            response = json_response({"error": str(error), "code": error.code}, 400)
         except NonFinite as error:
-            return await send_json(send, 500, {"error": str(error), "code": "nonfinite"})
+            response = json_response({"error": str(error), "code": "nonfinite"}, 500)
         except Overloaded:
-            return await send_json(send, 503, {"error": f"{model.name} has too much to do; try again"}, {"retry-after": "1"})
+            busy = {"error": f"{model.name} has too much to do; try again"}
+            response = json_response(busy, 503, {"retry-after": "1"})
         except Closed:
-            return await send_json(send, 503, {"error": "the server is shutting down"}, {"retry-after": "1"})
-        if header_length is None:
-            return await send_body(send, 200, parts, "application/json")
-        headers = {HEADER_LENGTH: str(header_length)}
-        return await send_body(send, 200, parts, "application/octet-stream", headers)
+            response = json_response({"error": "the server is shutting down"}, 503, {"retry-after": "1"})
+        await response(scope, receive, send)
 
-    async def _answer(
-        self, model: ServedModel, body: bytes, header_length: int | None
-    ) -> tuple[list[bytes | memoryview], int | None]:
+    async def _answer(self, model: ServedModel, body: bytes, header_length: int | None) -> Response:
+        # what is asked
         json_bytes = len(body) if header_length is None else header_length
         if json_bytes > PARSE_INLINE_BYTES:
             request = await asyncio.to_thread(read_request, body, header_length, model.signature)
         else:
             request = read_request(body, header_length, model.signature)
+
+        # the model, in a batch with whoever asks at the same time
         outputs = await model.infer(await self._images(model, request))
         results = {name: values for name, values in outputs._asdict().items() if values is not None}
-        return write_response(model.signature, request, results)
 
-    async def _images(self, model: ServedModel, request: Request) -> np.ndarray:
+        # the answer: JSON, with raw tensors behind it if the client wants them
+        buffers, length = write_response(model.signature, request, results)
+        content = buffers[0] if len(buffers) == 1 else b"".join(buffers)
+        if length is None:
+            return Response(content, media_type="application/json")
+        return Response(content, headers={HEADER_LENGTH: str(length)}, media_type="application/octet-stream")
+
+    async def _images(self, model: ServedModel, request: InferRequest) -> np.ndarray:
         if request.images is not None:
             return request.images
         return await self.service.decoders.prepare(request.encoded, model)
@@ -149,7 +150,7 @@ MOST_DIGITS = 12  # of a length
 
 
 def _header_length(scope: Scope) -> int | None:
-    text = header(scope, HEADER_LENGTH.encode())
+    text = Headers(scope=scope).get(HEADER_LENGTH)
     if text is None:
         return None
     if not (text.isascii() and text.isdecimal() and len(text) <= MOST_DIGITS):
@@ -159,14 +160,14 @@ def _header_length(scope: Scope) -> int | None:
 
 async def _read_body(receive: Receive) -> bytes:
     """-> the whole body; its size was bounded by the middleware. Raises ClientGone."""
-    parts = []
+    pieces = []
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
             raise ClientGone
-        parts.append(message.get("body", b""))
+        pieces.append(message.get("body", b""))
         if not message.get("more_body", False):
-            return parts[0] if len(parts) == 1 else b"".join(parts)
+            return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 @contextlib.asynccontextmanager

@@ -27,7 +27,7 @@ from ffl_deploy.errors import CheckError, UsageError
 from ffl_deploy.images import decode, prepare
 from ffl_deploy.runtime import Session
 from serve.command import parse_arguments
-from serve.server.settings import Limits, ModelSpec, Settings, model_spec
+from serve.server.settings import Limits, ModelSpec, Settings
 
 Start = Callable[..., contextlib.AbstractContextManager[Any]]
 
@@ -404,10 +404,10 @@ def test_a_port_in_use_says_so(two_bundles: tuple[Bundle, Bundle], server: Any) 
 
 def test_names(tmp_path: Path) -> None:
     (tmp_path / "x=y").mkdir()
-    assert model_spec("cats=bundles/fused") == ModelSpec("cats", Path("bundles/fused"))
-    assert model_spec("bundles/fused/", "int8") == ModelSpec("fused", Path("bundles/fused"), "int8")
+    assert ModelSpec.parse("cats=bundles/fused") == ModelSpec("cats", Path("bundles/fused"))
+    assert ModelSpec.parse("bundles/fused/", "int8") == ModelSpec("fused", Path("bundles/fused"), "int8")
     with pytest.raises(UsageError, match="cannot be a model's name"):
-        model_spec(str(tmp_path / "x=y"))
+        ModelSpec.parse(str(tmp_path / "x=y"))
     settings = parse_arguments(["b", "--no-demo", "--max-queue", "5"])
     assert settings.host == "127.0.0.1"
     assert settings.limits.queued_images == 5

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve.server import v2
-from serve.server.protocol import ProtocolError, Request, RequestedOutput, Signature, read_request, write_response
+from serve.server.protocol import InferRequest, ProtocolError, RequestedOutput, Signature, read_request, write_response
 
 SIGNATURE = Signature(
     "fused", 2, 3, ["cat", "dog", "frog"], {"logits": [3], "probabilities": [3]}, max_images=4, platform="onnxruntime"
@@ -118,8 +118,8 @@ RESULTS = {
 }
 
 
-def request(*outputs: RequestedOutput, id: str = "", binary: bool = False) -> Request:
-    return Request(id, PIXELS, [], list(outputs), binary)
+def request(*outputs: RequestedOutput, id: str = "", binary: bool = False) -> InferRequest:
+    return InferRequest(id, PIXELS, [], list(outputs), binary)
 
 
 def test_a_json_response_keeps_every_bit_of_the_values() -> None:
