@@ -12,8 +12,7 @@ from pathlib import Path
 import msgspec
 
 from ffl_deploy.errors import UsageError
-from train.comparison import SEEDS_FOR_A_CLAIM, Against, Comparison, MethodResult, estimate, sign_flip_p
-from train.comparison_report import (
+from train.comparison.report import (
     accuracy_table,
     cost_table,
     counted,
@@ -23,6 +22,7 @@ from train.comparison_report import (
     points,
     seed_verdict,
 )
+from train.comparison.results import SEEDS_FOR_A_CLAIM, Against, Comparison, MethodResult, estimate, sign_flip_p
 from train.methods import METHODS
 
 

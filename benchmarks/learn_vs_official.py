@@ -32,7 +32,7 @@ from ffl_deploy.datasets import ImageData
 from ffl_deploy.errors import UsageError
 from ffl_deploy.files import write_atomically
 from ffl_deploy.networks.mutual import MutualNetwork
-from train.batches import Batch, Batches
+from train.data.batches import Batch, Batches
 from train.import_official import read_official
 from train.record import read_metrics
 

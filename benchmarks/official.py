@@ -26,8 +26,8 @@ from PIL import Image
 from ffl_deploy.datasets import ArraySplit, DataSpec, ImageData, Split, load_data
 from ffl_deploy.errors import UsageError
 from ffl_deploy.networks.mutual import MutualNetwork
-from train.batches import Batches
 from train.config import TrainConfig
+from train.data.batches import Batches
 from train.distributed import World
 from train.loop import fit
 from train.machine import Machine, choose_device, choose_machine

@@ -43,8 +43,8 @@ def measure(setting: dict[str, Any], device: str, steps: int) -> dict[str, Any]:
     from ffl_deploy.datasets import ArraySplit, ImageData
     from ffl_deploy.images import Preprocessing
     from ffl_deploy.networks.mutual import MutualNetwork
-    from train.batches import InMemoryBatches, Plan, Shares
     from train.config import DataOptions, MachineOptions, ModelOptions, OptimisationOptions, OutputOptions, TrainConfig
+    from train.data.batches import InMemoryBatches, Plan, Shares
     from train.distributed import World
     from train.loop import fit
     from train.machine import choose_device, choose_machine

@@ -28,7 +28,7 @@ from ffl_deploy.networks import resnet
 from ffl_deploy.networks.mutual import MutualNetwork, NetworkConfig
 from train.config import OptimisationOptions
 from train.methods import build_method
-from train.optimiser import build_optimiser
+from train.optimizer import build_optimiser
 
 BATCH = 128
 GROUPS = {

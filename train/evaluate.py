@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ffl_deploy.networks.mutual import MutualNetwork
 from ffl_deploy.networks.targets import target_names
-from train.batches import Batches
+from train.data.batches import Batches
 from train.distributed import World
 from train.machine import Machine
 

@@ -23,14 +23,14 @@ from ffl_deploy.checkpoint import MODEL, STATE, load_weights, read_checkpoint, s
 from ffl_deploy.errors import CheckError, Interrupted
 from ffl_deploy.files import existing_folder
 from ffl_deploy.networks.mutual import MutualNetwork
-from train.batches import Batches
 from train.config import TrainConfig
+from train.data.batches import Batches
 from train.distributed import World
 from train.evaluate import accuracies
 from train.machine import Machine
 from train.meter import Meter
 from train.methods import Method
-from train.optimiser import build_optimiser, drop_gradients, load_optimiser_tensors, optimiser_tensors
+from train.optimizer import build_optimiser, drop_gradients, load_optimiser_tensors, optimiser_tensors
 from train.randomness import seed_everything
 from train.record import Progress, Recorder
 from train.schedule import learning_rate, ramp_up

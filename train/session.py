@@ -19,8 +19,9 @@ from ffl_deploy.errors import UsageError
 from ffl_deploy.files import existing_folder, replace_file
 from ffl_deploy.networks.mutual import MutualNetwork, NetworkConfig
 from ffl_deploy.run_directory import CONFIG, PREDICTIONS, REFERENCE, SCHEMA, SUMMARY, ModelRecord, RunConfig, load_run, write_json
-from train.batches import Batches, InMemoryBatches, Plan, Shares, crop_padding
 from train.config import TrainConfig
+from train.data.batches import Batches, InMemoryBatches, Plan, Shares, crop_padding
+from train.data.streaming import StreamedBatches
 from train.distributed import World, process_group, torchrun_world
 from train.evaluate import logits_of, predictions
 from train.loop import Position, fit
@@ -31,7 +32,6 @@ from train.randomness import seed_everything
 from train.record import draw_curves, read_metrics
 from train.run_folder import claim, keep_threads, require_same_data, run_folder, wanted_precision
 from train.stopping import StopRequest, stop_on_signals
-from train.streaming import StreamedBatches
 
 REFERENCE_IMAGES = 256
 

@@ -13,7 +13,7 @@ from benchmarks.comparison_text import account, comparison_text
 from benchmarks.results import main
 from ffl_deploy.errors import UsageError
 from ffl_deploy.run_directory import write_json
-from train.comparison import Against, Comparison, MethodResult, SeedPair, estimate
+from train.comparison.results import Against, Comparison, MethodResult, SeedPair, estimate
 
 
 def method(name: str, strong: str, **accuracy: list[float]) -> MethodResult:

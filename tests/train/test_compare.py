@@ -12,7 +12,8 @@ import pytest
 
 from ffl_deploy.errors import CheckError, Interrupted, UsageError
 from train import compare as command
-from train.comparison import SEEDS_FOR_A_CLAIM, against, estimate, sign_flip_p
+from train.comparison import plan
+from train.comparison.results import SEEDS_FOR_A_CLAIM, against, estimate, sign_flip_p
 from train.config import TrainConfig
 
 
@@ -86,7 +87,7 @@ def test_six_common_seeds_are_tested() -> None:
     ],
 )
 def test_every_method_gets_as_many_branches_as_it_trains(flags: list[str], expected: dict[str, int]) -> None:
-    assert {method: len(command.method_config(method, flags).model.branches) for method in expected} == expected
+    assert {method: len(plan.method_config(method, flags).model.branches) for method in expected} == expected
 
 
 @pytest.mark.parametrize(

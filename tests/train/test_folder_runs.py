@@ -16,12 +16,12 @@ from PIL import Image
 from ffl_deploy.command import run_command
 from ffl_deploy.datasets import DataSpec, FileSplit, load_data
 from ffl_deploy.run_directory import load_run
-from train.batches import InMemoryBatches
 from train.config import DataOptions, TrainConfig
+from train.data.batches import InMemoryBatches
+from train.data.streaming import StreamedBatches
 from train.machine import Machine
 from train.run import main
 from train.session import held_on_device
-from train.streaming import StreamedBatches
 
 TrainTiny = Callable[..., Path]
 

@@ -21,7 +21,7 @@ from ffl_deploy.errors import CheckError, Interrupted
 from ffl_deploy.networks.mutual import MutualNetwork, NetworkConfig
 from ffl_deploy.run_directory import load_run
 from train.methods import FFL, METHODS
-from train.optimiser import build_optimiser, load_optimiser_tensors, optimiser_tensors
+from train.optimizer import build_optimiser, load_optimiser_tensors, optimiser_tensors
 from train.randomness import seed_everything
 from train.recipes import RECIPES
 from train.record import read_metrics

@@ -11,8 +11,8 @@ from torch.nn import functional
 
 from ffl_deploy.datasets import ArraySplit, ImageData
 from ffl_deploy.images import Preprocessing
-from train.batches import InMemoryBatches, Plan, Shares, epoch_order
 from train.config import DataOptions
+from train.data.batches import InMemoryBatches, Plan, Shares, epoch_order
 from train.distributed import World
 
 CPU = torch.device("cpu")

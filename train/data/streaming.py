@@ -24,8 +24,8 @@ from ffl_deploy.errors import CheckError
 from ffl_deploy.images import Pixels
 from ffl_deploy.runtime import available_cores
 from ffl_deploy.splits import UnreadableImage
-from train.augment import crop_one, draw_crops
-from train.batches import Batch, Finish, Plan, Shares, crop_padding, flips
+from train.data.augment import crop_one, draw_crops
+from train.data.batches import Batch, Finish, Plan, Shares, crop_padding, flips
 from train.config import DataOptions
 from train.randomness import derived_seed, generator
 

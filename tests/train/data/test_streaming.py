@@ -18,10 +18,10 @@ from ffl_deploy.datasets import DataSpec, FileSplit, ImageData, load_data
 from ffl_deploy.errors import CheckError
 from ffl_deploy.images import Preprocessing
 from ffl_deploy.splits import UnreadableImage
-from train.batches import Batch, Batches, InMemoryBatches, Plan, Shares
 from train.config import DataOptions
+from train.data.batches import Batch, Batches, InMemoryBatches, Plan, Shares
+from train.data.streaming import StreamedBatches
 from train.distributed import World
-from train.streaming import StreamedBatches
 
 CPU = torch.device("cpu")
 CROP = DataOptions(crop_padding=3)
@@ -98,7 +98,7 @@ def test_resized_crops_are_functions_of_seed_epoch_and_position(on_disk: ImageDa
 def test_resized_crops_are_torchvisions_of_the_original_image(on_disk: ImageData) -> None:
     from torchvision.transforms import v2
 
-    from train.batches import epoch_order
+    from train.data.batches import epoch_order
     from train.randomness import derived_seed
 
     (batch,) = next(stream(on_disk, RESIZED, 0).training(2, 1))

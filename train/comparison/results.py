@@ -16,7 +16,7 @@ from ffl_deploy.run_directory import PREDICTIONS, SUMMARY, Run, load_run
 from ffl_deploy.statistics import paired_difference
 
 if TYPE_CHECKING:
-    from train.compare import PlannedRun
+    from train.comparison.plan import PlannedRun
 
 SEEDS_FOR_A_CLAIM = 6
 """With n seeds a sign-flip test can give no p below 2 / 2^n: 0.062 with 5, 0.031 with 6."""
@@ -71,7 +71,7 @@ class MethodResult(msgspec.Struct, frozen=True):
 
 
 class Comparison(msgspec.Struct, frozen=True):
-    """All methods on one data set; what comparison_report.py writes."""
+    """All methods on one data set; what report.py writes."""
 
     command: str
     data: str

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ffl_deploy.datasets import ArraySplit, ImageData
-from train.augment import RandomCrops, mix, shrink, soften
+from train.data.augment import RandomCrops, mix, shrink, soften
 from train.config import DataOptions
 from train.distributed import World
 from train.randomness import generator

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ffl_deploy.files import replace_file, write_atomically
 from ffl_deploy.run_directory import write_json
-from train.comparison import SEEDS_FOR_A_CLAIM, Against, Comparison, Estimate
+from train.comparison.results import SEEDS_FOR_A_CLAIM, Against, Comparison, Estimate
 
 SHOWN = ("strong", "ensemble", "mean branch")
 

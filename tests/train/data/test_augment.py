@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from train.augment import RandomCrops, crop_one, draw_crops, mix, soften
 from train.config import DataOptions
+from train.data.augment import RandomCrops, crop_one, draw_crops, mix, soften
 from train.randomness import generator
 
 

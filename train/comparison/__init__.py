@@ -1,0 +1,1 @@
+"""Methods x seeds as runs, and what their results say about each other."""
