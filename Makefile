@@ -27,7 +27,7 @@ $(VENV)/.ready-dev: $(VENV)/.ready
 	@touch $@
 
 quickstart: $(VENV)/.ready
-	$(BIN)/python -m benchmarks.quickstart
+	$(BIN)/python examples/quickstart.py
 
 # Two processes of one thread each: on two cores that is quicker than the other way round, and never waits for a busy core.
 test: $(VENV)/.ready-dev
@@ -44,7 +44,7 @@ test-all: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest
 
 bench: $(VENV)/.ready-dev
-	@ls benchmarks/*.py | grep -v quickstart
+	@grep -l __main__ benchmarks/*.py benchmarks/page/*.py
 	@echo "each one prints its options with --help"
 
 clean:

@@ -21,14 +21,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from export.half import write_half
-from export.latency import machine_name
-from export.onnx_graph import DeployedModel, GraphOptions, write_onnx
-from export.quantize import Held, quantise
-from export.tensorrt_engine import EngineOptions, build_engine
+from export.check.latency import machine_name
+from export.write.half import write_half
+from export.write.onnx_graph import DeployedModel, GraphOptions, write_onnx
+from export.write.quantize import Held, quantise
+from export.write.tensorrt_engine import EngineOptions, build_engine
+from ffl_deploy.host import available_cores
 from ffl_deploy.networks.mutual import MutualNetwork, NetworkConfig
 from ffl_deploy.networks.targets import build_target, target_names
-from ffl_deploy.runtime import OnnxRuntimeSession, available_cores
+from ffl_deploy.runtime import OnnxRuntimeSession
 from ffl_deploy.runtime.openvino_runtime import OpenVinoSession
 
 MEAN, STD = (129.3, 124.1, 112.4), (68.2, 65.4, 70.4)

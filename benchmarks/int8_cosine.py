@@ -21,8 +21,9 @@ from ffl_deploy.bundle import load_bundle
 from ffl_deploy.command import run_command
 from ffl_deploy.errors import UsageError
 from ffl_deploy.images import load
-from ffl_deploy.parity import compare, run_in_batches
+from ffl_deploy.parity import compare
 from ffl_deploy.runtime import OnnxRuntimeSession
+from ffl_deploy.runtime.replay import run_in_batches
 
 BLOCK, BLOCKS = 256, 4
 

@@ -26,11 +26,11 @@ import torch
 
 from benchmarks.flags import two_sides_parser
 from benchmarks.official import OurTraining, cifar_images, official_training, our_training
-from ffl_deploy.checkpoint import load_weights
 from ffl_deploy.command import run_command
-from ffl_deploy.datasets import ImageData
+from ffl_deploy.data.datasets import ImageData
 from ffl_deploy.errors import UsageError
 from ffl_deploy.files import write_atomically
+from ffl_deploy.networks.checkpoint import load_weights
 from ffl_deploy.networks.mutual import MutualNetwork
 from train.data.batches import Batch, Batches
 from train.import_official import read_official

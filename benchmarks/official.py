@@ -23,7 +23,7 @@ import torch
 import torchvision
 from PIL import Image
 
-from ffl_deploy.datasets import ArraySplit, DataSpec, ImageData, Split, load_data
+from ffl_deploy.data.datasets import ArraySplit, DataSpec, ImageData, Split, load_data
 from ffl_deploy.errors import UsageError
 from ffl_deploy.networks.mutual import MutualNetwork
 from train.config import TrainConfig

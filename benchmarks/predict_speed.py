@@ -49,8 +49,8 @@ from ffl_deploy.bundle import (
     write_golden,
     write_manifest,
 )
+from ffl_deploy.host import available_cores
 from ffl_deploy.images import Preprocessing
-from ffl_deploy.runtime import available_cores
 from serve.inputs.items import file_item
 from serve.pipeline import prepare_item
 

@@ -40,7 +40,7 @@ def measure(setting: dict[str, Any], device: str, steps: int) -> dict[str, Any]:
 
     import torch
 
-    from ffl_deploy.datasets import ArraySplit, ImageData
+    from ffl_deploy.data.datasets import ArraySplit, ImageData
     from ffl_deploy.images import Preprocessing
     from ffl_deploy.networks.mutual import MutualNetwork
     from train.config import DataOptions, MachineOptions, ModelOptions, OptimisationOptions, OutputOptions, TrainConfig

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from ffl_deploy.allocator import keep_freed_memory
+from ffl_deploy.host import keep_freed_memory
 from ffl_deploy.networks import resnet
 from ffl_deploy.networks.mutual import MutualNetwork, NetworkConfig
 from train.config import OptimisationOptions

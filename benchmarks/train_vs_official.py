@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.flags import two_sides_parser
-from export.latency import machine_name
+from export.check.latency import machine_name
 from ffl_deploy.command import run_command
-from ffl_deploy.runtime import available_cores
+from ffl_deploy.host import available_cores
 
 WARM_UP = 5  # steps at the start of each block that do not count: worker processes start, queues fill
 SIDES = ("official", "ours")

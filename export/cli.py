@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ffl_deploy.allocator import keep_freed_memory
 from ffl_deploy.command import Parser, run_command
 from ffl_deploy.errors import DONE, UsageError
+from ffl_deploy.host import keep_freed_memory
 
 if TYPE_CHECKING:
-    from export.report import Limits
-    from export.tensorrt_engine import EngineOptions
+    from export.publish.report import Limits
+    from export.write.tensorrt_engine import EngineOptions
     from ffl_deploy.bundle import Bundle
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
@@ -73,9 +73,9 @@ def main(argv: Sequence[str]) -> int:
     if arguments.report_only:
         return _report(out, limits)
 
-    from export.onnx_graph import OPSET, OPSETS, GraphOptions
     from export.pipeline import ExportOptions, export_run
     from export.variants import VariantOptions
+    from export.write.onnx_graph import OPSET, OPSETS, GraphOptions
 
     opset = OPSET if arguments.opset is None else arguments.opset
     if opset not in OPSETS:
@@ -112,11 +112,11 @@ def _require_places(arguments: argparse.Namespace, targets: Sequence[str]) -> No
 
         signer(arguments.sign)
     if arguments.space:
-        from export.space import require_space
+        from export.publish.space import require_space
 
         require_space(arguments.space)
     if arguments.triton:
-        from export.triton import require_own_models
+        from export.publish.triton import require_own_models
 
         require_own_models(arguments.triton, targets)
 
@@ -129,7 +129,7 @@ def _publish(bundles: Sequence[Bundle], triton: Path | None, space: Path | None,
         for bundle in bundles:
             print(f"{sign_bundle(bundle.folder, key)}: signature of {bundle.folder}", flush=True)
     if triton:
-        from export.triton import backend_of, write_repository
+        from export.publish.triton import backend_of, write_repository
 
         models = [model for bundle in bundles for model in write_repository(bundle, triton)]
         print(f"{triton}: Triton models {', '.join(model.name for model in models)}", flush=True)
@@ -139,7 +139,7 @@ def _publish(bundles: Sequence[Bundle], triton: Path | None, space: Path | None,
         if skipped:
             print(f"{triton}: without {', '.join(skipped)}, which Triton has no backend for", flush=True)
     if space:
-        from export.space import write_space
+        from export.publish.space import write_space
 
         write_space(bundles, space)
         print(f"{space}: a Hugging Face Space; start it here with: python {space / 'app.py'}", flush=True)
@@ -147,7 +147,7 @@ def _publish(bundles: Sequence[Bundle], triton: Path | None, space: Path | None,
 
 def _limits(arguments: argparse.Namespace) -> Limits:
     """-> what --max-latency-ms, --min-accuracy and --max-bytes ask for. Raises UsageError for impossible values."""
-    from export.report import Limits
+    from export.publish.report import Limits
 
     if arguments.min_accuracy is not None and not 0 <= arguments.min_accuracy <= 1:
         raise UsageError(f"--min-accuracy {arguments.min_accuracy:g} is not a share; give for example 0.95 for 95 %.")
@@ -160,7 +160,7 @@ def _limits(arguments: argparse.Namespace) -> Limits:
 
 def _report(folder: Path, limits: Limits) -> int:
     """Write the report over the bundles in `folder` and print its recommendation; -> exit code."""
-    from export.report import require, write_report
+    from export.publish.report import require, write_report
 
     report = write_report(folder, limits)
     require(report)
@@ -179,7 +179,7 @@ def _batch(text: str) -> int | None:
 
 def _engines(wanted: bool, capabilities: list[str] | None, batch: int | None) -> EngineOptions | None:
     """-> what --tensorrt and --compute-capability ask for. Raises UsageError."""
-    from export.tensorrt_engine import EngineOptions, installed_flavour
+    from export.write.tensorrt_engine import EngineOptions, installed_flavour
 
     if not wanted:
         if capabilities:

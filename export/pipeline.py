@@ -11,11 +11,11 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from export.card import model_card
-from export.check import HeldOut
-from export.evaluation import Evaluation, Reference, check_target, class_balanced
-from export.onnx_graph import DeployedModel, require_features
+from export.check.evaluation import Evaluation, Reference, check_target, class_balanced
+from export.check.gates import HeldOut
+from export.publish.card import model_card
 from export.variants import TargetContext, VariantOptions, build_variants, check_runtimes
+from export.write.onnx_graph import DeployedModel, require_features
 from ffl_deploy import __version__
 from ffl_deploy.bundle import (
     MANIFEST,
@@ -32,10 +32,9 @@ from ffl_deploy.bundle import (
     write_golden,
     write_manifest,
 )
-from ffl_deploy.checkpoint import LoadedNetwork, load_network
-from ffl_deploy.command import choices_sentence
-from ffl_deploy.errors import UsageError
+from ffl_deploy.errors import UsageError, choices_sentence
 from ffl_deploy.files import replace_folder, shown, write_atomically
+from ffl_deploy.networks.checkpoint import LoadedNetwork, load_network
 from ffl_deploy.networks.targets import build_target, target_names
 from ffl_deploy.run_directory import Run
 from ffl_deploy.signing import signature_path

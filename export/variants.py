@@ -12,25 +12,25 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from export.calibration import IMAGES
-from export.check import HeldOut, check_extras, check_golden, check_parity, file_batches, measure_accuracy, require_accuracy
-from export.evaluation import Evaluation, Reference, class_balanced
-from export.half import write_half
-from export.latency import measure_latency
-from export.localise import first_difference
-from export.onnx_graph import DeployedModel, GraphOptions, write_onnx
-from export.precision import computed_precision
-from export.quantize import Held, quantise
-from export.tensorrt_engine import EngineOptions, build_engine
+from export.check.evaluation import Evaluation, Reference, class_balanced
+from export.check.gates import HeldOut, check_extras, check_golden, check_parity, file_batches, measure_accuracy, require_accuracy
+from export.check.latency import measure_latency
+from export.check.localize import first_difference
+from export.computed import computed_precision
+from export.write.half import write_half
+from export.write.onnx_graph import DeployedModel, GraphOptions, write_onnx
+from export.write.quantize import Held, quantise
+from export.write.ranges import IMAGES
+from export.write.tensorrt_engine import EngineOptions, build_engine
 from ffl_deploy.bundle import DEFAULT_VARIANT, GoldenSamples, Precision, Variant
 from ffl_deploy.errors import CheckError, UsageError
 from ffl_deploy.files import sha256_of
+from ffl_deploy.host import available_cores
 from ffl_deploy.parity import gate_precision
-from ffl_deploy.runtime import OnnxRuntimeSession, Session, available_cores
+from ffl_deploy.runtime import OnnxRuntimeSession, Session
 from ffl_deploy.runtime.onnx_runtime import PROVIDERS, require_provider
 from ffl_deploy.runtime.session import FixedBatchSession
 
-PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 VALIDATION_IMAGES = 512  # on which quantisation methods are compared
 
 

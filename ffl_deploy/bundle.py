@@ -19,9 +19,8 @@ import msgspec
 import numpy as np
 
 from ffl_deploy.arrays import read_arrays
-from ffl_deploy.command import choices_sentence
-from ffl_deploy.errors import CheckError, UsageError
-from ffl_deploy.files import replace_file, sha256_of, shown, write_atomically
+from ffl_deploy.errors import CheckError, UsageError, choices_sentence
+from ffl_deploy.files import replace_file, sha256_of, shown, write_json
 from ffl_deploy.images import Pixels, Preprocessing
 
 if TYPE_CHECKING:
@@ -338,4 +337,4 @@ def file_records(folder: Path) -> dict[str, FileRecord]:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `folder/bundle.json`: indented, keys in the order of the schema, so that equal contents are equal bytes."""
-    write_atomically(folder / MANIFEST, msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
+    write_json(folder / MANIFEST, manifest)

@@ -7,7 +7,6 @@ import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
-from difflib import get_close_matches
 from typing import NoReturn
 
 from ffl_deploy.errors import CHECK_FAILED, INTERRUPTED, UNUSABLE_INPUT, FflError, UsageError
@@ -67,10 +66,3 @@ def describe_os_error(error: OSError) -> tuple[str, int]:
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"no permission{where}; choose another folder or change its rights.", UNUSABLE_INPUT
     return f"{(error.strerror or str(error)).lower()}{where}.", UNUSABLE_INPUT
-
-
-def choices_sentence(name: str, known: Sequence[str]) -> str:
-    """-> "Known: a, b, c." with the nearest name first in mind when `name` looks like a typing error."""
-    near = get_close_matches(name, known, n=1)
-    hint = f"Did you mean {near[0]!r}? " if near else ""
-    return f"{hint}Known: {', '.join(known)}."

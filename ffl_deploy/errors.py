@@ -6,6 +6,9 @@ Exit codes (docs/architecture.md): 0 done; 1 a check failed; 2 usage or input th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from difflib import get_close_matches
+
 DONE = 0
 CHECK_FAILED = 1
 UNUSABLE_INPUT = 2
@@ -39,3 +42,10 @@ class Interrupted(FflError):
     """Stopped by SIGINT or SIGTERM after saving; the same command with --resume goes on."""
 
     exit_code = INTERRUPTED
+
+
+def choices_sentence(name: str, known: Sequence[str]) -> str:
+    """-> "Known: a, b, c." with the nearest name first in mind when `name` looks like a typing error."""
+    near = get_close_matches(name, known, n=1)
+    hint = f"Did you mean {near[0]!r}? " if near else ""
+    return f"{hint}Known: {', '.join(known)}."

@@ -8,7 +8,9 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+import msgspec
 
 
 def sha256_of(path: Path) -> str:
@@ -43,6 +45,11 @@ def write_atomically(path: Path, content: bytes | str) -> None:
     """Write `content` to `path`, which holds the old or the new content at any instant."""
     with replace_file(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a msgspec struct or plain data as indented JSON, atomically."""
+    write_atomically(path, msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n")
 
 
 def sync_folder(folder: Path) -> None:

@@ -8,15 +8,12 @@ golden samples.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 import msgspec
 import numpy as np
 
 from ffl_deploy.errors import CheckError
-from ffl_deploy.runtime.session import Outputs
 from ffl_deploy.statistics import PairedDifference, log_softmax
 
 TIE = 1e-4
@@ -26,8 +23,6 @@ UNDIRECTED = 0.5
 are about equally likely, and the smallest rounding turns them. Their cosine is not looked at, everything else is."""
 MIN_ACCURACY_IMAGES = 5000
 """Below this number of images no interval is narrow enough to show that accuracy held to half a point."""
-SMALL_BATCH_IMAGES = 64
-"""Images compared at batches below 64; those batches look for shape errors, which more images do not show better."""
 
 
 class ParityMetrics(msgspec.Struct, frozen=True):
@@ -254,48 +249,3 @@ def judge_accuracy(difference: PairedDifference, gate: AccuracyGate, ties: int =
     if gate.min_lower_bound is not None and difference.interval.low <= gate.min_lower_bound:
         broken.append(Finding("lower bound of the accuracy difference", difference.interval.low, gate.min_lower_bound))
     return Verdict("failed" if broken else "passed", broken)
-
-
-def measure(
-    run: Callable[[np.ndarray], Outputs],
-    images: np.ndarray,
-    reference: np.ndarray,
-    batches: Sequence[int],
-    temperature: float = 1.0,
-) -> dict[str, ParityMetrics]:
-    """Run a model at several batch sizes and compare each with the reference.
-
-    Args: run: uint8 [b, h, w, 3] -> Outputs; images: uint8 [n, h, w, 3]; reference: logits [n, classes].
-    Raises CheckError where the model refuses a batch or answers with another number of rows.
-    """
-    measured = {}
-    for batch in batches:
-        count = len(images) if batch >= SMALL_BATCH_IMAGES else min(len(images), SMALL_BATCH_IMAGES)
-        outputs = run_in_batches(run, images.__getitem__, count, batch)
-        measured[str(batch)] = compare(reference[:count], outputs.logits, outputs.probabilities, temperature)
-    return measured
-
-
-def golden_batches(images: int) -> list[int]:
-    """-> the batch sizes at which golden samples are compared: one, an odd one, all."""
-    return sorted({1, min(7, images), images})
-
-
-def run_in_batches(
-    run: Callable[[np.ndarray], Outputs], read: Callable[[slice], np.ndarray], count: int, batch: int, callers: int = 1
-) -> Outputs:
-    """-> logits and probabilities of the first `count` images, `batch` at a time. Raises CheckError for lost rows.
-
-    callers: threads that call `run` at the same time; the order of the answers is that of the images.
-    """
-
-    def answer(start: int) -> Outputs:
-        part = read(slice(start, min(start + batch, count)))
-        outputs = run(part)
-        if len(outputs.logits) != len(part) or len(outputs.probabilities) != len(part):
-            raise CheckError(f"a batch of {len(part)} images came back with {len(outputs.logits)} rows of logits.")
-        return Outputs(outputs.logits, outputs.probabilities)  # maps and embeddings of a whole test set would take its memory
-
-    with ThreadPoolExecutor(callers) as pool:
-        answers = list((pool.map if callers > 1 else map)(answer, range(0, count, batch)))
-    return Outputs.joined(answers)

@@ -15,9 +15,9 @@ import msgspec
 import numpy as np
 
 from ffl_deploy.arrays import read_arrays
-from ffl_deploy.datasets import DataSpec
+from ffl_deploy.data.datasets import DataSpec
 from ffl_deploy.errors import CheckError, UsageError
-from ffl_deploy.files import existing_folder, write_atomically
+from ffl_deploy.files import existing_folder
 from ffl_deploy.images import Preprocessing
 
 SCHEMA = 1
@@ -148,8 +148,3 @@ def newest_run(parent: str | os.PathLike[str] = "runs") -> Path:
     if not configs:
         raise UsageError(f"there is no run under {parent}/; train one with: python -m train.run")
     return configs[-1].parent
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a msgspec struct or plain data as indented JSON, atomically."""
-    write_atomically(path, msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n")

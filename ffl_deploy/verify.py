@@ -17,8 +17,9 @@ from ffl_deploy.bundle import MANIFEST, Bundle, Variant, load_bundle
 from ffl_deploy.command import Parser, run_command
 from ffl_deploy.errors import DONE, CheckError, OtherMachine, UsageError
 from ffl_deploy.files import shown
-from ffl_deploy.onnx_wire import refuse_external_data
-from ffl_deploy.parity import PARITY_GATES, ParityRecord, gate_precision, golden_batches, judge, measure
+from ffl_deploy.parity import PARITY_GATES, ParityRecord, gate_precision, judge
+from ffl_deploy.runtime.onnx_wire import refuse_external_data
+from ffl_deploy.runtime.replay import golden_batches, measure
 from ffl_deploy.signing import check_signature
 
 

@@ -36,7 +36,7 @@ def write_branch(run_folder: Path, branch: int, checkpoint: str, out: Path) -> s
     """
     from safetensors.torch import save
 
-    from ffl_deploy.checkpoint import load_network
+    from ffl_deploy.networks.checkpoint import load_network
     from ffl_deploy.networks.plain_weights import plain_weights
 
     if out.is_dir():

@@ -18,8 +18,8 @@ import msgspec
 
 from ffl_deploy.command import Parser, run_command
 from ffl_deploy.errors import UsageError
-from ffl_deploy.files import replace_folder, sha256_of
-from ffl_deploy.run_directory import CONFIG, SUMMARY, write_json
+from ffl_deploy.files import replace_folder, sha256_of, write_json
+from ffl_deploy.run_directory import CONFIG, SUMMARY
 from train.config import DataOptions, MachineOptions, ModelOptions
 from train.recipes import RECIPES
 
@@ -87,8 +87,8 @@ def import_official(
     """
     import torch
 
-    from ffl_deploy.checkpoint import MODEL, load_weights, save_checkpoint
-    from ffl_deploy.datasets import CIFAR_STATISTICS, load_data
+    from ffl_deploy.data.datasets import CIFAR_STATISTICS, load_data
+    from ffl_deploy.networks.checkpoint import MODEL, load_weights, save_checkpoint
     from ffl_deploy.networks.mutual import MutualNetwork
     from train.distributed import World
     from train.loop import Position

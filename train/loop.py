@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ffl_deploy.checkpoint import MODEL, STATE, load_weights, read_checkpoint, save_checkpoint
 from ffl_deploy.errors import CheckError, Interrupted
 from ffl_deploy.files import existing_folder
+from ffl_deploy.networks.checkpoint import MODEL, STATE, load_weights, read_checkpoint, save_checkpoint
 from ffl_deploy.networks.mutual import MutualNetwork
 from train.config import TrainConfig
 from train.data.batches import Batches

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from ffl_deploy.allocator import keep_freed_memory, out_of_memory
 from ffl_deploy.errors import CheckError, UsageError
+from ffl_deploy.host import keep_freed_memory, out_of_memory
 from train.config import MachineOptions
 from train.distributed import World
 

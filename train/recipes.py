@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ffl_deploy.command import choices_sentence
-from ffl_deploy.errors import UsageError
+from ffl_deploy.errors import UsageError, choices_sentence
 from train.config import DataOptions, MachineOptions, ModelOptions, OptimisationOptions, TrainConfig
 
 # Kim et al. 2019, section IV, and the official code: SGD 0.1, batch 128, 300 epochs, x0.1 at 150 and 225.

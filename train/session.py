@@ -13,12 +13,12 @@ import numpy as np
 import torch
 
 import ffl_deploy
-from ffl_deploy.checkpoint import MODEL, load_weights, read_checkpoint
-from ffl_deploy.datasets import ArraySplit, DataSpec, ImageData, load_data
+from ffl_deploy.data.datasets import ArraySplit, DataSpec, ImageData, load_data
 from ffl_deploy.errors import UsageError
-from ffl_deploy.files import existing_folder, replace_file
+from ffl_deploy.files import existing_folder, replace_file, write_json
+from ffl_deploy.networks.checkpoint import MODEL, load_weights, read_checkpoint
 from ffl_deploy.networks.mutual import MutualNetwork, NetworkConfig
-from ffl_deploy.run_directory import CONFIG, PREDICTIONS, REFERENCE, SCHEMA, SUMMARY, ModelRecord, RunConfig, load_run, write_json
+from ffl_deploy.run_directory import CONFIG, PREDICTIONS, REFERENCE, SCHEMA, SUMMARY, ModelRecord, RunConfig, load_run
 from train.config import TrainConfig
 from train.data.batches import Batches, InMemoryBatches, Plan, Shares, crop_padding
 from train.data.streaming import StreamedBatches

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ffl_deploy.command import Parser, run_command
-from ffl_deploy.datasets import DataSpec, ImageData, load_data
+from ffl_deploy.data.datasets import DataSpec, ImageData, load_data
 from ffl_deploy.errors import UsageError
 from ffl_deploy.files import replace_folder
 

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ffl_deploy.allocator import out_of_memory
-from ffl_deploy.command import choices_sentence
-from ffl_deploy.errors import UsageError
+from ffl_deploy.errors import UsageError, choices_sentence
+from ffl_deploy.host import out_of_memory
 from ffl_deploy.networks.densenet import densenet
 from ffl_deploy.networks.resnet import cifar_resnet
 from ffl_deploy.networks.vgg import vgg16_bn

@@ -6,8 +6,7 @@ import copy
 
 from torch import Tensor, nn
 
-from ffl_deploy.command import choices_sentence
-from ffl_deploy.errors import UsageError
+from ffl_deploy.errors import UsageError, choices_sentence
 from ffl_deploy.networks.aggregators import Gate, mean
 from ffl_deploy.networks.fusion import Combination, FusionModule, pool
 from ffl_deploy.networks.mutual import MutualNetwork

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from ffl_deploy.errors import CheckError, UsageError
-from ffl_deploy.runtime.session import Outputs, Session, available_cores, outputs_from
+from ffl_deploy.host import available_cores
+from ffl_deploy.runtime.session import Outputs, Session, outputs_from
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from ffl_deploy.errors import CheckError, UsageError
-from ffl_deploy.runtime.session import Outputs, Session, available_cores, outputs_from
+from ffl_deploy.host import available_cores
+from ffl_deploy.runtime.session import Outputs, Session, outputs_from
 
 HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 _PRECISIONS = {"f32": "fp32", "bf16": "bf16", "f16": "fp16", "u8": "int8", "i8": "int8"}

@@ -6,10 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ffl_deploy.command import choices_sentence
-from ffl_deploy.errors import UsageError
-from ffl_deploy.onnx_wire import refuse_external_data
+from ffl_deploy.errors import UsageError, choices_sentence
 from ffl_deploy.runtime.onnx_runtime import PROVIDERS, OnnxRuntimeSession
+from ffl_deploy.runtime.onnx_wire import refuse_external_data
 from ffl_deploy.runtime.session import FixedBatchSession, Session
 
 if TYPE_CHECKING:

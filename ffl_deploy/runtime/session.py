@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -76,8 +75,3 @@ class FixedBatchSession(Session):
         padding = np.zeros((self._size - len(images), *images.shape[1:]), images.dtype)
         outputs = self._session.run(np.concatenate([images, padding]))
         return Outputs._make(None if value is None else value[: len(images)] for value in outputs)
-
-
-def available_cores() -> int:
-    """-> cores this process may use, which in a container is often fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

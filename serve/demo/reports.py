@@ -23,7 +23,7 @@ REPORT_COLUMNS = (
 
 
 class Artefact(msgspec.Struct, frozen=True):
-    """What is shown of a row of `report.json` (export/report.py): a variant of a target. None: not measured there."""
+    """What is shown of a row of `report.json` (export/publish/report.py): a variant of a target. None: not measured there."""
 
     target: str
     variant: str

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from ffl_deploy.files import write_atomically
+from ffl_deploy.files import write_atomically, write_json
 from serve.predict.labelled import BINS, LabelCounts
 
 TICKS = 40  # classes whose names still fit beside the matrix
@@ -130,7 +130,7 @@ def report_path(out: Path) -> Path:
 
 def write_report(out: Path, report: LabelledReport, counts: LabelCounts, classes: Sequence[str]) -> None:
     """Write FILE.report.json and, where matplotlib is installed, FILE.report.png."""
-    write_atomically(report_path(out), msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
+    write_json(report_path(out), report)
     if report.accuracy is None:  # nothing could be classified
         return
     try:

@@ -21,7 +21,7 @@ from typing import Any
 import msgspec
 
 from ffl_deploy.errors import CheckError, UsageError
-from ffl_deploy.files import sha256_of, write_atomically
+from ffl_deploy.files import sha256_of, write_atomically, write_json
 from serve.pipeline import WorkSettings
 from serve.predict.labelled import LabelCounts
 from serve.rows import Format
@@ -111,7 +111,7 @@ def open_shards(out: Path, request: PredictRequest, settings: Callable[[], WorkS
             manifest = _existing(folder, request, resume)
             if manifest is None:
                 manifest = ShardsManifest(request, settings())
-                write_atomically(folder / MANIFEST, msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
+                write_json(folder / MANIFEST, manifest)
             yield ShardsFolder(folder, manifest)
         except BaseException:
             if not any(folder.glob("[0-9]*.json")):  # nothing worth a resume

@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from ffl_deploy.files import write_atomically
+from ffl_deploy.files import write_json
 from serve.inputs.items import Skipped, displayed
 from serve.pipeline import WorkSettings
 from serve.predict.labelled import LabelCounts
@@ -139,7 +139,7 @@ def summary_path(out: Path) -> Path:
 
 
 def write_summary(out: Path, summary: Summary) -> None:
-    write_atomically(summary_path(out), msgspec.json.format(msgspec.json.encode(summary), indent=2) + b"\n")
+    write_json(summary_path(out), summary)
 
 
 def screen(summary: Summary) -> str:

@@ -7,7 +7,8 @@ import time
 import numpy as np
 
 from ffl_deploy.bundle import Bundle
-from ffl_deploy.runtime import Session, available_cores
+from ffl_deploy.host import available_cores
+from ffl_deploy.runtime import Session
 from serve.pipeline import WorkSettings
 from serve.predict.job import Job
 

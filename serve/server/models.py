@@ -14,9 +14,11 @@ import numpy as np
 from ffl_deploy.bundle import Bundle, Variant, load_bundle
 from ffl_deploy.errors import CheckError, UsageError
 from ffl_deploy.files import shown
+from ffl_deploy.host import available_cores
 from ffl_deploy.images import Decoded, Pixels, decode, prepare
-from ffl_deploy.parity import PARITY_GATES, gate_precision, judge, measure
-from ffl_deploy.runtime import Outputs, Session, available_cores
+from ffl_deploy.parity import PARITY_GATES, gate_precision, judge
+from ffl_deploy.runtime import Outputs, Session
+from ffl_deploy.runtime.replay import measure
 from ffl_deploy.verify import check_files
 from serve.server.batcher import MicroBatcher, Overloaded
 from serve.server.protocol import Signature

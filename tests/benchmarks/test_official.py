@@ -16,7 +16,7 @@ from PIL import Image
 from benchmarks.learn_vs_official import Stored, arithmetic_table, learning_runs, learning_table
 from benchmarks.official import Cifar100, endless, first_of_each, functions
 from benchmarks.train_vs_official import WARM_UP, Blocks, table
-from ffl_deploy.datasets import ArraySplit
+from ffl_deploy.data.datasets import ArraySplit
 from ffl_deploy.errors import UsageError
 
 SCRIPT = """

@@ -9,10 +9,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from benchmarks.comparison_text import account, comparison_text
-from benchmarks.results import main
+from benchmarks.page.comparison_text import account, comparison_text
+from benchmarks.page.results import main
 from ffl_deploy.errors import UsageError
-from ffl_deploy.run_directory import write_json
+from ffl_deploy.files import write_json
 from train.comparison.results import Against, Comparison, MethodResult, SeedPair, estimate
 
 

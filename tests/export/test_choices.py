@@ -11,10 +11,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from export.cost import multiply_adds
-from export.latency import measure_latency
-from export.quantize import Candidate, choose
-from export.report import Limits, Row, mark_pareto, recommend
+from export.check.latency import measure_latency
+from export.publish.cost import multiply_adds
+from export.publish.report import Limits, Row, mark_pareto, recommend
+from export.write.quantize import Candidate, choose
 
 
 def measurer(

@@ -16,17 +16,17 @@ import onnx
 import pytest
 from PIL import Image
 
-from export.check import check_golden
+from export.check.evaluation import Reference, class_balanced
+from export.check.gates import check_golden
 from export.cli import main
-from export.evaluation import Reference, class_balanced
-from export.half import write_half
-from export.onnx_graph import SCOPES, DeployedModel, GraphOptions, write_onnx
+from export.computed import computed_precision, float_operators, operator_histogram
 from export.pipeline import golden_samples, read_golden
-from export.precision import computed_precision, float_operators, operator_histogram
+from export.write.half import write_half
+from export.write.onnx_graph import SCOPES, DeployedModel, GraphOptions, write_onnx
 from ffl_deploy.bundle import Bundle, load_bundle
-from ffl_deploy.checkpoint import load_network
 from ffl_deploy.command import run_command
 from ffl_deploy.errors import CheckError
+from ffl_deploy.networks.checkpoint import load_network
 from ffl_deploy.networks.targets import build_target
 from ffl_deploy.parity import PARITY_GATES, compare, judge
 from ffl_deploy.run_directory import Run
@@ -84,7 +84,7 @@ def test_the_same_checkpoint_gives_the_same_bytes_in_another_process(digits_run:
 
 
 def test_the_same_file_gives_the_same_other_forms(exported: Path, digits_run: Run, tmp_path: Path) -> None:
-    from export.quantize import Held, quantise
+    from export.write.quantize import Held, quantise
 
     images, _, logits = digits_run.reference("best", "fused")
     written = []

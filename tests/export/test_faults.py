@@ -14,12 +14,12 @@ import pytest
 import torch
 from onnx import numpy_helper
 
+from export.check.localize import first_difference
 from export.cli import main
-from export.localise import first_difference
-from export.onnx_graph import DeployedModel, GraphOptions, write_onnx
-from ffl_deploy.checkpoint import load_network
+from export.write.onnx_graph import DeployedModel, GraphOptions, write_onnx
 from ffl_deploy.command import run_command
 from ffl_deploy.errors import CheckError
+from ffl_deploy.networks.checkpoint import load_network
 from ffl_deploy.networks.targets import build_target
 from ffl_deploy.run_directory import Run
 

@@ -10,17 +10,17 @@ import numpy as np
 import onnx
 import pytest
 
-from export.check import EXTRA_GATES, HeldOut, check_extras, measure_accuracy
+from export.check.evaluation import Reference
+from export.check.gates import EXTRA_GATES, HeldOut, check_extras, measure_accuracy
+from export.check.localize import first_difference, layer_differences
 from export.cli import main
-from export.evaluation import Reference
-from export.localise import first_difference, layer_differences
-from export.onnx_graph import DeployedModel
-from export.quantize import _tail
+from export.write.onnx_graph import DeployedModel
+from export.write.quantize import _tail
 from ffl_deploy.bundle import load_bundle
-from ffl_deploy.checkpoint import load_network
 from ffl_deploy.command import run_command
-from ffl_deploy.datasets import ArraySplit
+from ffl_deploy.data.datasets import ArraySplit
 from ffl_deploy.errors import CheckError
+from ffl_deploy.networks.checkpoint import load_network
 from ffl_deploy.networks.targets import build_target
 from ffl_deploy.run_directory import Run
 from ffl_deploy.runtime.session import Outputs, Session

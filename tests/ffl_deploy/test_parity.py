@@ -7,17 +7,9 @@ import numpy as np
 import pytest
 
 from ffl_deploy.errors import CheckError
-from ffl_deploy.parity import (
-    ACCURACY_GATES,
-    PARITY_GATES,
-    ParityRecord,
-    compare,
-    gate_precision,
-    judge,
-    judge_accuracy,
-    measure,
-)
+from ffl_deploy.parity import ACCURACY_GATES, PARITY_GATES, ParityRecord, compare, gate_precision, judge, judge_accuracy
 from ffl_deploy.runtime import Outputs
+from ffl_deploy.runtime.replay import measure
 from ffl_deploy.statistics import paired_difference
 
 

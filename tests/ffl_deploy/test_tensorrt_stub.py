@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from export.tensorrt_engine import EngineOptions, build_engine
+from export.write.tensorrt_engine import EngineOptions, build_engine
 from ffl_deploy.bundle import Precision, Variant
 from ffl_deploy.errors import CheckError, OtherMachine, UsageError
 from ffl_deploy.runtime import tensorrt_runtime
@@ -30,7 +30,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
     stub = Cuda()
     monkeypatch.setitem(sys.modules, "tensorrt", tensorrt(VERSION))
     monkeypatch.setattr(tensorrt_runtime, "import_cuda", lambda: stub)
-    monkeypatch.setattr("export.tensorrt_engine.import_cuda", lambda: stub)
+    monkeypatch.setattr("export.write.tensorrt_engine.import_cuda", lambda: stub)
     return stub
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from ffl_deploy.checkpoint import load_network
 from ffl_deploy.command import run_command
+from ffl_deploy.networks.checkpoint import load_network
 from ffl_deploy.networks.targets import build_target, target_names
 from ffl_deploy.run_directory import load_run
 from train.branch_weights import main as branch_weights

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from ffl_deploy.command import run_command
-from ffl_deploy.datasets import DataSpec, FileSplit, load_data
+from ffl_deploy.data.datasets import DataSpec, FileSplit, load_data
 from ffl_deploy.run_directory import load_run
 from train.config import DataOptions, TrainConfig
 from train.data.batches import InMemoryBatches
@@ -157,7 +157,7 @@ def test_a_bad_image_in_mid_training_ends_it_with_1_by_name(
             path.unlink(missing_ok=True)  # after the check, as on a failing disk
         return original(split, row)
 
-    monkeypatch.setattr("ffl_deploy.datasets.folder_statistics", lambda *arguments: ((1.0,) * 3, (1.0,) * 3))
+    monkeypatch.setattr("ffl_deploy.data.datasets.folder_statistics", lambda *arguments: ((1.0,) * 3, (1.0,) * 3))
     monkeypatch.setattr(FileSplit, "original", vanished)
     assert run(folder, tmp_path / "run", "--memory-limit", "0", "--workers", "1", "--validation", "0.01") == 1
     error = capsys.readouterr().err

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ffl_deploy.checkpoint import load_network
 from ffl_deploy.command import run_command
+from ffl_deploy.networks.checkpoint import load_network
 from ffl_deploy.run_directory import load_run
 from train.import_official import main
 

@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import ffl_deploy.checkpoint
+import ffl_deploy.networks.checkpoint
 import train.session
-from ffl_deploy.checkpoint import build_network, load_network
 from ffl_deploy.command import run_command
 from ffl_deploy.errors import CheckError, Interrupted
+from ffl_deploy.networks.checkpoint import build_network, load_network
 from ffl_deploy.networks.mutual import MutualNetwork, NetworkConfig
 from ffl_deploy.run_directory import load_run
 from train.methods import FFL, METHODS
@@ -206,7 +206,7 @@ def test_nan_stops_with_step_and_parts_and_keeps_the_last_good_checkpoint(
 def test_a_full_disk_ends_with_1_and_keeps_the_old_checkpoint(
     tiny_flags: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    original, saves = ffl_deploy.checkpoint.write_atomically, []
+    original, saves = ffl_deploy.networks.checkpoint.write_atomically, []
 
     def full(path: Path, content: bytes) -> None:
         saves.append(path)
@@ -214,11 +214,11 @@ def test_a_full_disk_ends_with_1_and_keeps_the_old_checkpoint(
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         original(path, content)
 
-    monkeypatch.setattr(ffl_deploy.checkpoint, "write_atomically", full)
+    monkeypatch.setattr(ffl_deploy.networks.checkpoint, "write_atomically", full)
     folder = tmp_path / "run"
     assert run_command(main, [*tiny_flags, "--epochs", "3", "--out", str(folder)]) == 1
     assert "disk is full" in capsys.readouterr().err
-    monkeypatch.setattr(ffl_deploy.checkpoint, "write_atomically", original)
+    monkeypatch.setattr(ffl_deploy.networks.checkpoint, "write_atomically", original)
     assert not list(folder.rglob("*.new"))
     assert run_command(main, ["--resume", str(folder), "--quiet"]) == 0
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from ffl_deploy.command import run_command
-from ffl_deploy.datasets import DataSpec, load_data
+from ffl_deploy.data.datasets import DataSpec, load_data
 from train.write_images import main
 
 

@@ -11,8 +11,7 @@ from typing import Annotated, get_args
 
 from tyro.conf import arg
 
-from ffl_deploy.command import choices_sentence
-from ffl_deploy.errors import UsageError
+from ffl_deploy.errors import UsageError, choices_sentence
 from ffl_deploy.run_directory import CONFIG, load_run
 from train.config import MethodName, Names, TrainConfig
 from train.options import differences, options_from_json

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ffl_deploy.files import replace_file, write_atomically
-from ffl_deploy.run_directory import write_json
+from ffl_deploy.files import replace_file, write_atomically, write_json
 from train.comparison.results import SEEDS_FOR_A_CLAIM, Against, Comparison, Estimate
 
 SHOWN = ("strong", "ensemble", "mean branch")

@@ -10,7 +10,7 @@ import numpy as np
 from scipy import stats
 
 from ffl_deploy.arrays import read_arrays
-from ffl_deploy.checkpoint import build_network
+from ffl_deploy.networks.checkpoint import build_network
 from ffl_deploy.networks.targets import build_target, target_names
 from ffl_deploy.run_directory import PREDICTIONS, SUMMARY, Run, load_run
 from ffl_deploy.statistics import paired_difference

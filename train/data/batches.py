@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ffl_deploy.datasets import ArraySplit, ImageData
+from ffl_deploy.data.datasets import ArraySplit, ImageData
 from train.data.augment import RandomCrops, mix, shrink, soften
 from train.config import DataOptions
 from train.distributed import World

@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from ffl_deploy.datasets import ImageData, Split
+from ffl_deploy.data.datasets import ImageData, Split
 from ffl_deploy.errors import CheckError
 from ffl_deploy.images import Pixels
-from ffl_deploy.runtime import available_cores
-from ffl_deploy.splits import UnreadableImage
+from ffl_deploy.host import available_cores
+from ffl_deploy.data.splits import UnreadableImage
 from train.data.augment import crop_one, draw_crops
 from train.data.batches import Batch, Finish, Plan, Shares, crop_padding, flips
 from train.config import DataOptions

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from ffl_deploy.datasets import ArraySplit, ImageData
+from ffl_deploy.data.datasets import ArraySplit, ImageData
 from ffl_deploy.images import Preprocessing
 from train.config import DataOptions
 from train.data.batches import InMemoryBatches, Plan, Shares, epoch_order

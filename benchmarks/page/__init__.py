@@ -1,0 +1,1 @@
+"""The results page: stored measurements -> docs/results.md."""

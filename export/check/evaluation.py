@@ -1,0 +1,120 @@
+"""What an export is measured against: training's stored logits, and PyTorch's logits on the whole splits.
+
+One pass of the network gives every classifier's logits, so exporting all targets costs one evaluation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from export.write.onnx_graph import Normalise
+from ffl_deploy.data.datasets import ImageData, Split, load_data
+from ffl_deploy.errors import CheckError
+from ffl_deploy.parity import PARITY_GATES, compare, judge
+from ffl_deploy.run_directory import Run
+
+if TYPE_CHECKING:
+    import torch
+
+    from ffl_deploy.networks.mutual import MutualNetwork
+
+PASS_BATCH = 256  # images per forward pass; larger ones bring nothing on a CPU and cost memory
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Training's own evaluation of one classifier on held-out images."""
+
+    images: np.ndarray  # uint8 [n, height, width, 3]
+    labels: np.ndarray  # int64 [n]
+    logits: np.ndarray  # float32 [n, classes]
+
+
+class Evaluation:
+    """PyTorch's side of the comparison for one run and checkpoint; each split is read and passed through once."""
+
+    def __init__(self, run: Run, network: MutualNetwork, checkpoint: str, targets: Sequence[str]) -> None:
+        self.run, self.network, self.checkpoint, self.targets = run, network, checkpoint, tuple(targets)
+
+    @cached_property
+    def data(self) -> ImageData:
+        """The run's data, checked against the images that training stored. Raises UsageError, CheckError."""
+        data = load_data(self.run.data)
+        if list(data.classes) != self.run.classes:
+            raise CheckError("the data's classes are not those of the run; give back the data that it was trained on.")
+        rows, (images, labels, _) = self.run.reference_rows(), self.run.reference(self.checkpoint, self.targets[0])
+        if (
+            rows.max(initial=0) >= len(data.test)
+            or not np.array_equal(data.test.read(rows), images)
+            or not np.array_equal(data.test.labels[rows], labels)
+        ):
+            raise CheckError(
+                f"the test images or labels of {self.run.config.data_name} are not those that training evaluated; accuracies on "
+                "other images would say nothing about this run: give back the data that it was trained on."
+            )
+        return data
+
+    @cached_property
+    def test_logits(self) -> dict[str, np.ndarray]:
+        """target -> float32 [n, classes] on the whole test split."""
+        return classifier_logits(self.run, self.network, self.data.test, self.targets)
+
+    @cached_property
+    def validation_logits(self) -> dict[str, np.ndarray]:
+        return classifier_logits(self.run, self.network, self.data.validation, self.targets)
+
+    def reference(self, target: str) -> Reference:
+        """-> training's stored evaluation of `target`. Raises UsageError where there is none."""
+        return Reference(*self.run.reference(self.checkpoint, target))
+
+    def calibration_images(self, limit: int, seed: int = 0) -> np.ndarray:
+        """-> at most `limit` training images uint8 [n, h, w, 3], equally many of each class as far as they go."""
+        return self.data.train.read(class_balanced(self.data.train.labels, limit, seed))
+
+
+def class_balanced(labels: np.ndarray, limit: int, seed: int = 0) -> np.ndarray:
+    """-> sorted rows of at most `limit` images, taken from the classes in turn; which ones depends on `seed`."""
+    generator = np.random.default_rng(seed)
+    order = generator.permutation(len(labels))
+    rank = np.empty(len(order), dtype=np.int64)  # how many images of the same class come earlier in `order`
+    for label in np.unique(labels):
+        members = order[labels[order] == label]
+        rank[members] = np.arange(len(members))
+    position = np.empty(len(order), dtype=np.int64)
+    position[order] = np.arange(len(order))
+    return np.sort(np.lexsort((position, rank))[:limit])
+
+
+def classifier_logits(run: Run, network: MutualNetwork, split: Split, targets: Sequence[str]) -> dict[str, np.ndarray]:
+    """One pass over the split's images -> target -> float32 logits [n, classes]."""
+    import torch
+
+    normalise = Normalise(run.mean, run.std)
+    parts: dict[str, list[np.ndarray]] = {target: [] for target in targets}
+    network = network.to(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        for start in range(0, len(split), PASS_BATCH):
+            batch = normalise(torch.from_numpy(split.read(slice(start, start + PASS_BATCH))))
+            outputs = network(batch.contiguous(memory_format=torch.channels_last)).classifiers()
+            for target in targets:
+                parts[target].append(outputs[target].numpy())
+    return {target: np.concatenate(logits) for target, logits in parts.items()}
+
+
+def check_target(model: torch.nn.Module, reference: Reference, name: str) -> None:
+    """The extracted target, still in PyTorch, must give training's stored logits. Raises CheckError."""
+    import torch
+
+    with torch.inference_mode():
+        logits = model(torch.from_numpy(reference.images))[0].numpy()
+    verdict = judge({str(len(logits)): compare(reference.logits, logits)}, PARITY_GATES["fp32"])
+    if verdict.failed:
+        raise CheckError(
+            f"target {name} in PyTorch does not give the logits that training stored ({verdict.findings[0]}); the checkpoint, "
+            "config.json (mean, std) or eval_reference.npz was changed since training: restore them or train again."
+        )

@@ -1,0 +1,1 @@
+"""Model files: ONNX, quantized, half precision, TensorRT engines. Nothing here judges what it wrote."""

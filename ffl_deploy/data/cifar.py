@@ -1,0 +1,60 @@
+"""CIFAR-10 and CIFAR-100 from torchvision's own files, the one place here that uses torchvision."""
+
+from __future__ import annotations
+
+import threading
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+
+from ffl_deploy.errors import UsageError
+from ffl_deploy.data.splits import ArraySplit
+
+PATIENCE = 10.0  # seconds until a network that does not answer counts as none
+
+
+def read_cifar(name: str, root: Path) -> tuple[tuple[str, ...], ArraySplit, ArraySplit]:
+    """-> (classes, training images, test images) of "cifar10" or "cifar100", uint8 32 x 32.
+
+    The files (md5-checked by torchvision) lie under `root`, or are downloaded to it. Raises UsageError.
+    """
+    from torchvision.datasets import CIFAR10, CIFAR100
+
+    kind = CIFAR10 if name == "cifar10" else CIFAR100
+    folder = root / kind.base_folder
+    present = folder.is_dir()
+    try:
+        if not present:
+            _require_answer(kind.url)
+        train = kind(root, train=True, download=not present)
+        test = kind(root, train=False)
+    except Exception as error:  # urllib, tarfile, hashing and pickle each have their own
+        if present:
+            raise UsageError(
+                f"{folder} is incomplete or damaged ({error}); remove it, then download or copy it again."
+            ) from error
+        raise UsageError(
+            f"{name} is not under {root} and cannot be downloaded ({error}); put torchvision's files there ({folder}), "
+            "name their place with --data-root DIR, or give a folder of images with --data DIR."
+        ) from error
+    images = [ArraySplit(part.data, np.asarray(part.targets, np.int64)) for part in (train, test)]
+    return tuple(train.classes), images[0], images[1]
+
+
+def _require_answer(url: str) -> None:
+    """Raise OSError unless the server of `url` answers in time: a download has no time limit, nor has a name's look-up."""
+    failure: list[Exception] = [TimeoutError(f"no answer within {PATIENCE:.0f} s")]
+
+    def ask() -> None:
+        try:
+            with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=PATIENCE):
+                failure.clear()
+        except Exception as error:
+            failure[:] = [error]
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
+    if failure:
+        raise failure[0]

@@ -1,0 +1,158 @@
+"""Which images a run uses: the digits, CIFAR's files or a folder, in three splits held apart.
+
+Training and export both read through `load_data`, so they see the same pixels in the same splits.
+Nothing here imports torch, except torchvision for CIFAR's own files (cifar.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from ffl_deploy.data.folders import Cut, read_folder, unreadable
+from ffl_deploy.images import Preprocessing, prepare
+from ffl_deploy.host import available_memory
+from ffl_deploy.data.splits import ArraySplit, FileSplit, Problems, Split, read_readable, stratified
+
+__all__ = ["ArraySplit", "DataSpec", "FileSplit", "ImageData", "Split", "channel_statistics", "load_data", "stratified"]
+
+Statistics = tuple[tuple[float, float, float], tuple[float, float, float]]
+"""Mean and standard deviation per RGB channel, on the 0..255 scale."""
+
+CIFAR_STATISTICS: Statistics = ((129.3, 124.1, 112.4), (68.2, 65.4, 70.4))  # of FFL's official code
+IMAGENET_STATISTICS: Statistics = ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))  # what published weights expect
+LARGE = 128  # pixels; from this side on, images are photographs for ImageNet's backbones
+STATISTICS_SAMPLE = 20_000  # images
+
+
+class DataSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which images a run uses, and how they are split and sized; stored in the run's configuration.
+
+    source: "digits", "cifar10", "cifar100" or a folder with train/CLASS/* and test/CLASS/* (or val/).
+    root: where CIFAR's files lie. image_size: side length in pixels; None takes the data's own.
+    validation: share of the training images, per class, that is held out to choose the best epoch.
+    """
+
+    source: str = "digits"
+    root: str | None = None
+    image_size: int | None = None
+    validation: float = 0.1
+    split_seed: int = 0
+    skip_bad_images: bool = False
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A data set, split. mean and std: per RGB channel of the training images, on the 0..255 scale.
+
+    skipped: path -> reason, of unreadable images that were left out.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    train: Split
+    validation: Split
+    test: Split
+    skipped: Problems = field(default_factory=dict)
+
+
+def load_data(spec: DataSpec, memory_limit: int | None = None) -> ImageData:
+    """Read the data that `spec` names. Raises UsageError with what is wrong with it.
+
+    memory_limit: bytes; a folder whose decoded images need more stays on disk. A quarter of the available memory if not
+    given. It decides nothing but that: splits, pixels and statistics are the same either way.
+    """
+    if spec.source == "digits":
+        return _digits(spec)
+    if spec.source in ("cifar10", "cifar100"):
+        return _cifar(spec)
+    return _folder(spec, available_memory() // 4 if memory_limit is None else memory_limit)
+
+
+def _digits(spec: DataSpec) -> ImageData:
+    """1,797 handwritten digits of 8x8 pixels (UCI optical recognition), which scikit-learn ships; 20 % are the test set."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    gray = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    images = ArraySplit(np.repeat(gray[..., None], 3, axis=3), digits.target.astype(np.int64))
+    development, test = stratified(images.labels, share=0.2, seed=0)
+    return _from_arrays(spec, tuple("0123456789"), images.take(development), images.take(test), None)
+
+
+def _cifar(spec: DataSpec) -> ImageData:
+    """CIFAR-10/100 from torchvision's files, normalised as FFL's official code does."""
+    from ffl_deploy.data.cifar import read_cifar
+
+    classes, development, test = read_cifar(spec.source, Path(spec.root or "data").expanduser())
+    return _from_arrays(spec, classes, development, test, CIFAR_STATISTICS)
+
+
+def _from_arrays(
+    spec: DataSpec, classes: tuple[str, ...], development: ArraySplit, test: ArraySplit, statistics: Statistics | None
+) -> ImageData:
+    height, width = development.images.shape[1:3]
+    preprocessing = Preprocessing(height, width)
+    if spec.image_size is not None:
+        preprocessing = Preprocessing(spec.image_size, spec.image_size)
+        development, test = _resized(development, preprocessing), _resized(test, preprocessing)
+    kept, held_out = stratified(development.labels, spec.validation, spec.split_seed)
+    train = development.take(kept)
+    mean, std = statistics or channel_statistics(train.images)
+    return ImageData(spec.source, classes, preprocessing, mean, std, train, development.take(held_out), test)
+
+
+def _resized(split: ArraySplit, preprocessing: Preprocessing) -> ArraySplit:
+    if split.images.shape[1:3] == (preprocessing.height, preprocessing.width):
+        return split
+    images = np.empty((len(split), preprocessing.height, preprocessing.width, 3), np.uint8)
+    for row, image in enumerate(split.images):
+        images[row] = prepare(image, preprocessing)
+    return ArraySplit(images, split.labels)
+
+
+def _folder(spec: DataSpec, memory_limit: int) -> ImageData:
+    root = Path(spec.source).expanduser()
+    cut = Cut(spec.validation, spec.split_seed)
+    content = read_folder(root, spec.image_size, cut, memory_limit, spec.skip_bad_images)
+    mean, std = folder_statistics(content.train, content.preprocessing, spec.skip_bad_images)
+    return ImageData(
+        root.resolve().name, content.classes, content.preprocessing, mean, std,
+        content.train, content.validation, content.test, content.skipped,
+    )  # fmt: skip
+
+
+def folder_statistics(train: Split, preprocessing: Preprocessing, skip_bad_images: bool) -> Statistics:
+    """-> ImageNet's from 128 pixels on; else of the training images, of STATISTICS_SAMPLE evenly spaced ones at most.
+
+    Raises UsageError for what cannot be decoded, unless `skip_bad_images` leaves it out.
+    """
+    if preprocessing.height >= LARGE:
+        return IMAGENET_STATISTICS
+    rows = np.unique(np.linspace(0, len(train) - 1, min(len(train), STATISTICS_SAMPLE)).round().astype(np.int64))
+    if not isinstance(train, FileSplit):
+        return channel_statistics(train.read(rows))
+    sample, problems = read_readable(train.take(rows))
+    if problems and not skip_bad_images:
+        raise unreadable(problems)
+    return channel_statistics(sample.images)
+
+
+def channel_statistics(images: np.ndarray) -> Statistics:
+    """uint8 [n, h, w, 3] -> (mean, std) per channel, exact, on the 0..255 scale; a constant channel gets std 1."""
+    values = np.arange(256)
+    means, stds = [], []
+    for channel in range(3):
+        # From the histogram: exact integers and no float copy of the images.
+        counts = np.bincount(images[..., channel].ravel(), minlength=256)
+        mean = float((counts * values).sum() / counts.sum())
+        std = float(np.sqrt((counts * (values - mean) ** 2).sum() / counts.sum()))
+        means.append(round(mean, 4))
+        stds.append(round(std, 4) or 1.0)
+    return (means[0], means[1], means[2]), (stds[0], stds[1], stds[2])

@@ -1,0 +1,249 @@
+"""Folders of images, DIR/train/CLASS/* and DIR/test/CLASS/* (or val/): found, checked, and read or left on disk."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from ffl_deploy.errors import UsageError
+from ffl_deploy.files import shown
+from ffl_deploy.images import FORMATS, MAX_PIXELS, SUFFIXES, ImageError, Preprocessing, load
+from ffl_deploy.data.splits import FileSplit, Paths, Problems, Split, in_threads, read_readable, stratified
+
+TAIL = 4096  # bytes at the end of a file in which its end marker is looked for
+
+
+class Listing(NamedTuple):
+    """The image files of one part, class by class. labels: int64 [n], indices into `classes`."""
+
+    folder: Path
+    classes: tuple[str, ...]
+    paths: Paths
+    labels: np.ndarray
+
+    def take(self, rows: np.ndarray) -> Listing:
+        """-> these rows alone."""
+        return Listing(self.folder, self.classes, self.paths.take(rows), self.labels[rows])
+
+
+class Cut(NamedTuple):
+    """How a validation split is cut from the training images (see `stratified`)."""
+
+    share: float
+    seed: int
+
+
+class FolderContent(NamedTuple):
+    """The splits of a folder, and the images left out of them."""
+
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+    train: Split
+    validation: Split
+    test: Split
+    skipped: Problems
+
+
+def read_folder(root: Path, image_size: int | None, cut: Cut, memory_limit: int, skip_bad_images: bool) -> FolderContent:
+    """Read DIR/train/CLASS/* with test/ or val/; with both, val/ is the validation split, else it is cut from train/.
+
+    Where all images together, decoded, take at most `memory_limit` bytes they are read into memory. Otherwise they stay on
+    disk: then validation and test images are decoded once, so that their number is certain, and training images are checked
+    by header and end (see `check_file`). Raises UsageError for everything that is wrong, all unreadable images at once.
+    """
+    parts = {name: find_images(folder) for name, folder in find_parts(root).items()}
+    require_equal_classes(parts)
+    classes = parts["train"].classes
+    size = image_size or own_size(parts["train"].paths)
+    preprocessing = folder_preprocessing(size)
+    if "validation" not in parts:
+        # Cut by the names alone, so that it does not depend on which files are readable.
+        single = [classes[k] for k in np.flatnonzero(np.bincount(parts["train"].labels) < 2)]
+        if single:
+            raise UsageError(
+                f"{shown(parts['train'].folder)} has one image only of {shorten(single)}; one is held out for "
+                "validation: add some."
+            )
+        kept, held_out = stratified(parts["train"].labels, cut.share, cut.seed)
+        parts |= {"train": parts["train"].take(kept), "validation": parts["train"].take(held_out)}
+
+    in_memory = sum(len(part.labels) for part in parts.values()) * size * size * 3 <= memory_limit
+    skipped: Problems = {}
+    splits: dict[str, Split] = {}
+    for name, part in parts.items():
+        if in_memory:
+            splits[name], problems = read_readable(FileSplit(part.paths, part.labels, preprocessing))
+        else:
+            splits[name], problems = leave_on_disk(part, preprocessing, check_file if name == "train" else decode_file)
+        skipped |= problems
+    if skipped and not skip_bad_images:
+        raise unreadable(skipped)
+    if not len(splits["validation"]):
+        raise UsageError(f"{shown(parts['validation'].folder)} leaves no readable image for validation; add some.")
+    for name in ("train", "test"):
+        empty = [classes[k] for k in np.flatnonzero(np.bincount(splits[name].labels, minlength=len(classes)) == 0)]
+        if empty:
+            raise UsageError(
+                f"{shown(parts[name].folder)} has no readable image of {shorten(empty)}; add some or remove the class."
+            )
+    return FolderContent(classes, preprocessing, splits["train"], splits["validation"], splits["test"], skipped)
+
+
+def find_parts(root: Path) -> dict[str, Path]:
+    """-> "train", "test" and, where the folder holds its own, "validation" -> its folder. Raises UsageError."""
+    if not root.is_dir():
+        raise UsageError(
+            f"--data {shown(root)}: there is no such folder; give a folder with train/CLASS/* and test/CLASS/*, "
+            "or one of digits, cifar10, cifar100."
+        )
+    has = {name for name in ("train", "test", "val") if (root / name).is_dir()}
+    if "train" not in has or not has & {"test", "val"}:
+        missing = "train/" if "train" not in has else "test/ (or val/)"
+        raise UsageError(f"{shown(root)} has no {missing}; it needs train/CLASS/* and test/CLASS/* (or val/CLASS/*).")
+    if "test" not in has:
+        return {"train": root / "train", "test": root / "val"}
+    found = {"train": root / "train", "test": root / "test"}
+    return found | {"validation": root / "val"} if "val" in has else found
+
+
+def find_images(folder: Path) -> Listing:
+    """-> the images in the class folders of `folder`, at any depth, sorted by class and path.
+
+    Hidden files and folders (.DS_Store, macOS's ._* files) are passed over. Raises UsageError for no class or an empty one.
+    """
+    with os.scandir(folder) as entries:
+        classes = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    if not classes:
+        raise UsageError(f"{shown(folder)} has no class folders; put the images of each class into {shown(folder)}/CLASS/.")
+    for name in classes:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise UsageError(f"{shown(folder)} has a class folder whose name is not UTF-8 ({name!a}); rename it.") from None
+    names: list[str] = []
+    counts: list[int] = []
+    for name in classes:
+        found = sorted(_image_names(folder / name, name))
+        names += found
+        counts.append(len(found))
+    empty = [name for name, count in zip(classes, counts, strict=True) if not count]
+    if empty:
+        raise UsageError(
+            f"{shown(folder / empty[0])} holds no images ({', '.join(SUFFIXES)}); add some or remove the folder"
+            f"{f' ({len(empty)} class folders are empty)' if len(empty) > 1 else ''}."
+        )
+    if len(classes) < 2:
+        raise UsageError(f"{shown(folder)} has one class only ({classes[0]}); a classifier needs at least two.")
+    labels = np.repeat(np.arange(len(classes), dtype=np.int64), counts)
+    return Listing(folder, tuple(classes), Paths.of(folder, names), labels)
+
+
+def _image_names(folder: str | os.PathLike[str], prefix: str) -> Iterator[str]:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            name = f"{prefix}/{entry.name}"
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir(follow_symlinks=False):  # a link to a folder could lead around in a circle
+                yield from _image_names(entry.path, name)
+            elif entry.name.lower().endswith(SUFFIXES) and entry.is_file():
+                yield name
+
+
+def require_equal_classes(parts: dict[str, Listing]) -> None:
+    """Raise UsageError that names the classes which not all parts have."""
+    train = parts["train"]
+    for part in parts.values():
+        only = sorted(set(train.classes) ^ set(part.classes))
+        if only:
+            raise UsageError(
+                f"{shown(train.folder)} and {shown(part.folder)} have different classes ({shorten(only)}); "
+                "give both the same class folders."
+            )
+
+
+def folder_preprocessing(size: int) -> Preprocessing:
+    """The evaluation view of a folder's images: the centre square, with ImageNet's usual border from 128 pixels on."""
+    return Preprocessing(size, size, resize="crop", crop_fraction=0.875 if size >= 128 else 1.0)
+
+
+def own_size(paths: Sequence[str]) -> int:
+    """-> the side that suits these images: their median shorter side, a multiple of 8 from 8 to 64."""
+    sides = []
+    for row in range(0, len(paths), max(1, len(paths) // 200)):
+        try:
+            with Image.open(paths[row], formats=FORMATS) as image:
+                sides.append(min(image.size))
+        except Exception:  # Pillow's plugins raise what they like; reported with its reason when it is read
+            continue
+    return int(np.clip(np.median(sides) // 8 * 8, 8, 64)) if sides else 32
+
+
+def leave_on_disk(part: Listing, preprocessing: Preprocessing, check: Callable[[str], str | None]) -> tuple[FileSplit, Problems]:
+    """Run `check` (path -> what is wrong, or None) on every file, and keep the good ones' names."""
+
+    def look(rows: range) -> list[tuple[int, str]]:
+        return [(row, reason) for row in rows if (reason := check(part.paths[row])) is not None]
+
+    found = {row: reason for checked in in_threads(look, len(part.labels)) for row, reason in checked}
+    good = np.setdiff1d(np.arange(len(part.labels)), list(found))
+    problems = {part.paths[row]: reason for row, reason in found.items()}
+    return FileSplit(part.paths, part.labels, preprocessing).take(good), problems
+
+
+def check_file(path: str) -> str | None:
+    """-> why an image file cannot be read, or None, by its header and its end.
+
+    That finds empty files, other formats and cut-off downloads at a fraction of the cost of decoding; damage inside the
+    compressed pixels it cannot see. Where header or end look wrong, and for formats without an end marker, the image is
+    decoded after all, so a good file is never refused.
+    """
+    try:
+        with open(path, "rb") as file:
+            with Image.open(file, formats=FORMATS) as image:
+                fits, kind = image.width * image.height <= MAX_PIXELS, image.format
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - TAIL))
+            tail = file.read()
+            file.seek(0)
+            if fits and _ends_well(kind, file.read(12), size, tail):
+                return None
+    except Exception:  # Pillow's plugins raise almost anything on broken headers; decoding then gives the reason
+        return decode_file(path)
+    return decode_file(path)
+
+
+def decode_file(path: str) -> str | None:
+    """-> why an image file cannot be read, or None, by reading it."""
+    try:
+        load(path)
+    except ImageError as error:
+        return f"{error.code}: {error}"
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
+def _ends_well(kind: str | None, head: bytes, size: int, tail: bytes) -> bool:
+    if kind in ("JPEG", "MPO"):
+        return b"\xff\xd9" in tail
+    if kind == "PNG":
+        return b"IEND" in tail
+    return kind == "WEBP" and int.from_bytes(head[4:8], "little") + 8 <= size
+
+
+def unreadable(problems: Problems) -> UsageError:
+    """-> the report of unreadable images, the first five by name."""
+    listed = "; ".join(f"{shown(path)} ({reason})" for path, reason in list(problems.items())[:5])
+    more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+    count, them = ("1 image", "it") if len(problems) == 1 else (f"{len(problems)} images", "them")
+    return UsageError(f"{count} cannot be read: {listed}{more}. Mend {them}, or leave {them} out with --skip-bad-images.")
+
+
+def shorten(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"

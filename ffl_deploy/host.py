@@ -1,0 +1,80 @@
+"""This machine: its cores, the memory that a process may still take, and how glibc's malloc gives it out."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import os
+import sys
+from pathlib import Path
+
+FALLBACK = 4 * 2**30  # bytes, where the system does not say
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_BLOCK = 1 << 29
+HEAP = 8 * _BLOCK
+"""Bytes of addresses for which huge pages are asked: more than a step on a CPU usually holds."""
+
+
+def available_cores() -> int:
+    """-> cores this process may use, which in a container is often fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def available_memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """-> bytes: what the machine has free, or what this container's limit leaves, whichever is less."""
+    found = [_machine(proc / "meminfo")]
+    with contextlib.suppress(OSError, ValueError):  # no cgroup v2 here, or "max": no limit
+        limit, used = (int((cgroup / name).read_text()) for name in ("memory.max", "memory.current"))
+        statistics = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+        found.append(limit - used + int(statistics.get("inactive_file", 0)))  # the page cache gives way
+    return max(0, min(found))
+
+
+def _machine(meminfo: Path) -> int:
+    with contextlib.suppress(OSError):
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # no Linux: half of what is built in
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return FALLBACK
+
+
+def keep_freed_memory() -> None:
+    """Make glibc's allocator keep what is freed, for the next step, in pages of 2 MiB; elsewhere this does nothing.
+
+    By default it returns each large block to the system and gets it back, zeroed page by page, a moment later: a step of
+    ResNet-32 with 128 images takes 32,000 page faults that way. No other allocator has to be installed or preloaded.
+    """
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    mallopt = getattr(libc, "mallopt", None)  # musl has none
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+        mallopt(_M_TRIM_THRESHOLD, -1)  # never
+        _ask_for_huge_pages(libc)
+
+
+def _ask_for_huge_pages(libc: ctypes.CDLL) -> None:
+    """Let the heap grow by HEAP bytes of addresses, ask for huge pages there, and free them: kept, they serve what comes.
+
+    Memory is used only where it is written to. Where Linux gives huge pages on request ("madvise", the usual setting), a
+    heap that was not asked for has 512 times as many pages to look up.
+    """
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.restype, libc.free.argtypes = None, [ctypes.c_void_p]
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    # Each below the threshold from which a block would be a mapping of its own; None where there is no room.
+    blocks = [libc.malloc(_BLOCK) for _ in range(HEAP // _BLOCK)]
+    for block in filter(None, blocks):
+        start = -(-block // mmap.PAGESIZE) * mmap.PAGESIZE
+        libc.madvise(start, _BLOCK - mmap.PAGESIZE, mmap.MADV_HUGEPAGE)
+    for block in filter(None, blocks):
+        libc.free(block)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """-> whether torch says so: by a class of its own for a GPU, by a plain RuntimeError for a CPU."""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)

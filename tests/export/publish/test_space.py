@@ -1,0 +1,84 @@
+"""The Space starts as it is: its own sources, its own bundles, nothing else."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from export.publish.space import require_space, requirements, write_space
+from ffl_deploy.bundle import load_bundle
+from ffl_deploy.errors import UsageError
+from ffl_deploy.verify import verify
+
+
+def test_a_space_holds_what_it_needs(exported: Path, tmp_path: Path) -> None:
+    space = tmp_path / "space"
+    write_space([load_bundle(exported / "fused")], space)
+    head = (space / "README.md").read_text().split("---")[1]
+    assert "sdk: gradio" in head
+    assert "app_file: app.py" in head
+    assert list(verify(load_bundle(space / "bundles" / "fused"), "fp32"))
+    names = (space / "requirements.txt").read_text()
+    for name in ("gradio", "onnxruntime", "numpy", "msgspec"):
+        assert name in names
+    for name in ("torch", "tensorrt", "ffl-deploy"):
+        assert name not in names
+    assert not list(space.rglob("__pycache__"))
+    assert requirements() == sorted(set(requirements()))
+    (space / ".git").mkdir()
+    (space / ".git" / "HEAD").write_text("ref: refs/heads/main")
+    (space / "assets").mkdir()
+    (space / "assets" / "logo.svg").write_text("<svg/>")
+    write_space([load_bundle(exported / "branch0")], space)  # a Space may be written again, and stays a clone
+    assert (space / ".git" / "HEAD").is_file()
+    assert (space / "assets" / "logo.svg").read_text() == "<svg/>"
+    assert [path.name for path in (space / "bundles").iterdir()] == ["branch0"]
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "holiday.jpg").write_bytes(b"")
+    with pytest.raises(UsageError, match="holds no Space"):
+        write_space([load_bundle(exported / "fused")], tmp_path / "photos")
+
+
+def test_the_clone_of_a_new_space_is_accepted(tmp_path: Path) -> None:
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".gitattributes").write_text("")
+    (tmp_path / "README.md").write_text("---\ntitle: New\nsdk: gradio\n---\n")
+    require_space(tmp_path)
+    (tmp_path / "README.md").write_text("# My notes\n")
+    with pytest.raises(UsageError, match="holds no Space"):
+        require_space(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_space_starts(exported: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gradio")
+    space = tmp_path / "space"
+    write_space([load_bundle(exported / "branch0")], space)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "SPACE_ID")}
+    process = subprocess.Popen(
+        [sys.executable, "app.py"], cwd=space, env={**environment, "PORT": str(port)}, stderr=subprocess.PIPE
+    )
+    try:
+        for _ in range(240):
+            time.sleep(0.5)
+            assert process.poll() is None, process.stderr.read().decode()
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5) as answer:
+                    page = answer.read().decode()
+                break
+            except OSError:
+                continue
+        assert "gradio" in page.lower()
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)
