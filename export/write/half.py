@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from export.write.onnx_graph import SCOPES, check_onnx
+from export.write.onnx_file import save_onnx
+from export.write.onnx_graph import SCOPES
 from ffl_deploy.errors import CheckError
-from ffl_deploy.files import write_atomically
 
 BF16_OPSET = 22
 """The first opset whose convolution is defined for bf16."""
@@ -60,8 +60,7 @@ def write_half(source: Path, path: Path, precision: str) -> None:
     del proto.graph.node[:]
     proto.graph.node.extend([*nodes[:first], *casts_in, *middle, *casts_out, *tail])
     del proto.graph.value_info[:]  # types of intermediates changed; the checker infers them anew
-    write_atomically(path, proto.SerializeToString(deterministic=True))
-    check_onnx(path)
+    save_onnx(proto, path)
 
 
 def _end_of_normalisation(nodes: list[Any]) -> int:

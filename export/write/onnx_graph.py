@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from export.write.onnx_file import save_onnx
 from ffl_deploy.errors import CheckError, UsageError
-from ffl_deploy.files import write_atomically
 
 OPSET = 20
 """Default ONNX opset: what the exporter writes natively, and what ONNX Runtime, OpenVINO and TensorRT all read."""
@@ -144,20 +144,9 @@ def write_onnx(
     proto = program.model_proto
     _strip(proto)
     onnx.helper.set_model_props(proto, metadata)
-    write_atomically(path, proto.SerializeToString(deterministic=True))
-    check_onnx(path)
+    save_onnx(proto, path)
     if {entry.domain: entry.version for entry in proto.opset_import}[""] != options.opset:
         raise CheckError(f"the exporter wrote another opset than {options.opset}; use --opset {OPSET}.")
-
-
-def check_onnx(path: Path) -> None:
-    """onnx's full check (by path, with shape inference) of a saved file. Raises CheckError."""
-    import onnx
-
-    try:
-        onnx.checker.check_model(str(path), full_check=True)
-    except Exception as error:  # the checker, shape inference and protobuf each raise their own
-        raise CheckError(f"onnx refuses {path.name}: {str(error).strip().splitlines()[0]}") from error
 
 
 def _strip(proto: object) -> None:

@@ -18,7 +18,8 @@ import msgspec
 import numpy as np
 
 from export.computed import float_operators, operator_histogram
-from export.write.onnx_graph import SCOPES, check_onnx
+from export.write.onnx_file import check_onnx, finish
+from export.write.onnx_graph import SCOPES
 from export.write.ranges import METHODS, collect_ranges
 from ffl_deploy.errors import CheckError
 from ffl_deploy.files import write_atomically
@@ -175,6 +176,7 @@ def write_form(
     )
     quantizer.quantize_model()
     quantizer.model.topological_sort()
+    finish(quantizer.model.model)
     write_atomically(path, quantizer.model.model.SerializeToString(deterministic=True))
 
 
