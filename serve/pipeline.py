@@ -168,6 +168,8 @@ def run_pipeline(
     Of the settings it needs the batch size, the decoding threads and the streams.
     At most about `decoders` + 2 batches of decoded, resized images are held, however many items there are.
     """
+
+    # decode: chunks, whose batches are then put together in the order of the work
     ahead = settings.decoders + 2 * -(-settings.batch_size // DECODE_CHUNK)  # chunks
 
     def decode_chunk(chunk: Chunk) -> tuple[Chunk, list[Prepared]]:
@@ -181,6 +183,7 @@ def run_pipeline(
                 yield chunk, batch
                 batch = []
 
+    # classify: whole batches
     def classify(batch: tuple[Chunk, list[Prepared]]) -> BatchRows:
         chunk, prepared = batch
         started = time.perf_counter()
@@ -190,6 +193,7 @@ def run_pipeline(
             chunk.shard, rows, [item.label for item in prepared], chunk.ends_shard, [item.seconds for item in prepared], seconds
         )
 
+    # both at once; where the consumer stops, nothing further is begun
     with ExitStack() as stack:
         decoding = ThreadPoolExecutor(settings.decoders, "decode")
         inferring = ThreadPoolExecutor(settings.streams, "infer")

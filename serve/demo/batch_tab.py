@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from ffl_deploy.images import SUFFIXES, Pixels
+from serve.demo import sentences
 from serve.demo.batch import BatchState, classify_files, write_table
 from serve.demo.guard import upload_folder
 from serve.inputs.archives import ZIP_SUFFIXES
@@ -28,6 +29,7 @@ HEADERS = ["file", "status", "label", "confidence", "error"]
 
 def batch_tab(service: Service) -> None:
     """Build the tab."""
+    # what is seen: files on the left, what became of them on the right
     names = list(service.models)
     with gr.Row(equal_height=False):
         with gr.Column(min_width=280, scale=1):
@@ -44,7 +46,9 @@ def batch_tab(service: Service) -> None:
                 start = gr.Button("Classify all", variant="primary", elem_id="start-batch")
                 stop = gr.Button("Stop", variant="stop", elem_id="stop-batch")
         with gr.Column(min_width=280, scale=2):
-            status = gr.HTML(_status("Choose files, then press Classify all."), elem_id="batch-status", elem_classes=["status"])
+            status = gr.HTML(
+                sentences.status("Choose files, then press Classify all."), elem_id="batch-status", elem_classes=["status"]
+            )
             with gr.Row():
                 csv = gr.DownloadButton("Download CSV", interactive=False, elem_id="csv")
                 parquet = gr.DownloadButton("Download Parquet", interactive=False, elem_id="parquet")
@@ -67,10 +71,11 @@ def batch_tab(service: Service) -> None:
                 elem_id="uncertain",
             )
 
+    # what happens: progress and rows after every chunk, pictures and files at the end
     async def run(paths: list[str] | None, name: str) -> AsyncIterator[list[Any]]:
         nothing = [gr.skip()] * 4
         if not paths:
-            yield [_status("Choose files first."), *nothing]
+            yield [sentences.status("Choose files first."), *nothing]
             return
         none = gr.DownloadButton(interactive=False)
         yield [_progress(BatchState(), paths), None, None, none, none]
@@ -79,15 +84,16 @@ def batch_tab(service: Service) -> None:
             async for state in classify_files(service, service.models[name], paths):
                 yield [_progress(state, paths), _cells(state.rows), *[gr.skip()] * 3]
         except (Overloaded, Closed):
-            yield [_status("The server is too busy for a batch; try again later."), *nothing]
+            yield [sentences.status("The server is too busy for a batch; try again later."), *nothing]
             return
         if not state.rows:
-            yield [_status("These files hold no images."), *nothing]
+            yield [sentences.status("These files hold no images."), *nothing]
             return
         written = await asyncio.to_thread(_write, state)
         downloads = [gr.DownloadButton(value=str(path), interactive=True) for path in written]
-        yield [_status(_summary(state)), _cells(state.rows), _gallery(state), *downloads]
+        yield [sentences.status(_summary(state)), _cells(state.rows), _gallery(state), *downloads]
 
+    # what the buttons do
     running = start.click(
         run,
         [files, model],
@@ -97,7 +103,14 @@ def batch_tab(service: Service) -> None:
         show_progress="hidden",
         trigger_mode="once",
     )
-    stop.click(lambda: _status("Stopped."), None, [status], cancels=[running], api_visibility="private", queue=False)
+    stop.click(
+        lambda: sentences.status("Stopped."),
+        None,
+        [status],
+        cancels=[running],
+        api_visibility="private",
+        queue=False,
+    )
 
 
 def _write(state: BatchState) -> list[Path]:
@@ -148,7 +161,3 @@ def _progress(state: BatchState, paths: list[str]) -> str:
     )
     bar = "<progress></progress>" if archives else f'<progress value="{done}" max="{len(paths)}"></progress>'
     return f'<p role="status">{html.escape(text)}</p>{bar}'
-
-
-def _status(text: str) -> str:
-    return f'<p role="status">{html.escape(text)}</p>'

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import html
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import gradio as gr
 
 from ffl_deploy.images import MAX_PIXELS, Pixels, prepare
+from serve.demo import sentences
 from serve.demo.answers import TOP_K, Answer, Unanswerable, ask_all, decode_upload, overlay
 from serve.demo.drawing_pad import drawing_of, drawing_pad
 from serve.demo.inputs import image_input
@@ -46,12 +46,12 @@ def classify_tab(service: Service, examples: list[Path]) -> None:
             with gr.Column(elem_classes=crisp):
                 gr.Examples([[str(path)] for path in examples], inputs=[image], label="Examples: golden samples of the bundle")
         with gr.Column(min_width=280, scale=2):
-            status = gr.HTML(_status(WAITING), elem_id="status", elem_classes=["status"])
+            status = gr.HTML(sentences.status(WAITING), elem_id="status", elem_classes=["status"])
             panels = _panels(service)
 
     async def show_image(path: str | None) -> list[Any]:
         if path is None:
-            return [_status(WAITING), *_nothing(panels)]
+            return [sentences.status(WAITING), *_nothing(panels)]
         return await _shown(service, panels, await asyncio.to_thread(Path(path).read_bytes))
 
     image.change(
@@ -67,11 +67,12 @@ def classify_tab(service: Service, examples: list[Path]) -> None:
 
 def draw_tab(service: Service, style: DrawingStyle) -> None:
     """A pad; the drawing is framed as the network's own images are, and that frame is shown."""
+    # what is seen
     with gr.Row(equal_height=False):
         with gr.Column(min_width=280, scale=1):
             pad = drawing_pad()
         with gr.Column(min_width=280, scale=2):
-            status = gr.HTML(_status("Waiting for a drawing."), elem_id="drawing-status", elem_classes=["status"])
+            status = gr.HTML(sentences.status("Waiting for a drawing."), elem_id="drawing-status", elem_classes=["status"])
             seen = gr.Image(
                 label="What the network sees",
                 height=140,
@@ -82,19 +83,20 @@ def draw_tab(service: Service, style: DrawingStyle) -> None:
             )
             panels = _panels(service)
 
+    # what happens to a drawing
     async def show_drawing(event: gr.EventData) -> list[Any]:
         drawing, empty = drawing_of(event), [None, *_nothing(panels)]
         if drawing is None:
-            return [_status("Draw something first."), *empty]
+            return [sentences.status("Draw something first."), *empty]
         try:
             framed = frame_drawing((await decode_upload(service, drawing)).pixels, style)
             if framed is None:
-                return [_status("Draw something first."), *empty]
+                return [sentences.status("Draw something first."), *empty]
             answers = await ask_all(service, framed)
         except Unanswerable as error:
-            return [_problem(str(error)), *empty]
+            return [sentences.problem(str(error)), *empty]
         first = next(iter(service.models.values())).bundle.preprocessing
-        return [_status(_verdict(answers)), prepare(framed, first), *_filled(service, panels, answers, framed)]
+        return [sentences.status(_verdict(answers)), prepare(framed, first), *_filled(service, panels, answers, framed)]
 
     pad.submit(
         show_drawing,
@@ -161,7 +163,8 @@ def _panels(service: Service) -> list[Panel]:
 
 
 def _outputs(panels: list[Panel]) -> list[Any]:
-    return [part for panel in panels for part in (panel.label, panel.note, panel.cam) if part is not None]
+    shown = [(panel.label, panel.note, panel.cam) for panel in panels]
+    return [component for components in shown for component in components if component is not None]
 
 
 def _nothing(panels: list[Panel]) -> list[Any]:
@@ -173,9 +176,9 @@ async def _shown(service: Service, panels: list[Panel], data: bytes) -> list[Any
         decoded = await decode_upload(service, data)
         answers = await ask_all(service, decoded.pixels)
     except Unanswerable as error:
-        return [_problem(str(error)), *_nothing(panels)]
+        return [sentences.problem(str(error)), *_nothing(panels)]
     remark = " Only the first frame of this animation was classified." if decoded.animated else ""
-    return [_status(_verdict(answers) + remark), *_filled(service, panels, answers, decoded.pixels)]
+    return [sentences.status(_verdict(answers) + remark), *_filled(service, panels, answers, decoded.pixels)]
 
 
 def _filled(service: Service, panels: list[Panel], answers: list[Answer], pixels: Pixels) -> list[Any]:
@@ -196,11 +199,3 @@ def _verdict(answers: list[Answer]) -> str:
     if len(labels) == 1:
         return f"{'Both' if len(answers) == 2 else f'All {len(answers)}'} models say {labels.pop()}."
     return "The models disagree: " + ", ".join(f"{answer.model} says {answer.top[0][0]}" for answer in answers) + "."
-
-
-def _status(text: str) -> str:
-    return f'<p role="status">{html.escape(text)}</p>'
-
-
-def _problem(text: str) -> str:
-    return f'<p role="alert" class="problem">{html.escape(text)}</p>'

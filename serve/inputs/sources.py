@@ -97,11 +97,14 @@ def walk(root: str, reading: Reading) -> Iterator[Item]:
     pending = [_entries(root)]
     folders = [root]
     while pending:
+        # the next name of the innermost folder, or back to the one around it
         entry = next(pending[-1], None)
         if entry is None:
             pending.pop()
             folders.pop()
             continue
+
+        # a folder to go into, an image, or something to count
         name, kind = entry.split("\0")
         path = os.path.join(folders[-1], name)
         if kind == _FOLDER:

@@ -125,12 +125,15 @@ def _parquet_rows(path: str, column: str, label_column: str | None) -> Iterator[
     number = 0
     wanted = [column] + ([label_column] if label_column else [])
     for group in range(table.num_row_groups):
+        # a group that memory could not hold
         if _chunk_bytes(table, group, column) > MAX_CHUNK_BYTES:
             message = f"row group {group} has more than {MAX_CHUNK_BYTES >> 30} GiB; write the table with smaller row groups"
             for _ in range(table.metadata.row_group(group).num_rows):
                 yield Item(f"{displayed(path)}::{number}", partial(refuse, "too_large", message))
                 number += 1
             continue
+
+        # its rows, as far as it can be read; the others say why not
         first = number
         try:
             for batch in table.iter_batches(ROWS_AT_A_TIME, row_groups=[group], columns=wanted):

@@ -15,8 +15,11 @@ from typing import Any
 
 import msgspec
 
+from ffl_deploy.bundle import load_bundle
 from ffl_deploy.errors import CheckError, UsageError
+from ffl_deploy.images import ImageError
 from serve.inputs.items import Item, read_file, refuse
+from serve.pipeline import Classifier, chunks, run_pipeline
 from serve.predict.job import Job, PredictRun
 from serve.predict.local import encode_shard, unfinished
 from serve.predict.shards import ShardRecord, ShardsManifest
@@ -31,9 +34,6 @@ class ShardMaker:
     """An actor: opens the bundle once, then makes shards."""
 
     def __init__(self, bundle: str, variant: str | None, runtime: str | None, manifest: bytes) -> None:
-        from ffl_deploy.bundle import load_bundle
-        from serve.pipeline import Classifier
-
         self.manifest = msgspec.json.decode(manifest, type=ShardsManifest)
         request, settings = self.manifest.request, self.manifest.settings
         self.bundle = load_bundle(bundle)
@@ -44,8 +44,6 @@ class ShardMaker:
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         """batch: one shard, as `described` gives it -> its index, bytes, record and timings."""
-        from serve.pipeline import chunks, run_pipeline
-
         settings = self.manifest.settings
         index, items = int(batch["index"][0]), msgspec.json.decode(batch["items"][0], type=list[PlainItem])
         rows: list[Row] = []
@@ -86,8 +84,6 @@ class MadeShard(msgspec.Struct, frozen=True, array_like=True):
 
 def plain(item: Item) -> PlainItem:
     """-> the item without what lives in this process only. Files are read by the actors, members of streams here."""
-    from ffl_deploy.images import ImageError
-
     if item.file is not None:
         return PlainItem(item.path, item.label, file=os.fsencode(os.path.abspath(item.file)))
     try:

@@ -36,11 +36,14 @@ def run_job(job: Job) -> int:
 
     Raises UsageError (nothing to classify, unusable flags), CheckError (bundle), Interrupted, OSError (disk).
     """
+    # the bundle, and whether there is anything to do
     check_output(job)
     bundle = load_bundle(job.bundle)
     request = make_request(job, bundle)
     if job.resume and not shards_folder(job.out).exists() and job.out.is_file():
         return _already_finished(job, request)
+
+    # the inputs
     reading = Reading(frozenset(bundle.classes), job.column, job.label_column, job.follow_links)
     check_inputs(job.inputs, reading)
     first, items = peek(read_inputs(job.inputs, reading), SMALL_RUN)
@@ -49,6 +52,7 @@ def run_job(job: Job) -> int:
         raise UsageError(f"nothing to classify in {', '.join(job.inputs)}{found}; name image files or a folder that holds some.")
     started = time.perf_counter()
 
+    # the shards that are not finished yet
     def settings() -> WorkSettings:
         return choose_settings(bundle, job, small=len(first) < SMALL_RUN and not first[-1].bound)
 
@@ -59,6 +63,8 @@ def run_job(job: Job) -> int:
         with Progress(job.display, lambda: count_inputs(job.inputs, reading)) as progress:
             run = PredictRun(job, bundle, shards, totals, progress)
             engine_of(job)(run, items)
+
+        # one file of all shards, what it amounts to, and only then the shards may go
         assemble((shards.data_path(index) for index in range(totals.shards)), job.out, request.format, job.columns)
         summary = summarise(totals, shards.manifest, job.out, reading.skipped, time.perf_counter() - started)
         report = make_report(totals.labelled, bundle.classes, min(job.top_k, len(bundle.classes)))
@@ -67,6 +73,7 @@ def run_job(job: Job) -> int:
             summary.labelled = report.numbers()
         write_summary(job.out, summary)
         shards.remove()
+
     if job.display == "json":
         print(msgspec.json.encode(summary).decode())
     elif job.display == "screen":

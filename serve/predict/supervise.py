@@ -21,6 +21,7 @@ from functools import partial
 from types import FrameType
 
 from ffl_deploy.errors import CHECK_FAILED, INTERRUPTED
+from ffl_deploy.images import ImageError, decode
 from serve.inputs.items import Item, refuse
 
 AGAIN = 75  # exit code of a child that has finished its careful shard; EX_TEMPFAIL of sysexits.h
@@ -69,8 +70,6 @@ class Recovery:
         return item._replace(read=partial(self._tried, item.read, number))
 
     def _tried(self, read: Callable[[], bytes], number: int) -> bytes:
-        from ffl_deploy.images import ImageError, decode
-
         with self._one_at_a_time:
             self.marker.trying(number)
             try:
@@ -92,6 +91,7 @@ def supervise(run: Callable[[Recovery], int]) -> int:
         return run(Recovery())
     recovery, crashed_at, unexplained = Recovery(), None, 0
     while True:
+        # the child ended by itself: done, or done with the careful shard
         status = _in_child(partial(run, recovery))
         if os.WIFEXITED(status):
             code = os.WEXITSTATUS(status)
@@ -99,6 +99,8 @@ def supervise(run: Callable[[Recovery], int]) -> int:
                 return code
             recovery, crashed_at = replace(recovery, careful=None, restarted=True), None
             continue
+
+        # it was killed: by whom, and on which image
         number = os.WTERMSIG(status)
         if number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # before the child could handle it
             return INTERRUPTED
@@ -110,6 +112,8 @@ def supervise(run: Callable[[Recovery], int]) -> int:
             advice = "try --threads 1 or a smaller --batch-size"
             print(f"ffl-predict: error: the worker keeps dying ({name}); {advice}.", file=sys.stderr)
             return CHECK_FAILED
+
+        # again; carefully where it is the second time at this shard
         careful = shard if shard == crashed_at else None
         crashed_at = shard
         recovery.marker.trying(None)
@@ -124,6 +128,8 @@ def _in_child(run: Callable[[], int]) -> int:
     # Held back until both processes are ready for them: one that came in between would end the parent by itself.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
     child = os.fork()
+
+    # the child: works, and never returns from here
     if child == 0:
         code = CHECK_FAILED
         try:
@@ -141,6 +147,8 @@ def _in_child(run: Callable[[], int]) -> int:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
+
+    # the parent: waits
     os.close(reading)
 
     def forward(number: int, frame: FrameType | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -59,8 +60,6 @@ def fastest(bundle: Bundle, job: Job, cores: int) -> tuple[int, int]:
 
 def measured_rate(session: Session, bundle: Bundle, batch_size: int, streams: int, seconds: float = MEASURE_SECONDS) -> float:
     """-> images/s of `streams` concurrent callers, each with batches of seeded noise; the first batch is not timed."""
-    from concurrent.futures import ThreadPoolExecutor
-
     size = bundle.preprocessing
     batch = np.random.default_rng(0).integers(0, 256, (batch_size, size.height, size.width, 3), dtype=np.uint8)
 

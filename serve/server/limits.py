@@ -94,6 +94,7 @@ class Bodies:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
+        # what its headers say of it
         limit = self._limit_of(scope["path"])
         headers = Headers(scope=scope)
         announced = headers.get("content-length")
@@ -102,6 +103,8 @@ class Bodies:
             return await _too_large(limit)(scope, receive, send)
         if headers.get("content-encoding") not in (None, "identity"):
             return await Refused(415, "send the body without Content-Encoding")(scope, receive, send)
+
+        # while it arrives, and until it is answered
         body = _Body(self, receive, limit)
         started = False
 

@@ -111,6 +111,7 @@ def read_request(body: bytes, header_length: int | None, signature: Signature) -
     """
     if header_length is not None and not 0 <= header_length <= len(body):
         raise ProtocolError(f"{HEADER_LENGTH} is {header_length}, but the body has {len(body)} bytes")
+    # the JSON part
     view = memoryview(body)
     try:
         header = _decode_header(view if header_length is None else view[:header_length])
@@ -119,6 +120,8 @@ def read_request(body: bytes, header_length: int | None, signature: Signature) -
     except RecursionError as error:
         raise ProtocolError("the JSON part is nested too deeply") from error
     raw = view[header_length:] if header_length is not None else None
+
+    # the one input
     if len(header.inputs) != 1:
         raise ProtocolError(f"give exactly one input, {IMAGES!r} or {ENCODED!r}; this request has {len(header.inputs)}")
     tensor = header.inputs[0]
@@ -131,6 +134,8 @@ def read_request(body: bytes, header_length: int | None, signature: Signature) -
         encoded = _bytes_tensor(tensor, _raw_data(tensor, raw))
     else:
         raise ProtocolError(f"unknown input; {signature.name} takes {IMAGES!r} or {ENCODED!r}")
+
+    # the outputs asked for
     outputs = header.outputs or [RequestedOutput(name) for name in signature.outputs]
     for output in outputs:
         if output.name not in signature.outputs:

@@ -36,11 +36,13 @@ class Tracking:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
+        # who asks, and when
         metrics = self.service.metrics
         began = time.perf_counter()
         request_id = self._request_id(scope)
         status = 499  # nginx's number for a client that left before its answer
 
+        # the answer, on its way out
         async def tracked_send(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
@@ -50,6 +52,7 @@ class Tracking:
                     headers.append((b"connection", b"close"))
             await send(message)
 
+        # the request; whatever becomes of it is counted, and logged where somebody may have to know
         metrics.in_flight.inc()
         try:
             await self.app(scope, receive, tracked_send)
