@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ffl_deploy.errors import UsageError
 from ffl_deploy.data.splits import ArraySplit
+from ffl_deploy.errors import UsageError
 
 PATIENCE = 10.0  # seconds until a network that does not answer counts as none
 

@@ -13,9 +13,9 @@ import msgspec
 import numpy as np
 
 from ffl_deploy.data.folders import Cut, read_folder, unreadable
-from ffl_deploy.images import Preprocessing, prepare
-from ffl_deploy.host import available_memory
 from ffl_deploy.data.splits import ArraySplit, FileSplit, Problems, Split, read_readable, stratified
+from ffl_deploy.host import available_memory
+from ffl_deploy.images import Preprocessing, prepare
 
 __all__ = ["ArraySplit", "DataSpec", "FileSplit", "ImageData", "Split", "channel_statistics", "load_data", "stratified"]
 

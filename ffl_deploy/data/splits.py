@@ -12,8 +12,8 @@ from typing import TypeVar, overload
 import numpy as np
 
 from ffl_deploy.errors import CheckError, UsageError
-from ffl_deploy.images import ImageError, Pixels, Preprocessing, load, prepare
 from ffl_deploy.host import available_cores
+from ffl_deploy.images import ImageError, Pixels, Preprocessing, load, prepare
 
 Result = TypeVar("Result")
 Problems = dict[str, str]

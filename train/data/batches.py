@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ffl_deploy.data.datasets import ArraySplit, ImageData
-from train.data.augment import RandomCrops, mix, shrink, soften
 from train.config import DataOptions
+from train.data.augment import RandomCrops, mix, shrink, soften
 from train.distributed import World
 from train.randomness import generator
 

@@ -20,13 +20,13 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ffl_deploy.data.datasets import ImageData, Split
-from ffl_deploy.errors import CheckError
-from ffl_deploy.images import Pixels
-from ffl_deploy.host import available_cores
 from ffl_deploy.data.splits import UnreadableImage
+from ffl_deploy.errors import CheckError
+from ffl_deploy.host import available_cores
+from ffl_deploy.images import Pixels
+from train.config import DataOptions
 from train.data.augment import crop_one, draw_crops
 from train.data.batches import Batch, Finish, Plan, Shares, crop_padding, flips
-from train.config import DataOptions
 from train.randomness import derived_seed, generator
 
 View = Callable[[int, int], Pixels]

@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from ffl_deploy.data.datasets import DataSpec, load_data
-from ffl_deploy.errors import UsageError
 from ffl_deploy.data.folders import check_file, find_images, own_size
 from ffl_deploy.data.splits import Paths, UnreadableImage
+from ffl_deploy.errors import UsageError
 
 MakeFolder = Callable[..., Path]
 

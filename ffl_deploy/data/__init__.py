@@ -1,0 +1,1 @@
+"""Labelled images: where they come from, and their three splits. Deployment reads none of this."""
