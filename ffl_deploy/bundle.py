@@ -24,12 +24,15 @@ from ffl_deploy.files import replace_file, sha256_of, shown, write_json
 from ffl_deploy.images import Pixels, Preprocessing
 
 if TYPE_CHECKING:
+    from ffl_deploy.fastest import Choice
     from ffl_deploy.runtime import Session
 
 SCHEMA = 1
 MANIFEST = "bundle.json"
 GOLDEN = "golden.npz"
 DEFAULT_VARIANT = "fp32"
+AUTO = "auto"
+"""In place of a variant's name: the fastest one that holds its gate on this machine."""
 
 
 class InputTensor(msgspec.Struct, frozen=True):
@@ -163,7 +166,7 @@ class Bundle:
         variants = {variant.name: variant for variant in self.manifest.variants}
         wanted = name or (DEFAULT_VARIANT if DEFAULT_VARIANT in variants else next(iter(variants)))
         if wanted not in variants:
-            raise UsageError(f"{self.folder} has no variant {wanted!r}. {choices_sentence(wanted, list(variants))}")
+            raise UsageError(f"{self.folder} has no variant {wanted!r}. {choices_sentence(wanted, [*variants, AUTO])}")
         return variants[wanted]
 
     def checked_file(self, name: str) -> Path:
@@ -196,11 +199,36 @@ class Bundle:
             raise CheckError(f"{path} does not hold samples of this bundle ({found}); export the bundle again.")
         return samples
 
-    def session(self, variant: str | None = None, runtime: str | None = None, threads: int | None = None) -> Session:
-        """-> a new Session on `variant` (fp32) with `runtime` (the variant's own), using `threads` cores (all)."""
+    def session(
+        self, variant: str | None = None, runtime: str | None = None, threads: int | None = None, *, check: bool = True
+    ) -> Session:
+        """-> a new Session on `variant` (fp32) with `runtime` (the variant's own), using `threads` cores (all).
+
+        Before it is handed out it has given PyTorch's logits of the golden samples, now or, on this processor with this
+        runtime, earlier (`ffl_deploy.selfcheck`). variant: "auto" takes what `fastest` finds.
+
+        Args: check: False for callers who judge the session themselves, or ask it nothing but the time.
+        Raises UsageError (unknown or missing runtime, a file it does not read), CheckError (file changed, model refused,
+        answers that are not PyTorch's; the sentence names a variant that holds here).
+        """
         from ffl_deploy.runtime import open_session
 
-        return open_session(self, self.variant(variant), runtime=runtime, threads=threads)
+        if variant == AUTO:
+            choice = self.fastest(runtime, threads)
+            variant, runtime = choice.variant, choice.runtime
+        chosen = self.variant(variant)
+        session = open_session(self, chosen, runtime=runtime, threads=threads)
+        if check:
+            from ffl_deploy.selfcheck import require_golden
+
+            require_golden(self, chosen, session, threads)
+        return session
+
+    def fastest(self, runtime: str | None = None, threads: int | None = None, remembered: bool = True) -> Choice:
+        """-> the fastest variant that holds its gate on this machine, and why it is; `ffl_deploy.fastest` measures it once."""
+        from ffl_deploy.fastest import fastest
+
+        return fastest(self, runtime, threads, remembered)
 
     def predict(
         self,

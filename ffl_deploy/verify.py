@@ -17,9 +17,9 @@ from ffl_deploy.bundle import MANIFEST, Bundle, Variant, load_bundle
 from ffl_deploy.command import Parser, run_command
 from ffl_deploy.errors import DONE, CheckError, OtherMachine, UsageError
 from ffl_deploy.files import shown
-from ffl_deploy.parity import PARITY_GATES, ParityRecord, gate_precision, judge
+from ffl_deploy.parity import ParityRecord
 from ffl_deploy.runtime.onnx_wire import refuse_external_data
-from ffl_deploy.runtime.replay import golden_batches, measure
+from ffl_deploy.selfcheck import golden_record
 from ffl_deploy.signing import check_signature
 
 
@@ -52,11 +52,10 @@ def check_parity(bundle: Bundle, variant: Variant, runtime: str | None = None, t
 
     Raises UsageError where the runtime is unknown or not installed, CheckError where the model cannot be loaded or run.
     """
-    golden = bundle.golden()
-    session = bundle.session(variant.name, runtime, threads)
-    measured = measure(session.run, golden.images, golden.logits, golden_batches(len(golden.images)), bundle.temperature)
-    gate = PARITY_GATES[gate_precision(variant.precision.stored, session.computed or variant.precision.computed)]
-    return ParityRecord(gate, measured, judge(measured, gate))
+    session = bundle.session(variant.name, runtime, threads, check=False)
+    record = golden_record(bundle, variant, session)
+    session.close()
+    return record
 
 
 def verify(bundle: Bundle, variant: str | None = None, runtime: str | None = None) -> Iterator[str]:

@@ -50,7 +50,7 @@ class OnnxRuntimeSession(Session):
 
     def __init__(self, model: Path, variant: str, threads: int | None = None, runtime: str = "onnxruntime") -> None:
         ort, provider = import_onnxruntime(), require_provider(runtime)
-        self.runtime, self.variant = runtime, variant
+        self.runtime, self.variant, self.version = runtime, variant, f"{ort.__version__} {ort.get_build_info()}"
         self.device = provider.name.removesuffix("ExecutionProvider")
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or available_cores()

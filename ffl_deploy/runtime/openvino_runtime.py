@@ -30,7 +30,7 @@ class OpenVinoSession(Session):
 
     def __init__(self, model: Path, variant: str, threads: int | None = None, precision: str = "fp32") -> None:
         openvino = import_openvino()
-        self.variant = variant
+        self.variant, self.version = variant, openvino.__version__
         settings = {
             "INFERENCE_PRECISION_HINT": HINTS.get(precision, "f32"),
             "INFERENCE_NUM_THREADS": threads or available_cores(),

@@ -33,18 +33,23 @@ class Outputs(NamedTuple):
 class Session(ABC):
     """An open model. `run` may be called from several threads at once.
 
-    runtime: the name it was opened by; variant: of the bundle; computed: the precision that the processor computes in,
-    where the runtime can tell (None: not known, take the file's); device: what runs it, for people.
+    runtime: the name it was opened by; version: of the runtime, down to the build where it tells; variant: of the bundle;
+    computed: the precision that the processor computes in, where the runtime can tell (None: not known, take the file's);
+    device: what runs it, for people.
     """
 
     runtime: str
     variant: str
+    version: str = ""
     computed: str | None = None
     device: str = "CPU"
 
     @abstractmethod
     def run(self, images: np.ndarray) -> Outputs:
         """images: uint8 [n, height, width, 3] -> Outputs with n rows. Raises CheckError where the runtime fails."""
+
+    def close(self) -> None:  # noqa: B027  most runtimes have nothing to do
+        """Give back what only this session holds; it cannot be used afterwards."""
 
 
 def outputs_from(values: Mapping[str, np.ndarray]) -> Outputs:
@@ -63,13 +68,16 @@ class FixedBatchSession(Session):
 
     def __init__(self, session: Session, size: int) -> None:
         self.runtime, self.variant = session.runtime, session.variant
-        self.computed, self.device = session.computed, session.device
+        self.computed, self.device, self.version = session.computed, session.device, session.version
         self._session, self._size = session, size
 
     def run(self, images: np.ndarray) -> Outputs:
         return Outputs.joined(
             [self._run_padded(images[start : start + self._size]) for start in range(0, len(images), self._size)]
         )
+
+    def close(self) -> None:
+        self._session.close()
 
     def _run_padded(self, images: np.ndarray) -> Outputs:
         padding = np.zeros((self._size - len(images), *images.shape[1:]), images.dtype)

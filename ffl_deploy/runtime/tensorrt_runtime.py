@@ -54,6 +54,7 @@ class TensorRtSession(Session):
         self.variant = variant.name
         record = engine_record(variant)
         trt = import_tensorrt(record.flavour)
+        self.version = f"{record.flavour} {trt.__version__}"
         self._cuda = import_cuda()
         self.device = check_machine(record, str(trt.__version__), device_capability(self._cuda), model)
         self._logger = message_collector(trt)

@@ -1,0 +1,128 @@
+"""Before the first answer: does this very session give PyTorch's logits of the golden samples?
+
+`ffl-verify` judges an installation by the same function. A verdict that holds is remembered for the bundle, the file, the
+runtime, its threads, the gate and the processor (verdicts.py), so the next start costs nothing; one that does not is found
+anew each time, and ends in a sentence that names a variant which holds here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from ffl_deploy import verdicts
+from ffl_deploy.errors import CheckError, FflError
+from ffl_deploy.files import shown
+from ffl_deploy.parity import PARITY_GATES, ParityGate, ParityRecord, gate_precision, judge
+from ffl_deploy.processor import kernels
+from ffl_deploy.runtime import Session, available_cores
+from ffl_deploy.runtime.replay import golden_batches, measure
+
+if TYPE_CHECKING:
+    from ffl_deploy.bundle import Bundle, Variant
+
+VERSION = 1
+"""Of what is compared and how; another number makes every remembered verdict ask again. The gates are part of the question."""
+
+
+def golden_record(bundle: Bundle, variant: Variant, session: Session, batches: Sequence[int] | None = None) -> ParityRecord:
+    """Run the golden samples through `session`; -> metrics and verdict by the gate of the variant's precision.
+
+    Args: batches: sizes to run at (1, 7 and all).
+    Raises CheckError where the samples are damaged, or the session cannot run them.
+    """
+    golden = bundle.golden()
+    sizes = golden_batches(len(golden.images)) if batches is None else batches
+    measured = measure(session.run, golden.images, golden.logits, sizes, bundle.temperature)
+    gate = gate_of(variant, session)
+    return ParityRecord(gate, measured, judge(measured, gate))
+
+
+def gate_of(variant: Variant, session: Session) -> ParityGate:
+    return PARITY_GATES[gate_precision(variant.precision.stored, session.computed or variant.precision.computed)]
+
+
+def require_golden(bundle: Bundle, variant: Variant, session: Session, threads: int | None = None) -> None:
+    """Let `session`, opened on `variant` with `threads`, answer. Raises CheckError where its golden answers are not PyTorch's."""
+    broken = broken_gate(bundle, variant, session, threads)
+    if broken:
+        session.close()
+        raise refusal(bundle, variant, session.runtime, broken, threads)
+
+
+def broken_gate(bundle: Bundle, variant: Variant, session: Session, threads: int | None = None) -> str:
+    """-> what of the gate `session` breaks, in words; "" where it holds, by a remembered verdict or by running the samples.
+
+    Raises CheckError where the samples are damaged.
+    """
+    question = _question(bundle, variant, session, threads)
+    if question is not None and verdicts.recall(question) == "passed":
+        return ""
+    bundle.golden()  # damaged samples are the bundle's fault, and no other variant helps
+    try:
+        record = golden_record(bundle, variant, session)
+    except CheckError as error:
+        return str(error).rstrip(".")
+    if question is not None and not record.verdict.failed:
+        verdicts.remember(question, record.verdict.status)
+    return reason(record)
+
+
+def reason(record: ParityRecord) -> str:
+    """-> each metric that broke its gate, as found with most images; "" where none did."""
+    last = {finding.metric: finding for finding in record.verdict.findings}
+    return "; ".join(f"{name} {finding.measured:.3g}, gate {finding.limit:g}" for name, finding in last.items())
+
+
+def refusal(bundle: Bundle, variant: Variant, runtime: str, broken: str, threads: int | None = None) -> CheckError:
+    """-> the sentence for a variant that does not hold here, with what to use in its place."""
+    where = "processor" if runtime in ("onnxruntime", "openvino") else "machine"
+    holding = next(_holding(bundle, variant, runtime, threads), "")
+    advice = (
+        f"use {holding}, which holds here."
+        if holding
+        else "no variant of it holds here: export it again with ffl-export, or use another machine."
+    )
+    return CheckError(
+        f"variant {variant.name} of {shown(bundle.folder)} does not give PyTorch's logits on this {where} with {runtime} "
+        f"({broken}); {advice}"
+    )
+
+
+def _holding(bundle: Bundle, refused: Variant, runtime: str, threads: int | None) -> Iterator[str]:
+    """Yield the flags of what holds here: on the same runtime first, then on the variants' own, smaller files before larger."""
+    others = sorted(bundle.manifest.variants, key=lambda variant: variant.bytes)
+    tries = [(variant, runtime) for variant in others] + [(variant, variant.runtime) for variant in others]
+    for variant, name in dict.fromkeys((variant.name, name) for variant, name in tries):
+        if (variant, name) == (refused.name, runtime):
+            continue
+        candidate = bundle.variant(variant)
+        try:
+            session = bundle.session(variant, name, threads, check=False)
+        except FflError:  # not installed, another machine's engine, a file that this runtime does not read
+            continue
+        broken = broken_gate(bundle, candidate, session, threads)
+        session.close()
+        if not broken:
+            yield f"--variant {variant}" + (f" --runtime {name}" if name != candidate.runtime or variant == refused.name else "")
+
+
+def _question(bundle: Bundle, variant: Variant, session: Session, threads: int | None) -> dict[str, Any] | None:
+    """-> everything that a session's golden answers depend on; None where that is not known."""
+    described = kernels(session.runtime)
+    if described is None or not session.version:
+        return None
+    return {
+        "asks": "golden samples",
+        "check": VERSION,
+        "bundle": bundle.sha256,
+        "variant": variant.name,
+        "file": variant.sha256,
+        "runtime": [session.runtime, session.version, session.device],
+        "computed": session.computed,
+        "threads": threads or available_cores(),
+        "gate": msgspec.to_builtins(gate_of(variant, session)),
+        "processor": described,
+    }
