@@ -18,9 +18,10 @@ import numpy as np
 from ffl_deploy import selfcheck, verdicts
 from ffl_deploy.errors import CheckError, OtherMachine, UsageError
 from ffl_deploy.files import shown
+from ffl_deploy.host import available_cores
 from ffl_deploy.parity import PARITY_GATES, PRECISIONS
 from ffl_deploy.processor import kernels, nvidia
-from ffl_deploy.runtime import RUNTIMES, Session, available_cores
+from ffl_deploy.runtime import RUNTIMES, Session
 
 if TYPE_CHECKING:
     from ffl_deploy.bundle import Bundle, Variant

@@ -15,9 +15,10 @@ import msgspec
 from ffl_deploy import verdicts
 from ffl_deploy.errors import CheckError, FflError
 from ffl_deploy.files import shown
+from ffl_deploy.host import available_cores
 from ffl_deploy.parity import PARITY_GATES, ParityGate, ParityRecord, gate_precision, judge
 from ffl_deploy.processor import kernels
-from ffl_deploy.runtime import Session, available_cores
+from ffl_deploy.runtime import Session
 from ffl_deploy.runtime.replay import golden_batches, measure
 
 if TYPE_CHECKING:
@@ -44,25 +45,33 @@ def gate_of(variant: Variant, session: Session) -> ParityGate:
     return PARITY_GATES[gate_precision(variant.precision.stored, session.computed or variant.precision.computed)]
 
 
-def require_golden(bundle: Bundle, variant: Variant, session: Session, threads: int | None = None) -> None:
-    """Let `session`, opened on `variant` with `threads`, answer. Raises CheckError where its golden answers are not PyTorch's."""
-    broken = broken_gate(bundle, variant, session, threads)
+def require_golden(
+    bundle: Bundle, variant: Variant, session: Session, threads: int | None = None, batches: Sequence[int] | None = None
+) -> None:
+    """Let `session`, opened on `variant` with `threads`, answer; else close it. Arguments: as for `broken_gate`.
+
+    Raises CheckError where its golden answers are not PyTorch's; the sentence names a variant that holds here.
+    """
+    broken = broken_gate(bundle, variant, session, threads, batches)
     if broken:
         session.close()
         raise refusal(bundle, variant, session.runtime, broken, threads)
 
 
-def broken_gate(bundle: Bundle, variant: Variant, session: Session, threads: int | None = None) -> str:
+def broken_gate(
+    bundle: Bundle, variant: Variant, session: Session, threads: int | None = None, batches: Sequence[int] | None = None
+) -> str:
     """-> what of the gate `session` breaks, in words; "" where it holds, by a remembered verdict or by running the samples.
 
+    Args: batches: sizes to run the samples at, now and whatever is remembered: a server's, which are its warm-up too.
     Raises CheckError where the samples are damaged.
     """
-    question = _question(bundle, variant, session, threads)
+    question = _question(bundle, variant, session, threads) if batches is None else None
     if question is not None and verdicts.recall(question) == "passed":
         return ""
     bundle.golden()  # damaged samples are the bundle's fault, and no other variant helps
     try:
-        record = golden_record(bundle, variant, session)
+        record = golden_record(bundle, variant, session, batches)
     except CheckError as error:
         return str(error).rstrip(".")
     if question is not None and not record.verdict.failed:

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from ffl_deploy.bundle import MANIFEST, Bundle, Variant, load_bundle
+from ffl_deploy.bundle import AUTO, MANIFEST, Bundle, Variant, load_bundle
 from ffl_deploy.command import Parser, run_command
 from ffl_deploy.errors import DONE, CheckError, OtherMachine, UsageError
 from ffl_deploy.files import shown
 from ffl_deploy.parity import ParityRecord
 from ffl_deploy.runtime.onnx_wire import refuse_external_data
-from ffl_deploy.selfcheck import golden_record
+from ffl_deploy.selfcheck import golden_record, reason, refusal
 from ffl_deploy.signing import check_signature
 
 
@@ -61,10 +61,16 @@ def check_parity(bundle: Bundle, variant: Variant, runtime: str | None = None, t
 def verify(bundle: Bundle, variant: str | None = None, runtime: str | None = None) -> Iterator[str]:
     """Verify a bundle, yielding one line per check. Without `variant`, every variant that this machine can run.
 
+    With "auto" every one is run and timed too, and the fastest that holds is verified.
+
     Raises CheckError at the first check that does not hold, UsageError where nothing could be run.
     """
     count = check_files(bundle)
     yield f"{shown(bundle.folder)}: schema {bundle.manifest.schema}, target {bundle.manifest.target}, {count} files as exported"
+    if variant == AUTO:
+        choice = bundle.fastest(runtime, remembered=False)
+        variant, runtime = choice.variant, choice.runtime
+        yield f"auto: {choice.why}"
     verified, missing = 0, ""
     for candidate in [bundle.variant(variant)] if variant else bundle.manifest.variants:
         name = runtime or candidate.runtime
@@ -77,11 +83,7 @@ def verify(bundle: Bundle, variant: str | None = None, runtime: str | None = Non
             yield f"{candidate.name}: not run: {missing}"
             continue
         if record.verdict.failed:
-            found = "; ".join(str(finding) for finding in record.verdict.findings)
-            raise CheckError(
-                f"variant {candidate.name} of {shown(bundle.folder)} does not give PyTorch's logits on {name} ({found}); "
-                "use another runtime or variant on this machine, or export the bundle again."
-            )
+            raise refusal(bundle, candidate, name, reason(record))
         verified += 1
         yield f"{candidate.name} on {name}: {summary(record)}"
     if not verified:
@@ -104,7 +106,7 @@ def main(argv: Sequence[str]) -> int:
         prog="ffl-verify", description="Check a bundle: schema, every hash, and the golden samples on this machine's runtime."
     )
     parser.add_argument("bundle", metavar="BUNDLE", help="the folder that ffl-export wrote (it holds bundle.json)")
-    parser.add_argument("--variant", metavar="NAME", help="one variant (default: all whose runtime is installed)")
+    parser.add_argument("--variant", metavar="NAME", help="one variant, or auto: the fastest that holds here (default: all)")
     parser.add_argument("--runtime", metavar="NAME", help="run it on this runtime: onnxruntime, openvino, tensorrt, ...")
     parser.add_argument("--public-key", type=Path, metavar="PEM", help="also check the bundle's signature (BUNDLE.sig)")
     arguments = parser.parse_args(argv)

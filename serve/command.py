@@ -27,7 +27,9 @@ def parse_arguments(argv: Sequence[str], program: str = "ffl-serve") -> Settings
     parser.add_argument("--port", type=int, default=7860, help="0 takes any free port (default: 7860)")
 
     # how it is computed
-    parser.add_argument("--variant", help="variant of every bundle, such as int8 (default: fp32)")
+    parser.add_argument(
+        "--variant", help="variant of every bundle, such as int8; auto: each one's fastest that holds here (default: fp32)"
+    )
     parser.add_argument("--runtime", choices=sorted(RUNTIMES), help="default: the one that the variant was verified with")
     parser.add_argument("--threads", type=positive, help="threads of one run (default: the cores, shared among the workers)")
     parser.add_argument(

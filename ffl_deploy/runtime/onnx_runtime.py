@@ -50,7 +50,7 @@ class OnnxRuntimeSession(Session):
 
     def __init__(self, model: Path, variant: str, threads: int | None = None, runtime: str = "onnxruntime") -> None:
         ort, provider = import_onnxruntime(), require_provider(runtime)
-        self.runtime, self.variant, self.version = runtime, variant, f"{ort.__version__} {ort.get_build_info()}"
+        self.runtime, self.variant = runtime, variant
         self.device = provider.name.removesuffix("ExecutionProvider")
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or available_cores()
@@ -69,6 +69,7 @@ class OnnxRuntimeSession(Session):
                 f"ONNX Runtime could not start {provider.name} and fell back to {chosen}; check the GPU's driver, CUDA and "
                 f"{'TensorRT' if 'Tensorrt' in provider.name else 'cuDNN'} libraries, or use --runtime onnxruntime."
             )
+        self.version = f"{ort.__version__} {ort.get_build_info()}"
         self._outputs = [output.name for output in self._session.get_outputs()]
 
     def run(self, images: np.ndarray) -> Outputs:

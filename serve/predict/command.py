@@ -30,7 +30,9 @@ def build_parser() -> Parser:
     parser.add_argument("inputs", metavar="INPUT", nargs="+", help="what to classify")
     parser.add_argument("--out", metavar="FILE", type=Path, help="where the rows go; the suffix chooses the format")
     parser.add_argument("--format", choices=("parquet", "jsonl", "csv"), help="default: by the suffix of FILE, else parquet")
-    parser.add_argument("--variant", metavar="NAME", help="of the bundle (default: fp32)")
+    parser.add_argument(
+        "--variant", metavar="NAME", help="of the bundle; auto: the fastest that holds on this machine (default: fp32)"
+    )
     parser.add_argument("--runtime", metavar="NAME", help="onnxruntime, openvino or tensorrt (default: the variant's own)")
     parser.add_argument("--top-k", type=positive, default=5, metavar="K", help="labels per row (default: 5)")
     parser.add_argument("--logits", action="store_true", help="add the column logits")
@@ -105,6 +107,7 @@ def run(arguments: argparse.Namespace, out: Path, recovery: Recovery) -> int:
         resume=arguments.resume,
         engine=arguments.engine,
         recovery=recovery,
+        quiet=arguments.quiet,
         display="quiet" if arguments.quiet or not arguments.out else "json" if arguments.json else "screen",
     )
     try:

@@ -34,6 +34,7 @@ class Job:
     resume: bool = False
     engine: Literal["local", "ray"] = "local"
     display: Display = "screen"
+    quiet: bool = False  # no remarks on standard error
     recovery: Recovery = field(default_factory=Recovery)
 
 

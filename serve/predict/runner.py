@@ -6,17 +6,20 @@ import errno
 import itertools
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from ffl_deploy.bundle import Bundle, load_bundle
+from ffl_deploy.bundle import AUTO, Bundle, load_bundle
 from ffl_deploy.errors import CheckError, Interrupted, UsageError
 from serve.inputs.items import Item, displayed
 from serve.inputs.sources import Reading, check_inputs, count_inputs, is_pattern, matches, read_inputs
@@ -25,10 +28,13 @@ from serve.predict import local
 from serve.predict.job import Job, PredictRun
 from serve.predict.labelled_report import make_report, report_path, report_screen, write_report
 from serve.predict.progress import Progress
-from serve.predict.shards import PredictRequest, ShardsFolder, open_shards, shards_folder
+from serve.predict.shards import MANIFEST, PredictRequest, ShardsFolder, open_shards, shards_folder
 from serve.predict.summary import Summary, Totals, screen, summarise, summary_path, write_summary
 from serve.predict.tuning import SMALL_RUN, choose_settings
 from serve.rows import assemble, format_of
+
+if TYPE_CHECKING:
+    from ffl_deploy.fastest import Choice
 
 
 def run_job(job: Job) -> int:
@@ -39,13 +45,18 @@ def run_job(job: Job) -> int:
     # the bundle, and whether there is anything to do
     check_output(job)
     bundle = load_bundle(job.bundle)
+    finished = job.resume and not shards_folder(job.out).exists() and job.out.is_file()
+    reading = Reading(frozenset(bundle.classes), job.column, job.label_column, job.follow_links)
+    if not finished:
+        check_inputs(job.inputs, reading)
+    choice = None
+    if job.variant == AUTO:
+        job, choice = with_fastest(job, bundle)
     request = make_request(job, bundle)
-    if job.resume and not shards_folder(job.out).exists() and job.out.is_file():
+    if finished:
         return _already_finished(job, request)
 
     # the inputs
-    reading = Reading(frozenset(bundle.classes), job.column, job.label_column, job.follow_links)
-    check_inputs(job.inputs, reading)
     first, items = peek(read_inputs(job.inputs, reading), SMALL_RUN)
     if not first:
         found = f" (skipped: {reading.skipped})" if reading.skipped.reasons else ""
@@ -67,6 +78,8 @@ def run_job(job: Job) -> int:
         # one file of all shards, what it amounts to, and only then the shards may go
         assemble((shards.data_path(index) for index in range(totals.shards)), job.out, request.format, job.columns)
         summary = summarise(totals, shards.manifest, job.out, reading.skipped, time.perf_counter() - started)
+        if choice is not None:
+            summary.auto = choice
         report = make_report(totals.labelled, bundle.classes, min(job.top_k, len(bundle.classes)))
         if report.labelled_rows:
             write_report(job.out, report, totals.labelled, bundle.classes)
@@ -79,6 +92,28 @@ def run_job(job: Job) -> int:
     elif job.display == "screen":
         print(screen(summary), *([report_screen(report)] if report.labelled_rows else []), sep="\n")
     return totals.errors
+
+
+def with_fastest(job: Job, bundle: Bundle) -> tuple[Job, Choice | None]:
+    """-> the job with the variant and runtime that `auto` stands for, and how they were found; a resume keeps its run's."""
+    earlier = _earlier_request(job.out) if job.resume or job.recovery.restarted else None
+    if earlier is not None and earlier.bundle_sha256 == bundle.sha256:
+        return replace(job, variant=earlier.variant, runtime=job.runtime or earlier.runtime), None
+    choice = bundle.fastest(job.runtime, job.threads)
+    if job.display == "json":
+        event = {"event": "variant", "variant": choice.variant, "runtime": choice.runtime, "why": choice.why}
+        print(msgspec.json.encode(event).decode(), file=sys.stderr)
+    elif not job.quiet:
+        print(f"ffl-predict: {choice.why}", file=sys.stderr)
+    return replace(job, variant=choice.variant, runtime=choice.runtime), choice
+
+
+def _earlier_request(out: Path) -> PredictRequest | None:
+    """-> what the unfinished or the finished run of `out` was asked for, None where that cannot be read."""
+    for path in (shards_folder(out) / MANIFEST, summary_path(out)):
+        with suppress(OSError, msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError, KeyError, TypeError):
+            return msgspec.convert(msgspec.json.decode(path.read_bytes())["request"], PredictRequest)
+    return None
 
 
 def check_output(job: Job) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from ffl_deploy.fastest import Choice
 from ffl_deploy.files import write_json
 from serve.inputs.items import Skipped, displayed
 from serve.pipeline import WorkSettings
@@ -106,6 +107,7 @@ class Summary(msgspec.Struct):
     skipped: dict[str, int]  # what folders and archives held that is no input
     request: PredictRequest
     settings: WorkSettings
+    auto: Choice | msgspec.UnsetType = msgspec.UNSET  # what --variant auto came to, if this session asked for it
     labelled: LabelledNumbers | msgspec.UnsetType = msgspec.UNSET  # absent unless some inputs have a label
 
 

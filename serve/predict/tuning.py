@@ -48,7 +48,7 @@ def fastest(bundle: Bundle, job: Job, cores: int) -> tuple[int, int]:
     """
     best, best_rate = (job.batch_size or SMALL_BATCH, 1), 0.0
     for streams in dict.fromkeys((1, cores)):
-        session = bundle.session(job.variant, job.runtime, threads=cores // streams)
+        session = bundle.session(job.variant, job.runtime, threads=cores // streams, check=False)  # only its time is asked
         for batch_size in (job.batch_size,) if job.batch_size else BATCH_SIZES:
             if batch_size > best_rate * 2 * MEASURE_SECONDS > 0:  # so slow a model gains nothing by more images at once
                 continue

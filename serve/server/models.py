@@ -11,14 +11,12 @@ from typing import TypeVar
 
 import numpy as np
 
-from ffl_deploy.bundle import Bundle, Variant, load_bundle
-from ffl_deploy.errors import CheckError, UsageError
-from ffl_deploy.files import shown
+from ffl_deploy.bundle import AUTO, Bundle, Variant, load_bundle
+from ffl_deploy.errors import UsageError
 from ffl_deploy.host import available_cores
 from ffl_deploy.images import Decoded, Pixels, decode, prepare
-from ffl_deploy.parity import PARITY_GATES, gate_precision, judge
 from ffl_deploy.runtime import Outputs, Session
-from ffl_deploy.runtime.replay import measure
+from ffl_deploy.selfcheck import require_golden
 from ffl_deploy.verify import check_files
 from serve.server.batcher import MicroBatcher, Overloaded
 from serve.server.protocol import Signature
@@ -44,6 +42,7 @@ class ServedModel:
     session: Session
     batcher: MicroBatcher
     signature: Signature
+    why: str = ""  # this variant, where the machine chose it
 
     async def infer(self, images: np.ndarray) -> Outputs:
         """uint8 [n, height, width, 3] -> Outputs. Raises NonFinite, Overloaded."""
@@ -96,7 +95,9 @@ def check_specs(specs: Iterable[ModelSpec]) -> None:
     """Refuse unusable bundles before a port is opened: manifests, variants, names. Raises UsageError, CheckError."""
     names: set[str] = set()
     for spec in specs:
-        load_bundle(spec.folder).variant(spec.variant)
+        bundle = load_bundle(spec.folder)
+        if spec.variant != AUTO:
+            bundle.variant(spec.variant)
         if spec.name in names:
             raise UsageError(f"two bundles are called {spec.name!r}; rename one: OTHER={spec.folder}")
         names.add(spec.name)
@@ -108,12 +109,13 @@ def open_model(spec: ModelSpec, settings: Settings, observe: ObserveBatch) -> Se
     Raises CheckError, UsageError.
     """
     bundle = load_bundle(spec.folder)
-    variant = bundle.variant(spec.variant)
     check_files(bundle)
     workers = min(settings.workers, available_cores())
     threads = settings.threads or max(1, available_cores() // workers)
-    session = bundle.session(variant.name, settings.runtime, threads)
-    outputs = verify(bundle, variant, session, settings.max_batch)
+    choice = bundle.fastest(settings.runtime, threads) if spec.variant == AUTO else None
+    variant = bundle.variant(choice.variant if choice else spec.variant)
+    session = bundle.session(variant.name, choice.runtime if choice else settings.runtime, threads, check=False)
+    outputs = verify(bundle, variant, session, settings.max_batch, threads)
     preprocessing = bundle.preprocessing
     shapes = {name: values.shape[1:] for name, values in outputs._asdict().items() if values is not None}
     signature = Signature(
@@ -133,23 +135,16 @@ def open_model(spec: ModelSpec, settings: Settings, observe: ObserveBatch) -> Se
         observe=lambda images, seconds: observe(spec.name, images, seconds),
         name=spec.name,
     )
-    return ServedModel(spec.name, bundle, variant, session, batcher, signature)
+    return ServedModel(spec.name, bundle, variant, session, batcher, signature, choice.why if choice else "")
 
 
-def verify(bundle: Bundle, variant: Variant, session: Session, max_batch: int) -> Outputs:
+def verify(bundle: Bundle, variant: Variant, session: Session, max_batch: int, threads: int | None = None) -> Outputs:
     """Compare the session with the golden samples by the gate of the variant's precision; -> its outputs for the first one.
 
     It also is the warm-up: the largest and the smallest batch have run before the first request. Raises CheckError.
     """
-    golden = bundle.golden()
-    gate = PARITY_GATES[gate_precision(variant.precision.stored, session.computed or variant.precision.computed)]
-    verdict = judge(measure(session.run, golden.images, golden.logits, [1, max_batch], bundle.temperature), gate)
-    if verdict.failed:
-        found = "; ".join(map(str, verdict.findings))
-        raise CheckError(
-            f"{shown(bundle.folder)} does not give its golden answers here ({found}); run ffl-verify, or export it again."
-        )
-    return session.run(golden.images[:1])
+    require_golden(bundle, variant, session, threads, batches=[1, max_batch])
+    return session.run(bundle.golden().images[:1])
 
 
 async def timed_infer(model: ServedModel, images: np.ndarray) -> tuple[Outputs, float]:

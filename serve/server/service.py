@@ -44,7 +44,8 @@ class Service:
             self.metrics.watch_queue(spec.name, lambda batcher=model.batcher: batcher.waiting_images)  # type: ignore[misc]
             identity = {"variant": model.variant.name, "runtime": model.session.runtime, "bundle_sha256": model.bundle.sha256}
             self.metrics.model_info.labels(spec.name).info(identity)
-            self.log.info("model verified", extra={"model": spec.name, "folder": str(spec.folder), **identity})
+            chosen = {"why": model.why} if model.why else {}
+            self.log.info("model verified", extra={"model": spec.name, "folder": str(spec.folder), **identity, **chosen})
 
     def become(self, phase: Phase) -> None:
         """Enter `phase`, never going back: a draining server does not become ready again."""

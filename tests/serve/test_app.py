@@ -444,5 +444,5 @@ def test_a_bundle_whose_golden_answers_differ_is_refused(make_bundle: Callable[.
     from serve.server.models import verify
 
     bundle, other = make_bundle(tmp_path / "a"), make_bundle(tmp_path / "b", seed=3)
-    with pytest.raises(CheckError, match="golden answers"):
+    with pytest.raises(CheckError, match=r"variant fp32 of .* does not give PyTorch.s logits on this processor with onnxruntime"):
         verify(bundle, bundle.variant(), other.session(), 4)
