@@ -45,6 +45,7 @@ def make_bundle(
     cam: bool = False,
     gray: bool = False,
     variants: Sequence[str] = ("fp32",),
+    wrong: Sequence[str] = (),
     resize: str = "stretch",
     crop_fraction: float = 1.0,
     golden_count: int = 4,
@@ -59,19 +60,25 @@ def make_bundle(
         cam: the graph also gives `cam`, float32 [batch, size / 2, size / 2]: the mean of the feature maps.
         gray: the golden images are light strokes on black, as digits are.
         variants: names; each is the same fp32 graph in a file of its own.
+        wrong: of them, those whose file holds other weights: every hash is right, the answers are not.
     """
     folder.mkdir(parents=True, exist_ok=True)
     files = {name: "model.onnx" if name == "fp32" else f"model.{name}.onnx" for name in variants}
-    model = build_model(size, len(classes), seed=seed, nonfinite_above=nonfinite_above, embedding=embedding, cam=cam)
-    for file in files.values():
-        onnx.save(model, folder / file)
+    model, other = (
+        build_model(size, len(classes), seed=weights, nonfinite_above=nonfinite_above, embedding=embedding, cam=cam)
+        for weights in (seed, seed + 1)
+    )
+    for name, file in files.items():
+        onnx.save(other if name in wrong else model, folder / file)
     rng = np.random.default_rng(seed)
     images = rng.integers(0, 256, (golden_count, size, size, 3), dtype=np.uint8)
     if gray:
         images[:] = 0
         images[:, 1:-1, size // 3 : size // 2] = rng.integers(180, 256, (golden_count, 1, 1, 1), dtype=np.uint8)
     labels = np.arange(golden_count, dtype=np.int64) % len(classes)
-    np.savez(folder / "golden.npz", images=images, labels=labels, logits=_run(folder / next(iter(files.values())), images))
+    onnx.save(model, folder / "golden.onnx")
+    np.savez(folder / "golden.npz", images=images, labels=labels, logits=_run(folder / "golden.onnx", images))
+    (folder / "golden.onnx").unlink()
     (folder / "README.md").write_text("# A bundle for tests\n")
     records: dict[str, FileRecord] = file_records(folder)
     outputs = [

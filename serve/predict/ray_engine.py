@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import warnings
 from collections.abc import Iterator
 from functools import partial
@@ -16,7 +17,7 @@ from typing import Any
 import msgspec
 
 from ffl_deploy.bundle import load_bundle
-from ffl_deploy.errors import CheckError, UsageError
+from ffl_deploy.errors import UNUSABLE_INPUT, CheckError, FflError, UsageError
 from ffl_deploy.images import ImageError
 from serve.inputs.items import Item, read_file, refuse
 from serve.pipeline import Classifier, chunks, run_pipeline
@@ -31,19 +32,28 @@ RETRIES = 2  # of a shard whose actor died; Ray Data's own default is to try for
 
 
 class ShardMaker:
-    """An actor: opens the bundle once, then makes shards."""
+    """An actor: opens the bundle once, which checks it on this node, then makes shards.
+
+    What the bundle is refused for travels back as data: Ray would try a constructor that fails again, and hand on its traceback.
+    """
 
     def __init__(self, bundle: str, variant: str | None, runtime: str | None, manifest: bytes) -> None:
         self.manifest = msgspec.json.decode(manifest, type=ShardsManifest)
         request, settings = self.manifest.request, self.manifest.settings
-        self.bundle = load_bundle(bundle)
-        if self.bundle.sha256 != request.bundle_sha256:
-            raise CheckError(f"{bundle} is another bundle on this node; give every node the same files.")
-        session = self.bundle.session(variant, runtime, threads=settings.threads)
-        self.classifier = Classifier(session, self.bundle.classes, request.top_k, request.columns)
+        self.refused: Refused | None = None
+        try:
+            self.bundle = load_bundle(bundle)
+            if self.bundle.sha256 != request.bundle_sha256:
+                raise CheckError(f"{bundle} is another bundle on this node; give every node the same files.")
+            session = self.bundle.session(variant, runtime, threads=settings.threads)
+            self.classifier = Classifier(session, self.bundle.classes, request.top_k, request.columns)
+        except FflError as error:
+            self.refused = Refused(f"worker on {platform.node()}: {error}", error.exit_code)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-        """batch: one shard, as `described` gives it -> its index, bytes, record and timings."""
+        """batch: one shard, as `described` gives it -> its index, bytes, record and timings, or why there are none."""
+        if self.refused is not None:
+            return {"made": [msgspec.msgpack.encode(self.refused)]}
         settings = self.manifest.settings
         index, items = int(batch["index"][0]), msgspec.json.decode(batch["items"][0], type=list[PlainItem])
         rows: list[Row] = []
@@ -72,7 +82,14 @@ class PlainItem(msgspec.Struct, frozen=True, array_like=True):
     message: str = ""
 
 
-class MadeShard(msgspec.Struct, frozen=True, array_like=True):
+class Refused(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """What an actor sends back where the bundle must not answer on its node."""
+
+    message: str
+    exit_code: int
+
+
+class MadeShard(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """What an actor sends back for a shard."""
 
     index: int
@@ -156,7 +173,7 @@ def start_ray() -> Any:
 
 
 def mapped(ray: Any, window: list[dict[str, Any]], run: PredictRun) -> Iterator[MadeShard]:
-    """Yield the shards of `window`, made, in order."""
+    """Yield the shards of `window`, made, in order. Raises CheckError, UsageError where a node must not make any."""
     settings, job = run.shards.manifest.settings, run.job
     cores = settings.threads * settings.streams
     actors = max(1, min(len(window), int(ray.cluster_resources().get("CPU", 1)) // cores))
@@ -171,7 +188,10 @@ def mapped(ray: Any, window: list[dict[str, Any]], run: PredictRun) -> Iterator[
             ray_remote_args_fn=lambda: {"max_restarts": -1, "max_task_retries": RETRIES},
         )
     for batch in dataset.iter_batches(batch_size=1, prefetch_batches=0):
-        yield msgspec.msgpack.decode(batch["made"][0], type=MadeShard)
+        answer: MadeShard | Refused = msgspec.msgpack.decode(batch["made"][0], type=MadeShard | Refused)
+        if isinstance(answer, Refused):
+            raise (UsageError if answer.exit_code == UNUSABLE_INPUT else CheckError)(answer.message)
+        yield answer
 
 
 def constructor_arguments(job: Job, run: PredictRun) -> tuple[Any, ...]:

@@ -250,15 +250,20 @@ sys.exit(code)
     assert (run.returncode, run.stdout.strip()) == (0, "[]"), run.stderr
 
 
-def test_no_file_appears_outside_the_output_folder(folder: Path, tiny_bundle: Bundle, tmp_path: Path) -> None:
+def test_no_file_appears_outside_the_output_folder_but_the_verdict(folder: Path, tiny_bundle: Bundle, tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()
     environment = {"HOME": str(home), "PATH": "/usr/bin:/bin", "TMPDIR": str(home), "PYTHONPATH": str(ROOT)}
     arguments = [tiny_bundle.folder, folder, "--out", tmp_path / "new" / "x.jsonl"]
     before = sorted(tmp_path.rglob("*"))
     subprocess.run([sys.executable, "-m", "serve.predict", *map(str, arguments)], env=environment, check=True, cwd=home)
+    (verdict,) = (home / ".cache/ffl-deploy/verdicts").iterdir()
     after = sorted(tmp_path.rglob("*"))
     assert [str(path.relative_to(tmp_path)) for path in after if path not in before] == [
+        "home/.cache",
+        "home/.cache/ffl-deploy",
+        "home/.cache/ffl-deploy/verdicts",
+        f"home/.cache/ffl-deploy/verdicts/{verdict.name}",
         "new",
         "new/x.jsonl",
         "new/x.jsonl.summary.json",
