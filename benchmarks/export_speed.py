@@ -24,7 +24,7 @@ import torch
 from export.check.latency import machine_name
 from export.write.half import write_half
 from export.write.onnx_graph import DeployedModel, GraphOptions, write_onnx
-from export.write.quantize import Held, quantise
+from export.write.quantize import Held, quantize
 from export.write.tensorrt_engine import EngineOptions, build_engine
 from ffl_deploy.host import available_cores
 from ffl_deploy.networks.mutual import MutualNetwork, NetworkConfig
@@ -51,7 +51,7 @@ def build(folder: Path, branches: tuple[str, ...], classes: int, size: int) -> t
     write_half(folder / "model.onnx", folder / "model.bf16.onnx", "bf16")
     with torch.inference_mode():
         logits = model(torch.from_numpy(images))[0].numpy()
-    quantise(folder / "model.onnx", folder, images, Held(images[:64], logits[:64]), Held(images[:64], logits[:64]))
+    quantize(folder / "model.onnx", folder, images, Held(images[:64], logits[:64]), Held(images[:64], logits[:64]))
     return model, network, images
 
 

@@ -19,7 +19,7 @@ from export.check.localize import first_difference
 from export.computed import computed_precision
 from export.write.half import write_half
 from export.write.onnx_graph import DeployedModel, GraphOptions, write_onnx
-from export.write.quantize import Held, quantise
+from export.write.quantize import Held, quantize
 from export.write.ranges import IMAGES
 from export.write.tensorrt_engine import EngineOptions, build_engine
 from ffl_deploy.bundle import DEFAULT_VARIANT, GoldenSamples, Precision, Variant
@@ -132,7 +132,7 @@ def write_files(folder: Path, context: TargetContext, options: VariantOptions) -
             rows = class_balanced(validation.labels, VALIDATION_IMAGES)
             held = Held(validation.read(rows), evaluation.validation_logits[context.name][rows])
             golden = Held(context.golden.images, context.golden.logits)
-            forms = quantise(source, folder, evaluation.calibration_images(IMAGES), held, golden, options.graph.batch)
+            forms = quantize(source, folder, evaluation.calibration_images(IMAGES), held, golden, options.graph.batch)
             # Each form has its runtimes: TensorRT refuses the zero points of the CPU's, also behind ONNX Runtime.
             through_tensorrt = tuple(name for name in options.runtimes if name == "onnxruntime-tensorrt")
             others = tuple(name for name in options.runtimes if name not in through_tensorrt)
@@ -140,7 +140,7 @@ def write_files(folder: Path, context: TargetContext, options: VariantOptions) -
                 ("int8", forms["cpu"], others),
                 ("int8-tensorrt", forms["tensorrt"], ("onnxruntime", *through_tensorrt)),
             ):
-                details = {"quantisation": msgspec.to_builtins(form.choice)}
+                details = {"quantisation": msgspec.to_builtins(form.choice), "certificate": msgspec.to_builtins(form.certificate)}
                 yield ModelFile(name, form.path, "int8", runtimes, details, on_cpu=name == "int8")
 
 

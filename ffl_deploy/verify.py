@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from ffl_deploy.bundle import AUTO, MANIFEST, Bundle, Variant, load_bundle
@@ -19,12 +20,17 @@ from ffl_deploy.errors import DONE, CheckError, OtherMachine, UsageError
 from ffl_deploy.files import shown
 from ffl_deploy.parity import ParityRecord
 from ffl_deploy.runtime.onnx_wire import refuse_external_data
+from ffl_deploy.saturation import Certificate, check_certificate
 from ffl_deploy.selfcheck import golden_record, reason, refusal
 from ffl_deploy.signing import check_signature
 
 
 def check_files(bundle: Bundle) -> int:
-    """-> number of files checked. Raises CheckError for a missing, changed or unlisted file and for external data."""
+    """-> number of files checked.
+
+    Raises CheckError for a missing, changed or unlisted file, for external data, and for an int8 file that could saturate or
+    does not match its certificate.
+    """
     listed = bundle.manifest.files
     for name in listed:
         path = bundle.checked_file(name)
@@ -36,7 +42,27 @@ def check_files(bundle: Bundle) -> int:
             f"{shown(bundle.folder)} holds {len(extra)} file(s) that its manifest does not list ({', '.join(extra[:3])}); "
             "remove them, or copy the bundle anew."
         )
+    for variant in bundle.manifest.variants:
+        if stored := certificate(variant):
+            check_certificate(bundle.folder / variant.file, stored)
     return len(listed)
+
+
+def certificate(variant: Variant) -> Certificate | None:
+    """-> the proof that an int8 file cannot saturate, as export wrote it down; None for other files, and for bundles made before
+    there was one. Raises CheckError where it says nothing valid."""
+    stored = variant.details.get("certificate")
+    try:
+        return None if stored is None else msgspec.convert(stored, Certificate)
+    except msgspec.ValidationError as error:
+        raise CheckError(f"variant {variant.name} has no valid certificate ({error}); export the bundle again.") from error
+
+
+def remark(variant: Variant) -> str:
+    """-> what to say about an int8 file without a certificate."""
+    if variant.precision.stored != "int8" or not variant.file.endswith(".onnx") or certificate(variant):
+        return ""
+    return ", not proven to hold on other processors (exported before int8 files were)"
 
 
 def _entries(folder: Path) -> Iterator[str]:
@@ -85,7 +111,7 @@ def verify(bundle: Bundle, variant: str | None = None, runtime: str | None = Non
         if record.verdict.failed:
             raise refusal(bundle, candidate, name, reason(record))
         verified += 1
-        yield f"{candidate.name} on {name}: {summary(record)}"
+        yield f"{candidate.name} on {name}: {summary(record)}{remark(candidate)}"
     if not verified:
         raise UsageError(missing)
 

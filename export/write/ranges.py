@@ -13,7 +13,13 @@ import numpy as np
 METHODS = ("minmax", "percentile", "entropy")
 IMAGES = 256
 PERCENTILE = 99.99
-CHUNK = 64  # images held as activations at a time; ResNet-32's are about 1.5 MB each
+CHUNK = 64  # images at a time, and fewer where their activations would take more than
+CHUNK_BYTES = 512 << 20  # of memory: ResNet-32's are about 1.5 MB an image of 32 pixels, ResNet-50's 110 MB of 224
+
+
+def chunk_size(bytes_per_image: int) -> int:
+    """-> how many images to take at a time, when one image's activations take so many bytes."""
+    return max(1, min(CHUNK, CHUNK_BYTES // max(1, bytes_per_image)))
 
 
 def collect_ranges(model: Path, images: np.ndarray, operators: Sequence[str], batch: int | None = None) -> dict[str, Any]:
@@ -39,7 +45,7 @@ def collect_ranges(model: Path, images: np.ndarray, operators: Sequence[str], ba
     narrow = HistogramCollector(method="entropy", num_bins=128, num_quantized_bins=128, **common)
     names = [output.name for output in calibrator.infer_session.get_outputs()]
     wanted = set(calibrator.tensors_to_calibrate)
-    chunk = batch or CHUNK
+    chunk = batch or chunk_size(sum(value.nbytes for value in calibrator.infer_session.run(None, {"images": images[:1]})))
     if batch:
         images = np.resize(images, (-(-len(images) // batch) * batch, *images.shape[1:]))
     with contextlib.redirect_stdout(io.StringIO()):  # the collectors print as they go

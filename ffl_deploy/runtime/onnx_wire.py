@@ -1,4 +1,5 @@
-"""Which tensors of an ONNX file lie outside it. Reads the protobuf wire format directly, since deployment installs no `onnx`.
+"""What deployment has to know of an ONNX file: which tensors lie outside it, and its graph. Reads the protobuf wire format
+directly, since deployment installs no `onnx`.
 
 A model from elsewhere must not name other files: external data has let models read any file of the machine (three CVEs,
 closed in onnx 1.21).
@@ -8,6 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
 
 from ffl_deploy.errors import CheckError
 
@@ -51,6 +55,108 @@ def _external_tensors(message: memoryview, kind: str) -> Iterator[str]:
             external = True
     if external:
         yield name
+
+
+TYPES = {1: np.float32, 2: np.uint8, 3: np.int8, 6: np.int32, 7: np.int64, 10: np.float16, 11: np.float64}
+"""TensorProto.DataType -> NumPy's; tensors of other types are read as names alone."""
+
+
+class Node(NamedTuple):
+    """integers: attribute -> its value, where that is an integer; subgraphs: whether an attribute holds a graph."""
+
+    operator: str
+    domain: str
+    name: str
+    inputs: list[str]
+    outputs: list[str]
+    integers: dict[str, int]
+    subgraphs: bool
+
+
+class Graph(NamedTuple):
+    """A model's main graph. tensors: initializer -> its values, None where they are of a type that TYPES does not know;
+    functions: whether the model brings operators of its own."""
+
+    nodes: list[Node]
+    tensors: dict[str, np.ndarray | None]
+    functions: bool
+
+
+def read_graph(path: Path) -> Graph:
+    """-> the graph of an ONNX file. Raises CheckError where it is not readable, or its tensors contradict their shapes."""
+    nodes: list[Node] = []
+    tensors: dict[str, np.ndarray | None] = {}
+    functions = False
+    try:
+        for number, value in _fields(memoryview(path.read_bytes())):
+            if number == 25:
+                functions = True
+            if number != 7 or not isinstance(value, memoryview):
+                continue
+            for kind, part in _fields(value):
+                if kind == 1 and isinstance(part, memoryview):
+                    nodes.append(_node(part))
+                elif kind == 5 and isinstance(part, memoryview):
+                    name, array = _tensor(part)
+                    if name in tensors:  # readers differ in which of the two they take
+                        raise ValueError(f"two tensors are called {name!r}")
+                    tensors[name] = array
+    except (IndexError, ValueError, RecursionError) as error:
+        raise CheckError(f"{path} is not a readable ONNX file ({error}); export the bundle again.") from error
+    return Graph(nodes, tensors, functions)
+
+
+def _node(message: memoryview) -> Node:
+    text: dict[int, list[str]] = {1: [], 2: [], 3: [], 4: [], 7: []}
+    integers, subgraphs = {}, False
+    for number, value in _fields(message):
+        if not isinstance(value, memoryview):
+            continue
+        if number in text:
+            text[number].append(bytes(value).decode())
+        elif number == 5:
+            attribute = dict(_fields(value))  # of a field that comes twice the last counts, as everywhere in protobuf
+            name, integer = attribute.get(1, memoryview(b"")), attribute.get(3)
+            if isinstance(name, memoryview) and isinstance(integer, int):
+                integers[bytes(name).decode()] = integer - (1 << 64 if integer >> 63 else 0)
+            subgraphs = subgraphs or 6 in attribute or 11 in attribute
+    last = {number: values[-1] if values else "" for number, values in text.items()}
+    return Node(last[4], last[7], last[3], text[1], text[2], integers, subgraphs)
+
+
+def _tensor(message: memoryview) -> tuple[str, np.ndarray | None]:
+    """-> (name, values). Small integers may stand as packed numbers instead of bytes; floats are written as bytes alone."""
+    shape: list[int] = []
+    name, kind, raw, numbers = "", 0, None, list[int]()
+    for number, value in _fields(message):
+        if number in (1, 5):
+            values = list(_packed(value)) if isinstance(value, memoryview) else [value]
+            (shape if number == 1 else numbers).extend(values)
+        elif number == 2 and isinstance(value, int):
+            kind = value
+        elif number == 8 and isinstance(value, memoryview):
+            name = bytes(value).decode()
+        elif number == 9 and isinstance(value, memoryview):
+            raw = value
+    if kind not in TYPES:
+        return name, None
+    dtype = np.dtype(TYPES[kind]).newbyteorder("<")
+    if raw is not None:
+        array = np.frombuffer(raw, dtype)
+    elif dtype.kind in "iu" and dtype.itemsize < 8:
+        array = (np.array(numbers, np.uint64) & np.uint64(0xFFFFFFFF)).astype(np.uint32).view(np.int32).astype(dtype)
+    else:
+        return name, None
+    if array.size != int(np.prod(shape, dtype=np.int64)):
+        raise ValueError(f"the tensor {name!r} has {array.size} values for the shape {shape}")
+    return name, array.reshape(shape)
+
+
+def _packed(message: memoryview) -> Iterator[int]:
+    position = 0
+    while position < len(message):
+        value, position = _varint(message, position)
+        yield value
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:

@@ -14,54 +14,106 @@ from onnx import TensorProto, helper, numpy_helper
 from export.check.latency import measure_latency
 from export.publish.cost import multiply_adds
 from export.publish.report import Limits, Row, mark_pareto, recommend
-from export.write.quantize import Candidate, choose
+from export.write.quantize import BLOCKS, Candidate, channel_scales, choose, sensitive_blocks
+from export.write.ranges import chunk_size
+from ffl_deploy.saturation import PAIR, largest_pair
 
 
 def measurer(
-    kl: dict[tuple[str, bool, bool], float], calls: list[tuple[str, bool, bool]], unverifiable: Sequence[tuple[str, bool]] = ()
+    kl: dict[tuple[str, int], float], calls: list[tuple[str, int]], unverifiable: Sequence[tuple[str, int]] = ()
 ) -> Callable[..., Candidate]:
-    def measure(method: str, reduce_range: bool, float_layers: Sequence[str]) -> Candidate:
-        key = (method, reduce_range, bool(float_layers))
+    """kl: (method, number of layers in float) -> mean KL; 1e-3 where it is not given."""
+
+    def measure(method: str, float_layers: Sequence[str]) -> Candidate:
+        key = (method, len(float_layers))
         calls.append(key)
-        return Candidate(
-            method, reduce_range, list(float_layers), kl.get(key, 1e-3), 1.0, (method, bool(float_layers)) not in unverifiable
-        )
+        return Candidate(method, list(float_layers), kl.get(key, 1e-3), 1.0, key not in unverifiable)
 
     return measure
 
 
-def test_the_method_with_the_least_divergence_is_taken_and_reduce_range_only_if_it_helps() -> None:
-    calls: list[tuple[str, bool, bool]] = []
-    best, candidates = choose(measurer({("entropy", False, False): 5e-4}, calls), ["first", "last"], may_reduce_range=True)
-    assert (best.method, best.reduce_range, best.float_layers) == ("entropy", False, [])
-    assert calls == [("minmax", False, False), ("percentile", False, False), ("entropy", False, False), ("entropy", True, False)]
-    assert len(candidates) == 4
-    saturating = {("minmax", False, False): 9e-4, ("minmax", True, False): 1e-4}
-    best, _ = choose(measurer(saturating, []), ["first", "last"], may_reduce_range=True)
-    assert (best.method, best.reduce_range) == ("minmax", True)
-    best, _ = choose(measurer(saturating, []), ["first", "last"], may_reduce_range=False)
-    assert best.reduce_range is False
+def nothing_ranked(method: str) -> list[list[str]]:
+    pytest.fail("sensitivity was measured though nothing is at risk")
 
 
-@pytest.mark.parametrize(("with_floats", "kept"), [(2e-3, ["first", "last"]), (9e-3, [])])
-def test_float_layers_are_tried_near_the_gate_and_kept_if_they_measure_better(with_floats: float, kept: list[str]) -> None:
-    near = {(method, reduce, False): 8e-3 for method in ("minmax", "percentile", "entropy") for reduce in (False, True)}
-    near[("minmax", False, True)] = with_floats
-    best, candidates = choose(measurer(near, []), ["first", "last"], may_reduce_range=True)
-    assert best.float_layers == kept
+def ranked(method: str) -> list[list[str]]:
+    return [["worst", "its relu"], ["second"], ["third"], ["fourth"], ["fifth"], ["best"]]
+
+
+METHODS = ("minmax", "percentile", "entropy")
+
+
+def test_the_method_with_the_least_divergence_is_taken_without_float_layers() -> None:
+    calls: list[tuple[str, int]] = []
+    best, candidates = choose(measurer({("entropy", 0): 5e-4}, calls), nothing_ranked)
+    assert (best.method, best.float_layers) == ("entropy", [])
+    assert calls == [(method, 0) for method in METHODS]
+    assert candidates[2] == best
+
+
+def test_the_most_sensitive_layers_stay_in_float_until_nothing_is_at_risk() -> None:
+    near = {(method, 0): 8e-3 for method in METHODS} | {("minmax", 2): 6e-3, ("minmax", 3): 4e-3}
+    best, candidates = choose(measurer(near, []), ranked)
+    assert best.float_layers == ["worst", "its relu", "second"]
     assert len(candidates) == 5
+
+
+def test_float_layers_that_do_not_help_are_not_kept_and_at_most_half_are_tried() -> None:
+    near = {(method, floats): 8e-3 for method in METHODS for floats in range(8)}
+    best, candidates = choose(measurer(near, []), ranked)
+    assert best.float_layers == []
+    assert max(len(candidate.float_layers) for candidate in candidates) == 3  # two blocks of six; four would be over half
 
 
 def test_a_method_whose_file_ffl_verify_would_refuse_is_not_taken() -> None:
     """A percentile cuts off what an unusual golden image needs, though it is the nearest on the validation split."""
-    kl = {("percentile", False, False): 1e-4, ("entropy", False, False): 5e-4}
-    best, _ = choose(measurer(kl, [], [("percentile", False)]), ["first", "last"], may_reduce_range=False)
+    kl = {("percentile", 0): 1e-4, ("entropy", 0): 5e-4}
+    best, _ = choose(measurer(kl, [], [("percentile", 0)]), nothing_ranked)
     assert (best.method, best.float_layers) == ("entropy", [])
-    none = [(method, floats) for method in ("minmax", "percentile", "entropy") for floats in (False, True)]
-    best, _ = choose(measurer(kl, [], none[:-1]), ["first", "last"], may_reduce_range=False)
-    assert (best.method, best.float_layers) == ("entropy", ["first", "last"])  # every method's floats are tried
-    best, candidates = choose(measurer(kl, [], none), ["first", "last"], may_reduce_range=False)
-    assert (best.method, best.golden, len(candidates)) == ("percentile", False, 6)
+    none = [(method, floats) for method in METHODS for floats in (0, 2, 3)]
+    best, _ = choose(measurer(kl, [], [key for key in none if key != ("entropy", 3)]), ranked)
+    assert (best.method, len(best.float_layers)) == ("entropy", 3)  # every method is tried with the float layers
+    best, candidates = choose(measurer(kl, [], none), ranked)
+    assert (best.method, best.golden, len(candidates)) == ("percentile", False, 7)
+
+
+def test_blocks_are_ranked_by_the_damage_that_they_do_alone() -> None:
+    harm = {"a": 1.0, "b": 3.0, "c": 2.0}
+    order = sensitive_blocks([["a"], ["b", "b2"], ["c"]], lambda floats: sum(harm[name] for name in harm if name not in floats))
+    assert order == [["b", "b2"], ["c"], ["a"]]
+    many = sensitive_blocks([[str(index)] for index in range(100)], lambda floats: -float(len(floats)))
+    assert len(many) <= BLOCKS
+    assert sorted(name for block in many for name in block) == sorted(map(str, range(100)))
+
+
+@pytest.mark.parametrize("shape", [(16, 3, 3, 3), (16, 1, 3, 3), (10, 512), (4, 1), (3, 2)])
+def test_scales_are_the_least_at_which_no_pair_is_too_large(shape: tuple[int, ...]) -> None:
+    """Gaussian weights, with a lone large one, all alike, and all zero: each channel takes what it can."""
+    weights = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    weights[0].flat[0] = 50.0
+    weights[1] = 0.5
+    weights[2] = 0
+    scales = channel_scales(weights)
+    assert scales.dtype == np.float32
+
+    def pairs(scales: np.ndarray) -> np.ndarray:
+        integers = np.rint(weights.reshape(shape[0], -1) / scales[:, None])
+        return np.array([largest_pair(row[None], 0) for row in integers])
+
+    assert (pairs(scales) <= PAIR).all()
+    # A twentieth less would be too much for a channel with a pair to spread, or leave 8 bits.
+    finer = np.abs(np.rint(weights.reshape(shape[0], -1) / (scales[:, None] * 0.95)))
+    tight = (pairs(scales * np.float32(0.95)) > PAIR) | (finer.max(axis=1) > 127)
+    assert tight[[0, 1]].all()
+    assert tight[3:].all()
+    assert np.isfinite(scales).all()
+    assert (scales > 0).all()
+
+
+def test_calibration_takes_as_many_images_as_their_activations_leave_room_for() -> None:
+    assert chunk_size(1_500_000) == 64
+    assert chunk_size(114_000_000) == 4  # ResNet-50 at 224 pixels
+    assert chunk_size(2_000_000_000) == 1
 
 
 def row(target: str, variant: str, accuracy: float | None, p50: float | None, size: int, gate: str = "passed") -> Row:

@@ -84,14 +84,14 @@ def test_the_same_checkpoint_gives_the_same_bytes_in_another_process(digits_run:
 
 
 def test_the_same_file_gives_the_same_other_forms(exported: Path, digits_run: Run, tmp_path: Path) -> None:
-    from export.write.quantize import Held, quantise
+    from export.write.quantize import Held, quantize
 
     images, _, logits = digits_run.reference("best", "fused")
     written = []
     for turn in ("first", "second"):
         folder = tmp_path / turn
         folder.mkdir()
-        quantise(
+        quantize(
             exported / "fused" / "model.onnx",
             folder,
             images[:64],
