@@ -1,14 +1,15 @@
 # make quickstart   environment, train, export, verify, predict, and the table that says what to deploy
 # make test         environment and the fast suite
 # make check        style, types, import rules
-# make test-all     adds slow, browser, fault and soak tests
+# make test-all     adds slow, browser, fault and soak tests, and other processors
+# make test-processors  verifies bundles on emulated processors (needs qemu-user, else it says so and skips)
 # make bench        lists the measurements behind the numbers in docs/
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
-.PHONY: help quickstart test check test-all bench clean
+.PHONY: help quickstart test check test-all test-processors bench clean
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
@@ -31,7 +32,7 @@ quickstart: $(VENV)/.ready
 
 # Two processes of one thread each: on two cores that is quicker than the other way round, and never waits for a busy core.
 test: $(VENV)/.ready-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not browser and not fault and not soak" -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not browser and not fault and not soak and not processor" -n 2 --dist loadfile
 
 check: $(VENV)/.ready-dev
 	$(BIN)/ruff check .
@@ -42,6 +43,10 @@ check: $(VENV)/.ready-dev
 test-all: $(VENV)/.ready-dev
 	$(PIP) -e '.[ray]'
 	$(BIN)/python -m pytest
+
+# Each test is one process of an emulated CPU, which uses one core.
+test-processors: $(VENV)/.ready-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_processors.py -n 2 --dist loadgroup
 
 bench: $(VENV)/.ready-dev
 	@grep -l __main__ benchmarks/*.py benchmarks/page/*.py

@@ -16,8 +16,10 @@ from export.check.evaluation import Evaluation, Reference, class_balanced
 from export.check.gates import HeldOut, check_extras, check_golden, check_parity, file_batches, measure_accuracy, require_accuracy
 from export.check.latency import measure_latency
 from export.check.localize import first_difference
+from export.check.true_fp16 import check_true_fp16
 from export.computed import computed_precision
 from export.write.half import write_half
+from export.write.magnitudes import largest_magnitudes
 from export.write.onnx_graph import DeployedModel, GraphOptions, write_onnx
 from export.write.quantize import Held, quantize
 from export.write.ranges import IMAGES
@@ -124,9 +126,9 @@ def write_files(folder: Path, context: TargetContext, options: VariantOptions) -
     for precision in options.precisions:
         if precision in ("fp16", "bf16"):
             path = folder / f"model.{precision}.onnx"
-            write_half(source, path, precision)
+            details = {"half": write_half_checked(source, path, precision, context, options.graph.batch)}
             # ONNX Runtime's CPU has no bf16 convolution; OpenVINO computes both formats where the processor has them.
-            yield ModelFile(precision, path, precision, options.runtimes if precision == "fp16" else ("openvino",))
+            yield ModelFile(precision, path, precision, options.runtimes if precision == "fp16" else ("openvino",), details)
         elif precision == "int8":
             evaluation, validation = context.evaluation, context.evaluation.data.validation
             rows = class_balanced(validation.labels, VALIDATION_IMAGES)
@@ -142,6 +144,15 @@ def write_files(folder: Path, context: TargetContext, options: VariantOptions) -
             ):
                 details = {"quantisation": msgspec.to_builtins(form.choice), "certificate": msgspec.to_builtins(form.certificate)}
                 yield ModelFile(name, form.path, "int8", runtimes, details, on_cpu=name == "int8")
+
+
+def write_half_checked(source: Path, path: Path, precision: str, context: TargetContext, batch: int | None) -> dict[str, Any]:
+    """Write a 16-bit file; -> what the manifest keeps of it. fp16 is computed once as GPUs compute it. Raises CheckError."""
+    if precision == "bf16":  # its range is fp32's
+        return {**msgspec.to_builtins(write_half(source, path, precision)), "true_fp16": None}
+    magnitudes = largest_magnitudes(source, context.evaluation.calibration_images(IMAGES), batch)
+    record = write_half(source, path, precision, magnitudes)
+    return {**msgspec.to_builtins(record), "true_fp16": msgspec.to_builtins(check_true_fp16(path, context.reference, batch))}
 
 
 def verified(file: ModelFile, runtime: str, context: TargetContext, folder: Path, batch: int | None) -> Variant:

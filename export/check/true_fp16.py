@@ -1,0 +1,67 @@
+"""What an fp16 file computes where fp16 is computed in fp16: every tensor rounded to 16 bits, overflow and all.
+
+ONNX Runtime's CPU has no fp16 kernels and computes such files in fp32, so its answers say nothing about a GPU's. onnx's
+reference implementation takes the types as they are written. Sums of products are accumulated in fp32, as tensor cores do.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from export.check.evaluation import Reference, class_balanced
+from ffl_deploy.errors import CheckError
+from ffl_deploy.parity import PARITY_GATES, ParityMetrics, compare, judge
+
+IMAGES = 16
+SECONDS = 30.0
+"""After which no further image is evaluated; the first always is."""
+
+
+def check_true_fp16(path: Path, reference: Reference, batch: int | None = None) -> ParityMetrics:
+    """Compare the fp16 file `path`, computed in true fp16, with PyTorch's logits on some images; -> what was measured.
+
+    Args: batch: the only size that the file takes, None for any. Raises CheckError where the fp16 gate does not hold.
+    """
+    rows = class_balanced(reference.labels, IMAGES)
+    logits, end = [], time.monotonic() + SECONDS
+    run = evaluator(path)
+    for start in range(0, len(rows), batch or 1):
+        images = reference.images[rows[start : start + (batch or 1)]]
+        if batch:
+            images = np.resize(images, (batch, *images.shape[1:]))
+        try:
+            with np.errstate(over="ignore", invalid="ignore"):  # what is looked for here
+                logits += list(run.run(["logits"], {"images": images})[0][: len(rows) - start])
+        except Exception as error:  # the reference raises what NumPy and its operators raise
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise CheckError(f"{path.name} cannot be computed in true fp16 by onnx.reference: {reason}") from error
+        if time.monotonic() > end:
+            break
+    metrics = compare(reference.logits[rows[: len(logits)]], np.array(logits, np.float32))
+    verdict = judge({str(len(logits)): metrics}, PARITY_GATES["fp16"])
+    if verdict.failed:
+        raise CheckError(
+            f"{path.name} does not give PyTorch's logits where fp16 is computed in fp16, as GPUs do, although it does on this "
+            f"CPU, which computes it in fp32 ({verdict.findings[0]}). No bundle was written; use --precision bf16."
+        )
+    return metrics
+
+
+def evaluator(path: Path) -> Any:
+    """-> onnx.reference.ReferenceEvaluator of `path`; products in fp32 by NumPy's BLAS, which has none for fp16."""
+    from onnx.reference import ReferenceEvaluator
+    from onnx.reference.ops import op_conv, op_gemm, op_matmul
+
+    def accumulating(base: Any) -> Any:
+        def _run(self: Any, *inputs: Any, **attributes: Any) -> Any:
+            wide = [value if value is None else value.astype(np.float32) for value in inputs]
+            return tuple(value.astype(inputs[0].dtype) for value in base._run(self, *wide, **attributes))
+
+        name = "Gemm" if base.__name__.startswith("Gemm") else base.__name__
+        return type(name, (base,), {"op_domain": "", "_run": _run})
+
+    return ReferenceEvaluator(str(path), new_ops=[accumulating(one) for one in (op_conv.Conv, op_gemm.Gemm_7, op_matmul.MatMul)])
