@@ -62,7 +62,7 @@ def candidates(folder: Path, model: DeployedModel, threads: int) -> dict[str, Ca
     def eager(images: np.ndarray) -> Any:
         """PyTorch's default layout, NCHW; the pixels' own order would make it channels_last."""
         with torch.inference_mode():
-            logits = model.target(model.normalise(torch.from_numpy(images)).contiguous())
+            logits = model.target(model.normalize(torch.from_numpy(images)).contiguous())
             return logits, torch.softmax(logits, dim=1)
 
     def channels_last(images: np.ndarray) -> Any:

@@ -47,7 +47,7 @@ class FixedBatches:
     steps_per_epoch = 1
 
     def __init__(self, steps: list[Batch], source: Batches) -> None:
-        self.steps, self.normalise = steps, source.normalise
+        self.steps, self.normalize = steps, source.normalize
 
     def training(self, epoch: int, first_step: int) -> Iterator[list[Batch]]:
         yield [self.steps[epoch]]
@@ -64,13 +64,13 @@ def same_arithmetic(clone: Path, data: ImageData, device: str, steps: int) -> di
     ours = ours._replace(config=dataclasses.replace(ours.config, model=dataclasses.replace(ours.config.model, ramp_up=0.0)))
     batches = [micro[0] for micro in itertools.islice(ours.batches.training(0, 0), steps)]
     losses = {"official": [official.run([(batch.images, batch.labels)], 100)[0] for batch in batches]}
-    for name, machine in (("ours, fp32", ours.machine.exact()), (f"ours, {ours.machine.precision}", ours.machine)):
+    for name, place in (("ours, fp32", ours.place.exact()), (f"ours, {ours.place.precision}", ours.place)):
         if name in losses:
             continue
-        network = MutualNetwork(ours.network.config).to(ours.machine.device)
+        network = MutualNetwork(ours.network.config).to(ours.place.device)
         load_weights(network, start, "the official initial weights")
         network = network.to(memory_format=torch.channels_last)
-        run = ours._replace(network=network, batches=FixedBatches(batches, ours.batches), machine=machine)
+        run = ours._replace(network=network, batches=FixedBatches(batches, ours.batches), place=place)
         losses[name] = [line["loss"] for line in trained(run)]
     return losses
 
@@ -126,7 +126,7 @@ def our_run(data: ImageData, device: str, seed: int, epochs: int) -> dict[str, A
     run = our_training(dataclasses.replace(data, validation=data.test), device, seed, epochs=epochs, milestones=(DROP,))
     lines = trained(run)
     test = [line["validation"] for line in lines]
-    return {"loss": [line["loss"] for line in lines], "test": test, "precision": run.machine.precision}
+    return {"loss": [line["loss"] for line in lines], "test": test, "precision": run.place.precision}
 
 
 def learning_runs(jobs: dict[str, Callable[[int], dict[str, Any]]], seeds: int, stored: Stored) -> None:

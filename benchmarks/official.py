@@ -26,15 +26,15 @@ from PIL import Image
 from ffl_deploy.data.datasets import ArraySplit, DataSpec, ImageData, Split, load_data
 from ffl_deploy.errors import UsageError
 from ffl_deploy.networks.mutual import MutualNetwork
+from train.build import choose_network, make_batches
 from train.config import TrainConfig
 from train.data.batches import Batches
 from train.distributed import World
-from train.loop import fit
-from train.machine import Machine, choose_device, choose_machine
+from train.loop import Trainer
+from train.machine import Place, choose_device, choose_place
 from train.methods import Method, build_method
 from train.randomness import seed_everything
 from train.recipes import RECIPES
-from train.session import choose_network, make_batches
 from train.stopping import StopRequest
 
 FILES = ("our_network.py", "utils.py", "train_FFL.py")
@@ -128,17 +128,16 @@ def official_training(clone: Path, data: ImageData, device: torch.device, seed: 
 
 
 class OurTraining(NamedTuple):
-    """What `fit` takes, in its order."""
+    """What `Trainer` takes, in its order."""
 
     network: MutualNetwork
     method: Method
     batches: Batches
     config: TrainConfig
-    machine: Machine
-    world: World
+    place: Place
 
     def fit(self, folder: Path) -> None:
-        fit(*self, folder, StopRequest())
+        Trainer(*self, folder, StopRequest()).run()
 
 
 def our_training(data: ImageData, device: str, seed: int, **optimisation: Any) -> OurTraining:
@@ -151,11 +150,11 @@ def our_training(data: ImageData, device: str, seed: int, **optimisation: Any) -
         machine=dataclasses.replace(recipe.machine, device="cuda" if device == "cuda" else "cpu"),
         output=dataclasses.replace(recipe.output, quiet=True, checkpoint_minutes=1e9),
     )
-    machine = choose_machine("auto", choose_device(config.machine, World()), World())
+    place = choose_place("auto", choose_device(config.machine, World()), World())
     method = build_method("ffl")
     seed_everything(seed, "weights")
-    network = MutualNetwork(choose_network(config, method, data)).to(machine.device).to(memory_format=torch.channels_last)
-    return OurTraining(network, method, make_batches(config, data, machine, World()), config, machine, World())
+    network = MutualNetwork(choose_network(config, method, data)).to(place.device).to(memory_format=torch.channels_last)
+    return OurTraining(network, method, make_batches(config, data, place), config, place)
 
 
 def module_of(clone: Path, name: str) -> types.ModuleType:

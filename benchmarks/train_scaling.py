@@ -3,8 +3,8 @@
     python -m benchmarks.train_scaling [--device cuda] [--steps 8] [--json OUT]
 
 FFL on 100 classes of 32x32 pixels, random images (speed does not depend on them), each configuration in a process of its own:
-`fit` as it is, batches in memory. The clock runs from one request for a batch to the next; peak memory is the process's resident
-set, or what torch allocated on the GPU.
+`Trainer` as it is, batches in memory. The clock runs from one request for a batch to the next; peak memory is the process's
+resident set, or what torch allocated on the GPU.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ def measure(setting: dict[str, Any], device: str, steps: int) -> dict[str, Any]:
     from ffl_deploy.data.datasets import ArraySplit, ImageData
     from ffl_deploy.images import Preprocessing
     from ffl_deploy.networks.mutual import MutualNetwork
+    from train.build import choose_network
     from train.config import DataOptions, MachineOptions, ModelOptions, OptimisationOptions, OutputOptions, TrainConfig
     from train.data.batches import InMemoryBatches, Plan, Shares
     from train.distributed import World
-    from train.loop import fit
-    from train.machine import choose_device, choose_machine
+    from train.loop import Trainer
+    from train.machine import choose_device, choose_place
     from train.methods import build_method
-    from train.session import choose_network
     from train.stopping import StopRequest
 
     count, batch, size = (steps + WARM_UP) * setting["batch"], setting["batch"], setting["size"]
@@ -64,31 +64,29 @@ def measure(setting: dict[str, Any], device: str, steps: int) -> dict[str, Any]:
         machine=MachineOptions(device="cuda" if device == "cuda" else "cpu"),
         output=OutputOptions(quiet=True),
     )
-    machine = choose_machine(setting["precision"], choose_device(config.machine, World()), World())
+    place = choose_place(setting["precision"], choose_device(config.machine, World()), World())
     method = build_method("ffl")
-    network = MutualNetwork(choose_network(config, method, data)).to(machine.device).to(memory_format=torch.channels_last)
-    batches = InMemoryBatches(
-        data, Plan(replace(DataOptions(), crop_padding=4), batch, 0.0, 0, machine.device, Shares(World(), 1))
-    )
+    network = MutualNetwork(choose_network(config, method, data)).to(place.device).to(memory_format=torch.channels_last)
+    batches = InMemoryBatches(data, Plan(replace(DataOptions(), crop_padding=4), batch, 0.0, 0, place.device, Shares(World(), 1)))
     requests: list[float] = []
     source = batches.training
 
     def timed(epoch: int, first_step: int) -> Iterator[Any]:
         for step in source(epoch, first_step):
             yield step
-            if machine.device.type == "cuda":
+            if place.device.type == "cuda":
                 torch.cuda.synchronize()
             requests.append(time.perf_counter())
 
     batches.training = timed  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as folder:
-        fit(network, method, batches, config, machine, World(), Path(folder), StopRequest())
+        Trainer(network, method, batches, config, place, Path(folder), StopRequest()).run()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if machine.device.type == "cuda":
+    if place.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated()
     return {
         "ms": float(np.median(np.diff(requests[WARM_UP - 1 :]))) * 1e3,
-        "precision": machine.precision,
+        "precision": place.precision,
         "mib": peak // 2**20,
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
     }

@@ -28,7 +28,7 @@ from ffl_deploy.networks import resnet
 from ffl_deploy.networks.mutual import MutualNetwork, NetworkConfig
 from train.config import OptimisationOptions
 from train.methods import build_method
-from train.optimizer import build_optimiser
+from train.optimizer import build_optimizer
 
 BATCH = 128
 GROUPS = {
@@ -53,7 +53,7 @@ def build(size: int = 32, layout: torch.memory_format = torch.channels_last, bf1
     """-> one whole step: forward, losses, backward, optimiser."""
     torch.manual_seed(0)
     network = MutualNetwork(NetworkConfig(("resnet32", "resnet32"), 100, 32, 32)).train().to(memory_format=layout)
-    optimiser, method = build_optimiser(network, OptimisationOptions()), build_method("ffl")
+    optimiser, method = build_optimizer(network, OptimisationOptions()), build_method("ffl")
     images = torch.randn(BATCH, 3, size, size).contiguous(memory_format=layout)
     labels = torch.randint(100, (BATCH,))
     if compiled:

@@ -75,13 +75,13 @@ def be_official(clone: Path, data: Path, device: str, steps: int) -> None:
 
 
 def be_ours(data: Path, device: str, steps: int, scratch: Path, compiled: bool) -> None:
-    """Our side: `fit` itself, on a source of batches that pauses between blocks."""
+    """Our side: `Trainer` itself, on a source of batches that pauses between blocks."""
     from benchmarks.official import cifar_images, our_training
 
     training = our_training(cifar_images(data), device, seed=0)
     if compiled:
         training.network.compile()
-    blocks, epochs = Blocks(steps, synchroniser(training.machine.device)), training.batches.training
+    blocks, epochs = Blocks(steps, synchroniser(training.place.device)), training.batches.training
 
     def paused(epoch: int, first_step: int) -> Iterator[Any]:
         stream = (micro for number in range(10**6) for micro in epochs(number, 0))
@@ -89,7 +89,7 @@ def be_ours(data: Path, device: str, steps: int, scratch: Path, compiled: bool) 
             yield from blocks(stream)
 
     training.batches.training = paused  # type: ignore[method-assign]
-    print(json.dumps({"precision": training.machine.precision}), flush=True)
+    print(json.dumps({"precision": training.place.precision}), flush=True)
     training.fit(scratch)
 
 

@@ -9,45 +9,42 @@ from torch import Tensor
 from ffl_deploy.networks.mutual import MutualNetwork
 from ffl_deploy.networks.targets import target_names
 from train.data.batches import Batches
-from train.distributed import World
-from train.machine import Machine
+from train.machine import Place
 
 
 @torch.inference_mode()
-def accuracies(network: MutualNetwork, batches: Batches, part: str, machine: Machine, world: World) -> dict[str, float]:
+def accuracies(network: MutualNetwork, batches: Batches, split: str, place: Place) -> dict[str, float]:
     """-> classifier -> share of correct answers (0..1) on "validation" or "test", counted exactly over all processes."""
     network.eval()
     names = target_names(network)  # not from the batches: a process may have no image of a small split
-    correct = {name: torch.zeros((), dtype=torch.int64, device=machine.device) for name in names}
-    count = torch.zeros((), dtype=torch.int64, device=machine.device)
-    for images, labels in batches.evaluation(part):
-        with machine.autocast():
+    correct = {name: torch.zeros((), dtype=torch.int64, device=place.device) for name in names}
+    count = torch.zeros((), dtype=torch.int64, device=place.device)
+    for images, labels in batches.evaluation(split):
+        with place.autocast():
             outputs = network(images)
         count += len(labels)
         for name, logits in outputs.classifiers().items():
             correct[name] += (logits.argmax(dim=1) == labels).sum()
-    total, *right = world.sum(torch.stack([count, *correct.values()])).tolist()
+    total, *right = place.world.sum(torch.stack([count, *correct.values()])).tolist()
     return {name: hits / total for name, hits in zip(names, right, strict=True)}
 
 
 @torch.inference_mode()
-def predictions(
-    network: MutualNetwork, batches: Batches, part: str, images: int, machine: Machine, world: World
-) -> dict[str, np.ndarray]:
-    """-> classifier -> predicted labels int64 [images] of all of `part`, in its order, on every process."""
+def predictions(network: MutualNetwork, batches: Batches, split: str, images: int, place: Place) -> dict[str, np.ndarray]:
+    """-> classifier -> predicted labels int64 [images] of all of `split`, in its order, on every process."""
     network.eval()
     mine: dict[str, list[Tensor]] = {name: [] for name in target_names(network)}
-    for pixels, _ in batches.evaluation(part):
-        with machine.autocast():
+    for pixels, _ in batches.evaluation(split):
+        with place.autocast():
             outputs = network(pixels)
         for name, logits in outputs.classifiers().items():
             mine[name].append(logits.argmax(dim=1))
     found = {}
     for name, chunks in mine.items():
-        whole = torch.zeros(images, dtype=torch.int64, device=machine.device)
+        whole = torch.zeros(images, dtype=torch.int64, device=place.device)
         if chunks:  # a process may have no image of a small split
-            whole[world.rank :: world.size] = torch.cat(chunks)  # as Batches.evaluation deals them out
-        found[name] = world.sum(whole).cpu().numpy()
+            whole[place.world.rank :: place.world.size] = torch.cat(chunks)  # as Batches.evaluation deals them out
+        found[name] = place.world.sum(whole).cpu().numpy()
     return found
 
 

@@ -90,11 +90,11 @@ def import_official(
     from ffl_deploy.data.datasets import CIFAR_STATISTICS, load_data
     from ffl_deploy.networks.checkpoint import MODEL, load_weights, save_checkpoint
     from ffl_deploy.networks.mutual import MutualNetwork
-    from train.distributed import World
-    from train.loop import Position
-    from train.machine import Machine
+    from train.build import choose_network, data_spec, make_batches
+    from train.finish import describe, finish
+    from train.machine import Place
     from train.methods import build_method
-    from train.session import choose_network, data_spec, describe, finish, make_batches
+    from train.state import Position
 
     if out.exists():
         raise UsageError(f"{out} exists already; choose another --out.")
@@ -114,21 +114,20 @@ def import_official(
             f"{model} tells {weights.classes} classes apart, but --data {data_source} has {len(data.classes)}; "
             "give the data that it was trained on."
         )
-    method, world = build_method("ffl"), World()
-    machine = Machine(torch.device("cpu"), "fp32")
+    method, place = build_method("ffl"), Place(torch.device("cpu"), "fp32")
     architecture = choose_network(config, method, data)
     network = MutualNetwork(architecture)
     load_weights(network, weights.tensors, f"{model} with {module}")
 
-    description = describe(config, data, architecture, method, machine)
+    description = describe(config, data, architecture, method, place)
     for path in (model, module):
         description.toolchain[f"imported {path.name}"] = f"sha256:{sha256_of(path)}"
     description.split["note"] = "FFL's official code trains on the validation images too"
-    at = Position(epoch=weights.epochs, best_epoch=weights.epochs)
+    position = Position(epoch=weights.epochs, best_epoch=weights.epochs)
     with replace_folder(out) as folder:
         write_json(folder / CONFIG, description)
-        save_checkpoint(folder / "checkpoints" / "best", {MODEL: network.state_dict()}, vars(at))
-        finish(folder, network, make_batches(config, data, machine, world), data, machine, world, at)
+        save_checkpoint(folder / "checkpoints" / "best", {MODEL: network.state_dict()}, vars(position))
+        finish(folder, network, make_batches(config, data, place), data, place, position)
     return msgspec.json.decode((out / SUMMARY).read_bytes())["accuracy"]
 
 

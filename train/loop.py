@@ -2,230 +2,234 @@
 
 Features: mixed precision, gradient accumulation and clipping, EMA, several processes, a checkpoint at any step.
 Exact resume: learning rate, ramp-up, data order, augmentation and dropout are functions of (seed, step), so a
-checkpoint needs the weights, the optimiser and the number of the step; on a CPU the result is the same bit for bit.
+checkpoint needs the weights, the optimizer and the number of the step; on a CPU the result is the same bit for bit.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import msgspec
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ffl_deploy.errors import CheckError, Interrupted
-from ffl_deploy.files import existing_folder
-from ffl_deploy.networks.checkpoint import MODEL, STATE, load_weights, read_checkpoint, save_checkpoint
+from ffl_deploy.errors import Interrupted
 from ffl_deploy.networks.mutual import MutualNetwork
 from train.config import TrainConfig
-from train.data.batches import Batches
-from train.distributed import World
+from train.data.batches import Batch, Batches
 from train.evaluate import accuracies
-from train.machine import Machine
+from train.machine import Place
 from train.meter import Meter
 from train.methods import Method
-from train.optimizer import build_optimiser, drop_gradients, load_optimiser_tensors, optimiser_tensors
+from train.optimizer import build_optimizer, drop_gradients
 from train.randomness import seed_everything
 from train.record import Progress, Recorder
 from train.schedule import learning_rate, ramp_up
+from train.state import Position, TrainingState
 from train.stopping import StopRequest
 
 AGREE_EVERY = 10  # steps between two questions to all processes whether to stop or save
 
+Phase = Callable[[MutualNetwork, float], None]
+"""(network, share of the run that is behind it: 0..1), called before each epoch, the first one after a resume too.
+
+It may change the network in place for what is left of the run (fake quantization, say). Weights keep their names and
+shapes, and what it changes is a function of its arguments, so that a resumed run needs nothing more.
+"""
+
+
+def one_phase(network: MutualNetwork, progress: float) -> None:
+    """The network stays as it is for the whole run."""
+
+
+class Lap(NamedTuple):
+    """Where this process began an epoch, or went on with it."""
+
+    started: float  # on the monotonic clock
+    seconds: float  # of training before it
+    images: int  # trained before it
+
 
 @dataclass
-class Position:
-    """Where a run stands: what state.json holds beside the hashes."""
-
-    epoch: int = 0  # the next one; so many are complete
-    step: int = 0  # the next one of that epoch
-    best_epoch: int = 0
-    best_accuracy: float = -1.0
-    seconds: float = 0.0
-    images: int = 0  # seen so far
-    meter: dict[str, Any] | None = None  # sums of an unfinished epoch
-    scaler: dict[str, Any] = field(default_factory=dict)
-
-
-def fit(
-    network: MutualNetwork,
-    method: Method,
-    batches: Batches,
-    config: TrainConfig,
-    machine: Machine,
-    world: World,
-    folder: Path,
-    stop: StopRequest,
-) -> Position:
-    """Train `network` from its checkpoint in `folder`, or from the start, to the last epoch.
+class Trainer:
+    """Trains `network` from its checkpoint in `folder`, or from the start, to the last epoch.
 
     Leaves checkpoints `last`, `best` (highest validation accuracy of the method's strong classifier) and `ema`.
-    Raises Interrupted after saving when `stop` is requested, CheckError when a loss or a weight is not finite.
     """
-    options, steps = config.optimisation, config.optimisation.epochs * batches.steps_per_epoch
-    optimiser = build_optimiser(network, options)
-    scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.precision == "fp16")
-    ema = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(options.ema), use_buffers=True) if options.ema else None
-    at = restore(folder, network, optimiser, scaler, ema)
-    model = prepare(network, config, machine, world)
 
-    recorder = Recorder(folder, at.epoch) if world.is_main else None
-    progress = Progress(at.images, config.output.quiet or not world.is_main)
-    saved_at = time.monotonic()
-    try:
-        for epoch in range(at.epoch, options.epochs):
-            model.train()
-            meter, ramp = Meter.restore(at.meter, world), ramp_up(epoch, options.epochs, config.model.ramp_up)
-            started, images_before, seconds_before = time.monotonic(), at.images, at.seconds
+    network: MutualNetwork
+    method: Method
+    batches: Batches
+    config: TrainConfig
+    place: Place
+    folder: Path
+    stop: StopRequest
+    phase: Phase = one_phase
 
-            for step, micro_batches in enumerate(batches.training(epoch, at.step), start=at.step):
-                number = epoch * batches.steps_per_epoch + step
-                seed_everything(config.seed, "step", number * world.size + world.rank)  # dropout and the like
-                rate = learning_rate(number, steps, options)
-                for group in optimiser.param_groups:
-                    group["lr"] = rate
+    def __post_init__(self) -> None:
+        """Make what the run changes beside the weights, and restore all of it. Raises CheckError for a bad checkpoint."""
+        self.options = options = self.config.optimisation
+        self.steps = options.epochs * self.batches.steps_per_epoch
+        self.optimizer = build_optimizer(self.network, options)
+        self.scaler = torch.amp.GradScaler(self.place.device.type, enabled=self.place.precision == "fp16")
+        average = get_ema_multi_avg_fn(options.ema)
+        self.ema = AveragedModel(self.network, multi_avg_fn=average, use_buffers=True) if options.ema else None
+        self.state = TrainingState(self.folder, self.network, self.optimizer, self.scaler, self.ema)
+        self.position = self.state.restore()
+        self.model = prepare(self.network, self.config, self.place)
 
-                for turn, batch in enumerate(micro_batches):
-                    if isinstance(model, DistributedDataParallel):  # exchange gradients once, with the last micro-batch;
-                        model.require_backward_grad_sync = turn == len(micro_batches) - 1  # read by the forward pass
-                    with machine.autocast():
-                        outputs = model(batch.images)
-                    parts = method.losses(outputs, batch.targets, ramp)
-                    loss = torch.stack(list(parts.values())).sum() / len(micro_batches)
-                    scaler.scale(loss).backward()
-                    meter.add(number, parts, outputs.classifiers(), batch.labels)
-                    at.images += len(batch.labels) * world.size
+    def run(self) -> Position:
+        """-> where it ended. Raises Interrupted after saving when `stop` is requested, CheckError for what is not finite."""
+        is_main = self.place.world.is_main
+        self.recorder = Recorder(self.folder, self.position.epoch) if is_main else None
+        self.progress = Progress(self.position.images, self.config.output.quiet or not is_main)
+        self.saved_at = time.monotonic()
+        try:
+            for epoch in range(self.position.epoch, self.options.epochs):
+                self.train_epoch(epoch)
+                self.close_epoch(epoch)
+        finally:
+            self.progress.close()
+            if self.recorder is not None:
+                self.recorder.close()
+        return self.position
 
-                drop_gradients(method.frozen(network, number / steps, number))
-                if options.clip:
-                    scaler.unscale_(optimiser)
-                    nn.utils.clip_grad_norm_(network.parameters(), options.clip)
-                scaler.step(optimiser)
-                scaler.update()
-                optimiser.zero_grad(set_to_none=True)
-                if ema is not None:
-                    ema.update_parameters(network)
+    def train_epoch(self, epoch: int) -> None:
+        """All steps of `epoch` from the position on. Raises Interrupted after saving."""
+        # the network as this part of the run wants it, and the sums of an epoch that was interrupted
+        self.phase(self.network, epoch / self.options.epochs)
+        self.model.train()
+        self.meter = Meter.restore(self.position.meter, self.place.world)
+        self.lap = Lap(time.monotonic(), self.position.seconds, self.position.images)
 
-                if machine.device.type == "cpu" or number % AGREE_EVERY == 0:
-                    meter.flush()
-                    progress.show(epoch, steps, number + 1, at.images, meter.last_loss, options.epochs)
-                if world.size == 1 or number % AGREE_EVERY == 0:
-                    due = time.monotonic() - saved_at > 60 * config.output.checkpoint_minutes
-                    stopping = world.any(stop.requested, machine.device)
-                    if (stopping or world.any(due, machine.device)) and step + 1 < batches.steps_per_epoch:
-                        meter.flush()
-                        at.epoch, at.step, at.meter = epoch, step + 1, meter.state(world, machine.device)
-                        at.seconds = seconds_before + time.monotonic() - started
-                        save(folder, "last", network, at, world, optimiser, scaler, ema)
-                        saved_at = time.monotonic()
-                        if stopping:
-                            raise Interrupted(f"stopped in epoch {epoch + 1}; go on with: --resume {folder}")
+        first = self.position.step
+        for step, micro_batches in enumerate(self.batches.training(epoch, first), start=first):
+            number = epoch * self.batches.steps_per_epoch + step
+            self.step(number, micro_batches)
 
-            meter.flush()
-            world.share_buffers(network)
-            seconds = time.monotonic() - started
-            line = {
-                "epoch": epoch,
-                "lr": rate,
-                "ramp": ramp,
-                **meter.totals(world, machine.device),
-                "validation": accuracies(network, batches, "validation", machine, world),
-                "images_per_second": round((at.images - images_before) / seconds, 1),
-            }
-            if ema is not None:
-                assert isinstance(ema.module, MutualNetwork)  # a copy of `network`
-                world.share_buffers(ema.module)
-                line["ema"] = accuracies(ema.module, batches, "validation", machine, world)
-            at.epoch, at.step, at.meter, at.seconds = epoch + 1, 0, None, seconds_before + seconds
-            # The order makes a kill harmless: whatever comes before the save of `last` is done again on resume.
-            # Of equally good epochs the latest is kept: its learning rate is the lowest.
-            if line["validation"][method.strong] >= at.best_accuracy:
-                at.best_epoch, at.best_accuracy = epoch + 1, line["validation"][method.strong]
-                save(folder, "best", network, at, world)
-            if ema is not None:
-                save(folder, "ema", ema.module, at, world)
-            if recorder is not None:
-                recorder.epoch(line)
-            save(folder, "last", network, at, world, optimiser, scaler, ema)
-            saved_at = time.monotonic()
-            progress.epoch(line, options.epochs)
-            if world.any(stop.requested, machine.device) and epoch + 1 < options.epochs:
-                raise Interrupted(f"stopped after epoch {epoch + 1}; go on with: --resume {folder}")
-    finally:
-        progress.close()
-        if recorder is not None:
-            recorder.close()
-    return at
+            # what is shown; on a GPU not at every step, since it waits for the device
+            if self.place.device.type == "cpu" or number % AGREE_EVERY == 0:
+                self.meter.flush()
+                shown = self.position.images, self.meter.last_loss, self.options.epochs
+                self.progress.show(epoch, self.steps, number + 1, *shown)
+
+            # save where it is due, or end here; the last step of an epoch leaves that to close_epoch
+            if self.place.world.size == 1 or number % AGREE_EVERY == 0:
+                self.save_in_mid_epoch(epoch, step + 1)
+        self.meter.flush()
+
+    def step(self, number: int, micro_batches: list[Batch]) -> None:
+        """Step `number` of the run: the weights move once."""
+        # dropout and the learning rate: functions of the step, so that a resumed run needs no state for them
+        seed_everything(self.config.seed, "step", number * self.place.world.size + self.place.world.rank)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(number, self.steps, self.options)
+
+        # forward and backward; processes exchange gradients once, with the last micro-batch
+        ramp = self.ramp(number // self.batches.steps_per_epoch)
+        for turn, batch in enumerate(micro_batches):
+            self.exchange_gradients(turn == len(micro_batches) - 1)
+            with self.place.autocast():
+                outputs = self.model(batch.images)
+            losses = self.method.losses(outputs, batch.soft_labels, ramp)
+            loss = torch.stack(list(losses.values())).sum() / len(micro_batches)
+            self.scaler.scale(loss).backward()
+            self.meter.add(number, losses, outputs.classifiers(), batch.labels)
+            self.position.images += len(batch.labels) * self.place.world.size
+
+        # update: what the method freezes has no gradient, so nothing of it moves
+        drop_gradients(self.method.frozen(self.network, number / self.steps, number))
+        if self.options.clip:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.options.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update_parameters(self.network)
+
+    def close_epoch(self, epoch: int) -> None:
+        """Validate and save. Raises Interrupted where the run is to stop before its last epoch."""
+        line = self.measured(epoch)
+        position = self.position
+        position.epoch, position.step, position.meter = epoch + 1, 0, None
+
+        # best, ema, record, last: whatever comes before the save of `last` is done again on resume, so a kill is harmless;
+        # of equally good epochs the latest is kept, whose learning rate is the lowest
+        accuracy = line["validation"][self.method.strong]
+        better = accuracy >= position.best_accuracy
+        if better:
+            position.best_epoch, position.best_accuracy = epoch + 1, accuracy
+        if self.recorder is not None:
+            if better:
+                self.state.save_weights("best", self.network, position)
+            if self.ema is not None:
+                self.state.save_weights("ema", self.ema.module, position)
+            self.recorder.epoch(line)
+            self.state.save(position)
+        self.saved_at = time.monotonic()
+        self.progress.epoch(line, self.options.epochs)
+
+        if self.place.any(self.stop.requested) and epoch + 1 < self.options.epochs:
+            raise Interrupted(f"stopped after epoch {epoch + 1}; go on with: --resume {self.folder}")
+
+    def measured(self, epoch: int) -> dict[str, Any]:
+        """-> the epoch's line of metrics.jsonl; its time goes into the position."""
+        self.place.world.share_buffers(self.network)
+        seconds = time.monotonic() - self.lap.started
+        self.position.seconds = self.lap.seconds + seconds
+        last = (epoch + 1) * self.batches.steps_per_epoch - 1
+        line = {
+            "epoch": epoch,
+            "lr": learning_rate(last, self.steps, self.options),
+            "ramp": self.ramp(epoch),
+            **self.meter.totals(self.place),
+            "validation": accuracies(self.network, self.batches, "validation", self.place),
+            "images_per_second": round((self.position.images - self.lap.images) / seconds, 1),
+        }
+        if self.ema is not None:
+            assert isinstance(self.ema.module, MutualNetwork)  # a copy of `network`
+            self.place.world.share_buffers(self.ema.module)
+            line["ema"] = accuracies(self.ema.module, self.batches, "validation", self.place)
+        return line
+
+    def save_in_mid_epoch(self, epoch: int, step: int) -> None:
+        """Save before `step` of `epoch` where it is due or all are to stop. Raises Interrupted then."""
+        due = time.monotonic() - self.saved_at > 60 * self.config.output.checkpoint_minutes
+        stopping = self.place.any(self.stop.requested)
+        if not (stopping or self.place.any(due)) or step == self.batches.steps_per_epoch:
+            return
+        self.meter.flush()
+        self.position.epoch, self.position.step = epoch, step
+        self.position.meter = self.meter.state(self.place)
+        self.position.seconds = self.lap.seconds + time.monotonic() - self.lap.started
+        if self.place.world.is_main:
+            self.state.save(self.position)
+        self.saved_at = time.monotonic()
+        if stopping:
+            raise Interrupted(f"stopped in epoch {epoch + 1}; go on with: --resume {self.folder}")
+
+    def ramp(self, epoch: int) -> float:
+        """-> the weight of the distillation terms."""
+        return ramp_up(epoch, self.options.epochs, self.config.model.ramp_up)
+
+    def exchange_gradients(self, now: bool) -> None:
+        """Whether the next backward pass adds up the gradients of all processes; the forward pass reads it."""
+        if isinstance(self.model, DistributedDataParallel):
+            self.model.require_backward_grad_sync = now
 
 
-def prepare(network: MutualNetwork, config: TrainConfig, machine: Machine, world: World) -> nn.Module:
+def prepare(network: MutualNetwork, config: TrainConfig, place: Place) -> nn.Module:
     """-> what the loop calls: `network` itself, compiled, or wrapped for several processes. All share its weights."""
     model: nn.Module = network
     if config.machine.compile:
         model.compile()  # in place, so that the state_dict keeps its names
-    if world.size > 1:
-        devices = [machine.device] if machine.device.type == "cuda" else None
+    if place.world.size > 1:
+        devices = [place.device] if place.device.type == "cuda" else None
         model = DistributedDataParallel(model, device_ids=devices)
     return model
-
-
-def save(
-    folder: Path,
-    name: str,
-    network: nn.Module,
-    at: Position,
-    world: World,
-    optimiser: torch.optim.Optimizer | None = None,
-    scaler: torch.amp.GradScaler | None = None,
-    ema: AveragedModel | None = None,
-) -> None:
-    """Write checkpoint `name`; with the optimiser it can be resumed from. Raises CheckError before writing a bad weight."""
-    if not world.is_main:
-        return
-    weights = network.state_dict()
-    broken = [key for key, value in weights.items() if not torch.isfinite(value).all()]
-    if broken:
-        raise CheckError(
-            f"the weights are not finite after epoch {at.epoch} ({broken[0]}); the last checkpoint is kept. "
-            "Lower --lr, add --clip 1.0 or use --precision fp32."
-        )
-    tensors: dict[str, Mapping[str, Tensor]] = {MODEL: weights}
-    if optimiser is not None:
-        tensors["optimiser"] = optimiser_tensors(optimiser)
-    if ema is not None:
-        tensors["ema"] = ema.state_dict()
-    if scaler is not None:
-        at.scaler = scaler.state_dict()
-    save_checkpoint(folder / "checkpoints" / name, tensors, vars(at))
-
-
-def restore(
-    folder: Path,
-    network: MutualNetwork,
-    optimiser: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    ema: AveragedModel | None,
-) -> Position:
-    """Load checkpoint `last` of `folder` into everything; -> where it stands, or the start where there is none."""
-    last = existing_folder(folder / "checkpoints" / "last")
-    if last is None:
-        return Position()
-    content = read_checkpoint(last)
-    load_weights(network, content.tensors[MODEL], str(last))
-    load_optimiser_tensors(optimiser, content.tensors["optimiser"])
-    if ema is not None:
-        if "ema" not in content.tensors:
-            raise CheckError(f"{last} holds no moving average of the weights, which config.json asks for; it cannot be resumed.")
-        ema.load_state_dict(content.tensors["ema"])
-    try:
-        at = msgspec.convert({name: value for name, value in content.state.items() if name != "sha256"}, Position)
-    except msgspec.ValidationError as error:
-        raise CheckError(f"{last / STATE} does not say where the run stands ({error}); it cannot be resumed.") from error
-    scaler.load_state_dict(at.scaler)
-    return at

@@ -1,11 +1,11 @@
-"""Device and arithmetic of a run."""
+"""Where a run computes: device, arithmetic, processes."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,11 +20,15 @@ _TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class Machine:
-    """precision is what is used, not what was asked for: "fp32", "bf16" or "fp16"."""
+class Place:
+    """Where a process of a run computes: its device and arithmetic, and its place among the other processes.
+
+    precision is what is used, not what was asked for: "fp32", "bf16" or "fp16".
+    """
 
     device: torch.device
     precision: str
+    world: World = field(default_factory=World)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Forward passes run inside; convolutions and linear layers then compute in `precision`."""
@@ -32,9 +36,13 @@ class Machine:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=_TYPES[self.precision])
 
-    def exact(self) -> Machine:
-        """The same device in full precision."""
-        return Machine(self.device, "fp32")
+    def exact(self) -> Place:
+        """The same place in full precision."""
+        return replace(self, precision="fp32")
+
+    def any(self, flag: bool) -> bool:
+        """-> whether `flag` is set on any process; all of them have to ask at the same step."""
+        return self.world.any(flag, self.device)
 
 
 def choose_device(options: MachineOptions, world: World) -> torch.device:
@@ -72,7 +80,7 @@ def resources_in_one_sentence(options: MachineOptions) -> Iterator[None]:
         raise
 
 
-def choose_machine(wanted: str, device: torch.device, world: World) -> Machine:
+def choose_place(wanted: str, device: torch.device, world: World) -> Place:
     """wanted: a precision or "auto", which every process of `world` resolves alike. Raises UsageError for fp16 on a CPU.
 
     bf16 is taken at its word everywhere: a CPU without it emulates it, slowly.
@@ -80,10 +88,10 @@ def choose_machine(wanted: str, device: torch.device, world: World) -> Machine:
     if device.type == "cpu" and wanted == "fp16":
         raise UsageError("--precision fp16 needs a GPU; CPUs train in fp32, or in bf16 where that is faster.")
     if wanted != "auto":
-        return Machine(device, wanted)
+        return Place(device, wanted, world)
     if device.type == "cuda":
-        return Machine(device, "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16")
-    return Machine(device, world.agree("bf16" if bf16_speed_up() >= WORTH_IT else "fp32"))
+        return Place(device, "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16", world)
+    return Place(device, world.agree("bf16" if bf16_speed_up() >= WORTH_IT else "fp32"), world)
 
 
 WORTH_IT = 1.2

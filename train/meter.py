@@ -1,4 +1,4 @@
-"""Running sums of an epoch: every loss part and every classifier's hits, without waiting for the device each step."""
+"""Running sums of an epoch: every loss and every classifier's hits, without waiting for the device each step."""
 
 from __future__ import annotations
 
@@ -10,29 +10,30 @@ from torch import Tensor
 
 from ffl_deploy.errors import CheckError
 from train.distributed import World
+from train.machine import Place
 
 
 class Meter:
     """Collects a row of numbers per micro-batch on the device; `flush` brings them over and checks that they are finite."""
 
     def __init__(self) -> None:
-        self.names: list[str] = []  # loss parts
+        self.names: list[str] = []  # of the losses
         self.classifiers: list[str] = []
-        self.sums = np.zeros(0)  # loss parts (sums of means), hits, rows, images: float64, added in order of the steps
+        self.sums = np.zeros(0)  # losses (sums of means), hits, rows, images: float64, added in order of the steps
         self.last_loss = float("nan")
         self._pending: list[tuple[int, Tensor]] = []
 
     @torch.no_grad()
-    def add(self, step: int, parts: dict[str, Tensor], classifiers: dict[str, Tensor], labels: Tensor) -> None:
-        """step: number within the run; parts: scalars; classifiers: logits [n, classes]; labels: int64 [n]."""
+    def add(self, step: int, losses: dict[str, Tensor], classifiers: dict[str, Tensor], labels: Tensor) -> None:
+        """step: number within the run; losses: scalars; classifiers: logits [n, classes]; labels: int64 [n]."""
         if not self.names:
-            self.names, self.classifiers = list(parts), list(classifiers)
+            self.names, self.classifiers = list(losses), list(classifiers)
         hits = [(logits.argmax(dim=1) == labels).sum().float() for logits in classifiers.values()]
-        row = torch.stack([*(part.detach().float() for part in parts.values()), *hits])
+        row = torch.stack([*(loss.detach().float() for loss in losses.values()), *hits])
         self._pending.append((step, torch.cat([row, row.new_tensor([1.0, len(labels)])])))
 
     def flush(self) -> None:
-        """Take over what is pending. Raises CheckError that names the step and the parts at the first loss that is not finite."""
+        """Take over what is pending. Raises CheckError that names the step and its losses where one is not finite."""
         if not self._pending:
             return
         rows = torch.stack([row for _, row in self._pending]).double().cpu().numpy()
@@ -48,21 +49,21 @@ class Meter:
             self.last_loss = float(sum(losses.values()))
         self._pending.clear()
 
-    def totals(self, world: World, device: torch.device) -> dict[str, Any]:
+    def totals(self, place: Place) -> dict[str, Any]:
         """-> {"loss", "parts": means, "train": accuracies 0..1} over all processes."""
-        sums = world.sum(torch.from_numpy(self.sums.copy()).to(device)).cpu().numpy()
+        sums = place.world.sum(torch.from_numpy(self.sums.copy()).to(place.device)).cpu().numpy()
         rows, images = sums[-2], sums[-1]
-        parts = {name: float(value / rows) for name, value in zip(self.names, sums[: len(self.names)], strict=True)}
+        losses = {name: float(value / rows) for name, value in zip(self.names, sums[: len(self.names)], strict=True)}
         hits = sums[len(self.names) : -2]
         return {
-            "loss": sum(parts.values()),
-            "parts": parts,
+            "loss": sum(losses.values()),
+            "parts": losses,
             "train": {name: float(value / images) for name, value in zip(self.classifiers, hits, strict=True)},
         }
 
-    def state(self, world: World, device: torch.device) -> dict[str, Any]:
+    def state(self, place: Place) -> dict[str, Any]:
         """-> what `restore` takes: the sums over all processes."""
-        sums = world.sum(torch.from_numpy(self.sums.copy()).to(device))
+        sums = place.world.sum(torch.from_numpy(self.sums.copy()).to(place.device))
         return {"names": self.names, "classifiers": self.classifiers, "sums": sums.tolist()}
 
     @classmethod

@@ -86,13 +86,13 @@ class FFL(Method):
 
     def losses(self, outputs: Outputs, labels: Tensor, ramp: float) -> Losses:
         fused = _fused(outputs)
-        parts = {**_branch_losses(outputs, labels), "ce/fused": cross_entropy(fused, labels)}
+        losses = {**_branch_losses(outputs, labels), "ce/fused": cross_entropy(fused, labels)}
         if self.ensemble_to_fused:
-            parts["ekd/fused"] = ramp * distill(fused, mean(outputs.branches), self.temperature)
+            losses["ekd/fused"] = ramp * distill(fused, mean(outputs.branches), self.temperature)
         if self.fused_to_branches:
             for k, logits in enumerate(outputs.branches):
-                parts[f"fkd/branch{k}"] = ramp * distill(logits, fused, self.temperature)
-        return parts
+                losses[f"fkd/branch{k}"] = ramp * distill(logits, fused, self.temperature)
+        return losses
 
 
 @dataclass(frozen=True)
@@ -127,11 +127,11 @@ class DML(Method):
     strong: str = "ensemble"
 
     def losses(self, outputs: Outputs, labels: Tensor, ramp: float) -> Losses:
-        parts, z = _branch_losses(outputs, labels), outputs.branches
+        losses, z = _branch_losses(outputs, labels), outputs.branches
         for i, student in enumerate(z):
             peers = [distill(student, teacher, self.temperature) for j, teacher in enumerate(z) if j != i]
-            parts[f"kd/branch{i}"] = sum(peers[1:], peers[0]) / len(peers)
-        return parts
+            losses[f"kd/branch{i}"] = sum(peers[1:], peers[0]) / len(peers)
+        return losses
 
 
 @dataclass(frozen=True)
@@ -144,10 +144,10 @@ class ONE(Method):
 
     def losses(self, outputs: Outputs, labels: Tensor, ramp: float) -> Losses:
         gated = _aggregated(outputs)
-        parts = {**_branch_losses(outputs, labels), "ce/gated": cross_entropy(gated, labels)}
+        losses = {**_branch_losses(outputs, labels), "ce/gated": cross_entropy(gated, labels)}
         for k, logits in enumerate(outputs.branches):
-            parts[f"kd/branch{k}"] = ramp * distill(logits, gated, self.temperature)
-        return parts
+            losses[f"kd/branch{k}"] = ramp * distill(logits, gated, self.temperature)
+        return losses
 
 
 @dataclass(frozen=True)
@@ -165,11 +165,11 @@ class CLILR(Method):
 
     def losses(self, outputs: Outputs, labels: Tensor, ramp: float) -> Losses:
         z = outputs.branches
-        parts = {name: self.beta * loss for name, loss in _branch_losses(outputs, labels).items()}
+        losses = {name: self.beta * loss for name, loss in _branch_losses(outputs, labels).items()}
         for k, logits in enumerate(z):
             others = mean([teacher for j, teacher in enumerate(z) if j != k])
-            parts[f"kd/branch{k}"] = (1 - self.beta) * distill(logits, others, self.temperature)
-        return parts
+            losses[f"kd/branch{k}"] = (1 - self.beta) * distill(logits, others, self.temperature)
+        return losses
 
 
 @dataclass(frozen=True)
@@ -186,12 +186,12 @@ class OKDDip(Method):
     strong: str = "branch0"
 
     def losses(self, outputs: Outputs, labels: Tensor, ramp: float) -> Losses:
-        targets, peers = _aggregated(outputs), outputs.branches[1:]
-        parts = _branch_losses(outputs, labels)
+        attended, peers = _aggregated(outputs), outputs.branches[1:]
+        losses = _branch_losses(outputs, labels)
         for i, logits in enumerate(peers):
-            parts[f"kd/branch{i + 1}"] = ramp * distill(logits, targets[:, i], self.temperature, detach=False)
-        parts["kd/branch0"] = ramp * distill(outputs.branches[0], mean(peers), self.temperature)
-        return parts
+            losses[f"kd/branch{i + 1}"] = ramp * distill(logits, attended[:, i], self.temperature, detach=False)
+        losses["kd/branch0"] = ramp * distill(outputs.branches[0], mean(peers), self.temperature)
+        return losses
 
 
 @dataclass(frozen=True)
@@ -209,8 +209,8 @@ class DualNet(Method):
     joint: float = 0.1
 
     def losses(self, outputs: Outputs, labels: Tensor, ramp: float) -> Losses:
-        parts = {name: self.auxiliary * loss for name, loss in _branch_losses(outputs, labels).items()}
-        return {"ce/fused": cross_entropy(_fused(outputs), labels), **parts}
+        losses = {name: self.auxiliary * loss for name, loss in _branch_losses(outputs, labels).items()}
+        return {"ce/fused": cross_entropy(_fused(outputs), labels), **losses}
 
     def frozen(self, network: MutualNetwork, progress: float, step: int) -> list[nn.Module]:
         if progress >= 1 - self.joint:

@@ -1,4 +1,4 @@
-"""Optimiser, its parameter groups, and their state as named tensors."""
+"""Optimizer, its parameter groups, and their state as named tensors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ffl_deploy.networks.mutual import MutualNetwork
 from train.config import OptimisationOptions
 
 
-def build_optimiser(network: MutualNetwork, options: OptimisationOptions) -> torch.optim.Optimizer:
+def build_optimizer(network: MutualNetwork, options: OptimisationOptions) -> torch.optim.Optimizer:
     """SGD with Nesterov momentum or AdamW; the fusion module has a weight decay of its own (Kim et al. 2019, IV-A)."""
     fusion = list(network.fusion.parameters()) if network.fusion is not None else []
     own = {id(parameter) for parameter in fusion}
@@ -35,19 +35,19 @@ def build_optimiser(network: MutualNetwork, options: OptimisationOptions) -> tor
     return sgd
 
 
-def optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """-> the optimiser's state as "INDEX.NAME" -> tensor."""
-    state = optimiser.state_dict()["state"]
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """-> the optimizer's state as "INDEX.NAME" -> tensor."""
+    state = optimizer.state_dict()["state"]
     return {f"{index}.{name}": value for index, named in state.items() for name, value in named.items() if value is not None}
 
 
-def load_optimiser_tensors(optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """The inverse of optimiser_tensors; learning rates are set anew at every step.
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """The inverse of optimizer_tensors; learning rates are set anew at every step.
 
-    Files know no strides, but fused optimisers walk parameter and state by the same ones: each state takes its parameter's.
+    Files know no strides, but fused optimizers walk parameter and state by the same ones: each state takes its parameter's.
     """
-    content = optimiser.state_dict()
-    parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+    content = optimizer.state_dict()
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         index, name = int(key.split(".", 1)[0]), key.split(".", 1)[1]
@@ -55,11 +55,11 @@ def load_optimiser_tensors(optimiser: torch.optim.Optimizer, tensors: Mapping[st
         strided = value if value.shape != parameter.shape else torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         state.setdefault(index, {})[name] = strided
     content["state"] = state
-    optimiser.load_state_dict(content)
+    optimizer.load_state_dict(content)
 
 
 def drop_gradients(modules: Iterable[nn.Module]) -> None:
-    """Make the next optimiser step leave these modules alone: no gradient, no weight decay, no momentum."""
+    """Make the next optimizer step leave these modules alone: no gradient, no weight decay, no momentum."""
     for module in modules:
         for parameter in module.parameters():
             parameter.grad = None

@@ -11,7 +11,7 @@ from torch import Tensor
 from ffl_deploy.networks.mutual import MutualNetwork, NetworkConfig
 from train.distributed import World
 from train.evaluate import accuracies, predictions
-from train.machine import Machine
+from train.machine import Place
 
 NAMES = ["fused", "ensemble", "branch0", "branch1"]
 
@@ -32,9 +32,9 @@ class Last(World):
 
 def test_a_process_without_images_takes_part() -> None:
     network = MutualNetwork(NetworkConfig(branches=("resnet8", "resnet8"), classes=3, height=8, width=8))
-    machine, world = Machine(torch.device("cpu"), "fp32"), Last(3, 4, 3)
-    found = accuracies(network, NoBatches(), "validation", machine, world)  # type: ignore[arg-type]
+    place = Place(torch.device("cpu"), "fp32", Last(3, 4, 3))
+    found = accuracies(network, NoBatches(), "validation", place)  # type: ignore[arg-type]
     assert found == {"fused": 2 / 3, "ensemble": 1 / 3, "branch0": 0.0, "branch1": 1.0}
-    predicted = predictions(network, NoBatches(), "test", 3, machine, world)  # type: ignore[arg-type]
+    predicted = predictions(network, NoBatches(), "test", 3, place)  # type: ignore[arg-type]
     assert list(predicted) == NAMES
     np.testing.assert_array_equal(predicted["fused"], [7, 8, 9])

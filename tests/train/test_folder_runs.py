@@ -16,12 +16,12 @@ from PIL import Image
 from ffl_deploy.command import run_command
 from ffl_deploy.data.datasets import DataSpec, FileSplit, load_data
 from ffl_deploy.run_directory import load_run
+from train.build import held_on_device
 from train.config import DataOptions, TrainConfig
 from train.data.batches import InMemoryBatches
 from train.data.streaming import StreamedBatches
-from train.machine import Machine
+from train.machine import Place
 from train.run import main
-from train.session import held_on_device
 
 TrainTiny = Callable[..., Path]
 
@@ -102,14 +102,14 @@ def test_imagenets_recipe_on_imagenets_layout(image_folder: Callable[..., Path],
 
 
 def test_images_that_would_fill_a_gpu_are_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
-    data, gpu = load_data(DataSpec()), Machine(torch.device("cuda"), "fp32")
+    data, gpu = load_data(DataSpec()), Place(torch.device("cuda"), "fp32")
     size = data.train.read(slice(None)).nbytes
     for free, expected in ((4 * size, True), (4 * size - 1, False)):
         monkeypatch.setattr("torch.cuda.mem_get_info", lambda device, free=free: (free, 10 * free))
         assert held_on_device(TrainConfig(), data, gpu) is expected
-    assert held_on_device(TrainConfig(), data, Machine(torch.device("cpu"), "fp32"))
+    assert held_on_device(TrainConfig(), data, Place(torch.device("cpu"), "fp32"))
     resized = replace(TrainConfig(), data=DataOptions(augment="resized-crop"))
-    assert not held_on_device(resized, data, Machine(torch.device("cpu"), "fp32"))
+    assert not held_on_device(resized, data, Place(torch.device("cpu"), "fp32"))
 
 
 def spoil(folder: Path) -> None:

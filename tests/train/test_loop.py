@@ -21,7 +21,7 @@ from ffl_deploy.networks.checkpoint import build_network, load_network
 from ffl_deploy.networks.mutual import MutualNetwork, NetworkConfig
 from ffl_deploy.run_directory import load_run
 from train.methods import FFL, METHODS
-from train.optimizer import build_optimiser, load_optimiser_tensors, optimiser_tensors
+from train.optimizer import build_optimizer, load_optimizer_tensors, optimizer_tensors
 from train.randomness import seed_everything
 from train.recipes import RECIPES
 from train.record import read_metrics
@@ -225,7 +225,7 @@ def test_a_full_disk_ends_with_1_and_keeps_the_old_checkpoint(
 
 def test_weight_decay_groups_are_the_papers(train_tiny: TrainTiny) -> None:
     network = MutualNetwork(NetworkConfig(("resnet20", "resnet20"), 3, 8, 8))
-    optimiser = build_optimiser(network, RECIPES["cifar100-resnet32-paper"].optimisation)
+    optimiser = build_optimizer(network, RECIPES["cifar100-resnet32-paper"].optimisation)
     sizes = {group["weight_decay"]: sum(p.numel() for p in group["params"]) for group in optimiser.param_groups}
     fusion = sum(p.numel() for p in network.fusion.parameters())
     assert sizes == {1e-5: fusion, 1e-4: sum(p.numel() for p in network.parameters()) - fusion}
@@ -250,11 +250,11 @@ def test_dualnet_leaves_the_frozen_extractor_alone(
 def test_optimiser_state_takes_the_strides_of_its_parameters(train_tiny: TrainTiny) -> None:
     """A fused step walks parameter and momentum in memory order: other strides would pair the wrong elements."""
     network = build_network(load_run(train_tiny("run"))).to(memory_format=torch.channels_last)
-    optimiser = build_optimiser(network, RECIPES["digits"].optimisation)
+    optimiser = build_optimizer(network, RECIPES["digits"].optimisation)
     network(torch.ones(2, 3, 8, 8)).fused.sum().backward()
     optimiser.step()
-    fresh = build_optimiser(network, RECIPES["digits"].optimisation)
-    load_optimiser_tensors(fresh, {name: value.contiguous() for name, value in optimiser_tensors(optimiser).items()})
+    fresh = build_optimizer(network, RECIPES["digits"].optimisation)
+    load_optimizer_tensors(fresh, {name: value.contiguous() for name, value in optimizer_tensors(optimiser).items()})
     for parameter, state in fresh.state.items():
         assert state["momentum_buffer"].stride() == parameter.stride()
         assert torch.equal(state["momentum_buffer"], optimiser.state[parameter]["momentum_buffer"])

@@ -15,10 +15,10 @@ import train.machine
 from ffl_deploy.errors import CheckError, UsageError
 from ffl_deploy.networks.mutual import MutualNetwork, NetworkConfig
 from ffl_deploy.run_directory import CONFIG, load_run
+from train.build import check_small_size
 from train.config import DataOptions, MachineOptions, ModelOptions, TrainConfig
 from train.distributed import World
-from train.machine import Machine, bf16_speed_up, choose_machine, resources_in_one_sentence
-from train.session import check_small_size
+from train.machine import Place, bf16_speed_up, choose_place, resources_in_one_sentence
 
 CPU = torch.device("cpu")
 
@@ -26,14 +26,14 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize(("speed_up", "expected"), [(0.0, "fp32"), (0.6, "fp32"), (1.1, "fp32"), (1.3, "bf16"), (5.0, "bf16")])
 def test_a_cpu_trains_in_bf16_where_that_is_faster(speed_up: float, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train.machine, "bf16_speed_up", lambda: speed_up)
-    assert choose_machine("auto", CPU, World()).precision == expected
+    assert choose_place("auto", CPU, World()).precision == expected
 
 
 def test_a_precision_that_was_asked_for_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train.machine, "bf16_speed_up", lambda: pytest.fail("measured"))
-    assert choose_machine("bf16", CPU, World()).precision == "bf16"
+    assert choose_place("bf16", CPU, World()).precision == "bf16"
     with pytest.raises(UsageError, match="--precision fp16 needs a GPU"):
-        choose_machine("fp16", CPU, World())
+        choose_place("fp16", CPU, World())
 
 
 def test_bf16_is_not_tried_where_it_would_be_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,8 +59,8 @@ def test_a_resumed_run_keeps_its_precision(train_tiny: Callable[..., Path], monk
     (folder / CONFIG).write_text(json.dumps(content))
     (folder / "summary.json").unlink()
     used = []
-    fit = train.session.fit
-    monkeypatch.setattr(train.session, "fit", lambda *arguments: used.append(arguments[4].precision) or fit(*arguments))
+    run = train.session.Trainer.run
+    monkeypatch.setattr(train.session.Trainer, "run", lambda trainer: used.append(trainer.place.precision) or run(trainer))
     monkeypatch.setattr(train.machine, "bf16_speed_up", lambda: 0.0)
     train_tiny("run", "--resume", str(folder))
     assert used == ["bf16"]
@@ -70,10 +70,10 @@ def test_a_resumed_run_keeps_its_precision(train_tiny: Callable[..., Path], monk
 def test_a_size_that_the_network_cannot_take_is_refused() -> None:
     network = MutualNetwork(NetworkConfig(("vgg16_bn",), 3, 32, 32, fusion=None))
     config = TrainConfig(data=DataOptions(small_size=16), model=ModelOptions(branches=("vgg16_bn",)))
-    check_small_size(config, network, Machine(CPU, "fp32"))
+    check_small_size(config, network, Place(CPU, "fp32"))
     config = replace(config, data=DataOptions(small_size=8))
     with pytest.raises(UsageError, match=r"vgg16_bn cannot take images of 8 pixels .*larger --small-size"):
-        check_small_size(config, network, Machine(CPU, "fp32"))
+        check_small_size(config, network, Place(CPU, "fp32"))
 
 
 @pytest.mark.parametrize(

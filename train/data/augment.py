@@ -75,8 +75,8 @@ def soften(labels: Tensor, classes: int, smoothing: float) -> Tensor:
     return functional.one_hot(labels, classes).float() * (1 - smoothing) + smoothing / classes
 
 
-def mix(images: Tensor, targets: Tensor, options: DataOptions, draws: torch.Generator) -> tuple[Tensor, Tensor]:
-    """mixup or CutMix of a batch with itself in another order; images [n, 3, h, w] float, targets float [n, classes]."""
+def mix(images: Tensor, soft_labels: Tensor, options: DataOptions, draws: torch.Generator) -> tuple[Tensor, Tensor]:
+    """mixup or CutMix of a batch with itself in another order; images [n, 3, h, w] float, soft_labels float [n, classes]."""
     kinds = [name for name, alpha in (("mixup", options.mixup), ("cutmix", options.cutmix)) if alpha > 0]
     kind = kinds[int(torch.randint(len(kinds), (), generator=draws))]
     alpha = options.mixup if kind == "mixup" else options.cutmix
@@ -94,4 +94,4 @@ def mix(images: Tensor, targets: Tensor, options: DataOptions, draws: torch.Gene
         images = images.clone()
         images[:, :, top:bottom, left:right] = images[order, :, top:bottom, left:right]
         share = 1 - (bottom - top) * (right - left) / (height * width)  # what was really pasted, after clipping
-    return images, targets * share + targets[order] * (1 - share)
+    return images, soft_labels * share + soft_labels[order] * (1 - share)

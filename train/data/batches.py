@@ -21,11 +21,12 @@ from train.randomness import generator
 
 
 class Batch(NamedTuple):
-    """images: normalised float [n, 3, h, w]; labels: int64 [n]; targets: for the losses, labels or float [n, classes]."""
+    """images: normalised float [n, 3, h, w]; labels: int64 [n]; soft_labels: what is
+    learned: the labels, or float [n, classes] where they are smoothed or mixed."""
 
     images: Tensor
     labels: Tensor
-    targets: Tensor
+    soft_labels: Tensor
 
 
 class Batches(Protocol):
@@ -33,14 +34,14 @@ class Batches(Protocol):
 
     steps_per_epoch: int
 
-    def normalise(self, images: Tensor) -> Tensor:
+    def normalize(self, images: Tensor) -> Tensor:
         """uint8 [n, 3, h, w] -> float [n, 3, h, w] as the network takes it."""
 
     def training(self, epoch: int, first_step: int) -> Iterator[list[Batch]]:
         """-> for each step of `epoch` from `first_step` on, this process's micro-batches."""
 
-    def evaluation(self, part: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """part: "validation" or "test" -> (normalised images, labels) of this process's share, in order."""
+    def evaluation(self, split: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """split: "validation" or "test" -> (normalised images, labels) of this process's share, in order."""
 
 
 class Shares(NamedTuple):
@@ -50,12 +51,12 @@ class Shares(NamedTuple):
     accumulate: int
 
     @property
-    def parts(self) -> int:
+    def total(self) -> int:
         return self.world.size * self.accumulate
 
     @property
     def mine(self) -> list[int]:
-        """Which of the `parts` this process works on; the cuts are the same whether processes or accumulation make them."""
+        """The shares of this process; the cuts are the same whether processes or accumulation make them."""
         return [self.world.rank + turn * self.world.size for turn in range(self.accumulate)]
 
 
@@ -76,10 +77,10 @@ class Plan:
 
     def order(self, images: int, epoch: int) -> list[Tensor]:
         """-> the indices of each step of `epoch`, out of `images`."""
-        return epoch_order(images, self.batch_size, self.shares.parts, self.seed, epoch)
+        return epoch_order(images, self.batch_size, self.shares.total, self.seed, epoch)
 
 
-class Finish:
+class Collate:
     """The last steps of every training batch: size, normalisation, soft labels, mixing."""
 
     def __init__(self, data: ImageData, plan: Plan) -> None:
@@ -88,7 +89,7 @@ class Finish:
         self.mean = torch.tensor(data.mean, device=device).view(1, 3, 1, 1)
         self.scale = 1 / torch.tensor(data.std, device=device).view(1, 3, 1, 1)
 
-    def normalise(self, images: Tensor) -> Tensor:
+    def normalize(self, images: Tensor) -> Tensor:
         """uint8 [n, 3, h, w] -> float channels_last, mean 0 and standard deviation 1 on the training images."""
         return (images.float() - self.mean).mul_(self.scale).contiguous(memory_format=torch.channels_last)
 
@@ -96,19 +97,19 @@ class Finish:
         """images: uint8 [n, 3, h, w]; draw: number of this micro-batch within the run, which decides its mixing."""
         if self.options.small_size and epoch < self.plan.small_epochs:
             images = shrink(images, self.options.small_size)
-        normalised, targets = self.normalise(images), labels
+        normalised, soft_labels = self.normalize(images), labels
         mixes = self.options.mixup > 0 or self.options.cutmix > 0
         if self.plan.label_smoothing or mixes:
-            targets = soften(labels, self.classes, self.plan.label_smoothing)
+            soft_labels = soften(labels, self.classes, self.plan.label_smoothing)
         if mixes:
-            normalised, targets = mix(normalised, targets, self.options, generator(self.plan.seed, "mix", draw))
-        return Batch(normalised, labels, targets)
+            normalised, soft_labels = mix(normalised, soft_labels, self.options, generator(self.plan.seed, "mix", draw))
+        return Batch(normalised, labels, soft_labels)
 
 
-def epoch_order(images: int, batch_size: int, parts: int, seed: int, epoch: int) -> list[Tensor]:
-    """-> the indices of each step of `epoch`. A last batch too small for batch statistics in every part is left out."""
+def epoch_order(images: int, batch_size: int, shares: int, seed: int, epoch: int) -> list[Tensor]:
+    """-> the indices of each step of `epoch`. A last batch too small for batch statistics in every share is left out."""
     order = torch.randperm(images, generator=generator(seed, "order", epoch))
-    return [chunk for chunk in order.split(batch_size) if len(chunk) >= 2 * parts]
+    return [chunk for chunk in order.split(batch_size) if len(chunk) >= 2 * shares]
 
 
 def crop_padding(options: DataOptions) -> int:
@@ -125,8 +126,8 @@ class InMemoryBatches:
 
     def __init__(self, data: ImageData, plan: Plan, evaluation_batch: int = 512) -> None:
         self.plan, self.evaluation_batch = plan, evaluation_batch
-        self.finish = Finish(data, plan)
-        self.normalise = self.finish.normalise
+        self.collate = Collate(data, plan)
+        self.normalize = self.collate.normalize
         assert isinstance(data.train, ArraySplit), "images on disk are for StreamedBatches"
         images = torch.from_numpy(data.train.images).to(plan.device).permute(0, 3, 1, 2)
         self.crops = RandomCrops(images, crop_padding(plan.options), flips(plan.options))
@@ -140,12 +141,12 @@ class InMemoryBatches:
             number = epoch * self.steps_per_epoch + step
             images = self.crops(order[step], generator(self.plan.seed, "augment", number))
             labels = self.labels[order[step].to(self.plan.device)]
-            cuts = list(zip(images.tensor_split(shares.parts), labels.tensor_split(shares.parts), strict=True))
-            yield [self.finish(*cuts[part], epoch, draw=number * shares.parts + part) for part in shares.mine]
+            cuts = list(zip(images.tensor_split(shares.total), labels.tensor_split(shares.total), strict=True))
+            yield [self.collate(*cuts[share], epoch, draw=number * shares.total + share) for share in shares.mine]
 
-    def evaluation(self, part: str) -> Iterator[tuple[Tensor, Tensor]]:
-        split, world, device = self.held_out[part], self.plan.shares.world, self.plan.device
-        for start in range(world.rank, len(split), self.evaluation_batch * world.size):
+    def evaluation(self, split: str) -> Iterator[tuple[Tensor, Tensor]]:
+        held, world, device = self.held_out[split], self.plan.shares.world, self.plan.device
+        for start in range(world.rank, len(held), self.evaluation_batch * world.size):
             rows = slice(start, start + self.evaluation_batch * world.size, world.size)
-            images = torch.from_numpy(split.read(rows)).to(device).permute(0, 3, 1, 2)
-            yield self.normalise(images), torch.from_numpy(split.labels[rows]).to(device)
+            images = torch.from_numpy(held.read(rows)).to(device).permute(0, 3, 1, 2)
+            yield self.normalize(images), torch.from_numpy(held.labels[rows]).to(device)

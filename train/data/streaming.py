@@ -26,7 +26,7 @@ from ffl_deploy.host import available_cores
 from ffl_deploy.images import Pixels
 from train.config import DataOptions
 from train.data.augment import crop_one, draw_crops
-from train.data.batches import Batch, Finish, Plan, Shares, crop_padding, flips
+from train.data.batches import Batch, Collate, Plan, Shares, crop_padding, flips
 from train.randomness import derived_seed, generator
 
 View = Callable[[int, int], Pixels]
@@ -34,7 +34,7 @@ View = Callable[[int, int], Pixels]
 
 
 class Pieces(NamedTuple):
-    """One process's part of a step. images: uint8 [b, h, w, 3] and labels: int64 [b], per micro-batch."""
+    """One process's shares of a step. images: uint8 [b, h, w, 3] and labels: int64 [b], per micro-batch."""
 
     images: list[Tensor]
     labels: list[Tensor]
@@ -87,11 +87,11 @@ class TrainingSteps(Dataset[Pieces | UnreadableImage]):
     def __getitem__(self, step: int) -> Pieces | UnreadableImage:
         rows = self.order[step]
         view = self.resized_crops(step) if self.options.augment == "resized-crop" else self.padded_crops(step)
-        cuts = torch.arange(len(rows)).tensor_split(self.shares.parts)
+        cuts = torch.arange(len(rows)).tensor_split(self.shares.total)
         pieces = Pieces([], [], [])
         try:
-            for part in self.shares.mine:
-                images, labels = self.read(rows.tolist(), cuts[part].tolist(), view, pieces.replaced)
+            for share in self.shares.mine:
+                images, labels = self.read(rows.tolist(), cuts[share].tolist(), view, pieces.replaced)
                 pieces.images.append(images)
                 pieces.labels.append(labels)
         except UnreadableImage as error:
@@ -172,8 +172,8 @@ class StreamedBatches:
         self.data, self.plan, self.evaluation_batch = data, plan, evaluation_batch
         beside = int(os.environ.get("LOCAL_WORLD_SIZE", plan.shares.world.size))  # processes on this machine, says torchrun
         self.workers = max(1, available_cores() // beside) if workers is None else workers
-        self.finish = Finish(data, plan)
-        self.normalise = self.finish.normalise
+        self.collate = Collate(data, plan)
+        self.normalize = self.collate.normalize
         self.steps_per_epoch = len(plan.order(len(data.train), 0))
         self.reported: set[str] = set()
 
@@ -183,18 +183,18 @@ class StreamedBatches:
         steps = TrainingSteps(self.data.train, self.plan.options, size, order, shares, self.plan.seed, epoch)
         for step, pieces in enumerate(self.load(steps, range(first_step, len(steps))), start=first_step):
             self.report(pieces.replaced)
-            draw = (epoch * self.steps_per_epoch + step) * shares.parts
+            draw = (epoch * self.steps_per_epoch + step) * shares.total
             yield [
-                self.finish(self.to_device(images), labels.to(self.plan.device, non_blocking=True), epoch, draw + part)
-                for images, labels, part in zip(pieces.images, pieces.labels, shares.mine, strict=True)
+                self.collate(self.to_device(images), labels.to(self.plan.device, non_blocking=True), epoch, draw + share)
+                for images, labels, share in zip(pieces.images, pieces.labels, shares.mine, strict=True)
             ]
 
-    def evaluation(self, part: str) -> Iterator[tuple[Tensor, Tensor]]:
-        split, world = {"validation": self.data.validation, "test": self.data.test}[part], self.plan.shares.world
-        mine = range(world.rank, len(split), world.size)
+    def evaluation(self, split: str) -> Iterator[tuple[Tensor, Tensor]]:
+        held, world = {"validation": self.data.validation, "test": self.data.test}[split], self.plan.shares.world
+        mine = range(world.rank, len(held), world.size)
         rows = [mine[start : start + self.evaluation_batch] for start in range(0, len(mine), self.evaluation_batch)]
-        for images, labels in self.load(EvaluationBatches(split, rows), range(len(rows))):
-            yield self.normalise(self.to_device(images)), labels.to(self.plan.device, non_blocking=True)
+        for images, labels in self.load(EvaluationBatches(held, rows), range(len(rows))):
+            yield self.normalize(self.to_device(images)), labels.to(self.plan.device, non_blocking=True)
 
     def to_device(self, images: Tensor) -> Tensor:
         """uint8 [b, h, w, 3] -> uint8 [b, 3, h, w] on the device."""

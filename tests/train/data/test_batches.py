@@ -85,8 +85,8 @@ def test_normalisation_gives_what_mean_and_std_say(data: ImageData) -> None:
     expected = (images.double() - torch.tensor([100.0, 120.0, 140.0]).view(3, 1, 1)) / torch.tensor([50.0, 60.0, 70.0]).view(
         3, 1, 1
     )
-    torch.testing.assert_close(batches(data).normalise(images).double(), expected, atol=1e-6, rtol=0)
-    assert batches(data).normalise(images).is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(batches(data).normalize(images).double(), expected, atol=1e-6, rtol=0)
+    assert batches(data).normalize(images).is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize(("size", "accumulate"), [(1, 2), (2, 1), (2, 2), (3, 1)])
@@ -138,11 +138,11 @@ def test_evaluation_reads_every_held_out_image_once(data: ImageData, size: int) 
 
 def test_targets_are_labels_unless_they_are_softened(data: ImageData) -> None:
     (plain,) = next(batches(data).training(0, 0))
-    assert plain.targets is plain.labels
+    assert plain.soft_labels is plain.labels
     smooth = InMemoryBatches(data, Plan(DataOptions(augment="none"), 16, 0.3, 5, CPU, Shares(World(), 1)))
     (batch,) = next(smooth.training(0, 0))
-    assert batch.targets.shape == (16, 3)
-    torch.testing.assert_close(batch.targets.max(dim=1).values, torch.full((16,), 0.8))
+    assert batch.soft_labels.shape == (16, 3)
+    torch.testing.assert_close(batch.soft_labels.max(dim=1).values, torch.full((16,), 0.8))
 
 
 def test_the_first_epochs_are_small_and_show_the_same_views(data: ImageData) -> None:

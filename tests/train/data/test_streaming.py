@@ -106,7 +106,7 @@ def test_resized_crops_are_torchvisions_of_the_original_image(on_disk: ImageData
     torch.manual_seed(derived_seed(5, "augment", 2 * len(on_disk.train) + 16 + 7))
     transform = v2.Compose([v2.RandomResizedCrop((16, 16), antialias=True), v2.RandomHorizontalFlip()])
     expected = transform(torch.from_numpy(on_disk.train.original(row).copy()).permute(2, 0, 1))
-    assert torch.equal(batch.images[7], stream(on_disk, RESIZED, 0).normalise(expected[None])[0])
+    assert torch.equal(batch.images[7], stream(on_disk, RESIZED, 0).normalize(expected[None])[0])
     assert int(batch.labels[7]) == on_disk.train.labels[row]
 
 
@@ -213,4 +213,4 @@ def test_evaluation_is_exports_view_of_the_files(folder: Path) -> None:
     images = torch.cat([images for images, _ in batches.evaluation("test")])
     paths = sorted((folder / "test").glob("*/*.png"))
     expected = np.stack([load(path, Preprocessing(12, 12, resize="crop")) for path in paths])
-    assert torch.equal(images, batches.normalise(torch.from_numpy(expected).permute(0, 3, 1, 2)))
+    assert torch.equal(images, batches.normalize(torch.from_numpy(expected).permute(0, 3, 1, 2)))

@@ -1,0 +1,107 @@
+"""The parts of a run, made from its configuration: which data, which network, which source of batches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ffl_deploy.data.datasets import ArraySplit, DataSpec, ImageData
+from ffl_deploy.errors import UsageError
+from ffl_deploy.networks.mutual import MutualNetwork, NetworkConfig
+from train.config import TrainConfig
+from train.data.batches import Batches, InMemoryBatches, Plan, Shares, crop_padding
+from train.data.streaming import StreamedBatches
+from train.machine import Place
+from train.methods import Method
+
+
+def data_spec(config: TrainConfig) -> DataSpec:
+    """-> which images to read; folders as absolute paths, so that export finds them from anywhere."""
+    source, root = config.data.source, config.data.root
+    named = source in ("digits", "cifar10", "cifar100")
+    return DataSpec(
+        source=source if named else str(Path(source).expanduser().absolute()),
+        root=None if root is None else str(root.expanduser().absolute()),
+        image_size=config.data.image_size,
+        validation=config.data.validation,
+        skip_bad_images=config.data.skip_bad_images,
+    )
+
+
+def memory_limit(config: TrainConfig) -> int | None:
+    """-> bytes of decoded images to hold in memory, None for the default."""
+    if config.data.augment == "resized-crop":
+        return 0  # its views are cut from the original images, which are only on disk
+    limit = config.machine.memory_limit
+    return None if limit is None else int(limit * 2**30)
+
+
+def choose_network(config: TrainConfig, method: Method, data: ImageData) -> NetworkConfig:
+    """-> the architecture: branches from the configuration, what joins them from the method."""
+    shared = config.model.shared_stages
+    return NetworkConfig(
+        branches=config.model.branches,
+        classes=len(data.classes),
+        height=data.preprocessing.height,
+        width=data.preprocessing.width,
+        shared_stages=0 if shared is None and not method.shares_stages else shared,
+        fusion=method.fusion,
+        fusion_width=config.model.fusion_width,
+        aggregator=method.aggregator,
+        scale_trunk_gradient=method.scales_trunk_gradient,
+    )
+
+
+def check_small_size(config: TrainConfig, network: MutualNetwork, place: Place) -> None:
+    """Raise UsageError where --small-size makes images larger, or smaller than the network can take."""
+    small, full = config.data.small_size, min(network.config.height, network.config.width)
+    if small is None:
+        return
+    if small >= full:
+        raise UsageError(f"--small-size {small} is not below the images' own {full} pixels; use less, or leave it out.")
+    try:
+        with torch.inference_mode():
+            network.eval()(torch.zeros(2, 3, small, small, device=place.device))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        names = ", ".join(dict.fromkeys(config.model.branches))
+        raise UsageError(f"{names} cannot take images of {small} pixels ({error}); use a larger --small-size.") from error
+
+
+def synchronize_batchnorm(network: MutualNetwork, place: Place) -> MutualNetwork:
+    """-> the network with batch statistics over all processes; weights keep their names. Raises UsageError on a CPU."""
+    if place.device.type != "cuda":
+        raise UsageError("--sync-batchnorm runs on GPUs only (torch has no CPU version); leave it out.")
+    return torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
+
+
+def make_batches(config: TrainConfig, data: ImageData, place: Place) -> Batches:
+    """-> the source of batches that suits the data. Raises UsageError where one step cannot be filled."""
+    optimisation = config.optimisation
+    shares = Shares(place.world, optimisation.accumulate)
+    size, padding = data.preprocessing, crop_padding(config.data)
+    if padding >= min(size.height, size.width):
+        raise UsageError(f"--crop-padding {padding} is too wide for images of {size.width}x{size.height} pixels; use less.")
+    small_epochs = round(config.data.small_share * optimisation.epochs)
+    plan = Plan(
+        config.data, optimisation.batch_size, optimisation.label_smoothing, config.seed, place.device, shares, small_epochs
+    )
+    batches: Batches
+    if held_on_device(config, data, place):
+        batches = InMemoryBatches(data, plan)
+    else:
+        batches = StreamedBatches(data, plan, config.machine.workers)
+    if batches.steps_per_epoch == 0:
+        raise UsageError(
+            f"a step of {optimisation.batch_size} images cannot be dealt out to {shares.total} micro-batches of at least two, or "
+            f"{len(data.train)} training images do not fill one; use a larger --batch-size, or fewer processes or --accumulate."
+        )
+    return batches
+
+
+def held_on_device(config: TrainConfig, data: ImageData, place: Place) -> bool:
+    """-> whether the training images stay on the device; streamed, they give the same batches."""
+    if not isinstance(data.train, ArraySplit) or config.data.augment == "resized-crop":
+        return False
+    # A GPU needs the rest for the network and its activations; a CPU's share is load_data's decision already.
+    return place.device.type != "cuda" or data.train.images.nbytes <= torch.cuda.mem_get_info(place.device)[0] // 4

@@ -1,0 +1,88 @@
+"""What a run writes down about itself: its description at the start, and the test set, read once, at the end."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+
+import ffl_deploy
+from ffl_deploy.data.datasets import ArraySplit, ImageData
+from ffl_deploy.files import existing_folder, replace_file, write_json
+from ffl_deploy.networks.checkpoint import MODEL, load_weights, read_checkpoint
+from ffl_deploy.networks.mutual import MutualNetwork, NetworkConfig
+from ffl_deploy.run_directory import PREDICTIONS, REFERENCE, SCHEMA, SUMMARY, ModelRecord, RunConfig
+from train.build import data_spec
+from train.config import TrainConfig
+from train.data.batches import Batches
+from train.evaluate import logits_of, predictions
+from train.machine import Place
+from train.methods import Method
+from train.options import options_to_json
+from train.state import Position
+
+REFERENCE_IMAGES = 256
+
+
+def describe(config: TrainConfig, data: ImageData, network: NetworkConfig, method: Method, place: Place) -> RunConfig:
+    """-> config.json: everything that resuming and exporting need to know."""
+    parts = {"train": data.train, "validation": data.validation, "test": data.test}
+    counts = {name: np.bincount(part.labels, minlength=len(data.classes)).tolist() for name, part in parts.items()}
+    # A file's name need not be UTF-8, JSON is.
+    skipped = {path.encode(errors="backslashreplace").decode(): reason for path, reason in data.skipped.items()}
+    return RunConfig(
+        schema=SCHEMA,
+        options=options_to_json(config),
+        data=data_spec(config),
+        data_name=data.name,
+        classes=list(data.classes),
+        preprocessing=data.preprocessing,
+        mean=data.mean,
+        std=data.std,
+        split={"images_per_class": counts, "skipped": skipped, "in_memory": isinstance(data.train, ArraySplit)},
+        model=ModelRecord(config.model.method, method.strong, msgspec.to_builtins(network)),
+        toolchain={
+            "ffl_deploy": ffl_deploy.__version__,
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "device": torch.cuda.get_device_name(place.device) if place.device.type == "cuda" else platform.machine(),
+            "precision": place.precision,
+            "threads": str(torch.get_num_threads()),
+        },
+    )
+
+
+def finish(folder: Path, network: MutualNetwork, batches: Batches, data: ImageData, place: Place, position: Position) -> None:
+    """Read the test set, once, with the best weights and in full precision; store predictions, accuracies, reference logits."""
+    rows = np.unique(np.linspace(0, len(data.test) - 1, REFERENCE_IMAGES).round().astype(np.int64))
+    images = data.test.read(rows)
+    arrays: dict[str, Any] = {"images": images, "labels": data.test.labels[rows], "indices": rows}
+    normalised = batches.normalize(torch.from_numpy(images).to(place.device).permute(0, 3, 1, 2))
+    for name in ("ema", "last", "best"):  # best comes last: the accuracies below are its own
+        checkpoint = existing_folder(folder / "checkpoints" / name)
+        if checkpoint is not None:
+            load_weights(network, read_checkpoint(checkpoint, (MODEL,)).tensors[MODEL], str(checkpoint))
+            arrays |= {f"{name}/{classifier}": values for classifier, values in logits_of(network, normalised).items()}
+    predicted = predictions(network, batches, "test", len(data.test), place.exact())
+    accuracy = {name: float(np.mean(labels == data.test.labels)) for name, labels in predicted.items()}
+    if place.world.is_main:
+        with replace_file(folder / PREDICTIONS) as file:
+            answers: dict[str, Any] = {"labels": data.test.labels, **predicted}
+            np.savez_compressed(file, **answers)
+        with replace_file(folder / REFERENCE) as file:
+            np.savez_compressed(file, **arrays)
+        summary = {
+            "accuracy": {name: round(value, 6) for name, value in accuracy.items()},
+            "images_per_second": round(position.images / position.seconds, 1) if position.seconds else 0.0,  # trained elsewhere
+            "seconds": round(position.seconds, 1),
+            "classes": list(data.classes),
+            "epochs": position.epoch,
+            "best_epoch": position.best_epoch,
+            "best_validation_accuracy": position.best_accuracy if position.best_accuracy >= 0 else None,
+            "test_images": len(data.test),
+        }
+        write_json(folder / SUMMARY, summary)  # last: its presence says that the run is finished

@@ -1,0 +1,94 @@
+"""What training changes, and where it stands: saved and restored as one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from ffl_deploy.errors import CheckError
+from ffl_deploy.files import existing_folder
+from ffl_deploy.networks.checkpoint import MODEL, STATE, load_weights, read_checkpoint, save_checkpoint
+from ffl_deploy.networks.mutual import MutualNetwork
+from train.optimizer import load_optimizer_tensors, optimizer_tensors
+
+OPTIMIZER = "optimiser"  # names of files in a checkpoint, which runs of earlier versions hold too
+EMA = "ema"
+
+
+@dataclass
+class Position:
+    """Where a run stands: what state.json holds beside the hashes."""
+
+    epoch: int = 0  # the next one; so many are complete
+    step: int = 0  # the next one of that epoch
+    best_epoch: int = 0
+    best_accuracy: float = -1.0
+    seconds: float = 0.0
+    images: int = 0  # seen so far
+    meter: dict[str, Any] | None = None  # sums of an unfinished epoch
+    scaler: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """All that a run changes, and the folder that keeps it. ema: the moving average of the weights, if there is one."""
+
+    folder: Path
+    network: MutualNetwork
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    ema: AveragedModel | None
+
+    def save(self, position: Position) -> None:
+        """Write checkpoint `last`, which `restore` goes on from. Raises CheckError before writing a bad weight."""
+        position.scaler = self.scaler.state_dict()
+        tensors: dict[str, Mapping[str, Tensor]] = {OPTIMIZER: optimizer_tensors(self.optimizer)}
+        if self.ema is not None:
+            tensors[EMA] = self.ema.state_dict()
+        self.save_weights("last", self.network, position, tensors)
+
+    def save_weights(
+        self, name: str, network: nn.Module, position: Position, others: Mapping[str, Mapping[str, Tensor]] | None = None
+    ) -> None:
+        """Write checkpoint `name` with the weights of `network`. Raises CheckError before writing a bad weight."""
+        weights = network.state_dict()
+        broken = [key for key, value in weights.items() if not torch.isfinite(value).all()]
+        if broken:
+            raise CheckError(
+                f"the weights are not finite after epoch {position.epoch} ({broken[0]}); the last checkpoint is kept. "
+                "Lower --lr, add --clip 1.0 or use --precision fp32."
+            )
+        save_checkpoint(self.folder / "checkpoints" / name, {MODEL: weights, **(others or {})}, vars(position))
+
+    def restore(self) -> Position:
+        """Load checkpoint `last` into everything; -> where it stands, or the start where there is none."""
+        last = existing_folder(self.folder / "checkpoints" / "last")
+        if last is None:
+            return Position()
+
+        # the tensors: weights, optimizer, moving average
+        content = read_checkpoint(last)
+        load_weights(self.network, content.tensors[MODEL], str(last))
+        load_optimizer_tensors(self.optimizer, content.tensors[OPTIMIZER])
+        if self.ema is not None:
+            if EMA not in content.tensors:
+                raise CheckError(
+                    f"{last} holds no moving average of the weights, which config.json asks for; it cannot be resumed."
+                )
+            self.ema.load_state_dict(content.tensors[EMA])
+
+        # the position
+        try:
+            named = {name: value for name, value in content.state.items() if name != "sha256"}
+            position = msgspec.convert(named, Position)
+        except msgspec.ValidationError as error:
+            raise CheckError(f"{last / STATE} does not say where the run stands ({error}); it cannot be resumed.") from error
+        self.scaler.load_state_dict(position.scaler)
+        return position
