@@ -8,26 +8,25 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-
-import tyro
+from dataclasses import fields
 
 from ffl_deploy.command import run_command
 from ffl_deploy.errors import CHECK_FAILED, DONE, CheckError, Interrupted, UsageError
 from ffl_deploy.run_directory import SUMMARY
 from train.comparison.plan import CompareOptions, PlannedRun, plan
-from train.run import complaints_in_one_sentence
+from train.config import TrainConfig
+from train.flags import Flags, override
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; -> exit code."""
-    with complaints_in_one_sentence():
-        options, others = tyro.cli(
-            CompareOptions,
-            args=list(argv),
-            prog="python -m train.compare",
-            description=CompareOptions.__doc__,
-            return_unknown_args=True,
-        )
+    flags = Flags("python -m train.compare", CompareOptions(), others=TrainConfig())
+    typed = flags.typed(argv)
+    if typed.pop("help", False):
+        flags.show_help()
+    own = {field.name for field in fields(CompareOptions)}
+    options = override(CompareOptions(), {name: value for name, value in typed.items() if name in own})
+    others = {name: value for name, value in typed.items() if name not in own}
     runs = plan(options, others)
     failures = list(train_missing(runs))
 

@@ -1,4 +1,6 @@
-"""Methods: outputs of all classifiers -> named losses. Nothing here knows the loop, the data or the optimiser.
+"""Methods: outputs of all classifiers -> named losses. Nothing here knows the loop, the data or the optimizer.
+
+torch is imported only where losses are computed, so that the command line may read METHODS.
 
 Notation (docs/architecture.md): z_k logits of branch k, z_f fused, z_e ensemble, y labels, w the ramp-up weight;
 KL(s <- t) = T^2 * mean over the batch of sum_c q_c (log q_c - log p_c), p = softmax(s/T), q = softmax(t/T).
@@ -6,32 +8,45 @@ KL(s <- t) = T^2 * mean over the batch of sum_c q_c (log q_c - log p_c), p = sof
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from itertools import cycle, islice
+from typing import TYPE_CHECKING, Literal
 
-from torch import Tensor, nn
-from torch.nn import functional
+from ffl_deploy.errors import UsageError, choices_sentence
 
-from ffl_deploy.errors import UsageError
-from ffl_deploy.networks.aggregators import mean
-from ffl_deploy.networks.mutual import MutualNetwork, Outputs
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
-Losses = dict[str, Tensor]
+    from ffl_deploy.networks.mutual import MutualNetwork, Outputs
+
+    Losses = dict[str, Tensor]
+
 Fusion = Literal["module", "sum", "mean"]
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean cross entropy in fp32. labels: int64 [n], or float [n, classes] when they are smoothed or mixed."""
+    from torch.nn import functional
+
     return functional.cross_entropy(logits.float(), labels)
 
 
 def distill(student: Tensor, teacher: Tensor, temperature: float, detach: bool = True) -> Tensor:
     """KL(student <- teacher) of the module's notation, [n, classes] each, in fp32; the teacher gets no gradient."""
+    from torch.nn import functional
+
     teacher = teacher.detach() if detach else teacher
     log_p = functional.log_softmax(student.float() / temperature, dim=1)
     log_q = functional.log_softmax(teacher.float() / temperature, dim=1)
     return temperature**2 * functional.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
+
+
+def mean(logits: Sequence[Tensor]) -> Tensor:
+    """Mean of several classifiers' logits, [n, classes] each."""
+    from ffl_deploy.networks import aggregators
+
+    return aggregators.mean(logits)
 
 
 @dataclass(frozen=True)
@@ -55,6 +70,11 @@ class Method:
     def frozen(self, network: MutualNetwork, progress: float, step: int) -> list[nn.Module]:
         """-> modules that do not learn in this step; progress: 0..1 of the run."""
         return []
+
+    def branches_for(self, given: tuple[str, ...]) -> tuple[str, ...]:
+        """-> as many branches as this method trains: the first of those `given`, or these over again."""
+        most = self.maximum_branches or len(given) + self.minimum_branches
+        return tuple(islice(cycle(given), min(max(len(given), self.minimum_branches), most)))
 
     def check(self, branches: tuple[str, ...]) -> None:
         """Raise UsageError where this method cannot train these branches."""
@@ -245,5 +265,7 @@ METHODS: dict[str, Callable[..., Method]] = {
 
 
 def build_method(name: str, temperature: float | None = None) -> Method:
-    """-> the method called `name`, with its own temperature unless one is given."""
+    """-> the method called `name`, with its own temperature unless one is given. Raises UsageError."""
+    if name not in METHODS:
+        raise UsageError(f"there is no method {name!r}. {choices_sentence(name, list(METHODS))}")
     return METHODS[name]() if temperature is None else METHODS[name](temperature=temperature)

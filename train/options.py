@@ -11,6 +11,7 @@ import msgspec
 
 from ffl_deploy.errors import CheckError, UsageError
 from train.config import TrainConfig
+from train.methods import METHODS
 
 # What a resumed run may do differently: none of it changes the result.
 MAY_CHANGE = {
@@ -101,6 +102,9 @@ def options_to_json(config: TrainConfig) -> dict[str, Any]:
 def options_from_json(options: dict[str, Any]) -> TrainConfig:
     """The inverse of options_to_json. Raises CheckError for options of another version."""
     try:
-        return msgspec.convert(options, TrainConfig, dec_hook=lambda kind, value: kind(value) if kind is Path else value)
+        config = msgspec.convert(options, TrainConfig, dec_hook=lambda kind, value: kind(value) if kind is Path else value)
     except msgspec.ValidationError as error:
         raise CheckError(f"the run's config.json has options this version does not know ({error}).") from error
+    if config.model.method not in METHODS:
+        raise CheckError(f"the run's config.json has a method this version does not know ({config.model.method!r}).")
+    return config

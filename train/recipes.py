@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from ffl_deploy.errors import UsageError, choices_sentence
 from train.config import DataOptions, MachineOptions, ModelOptions, OptimisationOptions, TrainConfig
+from train.methods import build_method
 
 # Kim et al. 2019, section IV, and the official code: SGD 0.1, batch 128, 300 epochs, x0.1 at 150 and 225.
 _PAPER_CIFAR = OptimisationOptions(epochs=300, batch_size=128, lr=0.1, weight_decay=1e-4, schedule="multistep")
@@ -60,10 +62,6 @@ RECIPES: dict[str, TrainConfig] = {
 }
 
 
-# Methods that train another number of branches than a recipe's two; --branches overrides it.
-BRANCHES_OF = {"vanilla": 1, "okddip": 3}
-
-
 def default_recipe(data: str) -> str:
     """-> the recipe that suits `--data data` when none is named."""
     if data in ("cifar10", "cifar100"):
@@ -71,24 +69,11 @@ def default_recipe(data: str) -> str:
     return "digits" if data == "digits" else "folder"
 
 
-def recipe_for(arguments: Sequence[str]) -> TrainConfig:
-    """-> the defaults that `arguments` select with --recipe or, without it, with --data. Raises UsageError."""
-    data = flag_value(arguments, "--data")
-    name = flag_value(arguments, "--recipe") or default_recipe(data or "digits")
+def recipe_for(typed: Mapping[str, Any]) -> TrainConfig:
+    """-> the defaults that flags (flags.Typed) select with --recipe or, without it, with --data. Raises UsageError."""
+    name = typed.get("recipe") or default_recipe(typed.get("data.source", "digits"))
     if name not in RECIPES:
         raise UsageError(f"there is no recipe {name!r}. {choices_sentence(name, list(RECIPES))}")
-    recipe = replace(RECIPES[name], recipe=name)
-    branches = recipe.model.branches
-    count = BRANCHES_OF.get(flag_value(arguments, "--method") or recipe.model.method, len(branches))
-    return replace(recipe, model=replace(recipe.model, branches=(branches * count)[:count]))
-
-
-def flag_value(arguments: Sequence[str], flag: str) -> str | None:
-    """-> the value that the last `flag VALUE` or `flag=VALUE` gives."""
-    found = None
-    for index, argument in enumerate(arguments):
-        if argument == flag and index + 1 < len(arguments):
-            found = arguments[index + 1]
-        elif argument.startswith(f"{flag}="):
-            found = argument.removeprefix(f"{flag}=")
-    return found
+    model = RECIPES[name].model
+    branches = build_method(typed.get("model.method", model.method)).branches_for(model.branches)
+    return replace(RECIPES[name], recipe=name, model=replace(model, branches=branches))

@@ -15,6 +15,7 @@ from train import compare as command
 from train.comparison import plan
 from train.comparison.results import SEEDS_FOR_A_CLAIM, against, estimate, sign_flip_p
 from train.config import TrainConfig
+from train.flags import Flags
 
 
 def test_t_interval_of_five_seeds() -> None:
@@ -87,7 +88,8 @@ def test_six_common_seeds_are_tested() -> None:
     ],
 )
 def test_every_method_gets_as_many_branches_as_it_trains(flags: list[str], expected: dict[str, int]) -> None:
-    assert {method: len(plan.method_config(method, flags).model.branches) for method in expected} == expected
+    typed = Flags("compare", plan.CompareOptions(), others=TrainConfig()).typed(flags)
+    assert {method: len(plan.method_config(method, typed).model.branches) for method in expected} == expected
 
 
 @pytest.mark.parametrize(

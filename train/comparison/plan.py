@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, get_args
-
-from tyro.conf import arg
 
 from ffl_deploy.errors import UsageError, choices_sentence
 from ffl_deploy.run_directory import CONFIG, load_run
-from train.config import MethodName, Names, TrainConfig
+from train.config import Names, TrainConfig, option
+from train.flags import Typed, configure
+from train.methods import METHODS, build_method
 from train.options import differences, options_from_json
-from train.run import parse
 
 MOST_SEEDS = 20  # the exact test over seeds looks at 2^seeds cases
 
@@ -28,12 +25,19 @@ class CompareOptions:
     A method that trains another number of branches takes the first ones, or repeats them.
     """
 
-    methods: Names = ("ffl", "vanilla", "independent", "dml", "one", "cl-ilr", "okddip", "dualnet")
-    """Methods to train; the others are compared with ffl, or with the first one where ffl is not among them."""
-    seeds: int = 5
-    """Runs per method, with the seeds 0, 1, ...; differences between seeds are judged from 6 on."""
-    out: Annotated[Path, arg(metavar="DIR")] = Path("runs/compare")
-    """Folder for the runs (METHOD-seedN) and the table (DIR's name with .md, .json and .png)."""
+    methods: Names = option(
+        ("ffl", "vanilla", "independent", "dml", "one", "cl-ilr", "okddip", "dualnet"),
+        "Methods to train; the others are compared with ffl, or with the first one where ffl is not among them.",
+    )
+    seeds: int = option(
+        5,
+        "Runs per method, with the seeds 0, 1, ...; differences between seeds are judged from 6 on.",
+    )
+    out: Path = option(
+        Path("runs/compare"),
+        "Folder for the runs (METHOD-seedN) and the table (DIR's name with .md, .json and .png).",
+        metavar="DIR",
+    )
 
 
 @dataclass(frozen=True)
@@ -46,18 +50,17 @@ class PlannedRun:
     config: TrainConfig
 
 
-def plan(options: CompareOptions, others: Sequence[str]) -> list[PlannedRun]:
+def plan(options: CompareOptions, others: Typed) -> list[PlannedRun]:
     """-> all runs, seed by seed, so that an interrupted comparison has equally many of each method. Raises UsageError."""
-    known = get_args(MethodName)
     for name in options.methods:
-        if name not in known:
-            raise UsageError(f"there is no method {name!r}. {choices_sentence(name, known)}")
+        if name not in METHODS:
+            raise UsageError(f"there is no method {name!r}. {choices_sentence(name, list(METHODS))}")
     if not options.methods or len(set(options.methods)) < len(options.methods):
         raise UsageError("--methods must name at least one method, each once.")
     if not 1 <= options.seeds <= MOST_SEEDS:
         raise UsageError(f"--seeds must be from 1 to {MOST_SEEDS}.")
-    for flag in ("--method", "--seed", "--resume"):
-        if any(other == flag or other.startswith(f"{flag}=") for other in others):
+    for flag, name in (("--method", "model.method"), ("--seed", "seed"), ("--resume", "output.resume")):
+        if name in others:
             raise UsageError(f"{flag} belongs to python -m train.run; train.compare sets it itself (--methods, --seeds).")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("train.compare is one process; start it without torchrun.")
@@ -68,14 +71,11 @@ def plan(options: CompareOptions, others: Sequence[str]) -> list[PlannedRun]:
     ]
 
 
-def method_config(method: str, others: Sequence[str]) -> TrainConfig:
+def method_config(method: str, others: Typed) -> TrainConfig:
     """-> the configuration of `method` under the flags of the command, with as many branches as it trains."""
-    from train.methods import build_method
-
-    config = parse([*others, "--method", method])
-    rules, branches = build_method(method), config.model.branches
-    count = min(max(len(branches), rules.minimum_branches), rules.maximum_branches or len(branches) + rules.minimum_branches)
-    branches = tuple(itertools.islice(itertools.cycle(branches), count))
+    config = configure({**others, "model.method": method})
+    rules = build_method(method)
+    branches = rules.branches_for(config.model.branches)
     rules.check(branches)
     return replace(config, model=replace(config.model, branches=branches))
 

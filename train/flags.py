@@ -1,0 +1,177 @@
+"""What was typed -> TrainConfig. The flags and their help are derived from the dataclasses of config.py.
+
+A flag has no default of its own, so that the namespace holds what was typed and nothing else. That is laid over the stored
+options of --resume, or else over the recipe that --recipe, --data and --method choose.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
+from difflib import get_close_matches
+from inspect import getdoc
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+
+from ffl_deploy.command import Parser
+from ffl_deploy.errors import UsageError, choices_sentence
+from ffl_deploy.run_directory import load_run
+from train.config import Help, TrainConfig, split_names
+from train.options import differences, options_from_json, validate
+from train.recipes import recipe_for
+
+T = TypeVar("T")
+Typed = dict[str, Any]
+"""Option, as in "seed" or "optimisation.lr" -> the value that its flag was given; nothing for flags that were not typed."""
+
+
+class Flags(Parser):
+    """A flag for each option of dataclasses. options: their values are what --help calls the defaults.
+
+    others: further options that may be typed, where `options` has no flag of the name; --help is silent about them.
+    """
+
+    def __init__(self, prog: str, options: Any, others: Any = None) -> None:
+        super().__init__(
+            prog=prog, description=getdoc(type(options)), usage="%(prog)s [-h] [OPTIONS]",
+            add_help=False, allow_abbrev=False, exit_on_error=False, argument_default=argparse.SUPPRESS,
+        )  # fmt: skip
+        self.spellings: list[str] = []
+        general = self.add_argument_group("options")
+        general.add_argument("-h", "--help", action="store_true", help="show this help message and exit")
+        self.add_options(options, general)
+        if others is not None:
+            self.add_options(others, None)
+
+    def add_options(self, options: Any, shown: argparse._ArgumentGroup | None, prefix: str = "") -> None:
+        """A flag for each field of `options`; a field that is a dataclass itself becomes a group of --help."""
+        kinds = get_type_hints(type(options))
+        for field in fields(options):
+            value = getattr(options, field.name)
+            if is_dataclass(value):
+                group = self.add_argument_group(f"{field.name} options", getdoc(type(value))) if shown else None
+                self.add_options(value, group, f"{field.name}.")
+                continue
+            kind, about = kinds[field.name], field.metadata["help"]
+            flag = f"--{about.flag or field.name.replace('_', '-')}"
+            if flag in self.spellings:
+                continue
+            settings = value_of(kind, about)
+            added = (shown or self).add_argument(
+                flag, dest=prefix + field.name, help=help_text(about, value) if shown else argparse.SUPPRESS, **settings
+            )
+            self.spellings += added.option_strings
+
+    def typed(self, argv: Sequence[str]) -> Typed:
+        """Raises UsageError for flags that do not exist and values that do not fit; --batch_size is --batch-size too."""
+        try:
+            found, unknown = self.parse_known_args([_with_dashes(word) for word in argv])
+        except argparse.ArgumentError as error:
+            message = error.message.rstrip(".")
+            raise UsageError(f"Error parsing {error.argument_name}: {message}. See {self.prog} --help.") from None
+        if unknown:
+            near = [name for word in unknown for name in get_close_matches(word.partition("=")[0], self.spellings, n=1)]
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise UsageError(f"Unrecognized options: {', '.join(unknown)}.{hint} See {self.prog} --help.")
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in vars(found).items()}
+
+    def show_help(self) -> NoReturn:
+        """Print the help and end the command."""
+        self.print_help()
+        self.exit()
+
+
+def value_of(kind: Any, about: Help) -> dict[str, Any]:
+    """-> what argparse needs to know of an option of type `kind`: bool, a Literal, tuple, int, float, str, Path; or None."""
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if kind == tuple[str, ...]:
+        return {"type": split_names, "metavar": "A,B,..."}
+    if get_origin(kind) is tuple:
+        return {"type": reader(get_args(kind)[0]), "nargs": "*", "metavar": about.metavar}
+    choices = about.choices or (get_args(kind) if get_origin(kind) is Literal else ())
+    if choices:
+        return {"type": one_of(choices), "metavar": "{" + ",".join(choices) + "}"}
+    plain = next((one for one in get_args(kind) if one is not NoneType), kind)
+    return {"type": reader(plain, optional=plain is not kind), "metavar": about.metavar or plain.__name__.upper()}
+
+
+def reader(kind: type, optional: bool = False) -> Callable[[str], Any]:
+    """-> what reads a value of `kind`; the word None too where there may be none."""
+
+    def read(text: str) -> Any:
+        if optional and text == "None":
+            return None
+        try:
+            return kind(text)
+        except ValueError:
+            what = {int: "a whole number", float: "a number"}.get(kind, kind.__name__)
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
+
+    return read
+
+
+def one_of(choices: Sequence[str]) -> Callable[[str], str]:
+    """-> what lets one of `choices` through."""
+
+    def read(text: str) -> str:
+        if text not in choices:
+            raise argparse.ArgumentTypeError(f"there is no {text!r}. {choices_sentence(text, list(choices))}")
+        return text
+
+    return read
+
+
+def help_text(about: Help, value: Any) -> str:
+    """-> the option's line of --help; what is absent by default says so itself."""
+    shown = ",".join(value) if value and isinstance(value, tuple) and isinstance(value[0], str) else value
+    shown = " ".join(map(str, shown)) if isinstance(shown, tuple) else shown
+    return (about.text if value is None else f"{about.text} (default: {shown})").replace("%", "%%")
+
+
+def _with_dashes(word: str) -> str:
+    flag, equals, value = word.partition("=")
+    return flag.replace("_", "-") + equals + value if word.startswith("--") else word
+
+
+def override(options: T, typed: Mapping[str, Any]) -> T:
+    """-> `options` with what was typed in its place."""
+    groups: dict[str, dict[str, Any]] = {}
+    for name, value in typed.items():
+        group, _, field = name.rpartition(".")
+        groups.setdefault(group, {})[field] = value
+    own = groups.pop("", {})
+    own |= {group: replace(getattr(options, group), **values) for group, values in groups.items()}
+    return replace(options, **own)  # type: ignore[type-var]
+
+
+def stored_options(typed: Typed) -> TrainConfig | None:
+    """-> the options of the run that --resume names. Raises UsageError, CheckError."""
+    resumed: Path | None = typed.get("output.resume")
+    return None if resumed is None else options_from_json(load_run(resumed).config.options)
+
+
+def configure(typed: Typed) -> TrainConfig:
+    """-> the recipe's configuration, overridden by flags; with --resume the run's own, which flags may only repeat.
+
+    Raises UsageError.
+    """
+    stored = stored_options(typed)
+    config = override(stored or recipe_for(typed), typed)
+    if stored is not None:
+        resumed = typed["output.resume"]
+        changed = differences(stored, config)
+        changed += [
+            f"--{name.split('.')[-1]} is {str(typed[name])!r} now and was {str(before)!r}"
+            for name, before in (("recipe", stored.recipe), ("output.out", resumed))
+            if name in typed and typed[name] != before
+        ]
+        if changed:
+            raise UsageError(
+                f"--resume continues {resumed} as it was started, but {'; '.join(changed)}: "
+                "leave these flags out, or start a new run with --out."
+            )
+    validate(config)
+    return config
