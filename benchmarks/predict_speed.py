@@ -33,24 +33,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ffl_deploy.bundle import (
-    SCHEMA,
-    Bundle,
-    Golden,
-    GoldenSamples,
-    InputTensor,
-    Manifest,
-    OutputTensor,
-    Precision,
-    Source,
-    Variant,
-    file_records,
-    load_bundle,
-    write_golden,
-    write_manifest,
-)
+from ffl_deploy.bundle import Bundle, GoldenSamples, load_bundle, write_bundle
 from ffl_deploy.host import available_cores
 from ffl_deploy.images import Preprocessing
+from ffl_deploy.manifest import InputTensor, OutputTensor, Precision, Source, Variant
 from serve.inputs.items import file_item
 from serve.pipeline import prepare_item
 
@@ -161,25 +147,22 @@ def build_bundle(folder: Path, name: str, size: int, weights: Path, photos: list
     (folder / "prepared.onnx").unlink()
     noise = np.random.default_rng(0).integers(0, 256, (2, size, size, 3), dtype=np.uint8)
     golden = GoldenSamples(noise, np.array([-1, -1]), np.zeros((2, 1000), np.float32))
-    record: Golden = write_golden(folder, golden, "noise")
-    files = file_records(folder)
-    variants = [
-        Variant(variant, "onnxruntime", file, files[file].sha256, files[file].bytes, Precision(variant, variant))
-        for variant, file in (("fp32", "model.onnx"), ("int8", "model.int8.onnx"))
-    ]
-    manifest = Manifest(
-        schema=SCHEMA,
+    write_bundle(
+        folder,
         target="benchmark",
         classes=[str(i) for i in range(1000)],
         input=InputTensor(preprocessing),
         outputs=[OutputTensor("logits", ["batch", 1000]), OutputTensor("probabilities", ["batch", 1000])],
         source=Source("benchmark", "last", "0" * 64, 0, "none", [name], "none", sum(p.numel() for p in network.parameters())),
-        variants=variants,
-        golden=record,
-        files=files,
+        variants=[
+            Variant.of_file(folder, folder / file, variant, "onnxruntime", Precision(variant, variant))
+            for variant, file in (("fp32", "model.onnx"), ("int8", "model.int8.onnx"))
+        ],
+        golden=golden,
+        origin="noise",
         toolchain={"torch": str(torch.__version__)},
+        card=lambda manifest: f"# {manifest.source.branches[0]} for measuring\n",
     )
-    write_manifest(folder, manifest)
     return load_bundle(folder)
 
 

@@ -48,17 +48,19 @@ def table() -> str:
     for target in TARGETS:
         bundle = load_bundle(BUNDLES / target)
         variant = bundle.variant()
-        accuracy, latency = variant.accuracy or {}, variant.latency or {}
+        accuracy, latency = variant.accuracy, variant.latency
+        if accuracy is None or latency is None:
+            raise ValueError(f"{target}: its fp32 variant was not measured")  # ffl-export measures every one on its CPU
         rows.append(
             (
                 target,
                 f"{bundle.manifest.source.parameters:,}",
                 f"{variant.bytes / 1e6:.2f} MB",
-                f"{100 * accuracy['difference']['reference_accuracy']:.2f} %",
-                f"{100 * accuracy['value']:.2f} %",
+                f"{100 * accuracy.difference.reference_accuracy:.2f} %",
+                f"{100 * accuracy.value:.2f} %",
                 f"{100 * predicted_accuracy(RUN / f'{target}.jsonl'):.2f} %",
-                f"{100 * accuracy['top1_agreement']:.1f} %",
-                f"{latency['p50_ms']:.2f} ms",
+                f"{100 * accuracy.top1_agreement:.1f} %",
+                f"{latency.p50_ms:.2f} ms",
             )
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(columns))]

@@ -13,9 +13,9 @@ from ffl_deploy.errors import DONE, UsageError
 from ffl_deploy.host import keep_freed_memory
 
 if TYPE_CHECKING:
-    from export.publish.report import Limits
     from export.write.tensorrt_engine import EngineOptions
     from ffl_deploy.bundle import Bundle
+    from ffl_deploy.report import Limits
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 RUNTIMES = ("onnxruntime", "openvino", "onnxruntime-cuda", "onnxruntime-tensorrt")
@@ -147,7 +147,7 @@ def _publish(bundles: Sequence[Bundle], triton: Path | None, space: Path | None,
 
 def _limits(arguments: argparse.Namespace) -> Limits:
     """-> what --max-latency-ms, --min-accuracy and --max-bytes ask for. Raises UsageError for impossible values."""
-    from export.publish.report import Limits
+    from ffl_deploy.report import Limits
 
     if arguments.min_accuracy is not None and not 0 <= arguments.min_accuracy <= 1:
         raise UsageError(f"--min-accuracy {arguments.min_accuracy:g} is not a share; give for example 0.95 for 95 %.")

@@ -6,9 +6,7 @@ import platform
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import msgspec
 import numpy as np
 
 from export.check.evaluation import Evaluation, Reference, check_target, class_balanced
@@ -17,23 +15,10 @@ from export.publish.card import model_card
 from export.variants import TargetContext, VariantOptions, build_variants, check_runtimes
 from export.write.onnx_graph import DeployedModel, require_features
 from ffl_deploy import __version__
-from ffl_deploy.bundle import (
-    MANIFEST,
-    SCHEMA,
-    Bundle,
-    GoldenSamples,
-    InputTensor,
-    Manifest,
-    OutputTensor,
-    Source,
-    Variant,
-    file_records,
-    load_bundle,
-    write_golden,
-    write_manifest,
-)
+from ffl_deploy.bundle import Bundle, GoldenSamples, load_bundle, write_bundle
 from ffl_deploy.errors import UsageError, choices_sentence
-from ffl_deploy.files import replace_folder, shown, write_atomically
+from ffl_deploy.files import replace_folder, shown
+from ffl_deploy.manifest import MANIFEST, InputTensor, OutputTensor, Source, Temperature, Variant
 from ffl_deploy.networks.checkpoint import LoadedNetwork, load_network
 from ffl_deploy.networks.targets import build_target, target_names
 from ffl_deploy.run_directory import Run
@@ -54,17 +39,6 @@ class ExportOptions:
     checkpoint: str = "best"
     extras: tuple[str, ...] = ()  # further outputs: cam, embedding
     golden: Path | None = None
-
-
-class Calibration(msgspec.Struct, frozen=True):
-    """Temperature scaling (Guo et al. 2017) and the expected calibration error on the test split, before and after."""
-
-    temperature: float
-    split: str
-    fitted_on: int
-    note: str  # what else the split was used for
-    ece_before: float
-    ece_after: float
 
 
 def export_run(run: Run, options: ExportOptions, report: Callable[[str], None]) -> list[Bundle]:
@@ -118,9 +92,8 @@ def export_target(
     with replace_folder(options.out / name) as folder:
         variants = build_variants(folder, context, options.variants)
         folder_given = options.golden and f"from the folder {options.golden.name}/"
-        origin = folder_given or f"held-out test images of {run.config.data_name}"
-        manifest = Manifest(
-            schema=SCHEMA,
+        write_bundle(
+            folder,
             target=name,
             classes=run.classes,
             input=InputTensor(run.preprocessing, batch=options.variants.graph.batch),
@@ -136,13 +109,12 @@ def export_target(
                 parameters=sum(parameter.numel() for parameter in target.parameters()),
             ),
             variants=variants,
-            golden=write_golden(folder, samples, origin),
-            files={},
+            golden=samples,
+            origin=folder_given or f"held-out test images of {run.config.data_name}",
             toolchain=toolchain(),
-            calibration=msgspec.to_builtins(calibration),
+            calibration=calibration,
+            card=model_card,
         )
-        write_atomically(folder / "README.md", model_card(manifest))
-        write_manifest(folder, msgspec.structs.replace(manifest, files=file_records(folder)))
     signature_path(options.out / name).unlink(missing_ok=True)  # it was of the bundle before this one
     bundle = load_bundle(options.out / name)
     for variant in bundle.manifest.variants:
@@ -150,7 +122,7 @@ def export_target(
     return bundle
 
 
-def calibrate(evaluation: Evaluation, target: str) -> Calibration:
+def calibrate(evaluation: Evaluation, target: str) -> Temperature:
     """Fit the temperature on the validation split, which training used for nothing but choosing the epoch."""
     validation, test = evaluation.data.validation, evaluation.data.test
     temperature = fit_temperature(evaluation.validation_logits[target], validation.labels)
@@ -159,7 +131,7 @@ def calibrate(evaluation: Evaluation, target: str) -> Calibration:
         notes.append("no temperature can be fitted where the validation split is classified without error, so it is 1")
         temperature = 1.0
     logits = evaluation.test_logits[target]
-    return Calibration(
+    return Temperature(
         temperature=temperature,
         split="validation",
         note="; ".join(filter(None, notes)),
@@ -223,19 +195,18 @@ def output_tensors(model: DeployedModel, run: Run, batch: int | None) -> list[Ou
 
 def variant_summary(variant: Variant) -> str:
     """-> one line for people about a variant that passed."""
-    parts: list[Any] = [f"({variant.runtime}, {variant.bytes / 1e6:.2f} MB)"]
+    said = [f"({variant.runtime}, {variant.bytes / 1e6:.2f} MB)"]
     if variant.parity:
-        worst = max(metrics["scaled_max_diff"] for metrics in variant.parity["batches"].values())
-        parts.append(f"max logit difference {worst:.1e} of std")
+        worst = max(metrics.scaled_max_diff for metrics in variant.parity.batches.values())
+        said.append(f"max logit difference {worst:.1e} of std")
     if variant.accuracy:
-        verdict = variant.accuracy["verdict"]
-        parts.append(
-            f"accuracy {100 * variant.accuracy['value']:.2f} % (PyTorch "
-            f"{100 * variant.accuracy['difference']['reference_accuracy']:.2f} %, {verdict['note'] or verdict['status']})"
+        said.append(
+            f"accuracy {100 * variant.accuracy.value:.2f} % (PyTorch "
+            f"{100 * variant.accuracy.difference.reference_accuracy:.2f} %, {variant.accuracy.verdict.summary})"
         )
     if variant.latency:
-        parts.append(f"{variant.latency['p50_ms']:.2f} ms per image")
-    return ", ".join(parts)
+        said.append(f"{variant.latency.p50_ms:.2f} ms per image")
+    return ", ".join(said)
 
 
 def toolchain() -> dict[str, str]:

@@ -7,16 +7,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
 
 from export.check.evaluation import Evaluation, Reference, class_balanced
 from export.check.gates import HeldOut, check_extras, check_golden, check_parity, file_batches, measure_accuracy, require_accuracy
+from export.check.gates.true_fp16 import check_true_fp16
 from export.check.latency import measure_latency
 from export.check.localize import first_difference
-from export.check.true_fp16 import check_true_fp16
 from export.computed import computed_precision
 from export.write.half import write_half
 from export.write.magnitudes import largest_magnitudes
@@ -24,10 +23,10 @@ from export.write.onnx_graph import DeployedModel, GraphOptions, write_onnx
 from export.write.quantize import Held, quantize
 from export.write.ranges import IMAGES
 from export.write.tensorrt_engine import EngineOptions, build_engine
-from ffl_deploy.bundle import DEFAULT_VARIANT, GoldenSamples, Precision, Variant
+from ffl_deploy.bundle import GoldenSamples
 from ffl_deploy.errors import CheckError, UsageError
-from ffl_deploy.files import sha256_of
 from ffl_deploy.host import available_cores
+from ffl_deploy.manifest import DEFAULT_VARIANT, Details, HalfRecord, Precision, Variant
 from ffl_deploy.parity import gate_precision
 from ffl_deploy.runtime import OnnxRuntimeSession, Session
 from ffl_deploy.runtime.onnx_runtime import PROVIDERS, require_provider
@@ -57,7 +56,7 @@ class ModelFile:
     path: Path
     stored: str
     runtimes: tuple[str, ...]
-    details: dict[str, Any] = field(default_factory=dict)
+    details: Details = field(default_factory=Details)
     on_cpu: bool = True
 
 
@@ -126,7 +125,7 @@ def write_files(folder: Path, context: TargetContext, options: VariantOptions) -
     for precision in options.precisions:
         if precision in ("fp16", "bf16"):
             path = folder / f"model.{precision}.onnx"
-            details = {"half": write_half_checked(source, path, precision, context, options.graph.batch)}
+            details = Details(half=write_half_checked(source, path, precision, context, options.graph.batch))
             # ONNX Runtime's CPU has no bf16 convolution; OpenVINO computes both formats where the processor has them.
             yield ModelFile(precision, path, precision, options.runtimes if precision == "fp16" else ("openvino",), details)
         elif precision == "int8":
@@ -142,17 +141,17 @@ def write_files(folder: Path, context: TargetContext, options: VariantOptions) -
                 ("int8", forms["cpu"], others),
                 ("int8-tensorrt", forms["tensorrt"], ("onnxruntime", *through_tensorrt)),
             ):
-                details = {"quantisation": msgspec.to_builtins(form.choice), "certificate": msgspec.to_builtins(form.certificate)}
+                details = Details(quantisation=form.choice, certificate=form.certificate)
                 yield ModelFile(name, form.path, "int8", runtimes, details, on_cpu=name == "int8")
 
 
-def write_half_checked(source: Path, path: Path, precision: str, context: TargetContext, batch: int | None) -> dict[str, Any]:
+def write_half_checked(source: Path, path: Path, precision: str, context: TargetContext, batch: int | None) -> HalfRecord:
     """Write a 16-bit file; -> what the manifest keeps of it. fp16 is computed once as GPUs compute it. Raises CheckError."""
     if precision == "bf16":  # its range is fp32's
-        return {**msgspec.to_builtins(write_half(source, path, precision)), "true_fp16": None}
+        return write_half(source, path, precision)
     magnitudes = largest_magnitudes(source, context.evaluation.calibration_images(IMAGES), batch)
     record = write_half(source, path, precision, magnitudes)
-    return {**msgspec.to_builtins(record), "true_fp16": msgspec.to_builtins(check_true_fp16(path, context.reference, batch))}
+    return msgspec.structs.replace(record, true_fp16=check_true_fp16(path, context.reference, batch))
 
 
 def verified(file: ModelFile, runtime: str, context: TargetContext, folder: Path, batch: int | None) -> Variant:
@@ -176,32 +175,27 @@ def verified(file: ModelFile, runtime: str, context: TargetContext, folder: Path
     accuracy = require_accuracy(measure_accuracy(many, context.test, precision, callers), name)
     extras = check_extras(session, context.reference, context.extras, precision)
     timed = file.on_cpu or runtime != "onnxruntime"
-    return Variant(
-        name=name,
-        runtime=runtime,
-        file=file.path.relative_to(folder).as_posix(),
-        sha256=sha256_of(file.path),
-        bytes=file.path.stat().st_size,
-        precision=Precision(file.stored, computed),
-        parity=msgspec.to_builtins(parity),
-        accuracy=msgspec.to_builtins(accuracy),
-        latency=msgspec.to_builtins(measure_latency(session.run, context.reference.images)) if timed else None,
-        details=details if extras is None else {**details, "extras": extras},
+    return msgspec.structs.replace(
+        Variant.of_file(folder, file.path, name, runtime, Precision(file.stored, computed)),
+        parity=parity,
+        accuracy=accuracy,
+        latency=measure_latency(session.run, context.reference.images) if timed else None,
+        details=msgspec.structs.replace(details, extras=extras),
     )
 
 
-def open_file(file: ModelFile, runtime: str, name: str) -> tuple[Session, str, dict[str, Any]]:
+def open_file(file: ModelFile, runtime: str, name: str) -> tuple[Session, str, Details]:
     """-> (session, the precision it computes in, read back from the runtime, details for the manifest)."""
     if runtime == "openvino":
         from ffl_deploy.runtime.openvino_runtime import OpenVinoSession
 
         opened = OpenVinoSession(file.path, name, precision=file.stored)
-        return opened, opened.computed or file.stored, {**file.details, "layers": opened.layer_precisions()}
+        return opened, opened.computed or file.stored, msgspec.structs.replace(file.details, layers=opened.layer_precisions())
     session = OnnxRuntimeSession(file.path, name, runtime=runtime)  # first: it says in a sentence why a file is refused
     computed, histogram = computed_precision(file.path)
     if runtime != "onnxruntime":  # a GPU provider computes in what the file stores
         computed = file.stored
-    return session, computed, {**file.details, "operators": histogram}
+    return session, computed, msgspec.structs.replace(file.details, operators=histogram)
 
 
 def engine_variant(file: ModelFile, folder: Path, context: TargetContext, options: EngineOptions) -> Variant:
@@ -210,12 +204,5 @@ def engine_variant(file: ModelFile, folder: Path, context: TargetContext, option
     path = folder / "engines" / f"{name.removesuffix('-engine')}.engine"
     shape = context.evaluation.run.preprocessing
     record = build_engine(file.path, path, shape.height, shape.width, options)
-    return Variant(
-        name=name,
-        runtime="tensorrt",
-        file=path.relative_to(folder).as_posix(),
-        sha256=sha256_of(path),
-        bytes=path.stat().st_size,
-        precision=Precision(file.stored, file.stored),
-        details={"engine": msgspec.to_builtins(record)},
-    )
+    variant = Variant.of_file(folder, path, name, "tensorrt", Precision(file.stored, file.stored))
+    return msgspec.structs.replace(variant, details=Details(engine=record))

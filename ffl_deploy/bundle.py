@@ -10,113 +10,41 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 import numpy as np
 
 from ffl_deploy.arrays import read_arrays
 from ffl_deploy.errors import CheckError, UsageError, choices_sentence
-from ffl_deploy.files import replace_file, sha256_of, shown, write_json
+from ffl_deploy.files import replace_file, sha256_of, shown, write_atomically
 from ffl_deploy.images import Pixels, Preprocessing
+from ffl_deploy.manifest import (
+    DEFAULT_VARIANT,
+    MANIFEST,
+    SCHEMA,
+    Golden,
+    InputTensor,
+    Manifest,
+    OutputTensor,
+    Source,
+    Temperature,
+    Variant,
+    file_records,
+    read_manifest,
+    write_manifest,
+)
 
 if TYPE_CHECKING:
     from ffl_deploy.fastest import Choice
     from ffl_deploy.runtime import Session
 
-SCHEMA = 1
-MANIFEST = "bundle.json"
 GOLDEN = "golden.npz"
-DEFAULT_VARIANT = "fp32"
 AUTO = "auto"
 """In place of a variant's name: the fastest one that holds its gate on this machine."""
-
-
-class InputTensor(msgspec.Struct, frozen=True):
-    """The graph's input. Normalisation is inside the graph: any client feeds the pixels that `preprocessing` gives."""
-
-    preprocessing: Preprocessing
-    name: str = "images"
-    dtype: str = "uint8"
-    layout: str = "NHWC"
-    color: str = "RGB"
-    batch: Annotated[int, msgspec.Meta(ge=1)] | None = None  # the only batch size the graph takes; None: any
-
-
-class OutputTensor(msgspec.Struct, frozen=True):
-    """One output of the graph; `shape` uses "batch" for the dynamic dimension."""
-
-    name: str
-    shape: list[int | str]
-    description: str = ""
-
-
-class Source(msgspec.Struct, frozen=True):
-    """Where the weights come from."""
-
-    run: str
-    checkpoint: str  # best, last or ema
-    checkpoint_sha256: str
-    epoch: int
-    method: str
-    branches: list[str]
-    data: str
-    parameters: int  # of this target alone
-
-
-class Precision(msgspec.Struct, frozen=True):
-    """What the file stores and what the processor that verified it computed in; they differ more often than one thinks."""
-
-    stored: Annotated[str, msgspec.Meta(pattern="^(fp32|fp16|bf16|int8)$")]  # each has a gate
-    computed: str
-
-
-class Variant(msgspec.Struct, frozen=True):
-    """One deployable file. `runtime` is the one it was verified with; `parity`, `accuracy` and `latency` are measurements."""
-
-    name: str
-    runtime: str
-    file: str
-    sha256: str
-    bytes: int
-    precision: Precision
-    parity: dict[str, Any] | None = None
-    accuracy: dict[str, Any] | None = None
-    latency: dict[str, Any] | None = None
-    details: dict[str, Any] = {}
-
-
-class Golden(msgspec.Struct, frozen=True):
-    """Samples with PyTorch's own logits, to verify an installation. `origin` says where the images come from."""
-
-    file: str
-    sha256: str
-    count: int
-    origin: str
-
-
-class FileRecord(msgspec.Struct, frozen=True):
-    sha256: str
-    bytes: int
-
-
-class Manifest(msgspec.Struct, frozen=True):
-    """`bundle.json`. `files` lists every file of the folder but the manifest itself."""
-
-    schema: int
-    target: str
-    classes: list[str]
-    input: InputTensor
-    outputs: list[OutputTensor]
-    source: Source
-    variants: list[Variant]
-    golden: Golden
-    files: dict[str, FileRecord]
-    toolchain: dict[str, str]
-    calibration: dict[str, Any] | None = None  # temperature and expected calibration errors
 
 
 class GoldenSamples(NamedTuple):
@@ -180,11 +108,9 @@ class Bundle:
 
     @property
     def temperature(self) -> float:
-        """What the graph divides the logits by before the softmax. Raises CheckError where the manifest has no number for it."""
-        value = (self.manifest.calibration or {}).get("temperature", 1.0)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-            raise CheckError(f"{self.folder / MANIFEST} gives the temperature {value!r}; export the bundle again.")
-        return float(value)
+        """What the graph divides the logits by before the softmax."""
+        calibration = self.manifest.calibration
+        return 1.0 if calibration is None else calibration.temperature
 
     def golden(self) -> GoldenSamples:
         """-> the golden samples, after a check of their hash and shapes. Raises CheckError."""
@@ -316,39 +242,6 @@ def load_bundle(folder: str | os.PathLike[str]) -> Bundle:
     return Bundle(folder, read_manifest(folder / MANIFEST))
 
 
-def read_manifest(path: Path) -> Manifest:
-    """-> a manifest whose schema is known and whose names stay inside its folder. Raises CheckError."""
-    try:
-        manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise CheckError(f"{path} is not a valid manifest ({error}); export the bundle again.") from error
-    if manifest.schema != SCHEMA:
-        raise CheckError(f"{path} has schema {manifest.schema}, this version reads {SCHEMA}; export the bundle again.")
-    if not manifest.classes or not manifest.variants:
-        raise CheckError(f"{path} lists no classes or no variants; export the bundle again.")
-    for output in manifest.outputs:
-        if output.name in ("logits", "probabilities") and output.shape[-1:] != [len(manifest.classes)]:
-            raise CheckError(
-                f"{path} lists {len(manifest.classes)} classes, but {output.name} of shape {output.shape}; export again."
-            )
-    names = [variant.name for variant in manifest.variants]
-    if len(set(names)) < len(names):
-        raise CheckError(f"{path} lists a variant twice; export the bundle again.")
-    named = [variant.file for variant in manifest.variants] + [manifest.golden.file]
-    for name in [*named, *manifest.files]:
-        pure = PurePosixPath(name)
-        if pure.is_absolute() or ".." in pure.parts or "\\" in name or name != str(pure) or name in ("", ".", MANIFEST):
-            raise CheckError(f"{path} names {name!r}, which is not a file inside the bundle; do not use this bundle.")
-    for name in named:
-        if name not in manifest.files:
-            raise CheckError(f"{path} does not list the hash of {name}; export the bundle again.")
-    hashes = [(item.file, item.sha256) for item in manifest.variants] + [(manifest.golden.file, manifest.golden.sha256)]
-    for name, sha256 in hashes:
-        if manifest.files[name].sha256 != sha256:
-            raise CheckError(f"{path} gives two different hashes for {name}; export the bundle again.")
-    return manifest
-
-
 def write_golden(folder: Path, samples: GoldenSamples, origin: str) -> Golden:
     """Write `folder/golden.npz` and return its record; equal samples give equal bytes (NumPy dates no member)."""
     path = folder / GOLDEN
@@ -357,12 +250,39 @@ def write_golden(folder: Path, samples: GoldenSamples, origin: str) -> Golden:
     return Golden(GOLDEN, sha256_of(path), len(samples.labels), origin)
 
 
-def file_records(folder: Path) -> dict[str, FileRecord]:
-    """-> name -> FileRecord of every file below `folder` but the manifest, sorted by name."""
-    names = sorted(str(PurePosixPath(p.relative_to(folder))) for p in folder.rglob("*") if p.is_file())
-    return {name: FileRecord(sha256_of(folder / name), (folder / name).stat().st_size) for name in names if name != MANIFEST}
+def write_bundle(
+    folder: Path,
+    *,
+    target: str,
+    classes: Sequence[str],
+    input: InputTensor,
+    outputs: Sequence[OutputTensor],
+    source: Source,
+    variants: Sequence[Variant],
+    golden: GoldenSamples,
+    origin: str,
+    toolchain: dict[str, str],
+    calibration: Temperature | None = None,
+    card: Callable[[Manifest], str],
+) -> Manifest:
+    """Make a bundle of `folder`, which holds the variants' files: golden samples, model card, and last the manifest.
 
-
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write `folder/bundle.json`: indented, keys in the order of the schema, so that equal contents are equal bytes."""
-    write_json(folder / MANIFEST, manifest)
+    Args: origin: where the golden images come from; card: -> README.md, from the manifest without `files`.
+    """
+    manifest = Manifest(
+        schema=SCHEMA,
+        target=target,
+        classes=list(classes),
+        input=input,
+        outputs=list(outputs),
+        source=source,
+        variants=list(variants),
+        golden=write_golden(folder, golden, origin),
+        files={},
+        toolchain=toolchain,
+        calibration=calibration,
+    )
+    write_atomically(folder / "README.md", card(manifest))
+    manifest = msgspec.structs.replace(manifest, files=file_records(folder))
+    write_manifest(folder, manifest)
+    return manifest

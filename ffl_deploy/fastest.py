@@ -24,7 +24,8 @@ from ffl_deploy.processor import kernels, nvidia
 from ffl_deploy.runtime import RUNTIMES, Session
 
 if TYPE_CHECKING:
-    from ffl_deploy.bundle import Bundle, Variant
+    from ffl_deploy.bundle import Bundle
+    from ffl_deploy.manifest import Variant
 
 EVERYWHERE = ("onnxruntime", "onnxruntime-cuda", "openvino")
 """Runtimes that are tried for every ONNX file. The others compile for minutes: each is tried for the variants made for it."""

@@ -84,6 +84,11 @@ class Verdict(msgspec.Struct, frozen=True):
     def failed(self) -> bool:
         return self.status == "failed"
 
+    @property
+    def summary(self) -> str:
+        """-> the note where there is one, else the status."""
+        return self.note or self.status
+
 
 class ParityRecord(msgspec.Struct, frozen=True):
     """What a manifest keeps of one comparison: metrics for each batch size, the gate, the verdict."""

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import msgspec
 import numpy as np
 
 from ffl_deploy.errors import CheckError
+from ffl_deploy.manifest import Certificate
 from ffl_deploy.runtime.onnx_wire import Graph, Node, read_graph
 
 LIMIT = 2**15 - 1
@@ -39,18 +39,6 @@ _MOVES = (
 )
 """Operators through which runtimes carry a quantised tensor as it is."""
 _QUANTIZED = ("QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "DynamicQuantizeLinear")
-
-
-class Certificate(msgspec.Struct, frozen=True):
-    """The largest |sum of two products side by side| that any kernel can meet in the file, of `layers` int8 layers."""
-
-    largest_pair_sum: int
-    limit: int
-    layers: int
-
-    @property
-    def holds(self) -> bool:
-        return self.largest_pair_sum <= self.limit
 
 
 def certify(path: Path) -> Certificate:

@@ -22,7 +22,8 @@ from ffl_deploy.runtime import Session
 from ffl_deploy.runtime.replay import golden_batches, measure
 
 if TYPE_CHECKING:
-    from ffl_deploy.bundle import Bundle, Variant
+    from ffl_deploy.bundle import Bundle
+    from ffl_deploy.manifest import Variant
 
 VERSION = 1
 """Of what is compared and how; another number makes every remembered verdict ask again. The gates are part of the question."""

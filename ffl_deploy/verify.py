@@ -11,16 +11,16 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import msgspec
 import numpy as np
 
-from ffl_deploy.bundle import AUTO, MANIFEST, Bundle, Variant, load_bundle
+from ffl_deploy.bundle import AUTO, Bundle, load_bundle
 from ffl_deploy.command import Parser, run_command
 from ffl_deploy.errors import DONE, CheckError, OtherMachine, UsageError
 from ffl_deploy.files import shown
+from ffl_deploy.manifest import MANIFEST, Variant
 from ffl_deploy.parity import ParityRecord
 from ffl_deploy.runtime.onnx_wire import refuse_external_data
-from ffl_deploy.saturation import Certificate, check_certificate
+from ffl_deploy.saturation import check_certificate
 from ffl_deploy.selfcheck import golden_record, reason, refusal
 from ffl_deploy.signing import check_signature
 
@@ -43,24 +43,14 @@ def check_files(bundle: Bundle) -> int:
             "remove them, or copy the bundle anew."
         )
     for variant in bundle.manifest.variants:
-        if stored := certificate(variant):
-            check_certificate(bundle.folder / variant.file, stored)
+        if variant.details.certificate:
+            check_certificate(bundle.folder / variant.file, variant.details.certificate)
     return len(listed)
-
-
-def certificate(variant: Variant) -> Certificate | None:
-    """-> the proof that an int8 file cannot saturate, as export wrote it down; None for other files, and for bundles made before
-    there was one. Raises CheckError where it says nothing valid."""
-    stored = variant.details.get("certificate")
-    try:
-        return None if stored is None else msgspec.convert(stored, Certificate)
-    except msgspec.ValidationError as error:
-        raise CheckError(f"variant {variant.name} has no valid certificate ({error}); export the bundle again.") from error
 
 
 def remark(variant: Variant) -> str:
     """-> what to say about an int8 file without a certificate."""
-    if variant.precision.stored != "int8" or not variant.file.endswith(".onnx") or certificate(variant):
+    if variant.precision.stored != "int8" or not variant.file.endswith(".onnx") or variant.details.certificate:
         return ""
     return ", not proven to hold on other processors (exported before int8 files were)"
 

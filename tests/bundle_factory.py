@@ -12,23 +12,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from ffl_deploy.bundle import (
-    SCHEMA,
-    Bundle,
-    FileRecord,
-    Golden,
-    InputTensor,
-    Manifest,
-    OutputTensor,
-    Precision,
-    Source,
-    Variant,
-    file_records,
-    load_bundle,
-    write_manifest,
-)
-from ffl_deploy.files import sha256_of
+from ffl_deploy.bundle import Bundle, GoldenSamples, load_bundle, write_bundle
 from ffl_deploy.images import Preprocessing
+from ffl_deploy.manifest import InputTensor, OutputTensor, Precision, Source, Variant
 from ffl_deploy.runtime import import_onnxruntime
 
 CHANNELS = 8
@@ -77,10 +63,8 @@ def make_bundle(
         images[:, 1:-1, size // 3 : size // 2] = rng.integers(180, 256, (golden_count, 1, 1, 1), dtype=np.uint8)
     labels = np.arange(golden_count, dtype=np.int64) % len(classes)
     onnx.save(model, folder / "golden.onnx")
-    np.savez(folder / "golden.npz", images=images, labels=labels, logits=_run(folder / "golden.onnx", images))
+    golden = GoldenSamples(images, labels, _run(folder / "golden.onnx", images))
     (folder / "golden.onnx").unlink()
-    (folder / "README.md").write_text("# A bundle for tests\n")
-    records: dict[str, FileRecord] = file_records(folder)
     outputs = [
         OutputTensor("logits", ["batch", len(classes)], "unnormalised scores"),
         OutputTensor("probabilities", ["batch", len(classes)], "softmax of the logits"),
@@ -89,22 +73,21 @@ def make_bundle(
         outputs.append(OutputTensor("embedding", ["batch", CHANNELS], "pooled features"))
     if cam:
         outputs.append(OutputTensor("cam", ["batch", size // 2, size // 2], "class activation map"))
-    manifest = Manifest(
-        schema=SCHEMA,
+    write_bundle(
+        folder,
         target="fused",
-        classes=list(classes),
+        classes=classes,
         input=InputTensor(Preprocessing(size, size, resize=resize, crop_fraction=crop_fraction)),  # type: ignore[arg-type]
         outputs=outputs,
         source=Source("tests", "best", "0" * 64, 1, "ffl", ["tiny", "tiny"], "noise", parameters=_parameters(model)),
         variants=[
-            Variant(name, "onnxruntime", file, records[file].sha256, records[file].bytes, Precision("fp32", "fp32"))
-            for name, file in files.items()
+            Variant.of_file(folder, folder / file, name, "onnxruntime", Precision("fp32", "fp32")) for name, file in files.items()
         ],
-        golden=Golden("golden.npz", sha256_of(folder / "golden.npz"), golden_count, "seeded noise"),
-        files=records,
+        golden=golden,
+        origin="seeded noise",
         toolchain={"onnx": onnx.__version__},
+        card=lambda _: "# A bundle for tests\n",
     )
-    write_manifest(folder, manifest)
     return load_bundle(folder)
 
 

@@ -23,13 +23,14 @@ from PIL import Image
 
 from benchmarks.page.comparison_text import comparison_text
 from export.publish.plot import draw_report
-from export.publish.report import Report, markdown
+from export.publish.report import markdown
 from ffl_deploy.arrays import read_arrays
 from ffl_deploy.bundle import load_bundle
 from ffl_deploy.command import run_command
 from ffl_deploy.data.datasets import load_data
 from ffl_deploy.errors import UsageError
 from ffl_deploy.images import load
+from ffl_deploy.report import Report
 from ffl_deploy.run_directory import PREDICTIONS, SUMMARY, load_run
 from ffl_deploy.runtime.replay import run_in_batches
 from ffl_deploy.statistics import paired_difference, wilson_interval

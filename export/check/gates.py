@@ -6,18 +6,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import msgspec
 import numpy as np
 
 from export.check.evaluation import Reference
 from ffl_deploy.bundle import GoldenSamples
 from ffl_deploy.data.datasets import Split
 from ffl_deploy.errors import CheckError
+from ffl_deploy.manifest import AccuracyRecord
 from ffl_deploy.parity import ACCURACY_GATES, PARITY_GATES, TIE, Finding, ParityRecord, Verdict, compare, judge, judge_accuracy
 from ffl_deploy.runtime import Session
 from ffl_deploy.runtime.replay import golden_batches, measure, run_in_batches
 from ffl_deploy.runtime.session import Outputs
-from ffl_deploy.statistics import Interval, PairedDifference, expected_calibration_error, paired_difference, wilson_interval
+from ffl_deploy.statistics import expected_calibration_error, paired_difference, wilson_interval
 
 BATCHES = (1, 2, 7, 64)
 """Compared besides all the reference images at once: one, the traced size, an odd one, a common one."""
@@ -26,20 +26,6 @@ LOCALISE_IMAGES = 8
 EXTRA_GATES = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 1e-1, "int8": 0.15}
 """Largest root mean square difference of a map or an embedding, as a share of its standard deviation. fp32, fp16: as for logits,
 half of the largest; int8: three times the 0.03 to 0.06 of ResNet-32's maps on CIFAR-100."""
-
-
-class AccuracyRecord(msgspec.Struct, frozen=True):
-    """Top-1 accuracy of a variant on the whole test set, paired with PyTorch's on the same images; shares of 1."""
-
-    value: float
-    interval: Interval  # Wilson, 95 %
-    n: int
-    split: str
-    top1_agreement: float  # with PyTorch, all images
-    difference: PairedDifference
-    calibration_error: float
-    gate: str
-    verdict: Verdict
 
 
 class HeldOut(NamedTuple):

@@ -8,25 +8,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 
 from ffl_deploy.host import available_cores
+from ffl_deploy.manifest import LatencyRecord
 
 BATCHES = (1, 8, 32, 64)
 SECONDS = 0.3  # of measurement per batch size, after the warm-up
 WARM_UP_CALLS = 3
-
-
-class LatencyRecord(msgspec.Struct, frozen=True):
-    """Wall time of `Session.run` on real images. The machine is part of the number."""
-
-    p50_ms: float  # one image
-    p95_ms: float
-    images_per_second: dict[str, float]  # batch size -> throughput (of the median call)
-    best_batch: int
-    threads: int
-    machine: str
 
 
 def measure_latency(

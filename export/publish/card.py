@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ffl_deploy.bundle import Manifest, Variant
+from ffl_deploy.manifest import Manifest, Variant
 
 _STRONG = {
     "fused": "the fused classifier of Feature Fusion Learning: every branch's features, fused",
@@ -78,17 +78,19 @@ def _row(variant: Variant) -> str:
         f"{variant.precision.stored} / {variant.precision.computed}",
     ]
     if accuracy:
-        interval = accuracy["interval"]
+        interval = accuracy.interval
         cells += [
-            f"{100 * accuracy['value']:.2f} % ({100 * interval['low']:.2f} to {100 * interval['high']:.2f}, n = {accuracy['n']})",
-            f"{100 * accuracy['top1_agreement']:.2f} %",
-            accuracy["verdict"]["note"] or accuracy["verdict"]["status"],
+            f"{100 * accuracy.value:.2f} % ({100 * interval.low:.2f} to {100 * interval.high:.2f}, n = {accuracy.n})",
+            f"{100 * accuracy.top1_agreement:.2f} %",
+            accuracy.verdict.summary,
         ]
     else:
         cells += ["not measured"] * 3
     if latency:
-        best = str(latency["best_batch"])
-        cells += [f"{latency['p50_ms']:.2f} / {latency['p95_ms']:.2f}", f"{latency['images_per_second'][best]:.0f} ({best})"]
+        cells += [
+            f"{latency.p50_ms:.2f} / {latency.p95_ms:.2f}",
+            f"{latency.best_images_per_second:.0f} ({latency.best_batch})",
+        ]
     else:
         cells += ["not measured"] * 2
     return f"| {' | '.join(cells)} |"
@@ -96,7 +98,7 @@ def _row(variant: Variant) -> str:
 
 def _measured_on(manifest: Manifest) -> str:
     measured = [variant.latency for variant in manifest.variants if variant.latency]
-    machines = {f"{latency['threads']} threads of {latency['machine']}" for latency in measured}
+    machines = {f"{latency.threads} threads of {latency.machine}" for latency in measured}
     if not machines:
         return "Speed was not measured."
     return f"Speed on {'; '.join(sorted(machines))}, in one short window each: time side by side before a decision hangs on it."
@@ -104,11 +106,16 @@ def _measured_on(manifest: Manifest) -> str:
 
 def _calibration(manifest: Manifest) -> str:
     calibration = manifest.calibration
-    if not calibration:
+    if calibration is None:
         return "The probabilities are the softmax of the logits; they were not calibrated."
-    note = f" ({calibration['note']})" if calibration.get("note") else ""
+    note = f" ({calibration.note})" if calibration.note else ""
+    fitted = (
+        f"`probabilities` = softmax(logits / {calibration.temperature:.4f}); the temperature was fitted on "
+        f"{calibration.fitted_on} {calibration.split} images{note}."
+    )
+    if calibration.ece_before is None or calibration.ece_after is None:
+        return fitted
     return (
-        f"`probabilities` = softmax(logits / {calibration['temperature']:.4f}); the temperature was fitted on "
-        f"{calibration['fitted_on']} {calibration['split']} images{note}. Expected calibration error on the test images: "
-        f"{calibration['ece_before']:.4f} before, {calibration['ece_after']:.4f} after."
+        f"{fitted} Expected calibration error on the test images: {calibration.ece_before:.4f} before, "
+        f"{calibration.ece_after:.4f} after."
     )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ffl_deploy.files import write_atomically
 
 if TYPE_CHECKING:
-    from export.publish.report import Report
+    from ffl_deploy.report import Report
 
 _MARKERS = {"onnxruntime": "o", "openvino": "s"}
 

@@ -5,86 +5,20 @@ Everything is read from the bundles' manifests, so a report can be written again
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 
 from export.publish.cost import multiply_adds
-from ffl_deploy.bundle import DEFAULT_VARIANT, MANIFEST, Bundle, Variant, load_bundle
+from ffl_deploy.bundle import Bundle, load_bundle
 from ffl_deploy.errors import CheckError, UsageError
 from ffl_deploy.files import write_atomically, write_json
+from ffl_deploy.manifest import DEFAULT_VARIANT, MANIFEST, Variant
+from ffl_deploy.report import PICTURE, REPORT, Limits, Recommendation, Report, Row
 
 NEAR_BEST = 0.005
 """Accuracy that may be given up for speed: half a point, which the int8 gate also allows."""
-
-
-class Row(msgspec.Struct, frozen=True):
-    """One artefact: a variant of a target. None where it was not measured here (an engine without its GPU)."""
-
-    target: str
-    variant: str
-    runtime: str
-    file: str
-    bytes: int
-    precision: str  # stored / computed
-    parameters: int
-    multiply_adds: int
-    accuracy: float | None
-    accuracy_low: float | None  # 95 % Wilson interval
-    accuracy_high: float | None
-    calibration_error: float | None
-    parity: str
-    accuracy_gate: str
-    p50_ms: float | None
-    p95_ms: float | None
-    images_per_second: float | None
-    best_batch: int | None
-    pareto: bool = False
-
-    @property
-    def name(self) -> str:
-        return f"{self.target}/{self.variant}"
-
-    @property
-    def measured(self) -> bool:
-        return self.accuracy is not None and self.p50_ms is not None
-
-
-class Limits(msgspec.Struct, frozen=True):
-    """What an artefact has to keep: p50 latency of one image in ms, accuracy as a share of 1, size in bytes."""
-
-    max_latency_ms: float | None = None
-    min_accuracy: float | None = None
-    max_bytes: int | None = None
-
-    def broken_by(self, row: Row) -> dict[str, float]:
-        """-> limit in words -> by which share of it `row` breaks it; what was not measured keeps no limit."""
-        broken = {}
-        if self.max_latency_ms is not None and not (row.p50_ms is not None and row.p50_ms <= self.max_latency_ms):
-            broken[f"--max-latency-ms {self.max_latency_ms:g}"] = (row.p50_ms or math.inf) / self.max_latency_ms - 1
-        if self.min_accuracy is not None and not (row.accuracy is not None and row.accuracy >= self.min_accuracy):
-            broken[f"--min-accuracy {self.min_accuracy:g}"] = 1 - (row.accuracy or 0) / self.min_accuracy
-        if self.max_bytes is not None and row.bytes > self.max_bytes:
-            broken[f"--max-bytes {self.max_bytes}"] = row.bytes / self.max_bytes - 1
-        return broken
-
-
-class Recommendation(msgspec.Struct, frozen=True):
-    """artefact: TARGET/VARIANT, or None where nothing keeps the limits; reason: one sentence."""
-
-    artefact: str | None
-    reason: str
-
-
-class Report(msgspec.Struct, frozen=True):
-    """`report.json`."""
-
-    rows: list[Row]
-    limits: Limits
-    recommendation: Recommendation
-    machine: str
 
 
 def write_report(folder: Path, limits: Limits) -> Report:
@@ -97,13 +31,13 @@ def write_report(folder: Path, limits: Limits) -> Report:
         raise UsageError(f"{folder} holds no bundles to report on; export some first: ffl-export --target all --out {folder}")
     rows = mark_pareto([row for bundle in bundles for row in bundle_rows(bundle)])
     latencies = [variant.latency for bundle in bundles for variant in bundle.manifest.variants if variant.latency]
-    machine = "; ".join(sorted({f"{latency['threads']} threads of {latency['machine']}" for latency in latencies}))
+    machine = "; ".join(sorted({f"{latency.threads} threads of {latency.machine}" for latency in latencies}))
     report = Report(rows, limits, recommend(rows, limits), machine)
-    write_json(folder / "report.json", report)
+    write_json(folder / REPORT, report)
     write_atomically(folder / "report.md", markdown(report))
     from export.publish.plot import draw_report
 
-    draw_report(report, folder / "report.png")
+    draw_report(report, folder / PICTURE)
     return report
 
 
@@ -122,7 +56,6 @@ def bundle_rows(bundle: Bundle) -> list[Row]:
 
 def _row(target: str, parameters: int, cost: int, variant: Variant) -> Row:
     accuracy, latency, parity = variant.accuracy, variant.latency, variant.parity
-    best = latency["best_batch"] if latency else None
     return Row(
         target=target,
         variant=variant.name,
@@ -132,16 +65,16 @@ def _row(target: str, parameters: int, cost: int, variant: Variant) -> Row:
         precision=f"{variant.precision.stored} / {variant.precision.computed}",
         parameters=parameters,
         multiply_adds=cost,
-        accuracy=accuracy["value"] if accuracy else None,
-        accuracy_low=accuracy["interval"]["low"] if accuracy else None,
-        accuracy_high=accuracy["interval"]["high"] if accuracy else None,
-        calibration_error=accuracy["calibration_error"] if accuracy else None,
-        parity=parity["verdict"]["status"] if parity else "not run here",
-        accuracy_gate=(accuracy["verdict"]["note"] or accuracy["verdict"]["status"]) if accuracy else "not run here",
-        p50_ms=latency["p50_ms"] if latency else None,
-        p95_ms=latency["p95_ms"] if latency else None,
-        images_per_second=latency["images_per_second"][str(best)] if latency else None,
-        best_batch=best,
+        accuracy=accuracy.value if accuracy else None,
+        accuracy_low=accuracy.interval.low if accuracy else None,
+        accuracy_high=accuracy.interval.high if accuracy else None,
+        calibration_error=accuracy.calibration_error if accuracy else None,
+        parity=parity.verdict.status if parity else "not run here",
+        accuracy_gate=accuracy.verdict.summary if accuracy else "not run here",
+        p50_ms=latency.p50_ms if latency else None,
+        p95_ms=latency.p95_ms if latency else None,
+        images_per_second=latency.best_images_per_second if latency else None,
+        best_batch=latency.best_batch if latency else None,
     )
 
 

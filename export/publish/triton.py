@@ -9,9 +9,10 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from ffl_deploy.bundle import DEFAULT_VARIANT, Bundle, Manifest, Variant
+from ffl_deploy.bundle import Bundle
 from ffl_deploy.errors import UsageError
 from ffl_deploy.files import replace_file, sha256_of, write_atomically
+from ffl_deploy.manifest import DEFAULT_VARIANT, Manifest, Variant
 
 CONFIG = "config.pbtxt"
 MARK = "# Written by ffl-export, which replaces it at the next export."
@@ -48,7 +49,7 @@ def backend_of(variant: Variant) -> str | None:
     bf16, which ONNX Runtime does not compute; TensorRT-RTX's engines are for GeForce and RTX, and no backend loads them."""
     if variant.runtime == "onnxruntime":
         return "onnxruntime"
-    is_tensorrt = variant.runtime == "tensorrt" and variant.details["engine"]["flavour"] == "tensorrt"
+    is_tensorrt = variant.runtime == "tensorrt" and variant.engine.flavour == "tensorrt"
     return "tensorrt" if is_tensorrt else None
 
 
@@ -77,7 +78,7 @@ def _write_model(bundle: Bundle, variant: Variant, backend: str, folder: Path) -
 def model_config(name: str, manifest: Manifest, variant: Variant, backend: str) -> str:
     """-> config.pbtxt. A dynamic graph is batched by Triton; a static one is served with its batch in the shape."""
     shape, fixed = manifest.input.preprocessing, manifest.input.batch
-    largest = variant.details["engine"]["profile"]["max"] if "engine" in variant.details else MAX_BATCH
+    largest = variant.details.engine.profile["max"] if variant.details.engine else MAX_BATCH
     batch = [] if fixed is None else [fixed]
     pixels = [*batch, shape.height, shape.width, 3]
     lines = [MARK, f'name: "{name}"', f'backend: "{backend}"', f"max_batch_size: {0 if fixed else largest}"]

@@ -13,35 +13,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 
 from export.write.onnx_file import save_onnx
 from export.write.onnx_graph import SCOPES
 from ffl_deploy.errors import CheckError
+from ffl_deploy.manifest import HalfRecord, KeptInFp32
 
 BF16_OPSET = 22
 """The first opset whose convolution is defined for bf16."""
 FP16_MAX = float(np.finfo(np.float16).max)
 HEAD_ROOM = 8
 """How much larger than on the calibration images a value may become before it leaves fp16."""
-
-
-class KeptInFp32(msgspec.Struct, frozen=True):
-    """A node of the network that a 16-bit file computes in fp32, and why."""
-
-    node: str
-    operator: str
-    reason: str
-
-
-class HalfRecord(msgspec.Struct, frozen=True):
-    """What the manifest keeps of a conversion. largest: the largest |value| of any tensor inside the network on the calibration
-    images; limit: from which on a node stays in fp32. Both are null for bf16, whose range is fp32's."""
-
-    kept_in_fp32: list[KeptInFp32]
-    largest: float | None = None
-    limit: float | None = None
 
 
 def write_half(source: Path, path: Path, precision: str, magnitudes: Mapping[str, float] | None = None) -> HalfRecord:

@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 
 from export.computed import float_operators, operator_histogram
@@ -30,11 +29,12 @@ from export.write.ranges import METHODS, collect_ranges
 from ffl_deploy.errors import CheckError
 from ffl_deploy.files import write_atomically
 from ffl_deploy.host import available_cores
+from ffl_deploy.manifest import Candidate, Certificate, Quantization
 from ffl_deploy.parity import PARITY_GATES, ParityMetrics, compare, judge
 from ffl_deploy.runtime import OnnxRuntimeSession, Session
 from ffl_deploy.runtime.replay import run_in_batches
 from ffl_deploy.runtime.session import FixedBatchSession
-from ffl_deploy.saturation import PAIR, Certificate, certify
+from ffl_deploy.saturation import PAIR, certify
 
 # Without Softmax, which stays behind the logits in fp32, and data movement, which follows its neighbours. Sigmoid and the
 # product behind it stay in float: between two convolutions they would round three times instead of once.
@@ -48,38 +48,6 @@ RISK = 0.5
 BLOCKS = 48
 """Sensitivity is measured of so many parts of a network at most: neighbouring layers of a deeper one count as one."""
 SENSITIVITY_IMAGES = 128
-
-
-class Candidate(msgspec.Struct, frozen=True):
-    """One way to quantise, and how far its logits, on the CPU, are from PyTorch's on the validation split.
-
-    golden: whether the gate holds on the golden images, by which ffl-verify judges the file.
-    """
-
-    method: str
-    float_layers: list[str]
-    mean_kl: float
-    top1_agreement: float
-    golden: bool
-
-    @property
-    def rank(self) -> tuple[bool, float]:
-        """The smaller, the better: a file that ffl-verify would refuse comes behind all that it accepts."""
-        return not self.golden, self.mean_kl
-
-    @property
-    def at_risk(self) -> bool:
-        gate = PARITY_GATES["int8"]
-        return self.mean_kl > RISK * gate.mean_kl or self.top1_agreement < gate.top1_agreement or not self.golden
-
-
-class Quantisation(msgspec.Struct, frozen=True):
-    """What was chosen among what: kept in the manifest."""
-
-    chosen: Candidate
-    candidates: list[Candidate]
-    calibration_images: int
-    validation_images: int
 
 
 @dataclass(frozen=True)
@@ -104,7 +72,7 @@ class Form:
     """One of the two quantised files, how it was chosen, and the proof that it cannot saturate."""
 
     path: Path
-    choice: Quantisation
+    choice: Quantization
     certificate: Certificate
 
 
@@ -156,7 +124,7 @@ def quantize(
             certificate = certify(path)
             if not certificate.holds:
                 raise CheckError(f"{name} could saturate on processors without VNNI ({certificate}). No bundle was written.")
-            forms[form] = Form(path, Quantisation(chosen, candidates, len(images), len(held.images)), certificate)
+            forms[form] = Form(path, Quantization(chosen, candidates, len(images), len(held.images)), certificate)
     convolutions = {node.name for node in proto.graph.node if node.op_type == "Conv"}
     meant = len(convolutions & set(forms["cpu"].choice.chosen.float_layers))
     found = float_operators(operator_histogram(forms["cpu"].path))
@@ -178,10 +146,10 @@ def choose(
     """
     candidates = [measure(method, ()) for method in METHODS]
     best = min(candidates, key=lambda candidate: candidate.rank)
-    if not best.at_risk:
+    if not at_risk(best):
         return best, candidates
     order, count = ranked(best.method), 1
-    while best.at_risk and count <= max(1, len(order) // 2):
+    while at_risk(best) and count <= max(1, len(order) // 2):
         layers = [name for block in order[:count] for name in block]
         candidates.append(measure(best.method, layers))
         best = min(best, candidates[-1], key=lambda candidate: candidate.rank)
@@ -376,10 +344,22 @@ def _tail(proto: Any) -> tuple[list[Any], list[Any]]:
     return classifiers, between
 
 
+def at_risk(candidate: Candidate) -> bool:
+    gate = PARITY_GATES["int8"]
+    low = candidate.mean_kl > RISK * gate.mean_kl or candidate.top1_agreement < gate.top1_agreement
+    return low or not candidate.golden
+
+
 def _measure(path: Path, held: Held, golden: Held, batch: int | None, method: str, float_layers: Sequence[str]) -> Candidate:
     metrics = _compared(path, held, batch)
     holds = not judge({"64": _compared(path, golden, batch)}, PARITY_GATES["int8"]).failed
-    return Candidate(method, list(float_layers), metrics.mean_kl, metrics.top1_agreement, holds)
+    return Candidate(
+        method=method,
+        float_layers=list(float_layers),
+        mean_kl=metrics.mean_kl,
+        top1_agreement=metrics.top1_agreement,
+        golden=holds,
+    )
 
 
 def _divergence(write: Any, path: Path, method: str, layers: list[str], held: Held, batch: int | None) -> float:

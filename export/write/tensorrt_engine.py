@@ -16,8 +16,8 @@ from typing import Any
 
 from ffl_deploy.errors import CheckError, UsageError
 from ffl_deploy.files import sha256_of, write_atomically, write_json
+from ffl_deploy.manifest import EngineRecord
 from ffl_deploy.runtime.tensorrt_runtime import (
-    EngineRecord,
     checked,
     device_capability,
     import_cuda,

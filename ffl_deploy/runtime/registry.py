@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from ffl_deploy.errors import UsageError, choices_sentence
+from ffl_deploy.manifest import Manifest, Variant
 from ffl_deploy.runtime.onnx_runtime import PROVIDERS, OnnxRuntimeSession
 from ffl_deploy.runtime.onnx_wire import refuse_external_data
 from ffl_deploy.runtime.session import FixedBatchSession, Session
-
-if TYPE_CHECKING:
-    from ffl_deploy.bundle import Bundle, Variant
 
 Opener = Callable[[Path, "Variant", int | None], Session]
 
@@ -40,7 +38,18 @@ RUNTIMES: dict[str, Opener] = {
 }
 
 
-def open_session(bundle: Bundle, variant: Variant, runtime: str | None = None, threads: int | None = None) -> Session:
+class Files(Protocol):
+    """What opening a variant asks of a bundle."""
+
+    folder: Path
+    manifest: Manifest
+
+    def checked_file(self, name: str) -> Path:
+        """-> path of a listed file whose content has the recorded hash. Raises CheckError."""
+        ...
+
+
+def open_session(bundle: Files, variant: Variant, runtime: str | None = None, threads: int | None = None) -> Session:
     """Open `variant` after checking its file's hash. `runtime` defaults to the one the variant was verified with.
 
     Raises CheckError (file changed, model refused), UsageError (unknown or missing runtime, a file it does not read).

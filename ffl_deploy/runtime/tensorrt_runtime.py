@@ -11,34 +11,16 @@ import math
 import weakref
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import msgspec
 import numpy as np
 
 from ffl_deploy.errors import CheckError, OtherMachine, UsageError
+from ffl_deploy.manifest import EngineRecord, Variant
 from ffl_deploy.runtime.session import Outputs, Session, outputs_from
-
-if TYPE_CHECKING:
-    from ffl_deploy.bundle import Variant
 
 EXTRAS = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}
 """Flavour, which is the Python module's name -> the extra of ffl-deploy that installs it."""
-
-
-class EngineRecord(msgspec.Struct, frozen=True):
-    """What an engine was built by and for: the sidecar `engines/NAME.json`, and `details["engine"]` of its variant."""
-
-    flavour: str  # tensorrt or tensorrt_rtx
-    version: str
-    compute_capabilities: list[str]  # "8.9"; empty: the GPU that it was built on only
-    profile: dict[str, int]  # batch sizes: min, opt, max
-    source: str  # the ONNX file beside it, to rebuild from
-    source_sha256: str
-    platform: str
-    build_seconds: float
-    log: list[str]  # warnings of builder and parser, and errors that did not keep it from building
-    gpu: str = ""  # the model that it was built on; empty where it was built without one
 
 
 class TensorRtSession(Session):
@@ -52,7 +34,7 @@ class TensorRtSession(Session):
 
     def __init__(self, model: Path, variant: Variant) -> None:
         self.variant = variant.name
-        record = engine_record(variant)
+        record = variant.engine
         trt = import_tensorrt(record.flavour)
         self.version = f"{record.flavour} {trt.__version__}"
         self._cuda = import_cuda()
@@ -130,14 +112,6 @@ def _give_back(cuda: Any, stream: Any, buffers: dict[str, tuple[int, np.dtype[An
         cuda.cudaFree(pointer)
     buffers.clear()
     cuda.cudaStreamDestroy(stream)
-
-
-def engine_record(variant: Variant) -> EngineRecord:
-    """-> what the manifest says about an engine. Raises CheckError where it says nothing valid."""
-    try:
-        return msgspec.convert(variant.details.get("engine"), EngineRecord)
-    except msgspec.ValidationError as error:
-        raise CheckError(f"variant {variant.name} has no valid engine record ({error}); export the bundle again.") from error
 
 
 def check_machine(record: EngineRecord, version: str, capability: tuple[int, int], engine: Path) -> str:

@@ -10,11 +10,12 @@ from typing import Any
 
 import msgspec
 
-from ffl_deploy.bundle import Bundle, Variant
+from ffl_deploy.bundle import Bundle
+from ffl_deploy.manifest import Variant
+from ffl_deploy.report import PICTURE, REPORT, Report, Row
 from serve.server.logs import LOGGER
 from serve.server.models import ServedModel
 
-REPORT, PICTURE = "report.json", "report.png"
 COLUMNS = ("model", "variant", "accuracy", "of images", "ms per image", "images/s", "MB", "precision", "parity")
 REPORT_COLUMNS = (
     "model / variant", "served as", "Pareto", "accuracy (95 % interval)", "p50 / p95 ms", "images/s (batch)", "MB",
@@ -22,39 +23,8 @@ REPORT_COLUMNS = (
 )  # fmt: skip
 
 
-class Artefact(msgspec.Struct, frozen=True):
-    """What is shown of a row of `report.json` (export/publish/report.py): a variant of a target. None: not measured there."""
-
-    target: str
-    variant: str
-    bytes: int
-    precision: str
-    parity: str
-    accuracy_gate: str
-    accuracy: float | None = None  # share of 1
-    accuracy_low: float | None = None
-    accuracy_high: float | None = None
-    p50_ms: float | None = None
-    p95_ms: float | None = None
-    images_per_second: float | None = None
-    best_batch: int | None = None
-    pareto: bool = False
-
-
-class Recommendation(msgspec.Struct, frozen=True):
-    reason: str  # a sentence that names the artefact
-
-
-class ReportFile(msgspec.Struct, frozen=True):
-    """`report.json`, as far as it is shown."""
-
-    rows: list[Artefact]
-    recommendation: Recommendation
-    machine: str = ""
-
-
 @dataclass(frozen=True)
-class Report:
+class ShownReport:
     """An export's report, for people. `rows` stand under REPORT_COLUMNS; `picture`: its Pareto plot, where there is one."""
 
     folder: Path
@@ -64,7 +34,7 @@ class Report:
     picture: Path | None
 
 
-def reports(models: Iterable[ServedModel]) -> list[Report]:
+def reports(models: Iterable[ServedModel]) -> list[ShownReport]:
     """-> the reports beside the served bundles, each folder once; one that cannot be read is logged and left out."""
     served: dict[Path, list[ServedModel]] = {}
     for model in models:
@@ -75,14 +45,16 @@ def reports(models: Iterable[ServedModel]) -> list[Report]:
         if file is not None:
             picture = folder / PICTURE
             rows = [_report_row(row, inside) for row in file.rows]
-            found.append(Report(folder, file.recommendation.reason, file.machine, rows, picture if picture.is_file() else None))
+            found.append(
+                ShownReport(folder, file.recommendation.reason, file.machine, rows, picture if picture.is_file() else None)
+            )
     return found
 
 
-def read_report(path: Path) -> ReportFile | None:
+def read_report(path: Path) -> Report | None:
     """-> the report, or None where there is none or not a valid one: the demo goes on without it."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=ReportFile)
+        return msgspec.json.decode(path.read_bytes(), type=Report)
     except FileNotFoundError:
         return None
     except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -101,7 +73,7 @@ def card(bundle: Bundle) -> str:
     return path.read_text(encoding="utf-8") if path.is_file() else "This bundle has no model card."
 
 
-def _report_row(row: Artefact, models: Iterable[ServedModel]) -> list[str]:
+def _report_row(row: Row, models: Iterable[ServedModel]) -> list[str]:
     served = [model.name for model in models if (model.bundle.manifest.target, model.variant.name) == (row.target, row.variant)]
     low, high = row.accuracy_low, row.accuracy_high
     interval = "" if low is None or high is None else f" ({low:.2%} to {high:.2%})"
@@ -120,19 +92,17 @@ def _report_row(row: Artefact, models: Iterable[ServedModel]) -> list[str]:
 
 
 def _row(name: str, bundle: Bundle, variant: Variant) -> list[str]:
-    accuracy, latency = variant.accuracy or {}, variant.latency or {}
-    parity = (variant.parity or {}).get("verdict", {}).get("status")
-    rates = latency.get("images_per_second") or {}
+    accuracy, latency, parity = variant.accuracy, variant.latency, variant.parity
     return [
         name,
         variant.name,
-        _number(accuracy.get("value"), "{:.2%}"),
-        _number(accuracy.get("n"), "{:,}"),
-        _number(latency.get("p50_ms"), "{:.2f}"),
-        _number(max(rates.values(), default=None), "{:,.0f}"),
+        _number(accuracy and accuracy.value, "{:.2%}"),
+        _number(accuracy and accuracy.n, "{:,}"),
+        _number(latency and latency.p50_ms, "{:.2f}"),
+        _number(latency and max(latency.images_per_second.values(), default=None), "{:,.0f}"),
         f"{variant.bytes / 1e6:.2f}",
         f"{variant.precision.stored} / {variant.precision.computed}",
-        parity or "–",
+        parity.verdict.status if parity else "–",
     ]
 
 

@@ -11,10 +11,11 @@ from typing import TypeVar
 
 import numpy as np
 
-from ffl_deploy.bundle import AUTO, Bundle, Variant, load_bundle
+from ffl_deploy.bundle import AUTO, Bundle, load_bundle
 from ffl_deploy.errors import UsageError
 from ffl_deploy.host import available_cores
 from ffl_deploy.images import Decoded, Pixels, decode, prepare
+from ffl_deploy.manifest import Variant
 from ffl_deploy.runtime import Outputs, Session
 from ffl_deploy.selfcheck import require_golden
 from ffl_deploy.verify import check_files

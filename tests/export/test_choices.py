@@ -13,9 +13,11 @@ from onnx import TensorProto, helper, numpy_helper
 
 from export.check.latency import measure_latency
 from export.publish.cost import multiply_adds
-from export.publish.report import Limits, Row, mark_pareto, recommend
-from export.write.quantize import BLOCKS, Candidate, channel_scales, choose, sensitive_blocks
+from export.publish.report import mark_pareto, recommend
+from export.write.quantize import BLOCKS, channel_scales, choose, sensitive_blocks
 from export.write.ranges import chunk_size
+from ffl_deploy.manifest import Candidate
+from ffl_deploy.report import Limits, Row
 from ffl_deploy.saturation import PAIR, largest_pair
 
 
@@ -27,7 +29,13 @@ def measurer(
     def measure(method: str, float_layers: Sequence[str]) -> Candidate:
         key = (method, len(float_layers))
         calls.append(key)
-        return Candidate(method, list(float_layers), kl.get(key, 1e-3), 1.0, key not in unverifiable)
+        return Candidate(
+            method=method,
+            float_layers=list(float_layers),
+            mean_kl=kl.get(key, 1e-3),
+            top1_agreement=1.0,
+            golden=key not in unverifiable,
+        )
 
     return measure
 

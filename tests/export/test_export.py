@@ -37,7 +37,7 @@ from ffl_deploy.verify import verify
 @pytest.fixture(scope="module")
 def model(digits_run: Run, exported: Path) -> DeployedModel:
     """What bundle `fused` was exported from, in PyTorch."""
-    temperature = load_bundle(exported / "fused").manifest.calibration["temperature"]
+    temperature = load_bundle(exported / "fused").manifest.calibration.temperature
     target = build_target(load_network(digits_run).network, "fused")
     return DeployedModel(target, digits_run.mean, digits_run.std, temperature, ["cam", "embedding"]).eval()
 
@@ -112,20 +112,20 @@ def test_every_bundle_verifies_and_tells_what_was_measured(exported: Path) -> No
     manifest = bundle.manifest
     assert [variant.name for variant in manifest.variants] == ["fp32", "int8", "int8-tensorrt"]
     assert bundle.variant().name == "fp32"
-    assert set(manifest.variants[0].parity["batches"]) == {"1", "2", "7", "64", "256"}
-    assert manifest.variants[0].accuracy["verdict"]["status"] == "passed"
-    assert manifest.variants[1].accuracy["verdict"]["note"] == f"inconclusive (n = {manifest.variants[1].accuracy['n']})"
+    assert set(manifest.variants[0].parity.batches) == {"1", "2", "7", "64", "256"}
+    assert manifest.variants[0].accuracy.verdict.status == "passed"
+    assert manifest.variants[1].accuracy.verdict.note == f"inconclusive (n = {manifest.variants[1].accuracy.n})"
     assert manifest.golden.count == 64
-    assert manifest.calibration["temperature"] != 1
+    assert manifest.calibration.temperature != 1
     card = (exported / "fused" / "README.md").read_text()
-    assert f"{100 * manifest.variants[0].accuracy['value']:.2f} %" in card
+    assert f"{100 * manifest.variants[0].accuracy.value:.2f} %" in card
     assert manifest.source.checkpoint_sha256 in card
 
 
 def test_the_temperature_is_in_the_probabilities_and_not_in_the_logits(exported: Path) -> None:
     bundle = load_bundle(exported / "fused")
     outputs = bundle.session().run(bundle.golden().images)
-    scaled = np.exp(outputs.logits / bundle.manifest.calibration["temperature"])
+    scaled = np.exp(outputs.logits / bundle.manifest.calibration.temperature)
     assert outputs.probabilities == pytest.approx(scaled / scaled.sum(axis=1, keepdims=True), abs=1e-5)
 
 
@@ -143,13 +143,13 @@ def test_int8_leaves_no_convolution_in_float_unless_it_was_chosen(exported: Path
     bundle = load_bundle(exported / "fused")
     cpu, tensorrt = (bundle.variant(name) for name in ("int8", "int8-tensorrt"))
     histogram = operator_histogram(bundle.folder / cpu.file)
-    chosen = cpu.details["quantisation"]["chosen"]
-    kept = 1 if chosen["float_layers"] else 0  # the first convolution; the other kept layer is the classifier
+    chosen = cpu.details.quantisation.chosen
+    kept = 1 if chosen.float_layers else 0  # the first convolution; the other kept layer is the classifier
     assert float_operators(histogram) == kept
     assert histogram["QLinearConv"] == 30 - kept, "14 shared, 7 in each branch, 2 of fusion"
     assert cpu.precision == msgspec.convert({"stored": "int8", "computed": "int8"}, type(cpu.precision))
-    assert {candidate["method"] for candidate in cpu.details["quantisation"]["candidates"]} == {"minmax", "percentile", "entropy"}
-    best = min(candidate["mean_kl"] for candidate in cpu.details["quantisation"]["candidates"])
+    assert {candidate.method for candidate in cpu.details.quantisation.candidates} == {"minmax", "percentile", "entropy"}
+    best = min(candidate.mean_kl for candidate in cpu.details.quantisation.candidates)
     assert chosen["mean_kl"] == best
     zero_points = quantisation_zero_points(onnx.load(bundle.folder / tensorrt.file))
     assert set(zero_points) == {("int8", 0)}, "TensorRT takes symmetric int8 only"

@@ -74,8 +74,8 @@ def test_every_form_is_in_the_bundle_with_what_it_computes(forms: Path) -> None:
     assert variants["fp16"].precision.computed == "fp32", "ONNX Runtime's CPU has no fp16 convolution"
     assert variants["bf16"].runtime == "openvino"
     for name in ("fp32", "fp32-openvino", "fp16", "fp16-openvino", "bf16"):
-        assert variants[name].parity["verdict"]["status"] == "passed"
-        assert variants[name].latency["p50_ms"] > 0
+        assert variants[name].parity.verdict.status == "passed"
+        assert variants[name].latency.p50_ms > 0
     for file in bundle.folder.glob("*.onnx"):
         proto = onnx.load(file)
         assert [(entry.domain, entry.version) for entry in proto.opset_import] == [("", 22)], file.name

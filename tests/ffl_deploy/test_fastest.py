@@ -11,10 +11,11 @@ import pytest
 
 from ffl_deploy import fastest as module
 from ffl_deploy import load_bundle, processor, verdicts
-from ffl_deploy.bundle import Bundle, Precision, write_manifest
+from ffl_deploy.bundle import Bundle
 from ffl_deploy.command import run_command
 from ffl_deploy.errors import CheckError, UsageError
 from ffl_deploy.fastest import Choice, Timings
+from ffl_deploy.manifest import Precision, write_manifest
 from ffl_deploy.runtime import Outputs, Session
 from ffl_deploy.verify import main as verify_main
 

@@ -11,7 +11,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from ffl_deploy.errors import CheckError
-from ffl_deploy.saturation import LIMIT, Certificate, certify, check_certificate, largest_pair
+from ffl_deploy.manifest import Certificate
+from ffl_deploy.saturation import LIMIT, certify, check_certificate, largest_pair
 
 LAYERS = {"conv": (4, 3, 3, 3), "depthwise": (4, 1, 3, 3), "head": (5, 64), "mixer": (5, 7)}
 

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from ffl_deploy import load_bundle, processor, selfcheck, verdicts
-from ffl_deploy.bundle import Bundle, GoldenSamples, file_records, write_golden, write_manifest
+from ffl_deploy.bundle import Bundle, GoldenSamples, write_golden
 from ffl_deploy.errors import CheckError
+from ffl_deploy.manifest import file_records, write_manifest
 from ffl_deploy.parity import PARITY_GATES
 from ffl_deploy.runtime import OnnxRuntimeSession, Outputs
 from ffl_deploy.selfcheck import broken_gate

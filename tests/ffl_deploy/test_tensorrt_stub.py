@@ -6,12 +6,13 @@ import gc
 import sys
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
 from export.write.tensorrt_engine import EngineOptions, build_engine
-from ffl_deploy.bundle import Precision, Variant
 from ffl_deploy.errors import CheckError, OtherMachine, UsageError
+from ffl_deploy.manifest import Details, EngineRecord, Precision, Variant
 from ffl_deploy.runtime import tensorrt_runtime
 from ffl_deploy.runtime.tensorrt_runtime import TensorRtSession
 from tests.ffl_deploy.stub_tensorrt import CLASSES, Cuda, tensorrt
@@ -42,7 +43,7 @@ def engine(tmp_path: Path) -> Path:
 
 
 def variant(**changes: object) -> Variant:
-    details = {"engine": {**RECORD, **changes}}
+    details = Details(engine=msgspec.convert({**RECORD, **changes}, EngineRecord))
     return Variant("fp32-engine", "tensorrt", "fp32.engine", "0", 9, Precision("fp32", "fp32"), details=details)
 
 

@@ -12,10 +12,11 @@ import numpy as np
 import onnx
 import pytest
 
-from ffl_deploy.bundle import MANIFEST, Bundle, file_records, load_bundle, write_manifest
+from ffl_deploy.bundle import Bundle, load_bundle
 from ffl_deploy.command import run_command
 from ffl_deploy.errors import CheckError, OtherMachine
 from ffl_deploy.files import sha256_of
+from ffl_deploy.manifest import MANIFEST, file_records, write_manifest
 from ffl_deploy.runtime import RUNTIMES, onnx_wire
 from ffl_deploy.runtime.onnx_wire import refuse_external_data
 from ffl_deploy.verify import main

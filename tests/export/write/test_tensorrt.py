@@ -7,15 +7,17 @@ import shutil
 import time
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
 from export.write.tensorrt_engine import EngineOptions, build_engine
-from ffl_deploy.bundle import Precision, Variant, load_bundle
+from ffl_deploy.bundle import load_bundle
 from ffl_deploy.errors import CheckError, UsageError
 from ffl_deploy.files import sha256_of
+from ffl_deploy.manifest import Details, EngineRecord, Precision, Variant
 from ffl_deploy.parity import PARITY_GATES
-from ffl_deploy.runtime.tensorrt_runtime import EngineRecord, check_machine, device_capability, engine_record, import_cuda
+from ffl_deploy.runtime.tensorrt_runtime import check_machine, device_capability, import_cuda
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
 ADA = EngineOptions("tensorrt_rtx", ("8.9",))
@@ -70,7 +72,7 @@ def test_an_engine_for_another_version_or_gpu_is_refused_before_it_is_loaded() -
     with pytest.raises(CheckError, match=r"compute capability 8\.9, this GPU has 9\.0"):
         check_machine(record(), "1.7", (9, 0), engine)
     with pytest.raises(CheckError, match="no valid engine record"):
-        engine_record(Variant("e", "tensorrt", "e.engine", "0", 1, Precision("fp32", "fp32")))
+        _ = Variant("e", "tensorrt", "e.engine", "0", 1, Precision("fp32", "fp32")).engine
 
 
 def test_an_fp32_engine_is_not_built_with_tf32(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,8 +134,8 @@ def test_an_engine_gives_the_golden_logits_on_a_gpu(exported: Path, tmp_path: Pa
         built = build_engine(exported / "branch0" / "model.onnx", path, 8, 8, EngineOptions("tensorrt_rtx", (name,)))
     except UsageError as error:
         pytest.skip(f"TensorRT-RTX does not run on this GPU: {error}")
-    details = {"engine": json.loads(path.with_suffix(".json").read_text())}
-    assert built.version == details["engine"]["version"]
+    details = Details(engine=msgspec.json.decode(path.with_suffix(".json").read_bytes(), type=EngineRecord))
+    assert built == details.engine
     variant = Variant("fp32-engine", "tensorrt", path.name, sha256_of(path), 1, Precision("fp32", "fp32"), details=details)
     session = TensorRtSession(path, variant)
     golden = load_bundle(exported / "branch0").golden()

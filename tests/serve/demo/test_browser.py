@@ -33,9 +33,11 @@ def bundles(make_bundle: Callable[..., Bundle], tmp_path_factory: pytest.TempPat
         return [load_bundle(folder) for folder in given.split(",")]
     folder = tmp_path_factory.mktemp("digits")
     options = {"size": 16, "classes": tuple("0123456789"), "gray": True, "cam": True}
-    artefact = {"target": "fused", "variant": "fp32", "bytes": 9000, "precision": "fp32 / fp32", "parity": "passed"}
+    file = {"runtime": "onnxruntime", "file": "model.onnx", "parameters": 1, "multiply_adds": 1}
+    artefact = file | {"target": "fused", "variant": "fp32", "bytes": 9000, "precision": "fp32 / fp32", "parity": "passed"}
     report = {
         "rows": [{**artefact, "accuracy_gate": "passed"}],
+        "limits": {},
         "recommendation": {"artefact": "fused/fp32", "reason": "fused/fp32 is."},
     }
     (folder / "report.json").write_text(json.dumps(report))

@@ -232,13 +232,16 @@ def test_which_model_works_with_and_without_the_exporters_report(demo: Any, digi
     assert rows[0][2] == "–"
     folder = digit_bundles[0].folder.parent
     assert reports.reports(models) == []
-    artefact = {"target": "fused", "variant": "fp32", "bytes": 2_000_000, "precision": "fp32 / fp32", "parity": "passed"}
+    file = {"runtime": "onnxruntime", "file": "model.onnx", "parameters": 1, "multiply_adds": 1}
+    artefact = file | {"target": "fused", "variant": "fp32", "bytes": 2_000_000, "precision": "fp32 / fp32", "parity": "passed"}
     measured = {"accuracy": 0.9833, "accuracy_low": 0.964, "accuracy_high": 0.9924, "p50_ms": 1.234, "p95_ms": 2, "pareto": True}
     row = artefact | measured | {"accuracy_gate": "passed", "images_per_second": 1234.4, "best_batch": 16, "unknown": 1}
     bare = artefact | {"variant": "int8-tensorrt", "accuracy_gate": "not run here"}
     advice = {"artefact": "fused/fp32", "reason": "fused/fp32 is <best>."}
     try:
-        (folder / "report.json").write_text(json.dumps({"rows": [row, bare], "recommendation": advice, "machine": "a box"}))
+        (folder / "report.json").write_text(
+            json.dumps({"rows": [row, bare], "limits": {}, "recommendation": advice, "machine": "a box"})
+        )
         (report,) = reports.reports(models)
         assert (report.advice, report.machine, report.picture) == ("fused/fp32 is <best>.", "a box", None)
         # Both tiny bundles say that their target is fused.

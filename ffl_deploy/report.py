@@ -1,0 +1,77 @@
+"""`report.json`, which ffl-export writes over a folder of bundles and the demo shows: every variant of every target."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+
+REPORT = "report.json"
+PICTURE = "report.png"
+
+
+class Row(msgspec.Struct, frozen=True):
+    """One artefact: a variant of a target. None where it was not measured here (an engine without its GPU)."""
+
+    target: str
+    variant: str
+    runtime: str
+    file: str
+    bytes: int
+    precision: str  # stored / computed
+    parameters: int
+    multiply_adds: int
+    accuracy: float | None = None  # share of 1
+    accuracy_low: float | None = None  # 95 % Wilson interval
+    accuracy_high: float | None = None
+    calibration_error: float | None = None
+    parity: str = "not run here"
+    accuracy_gate: str = "not run here"
+    p50_ms: float | None = None
+    p95_ms: float | None = None
+    images_per_second: float | None = None
+    best_batch: int | None = None
+    pareto: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.target}/{self.variant}"
+
+    @property
+    def measured(self) -> bool:
+        return self.accuracy is not None and self.p50_ms is not None
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """What an artefact has to keep: p50 latency of one image in ms, accuracy as a share of 1, size in bytes."""
+
+    max_latency_ms: float | None = None
+    min_accuracy: float | None = None
+    max_bytes: int | None = None
+
+    def broken_by(self, row: Row) -> dict[str, float]:
+        """-> limit in words -> by which share of it `row` breaks it; what was not measured keeps no limit."""
+        broken = {}
+        if self.max_latency_ms is not None and not (row.p50_ms is not None and row.p50_ms <= self.max_latency_ms):
+            broken[f"--max-latency-ms {self.max_latency_ms:g}"] = (row.p50_ms or math.inf) / self.max_latency_ms - 1
+        if self.min_accuracy is not None and not (row.accuracy is not None and row.accuracy >= self.min_accuracy):
+            broken[f"--min-accuracy {self.min_accuracy:g}"] = 1 - (row.accuracy or 0) / self.min_accuracy
+        if self.max_bytes is not None and row.bytes > self.max_bytes:
+            broken[f"--max-bytes {self.max_bytes}"] = row.bytes / self.max_bytes - 1
+        return broken
+
+
+class Recommendation(msgspec.Struct, frozen=True):
+    """artefact: TARGET/VARIANT, or None where nothing keeps the limits; reason: one sentence."""
+
+    artefact: str | None
+    reason: str
+
+
+class Report(msgspec.Struct, frozen=True):
+    """`report.json`."""
+
+    rows: list[Row]
+    limits: Limits
+    recommendation: Recommendation
+    machine: str = ""
