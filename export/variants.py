@@ -13,9 +13,9 @@ import numpy as np
 
 from export.check.evaluation import Evaluation, Reference, class_balanced
 from export.check.gates import HeldOut, check_extras, check_golden, check_parity, file_batches, measure_accuracy, require_accuracy
-from export.check.gates.true_fp16 import check_true_fp16
 from export.check.latency import measure_latency
 from export.check.localize import first_difference
+from export.check.true_fp16 import check_true_fp16
 from export.computed import computed_precision
 from export.write.half import write_half
 from export.write.magnitudes import largest_magnitudes

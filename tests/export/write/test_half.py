@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from export.check.gates.true_fp16 import check_true_fp16, evaluator
 from onnx import TensorProto, helper, numpy_helper
 
 from export.check.evaluation import Reference
+from export.check.true_fp16 import check_true_fp16, evaluator
 from export.cli import main
 from export.write.half import FP16_MAX, HEAD_ROOM, write_half
 from export.write.magnitudes import largest_magnitudes
