@@ -48,7 +48,14 @@ def parser() -> Parser:
     parser.add_argument("--cam", action="store_true", help="further output: the class activation map of the predicted class")
     parser.add_argument("--embedding", action="store_true", help="further output: the pooled features")
     parser.add_argument("--triton", type=Path, metavar="DIR", help="add the bundles to a Triton model repository")
-    parser.add_argument("--space", type=Path, metavar="DIR", help="write a Hugging Face Space with the demo and the bundles")
+    parser.add_argument("--web", type=Path, metavar="DIR", help="write a static page that classifies in the visitor's browser")
+    parser.add_argument("--space", type=Path, metavar="DIR", help="write a Hugging Face Space with the bundles")
+    parser.add_argument(
+        "--space-sdk", choices=("static", "gradio"), default="static", help="the Space is that page (default), or the demo"
+    )
+    parser.add_argument(
+        "--runtime-folder", type=Path, metavar="DIR", help="onnxruntime-web for the page, instead of downloading it with npm"
+    )
     parser.add_argument("--sign", type=Path, metavar="PEM", help="sign each bundle with this private key (TARGET.sig beside it)")
     parser.add_argument("--golden", type=Path, metavar="DIR", help="take the golden images from here, not from the run's data")
     parser.add_argument("--max-latency-ms", type=float, metavar="X", help="report: recommend nothing slower (p50, one image)")
@@ -96,7 +103,7 @@ def main(argv: Sequence[str]) -> int:
     _require_places(arguments, options.targets)
     keep_freed_memory()  # PyTorch passes over whole splits
     bundles = export_run(run, options, lambda line: print(line, flush=True))
-    _publish(bundles, arguments.triton, arguments.space, arguments.sign)
+    _publish(bundles, arguments)
     if "all" in options.targets or any(
         value is not None for value in (limits.max_latency_ms, limits.min_accuracy, limits.max_bytes)
     ):
@@ -115,14 +122,23 @@ def _require_places(arguments: argparse.Namespace, targets: Sequence[str]) -> No
         from export.publish.space import require_space
 
         require_space(arguments.space)
+    if arguments.web:
+        from ffl_deploy.web.build import require_web
+
+        require_web(arguments.web, "--web")
+    if arguments.web or (arguments.space and arguments.space_sdk == "static"):
+        from ffl_deploy.web.runtime import require_runtime
+
+        require_runtime(arguments.runtime_folder)
     if arguments.triton:
         from export.publish.triton import require_own_models
 
         require_own_models(arguments.triton, targets)
 
 
-def _publish(bundles: Sequence[Bundle], triton: Path | None, space: Path | None, key: Path | None) -> None:
+def _publish(bundles: Sequence[Bundle], arguments: argparse.Namespace) -> None:
     """Sign the verified bundles, and write them in the other forms that were asked for."""
+    key, triton, web, space = arguments.sign, arguments.triton, arguments.web, arguments.space
     if key:
         from ffl_deploy.signing import sign_bundle
 
@@ -138,11 +154,19 @@ def _publish(bundles: Sequence[Bundle], triton: Path | None, space: Path | None,
         ]
         if skipped:
             print(f"{triton}: without {', '.join(skipped)}, which Triton has no backend for", flush=True)
+    if web:
+        from ffl_deploy.web.build import WebOptions, web_models, write_web
+
+        write_web(web_models([str(bundle.folder) for bundle in bundles]), web, WebOptions(arguments.runtime_folder), "--web")
+        print(f"{web}: a web page; to look at it: python -m http.server --directory {web}", flush=True)
     if space:
         from export.publish.space import write_space
+        from ffl_deploy.web.build import WebOptions
 
-        write_space(bundles, space)
-        print(f"{space}: a Hugging Face Space; start it here with: python {space / 'app.py'}", flush=True)
+        write_space(bundles, space, arguments.space_sdk, WebOptions(arguments.runtime_folder))
+        static = arguments.space_sdk == "static"
+        start = f"python -m http.server --directory {space}" if static else f"python {space / 'app.py'}"
+        print(f"{space}: a Hugging Face Space; start it here with: {start}", flush=True)
 
 
 def _limits(arguments: argparse.Namespace) -> Limits:

@@ -18,6 +18,7 @@ COMMANDS = {
     "ffl-export": "export.cli",
     "ffl-verify": "ffl_deploy.verify",
     "ffl-predict": "serve.predict.command",
+    "ffl-web": "ffl_deploy.web.command",
     "ffl-serve": "serve.command",
 }
 # Each takes longer to import than a help text may.
@@ -43,7 +44,9 @@ def test_help_needs_nothing_heavy(module: str) -> None:
     assert "usage: " in done.stdout
 
 
-@pytest.mark.parametrize("module", ["train.run", "export.cli", "ffl_deploy.verify", "serve.predict.command"])
+@pytest.mark.parametrize(
+    "module", ["train.run", "export.cli", "ffl_deploy.verify", "ffl_deploy.web.command", "serve.predict.command"]
+)
 @pytest.mark.parametrize("arguments", [["--no-such-flag"], ["x", "x", "--variant"], ["x", "--precision", "fp33", "--top-k", "0"]])
 def test_a_flag_that_does_not_exist_is_one_sentence(
     module: str, arguments: list[str], capsys: pytest.CaptureFixture[str]

@@ -1,6 +1,8 @@
-"""Bundles -> a Hugging Face Space: the demo, its requirements, the bundles, the card. It runs as it is, there or here.
+"""Bundles -> a Hugging Face Space, in one of two forms. It runs as it is, there or here.
 
-The Space carries the source of `ffl_deploy` and `serve`, so it depends on no published version of this project.
+static: the page of ffl_deploy.web, which classifies in the visitor's browser; every account can have one.
+gradio: the demo, its requirements, the bundles, the card. It carries the source of `ffl_deploy` and `serve`, so it depends on
+no published version of this project.
 """
 
 from __future__ import annotations
@@ -11,14 +13,28 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from ffl_deploy.bundle import Bundle
 from ffl_deploy.errors import UsageError
 from ffl_deploy.files import replace_folder, write_atomically
+from ffl_deploy.web.build import WebOptions, is_page, keep_others, own_names, web_models, write_page
 
 PACKAGES = ("ffl_deploy", "serve")
 OWN = {*PACKAGES, "bundles", "app.py", "requirements.txt", "README.md"}
 EXTRAS = ("predict", "serve", "cpu")
+Sdk = Literal["static", "gradio"]
+SETTINGS: dict[Sdk, tuple[str, ...]] = {
+    # With these headers the platform isolates the page, and WebAssembly may use several threads.
+    "static": (
+        "app_file: index.html",
+        "custom_headers:",
+        "  cross-origin-embedder-policy: require-corp",
+        "  cross-origin-opener-policy: same-origin",
+        "  cross-origin-resource-policy: cross-origin",
+    ),
+    "gradio": ("app_file: app.py", 'python_version: "3.11"'),
+}
 
 APP = '''"""The demo of this Space; the platform gives the address, a plain `python app.py` serves this machine only."""
 
@@ -35,23 +51,29 @@ sys.exit(run_command(main, [*bundles, "--host", address, "--port", os.environ.ge
 '''
 
 
-def write_space(bundles: Sequence[Bundle], folder: Path) -> None:
+def write_space(bundles: Sequence[Bundle], folder: Path, sdk: Sdk = "static", options: WebOptions | None = None) -> None:
     """Write the Space into `folder`, which keeps what is not part of it: git's files, a licence, pictures.
 
+    Args: sdk: which of the two forms; the other one's files go. options: of the static page.
     Raises UsageError where `folder` holds something that is no Space.
     """
     require_space(folder)
     with replace_folder(folder) as new:
-        for kept in folder.iterdir() if folder.is_dir() else ():
-            if kept.name not in OWN:
-                (shutil.copytree(kept, new / kept.name, symlinks=True) if kept.is_dir() else shutil.copy2(kept, new))
-        for package in PACKAGES:
-            shutil.copytree(_source(package), new / package, ignore=shutil.ignore_patterns("__pycache__"))
-        for bundle in bundles:
-            shutil.copytree(bundle.folder, new / "bundles" / bundle.name)
-        write_atomically(new / "app.py", APP)
-        write_atomically(new / "requirements.txt", "".join(f"{line}\n" for line in requirements()))
-        write_atomically(new / "README.md", card(bundles))
+        keep_others(folder, new, OWN | own_names())
+        if sdk == "static":
+            write_page(web_models([str(bundle.folder) for bundle in bundles]), new, options)
+        else:
+            _write_demo(bundles, new)
+        write_atomically(new / "README.md", card(bundles, sdk))
+
+
+def _write_demo(bundles: Sequence[Bundle], folder: Path) -> None:
+    for package in PACKAGES:
+        shutil.copytree(_source(package), folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+    for bundle in bundles:
+        shutil.copytree(bundle.folder, folder / "bundles" / bundle.name)
+    write_atomically(folder / "app.py", APP)
+    write_atomically(folder / "requirements.txt", "".join(f"{line}\n" for line in requirements()))
 
 
 def require_space(folder: Path) -> None:
@@ -64,8 +86,8 @@ def require_space(folder: Path) -> None:
     app, readme = folder / "app.py", folder / "README.md"
     if own == [readme.name] and re.match(r"---\n.*^sdk:.*^---", readme.read_text(errors="replace"), re.S | re.M):
         return  # the platform writes a card into a new Space
-    is_space = (folder / "bundles").is_dir() and app.is_file() and app.read_bytes().startswith(APP.splitlines()[0].encode())
-    if own and not is_space:
+    is_demo = (folder / "bundles").is_dir() and app.is_file() and app.read_bytes().startswith(APP.splitlines()[0].encode())
+    if own and not is_demo and not is_page(folder):
         raise UsageError(f"--space {folder} is not empty and holds no Space that was written here; give a new folder.")
 
 
@@ -89,9 +111,9 @@ def requirements() -> list[str]:
     return sorted(set(kept))
 
 
-def card(bundles: Sequence[Bundle]) -> str:
+def card(bundles: Sequence[Bundle], sdk: Sdk) -> str:
     """-> README.md: the Space's settings as YAML, then the bundles' own cards."""
     title = f"{' and '.join(bundle.name for bundle in bundles)} on {bundles[0].manifest.source.data}"
-    lines = ["---", f"title: {title}", "sdk: gradio", "app_file: app.py", 'python_version: "3.11"', "pinned: false", "---", ""]
+    lines = ["---", f"title: {title}", f"sdk: {sdk}", *SETTINGS[sdk], "pinned: false", "---", ""]
     cards = [(bundle.folder / "README.md").read_text() for bundle in bundles]
     return "\n".join(lines) + "\n" + "\n".join(cards)

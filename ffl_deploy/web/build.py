@@ -1,8 +1,8 @@
-"""Bundles -> a folder of static files: the page, onnxruntime-web, the chosen variants, golden samples, a hash of every file.
+"""Bundles -> static files: the page, onnxruntime-web, chosen variants, golden samples, a hash of every file.
 
     DIR/  index.html  page.js ...  sw.js  page.json  files.json  runtime/  models/NAME/  probes/  examples/
 
-What a bundle's folder says is copied unchanged, so that a hash in `bundle.json` is also that of the page's file.
+A bundle's files are copied unchanged, so that a hash in `bundle.json` is also that of the page's file.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from typing import Any
 
 import msgspec
 
-from ffl_deploy.bundle import MANIFEST, Bundle, FileRecord, Variant, load_bundle
+from ffl_deploy.bundle import AUTO, MANIFEST, Bundle, FileRecord, Variant, load_bundle
 from ffl_deploy.errors import UsageError
 from ffl_deploy.files import replace_folder, sha256_of, write_atomically
 from ffl_deploy.images import MAX_PIXELS, ImageError, load
-from ffl_deploy.onnx_wire import refuse_external_data
 from ffl_deploy.parity import PARITY_GATES, TIE, UNDIRECTED, ParityGate, gate_precision
+from ffl_deploy.runtime.onnx_wire import refuse_external_data
 from ffl_deploy.web.probes import Probe, write_probes
 from ffl_deploy.web.runtime import VERSION, WASM, WEBGPU, Runtime, runtime_files
 
@@ -44,7 +44,7 @@ class WebModel:
 
 @dataclass(frozen=True)
 class WebOptions:
-    """`runtime_folder`: instead of npm; `webgpu`: the larger runtime that can use a GPU; `examples`: pictures to try."""
+    """`runtime_folder`: instead of npm; `webgpu`: the larger runtime, for GPUs; `examples`: pictures to try."""
 
     runtime_folder: Path | None = None
     webgpu: bool = False
@@ -78,7 +78,9 @@ class Page(msgspec.Struct, frozen=True):
 
 
 def web_models(specs: Sequence[str], variants: Sequence[str | None] = (None,)) -> list[WebModel]:
-    """`BUNDLE` or `NAME=BUNDLE` each, with each of the variants (None: the bundle's default) -> models. Raises UsageError."""
+    """`BUNDLE` or `NAME=BUNDLE` each, with each variant (None: the default one) -> models. Raises UsageError."""
+    if AUTO in variants:
+        raise UsageError("--variant auto is found out where the model computes; name the variant that the page shows.")
     models = []
     for spec in specs:
         given, equals, folder = spec.partition("=")
@@ -106,12 +108,13 @@ def is_page(folder: Path) -> bool:
     return page.is_file() and f'"generator": "{GENERATOR}"'.encode() in page.read_bytes()
 
 
-def write_web(models: Sequence[WebModel], folder: Path, options: WebOptions | None = None) -> int:
+def write_web(models: Sequence[WebModel], folder: Path, options: WebOptions | None = None, flag: str = "--out") -> int:
     """Write the page into `folder`, which keeps what is not part of it; -> bytes of its files.
 
-    Raises UsageError where `folder` holds something else, a model or a picture cannot be used, or npm is missing.
+    Args: flag: what `folder` was given by, for the message.
+    Raises UsageError where `folder` holds something else, a model or picture cannot be used, or npm is missing.
     """
-    require_web(folder)
+    require_web(folder, flag)
     with replace_folder(folder) as new:
         keep_others(folder, new, own_names())
         return write_page(models, new, options)
@@ -119,7 +122,11 @@ def write_web(models: Sequence[WebModel], folder: Path, options: WebOptions | No
 
 def own_names() -> set[str]:
     """-> what lies at the top of a page's folder."""
-    return {path.name for path in files("ffl_deploy.web").joinpath("page").iterdir()} | {PAGE, RECORDS, *FOLDERS}
+    return {path.name for path in files("ffl_deploy.web").joinpath("page").iterdir()} | {
+        PAGE,
+        RECORDS,
+        *FOLDERS,
+    }
 
 
 def keep_others(old: Path, new: Path, own: set[str]) -> None:
@@ -163,7 +170,7 @@ def write_page(models: Sequence[WebModel], folder: Path, options: WebOptions | N
 
 
 def _require_usable(models: Sequence[WebModel]) -> None:
-    """Raises UsageError for names that cannot be told apart or stand in a URL, and for what no browser runs."""
+    """Raises UsageError for names that are given twice or fit in no URL, and for what no browser runs."""
     if not models:
         raise UsageError("a page needs at least one bundle.")
     names = [model.name for model in models]
@@ -176,8 +183,10 @@ def _require_usable(models: Sequence[WebModel]) -> None:
                 f"as in cats={model.bundle.folder}"
             )
         if not model.variant.file.endswith(".onnx"):
-            raise UsageError(f"variant {model.variant.name} of {model.name} is no ONNX file, and a browser runs no other; "
-                             "choose another with --variant.")  # fmt: skip
+            raise UsageError(
+                f"variant {model.variant.name} of {model.name} is no ONNX file, and a browser runs no other; "
+                "choose another with --variant."
+            )
 
 
 def _copy_runtime(runtime: Runtime, source: Path | None, target: Path) -> None:
@@ -225,18 +234,15 @@ def _copy_examples(given: Sequence[Path], folder: Path) -> list[str]:
             load(picture)
         except ImageError as error:
             raise UsageError(f"--examples {picture} cannot be shown: {error}.") from error
-        place = f"examples/{number + 1}{picture.suffix.lower()}" if picture.name != _plain(picture.name) else f"examples/{picture.name}"
+        plain = "".join(character for character in picture.name if character in NAME_CHARACTERS)
+        # Names that need no escape in a URL.
+        place = f"examples/{plain}" if plain == picture.name else f"examples/{number + 1}-{plain}"
         if place in places:
-            place = f"examples/{number + 1}-{picture.name}"
+            place = f"examples/{number + 1}-{plain}"
         (folder / "examples").mkdir(exist_ok=True)
         shutil.copyfile(picture, folder / place)
         places.append(place)
     return places
-
-
-def _plain(name: str) -> str:
-    """-> the characters of `name` that need no escape in a URL."""
-    return "".join(character for character in name if character in NAME_CHARACTERS)
 
 
 def _copy_sources(folder: Path, values: dict[str, str]) -> None:
@@ -250,7 +256,7 @@ def _copy_sources(folder: Path, values: dict[str, str]) -> None:
 
 
 def _write_records(folder: Path) -> int:
-    """Write files.json and finish the service worker, which has to change with any file; -> bytes of all files."""
+    """Write files.json and finish the service worker, which changes with any file; -> bytes of all files."""
     names = [*own_names() - set(FOLDERS) - {WORKER, RECORDS}]
     for part in FOLDERS:
         names += [str(PurePosixPath(path.relative_to(folder))) for path in (folder / part).rglob("*") if path.is_file()]

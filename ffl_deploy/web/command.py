@@ -13,21 +13,33 @@ from ffl_deploy.errors import DONE
 def parser() -> Parser:
     parser = Parser(
         prog="ffl-web",
-        description="Write bundles as a static web page: pictures are classified in the browser, nothing leaves the device.",
+        description="Write bundles as a static web page: pictures are classified in the browser and stay there.",
         epilog="Any web server can serve the folder; to look at it here: python -m http.server --directory DIR. "
-        "Exit code 1: a file of a bundle or of the runtime is not what it should be. 2: the bundles or flags cannot be used.",
+        "Exit code 1: a file of a bundle or of the runtime is not what it should be. "
+        "2: the bundles or flags cannot be used.",
     )
-    parser.add_argument("bundles", metavar="[NAME=]BUNDLE", nargs="+", help="folders that ffl-export wrote; shown side by side")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder, or a page to be written again")
+    parser.add_argument("bundles", metavar="[NAME=]BUNDLE", nargs="+", help="what ffl-export wrote; shown side by side")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder, or a page to write again")
     parser.add_argument(
-        "--variant", action="append", metavar="NAME", help="which file of each bundle (default: fp32); repeat to show several"
+        "--variant",
+        action="append",
+        metavar="NAME",
+        help="which file of each bundle (default: fp32); may be repeated",
     )
     parser.add_argument(
-        "--examples", action="append", type=Path, default=[], metavar="PATH", help="pictures, or a folder of them, to try"
+        "--examples",
+        action="append",
+        type=Path,
+        default=[],
+        metavar="PATH",
+        help="pictures, or a folder of them, to try",
     )
-    parser.add_argument("--webgpu", action="store_true", help="a larger runtime, which offers WebGPU where it keeps the gates")
+    parser.add_argument("--webgpu", action="store_true", help="a larger runtime; offers WebGPU where that keeps the gates")
     parser.add_argument(
-        "--runtime-folder", type=Path, metavar="DIR", help="take onnxruntime-web from here instead of downloading it with npm"
+        "--runtime-folder",
+        type=Path,
+        metavar="DIR",
+        help="onnxruntime-web, instead of downloading it with npm",
     )
     return parser
 

@@ -1,4 +1,4 @@
-"""Small pictures whose pixels Python has written down: the page decodes them and says whether this browser does the same."""
+"""Small pictures whose pixels Python has written down: the page decodes them and says whether they are the same."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""onnxruntime-web, pinned: from npm, or from a folder that somebody with npm has prepared. Every file by its hash."""
+"""onnxruntime-web, pinned: from npm, or from a folder that was prepared with npm. Every file by its hash."""
 
 from __future__ import annotations
 
@@ -48,23 +48,25 @@ WEBGPU = Runtime(
 )
 
 
+def require_runtime(folder: Path | None = None, runtime: Runtime = WASM) -> None:
+    """Raises UsageError where neither npm nor a folder with the files is there; asked before any long work."""
+    if folder is not None:
+        _found(runtime, folder)
+    else:
+        _npm(runtime)
+
+
 @contextlib.contextmanager
 def runtime_files(runtime: Runtime, folder: Path | None = None) -> Iterator[dict[str, Path]]:
     """Yield name -> path of the runtime's files, each with its hash checked.
 
     Args: folder: where they lie: unpacked from npm, or `runtime/` of another page. None: npm downloads them.
-    Raises UsageError without npm, or where the folder lacks a file; CheckError where a file is another version's.
+    Raises UsageError without npm, or where the folder lacks a file; CheckError for a file of another version.
     """
     if folder is not None:
         yield _checked(runtime, _found(runtime, folder))
         return
-    npm = shutil.which("npm")
-    if npm is None:
-        raise UsageError(
-            f"the page needs {PACKAGE} {VERSION}, which npm downloads, and npm is not installed here; install Node.js, or copy "
-            f"{runtime.module} and {runtime.wasm} of that package into a folder and give --runtime-folder DIR "
-            "(runtime/ of a page that was built elsewhere is one)."
-        )
+    npm = _npm(runtime)
     with tempfile.TemporaryDirectory(prefix="ffl-web-") as temporary:
         unpacked = Path(temporary)
         with tarfile.open(_download(npm, unpacked)) as archive:
@@ -72,9 +74,28 @@ def runtime_files(runtime: Runtime, folder: Path | None = None) -> Iterator[dict
         yield _checked(runtime, unpacked / "package" / "dist")
 
 
+def _npm(runtime: Runtime) -> str:
+    npm = shutil.which("npm")
+    if npm is None:
+        raise UsageError(
+            f"the page needs {PACKAGE} {VERSION}, which npm downloads, and npm is not installed here; "
+            f"install Node.js, or copy {runtime.module} and {runtime.wasm} of that package into a folder and give --runtime-folder DIR "
+            "(runtime/ of a page that was built elsewhere is one)."
+        )
+    return npm
+
+
 def _download(npm: str, folder: Path) -> Path:
     """-> the package as npm packs it; from npm's own cache where it has been downloaded before."""
-    command = [npm, "pack", f"{PACKAGE}@{VERSION}", "--pack-destination", str(folder), "--prefer-offline", "--ignore-scripts"]
+    command = [
+        npm,
+        "pack",
+        f"{PACKAGE}@{VERSION}",
+        "--pack-destination",
+        str(folder),
+        "--prefer-offline",
+        "--ignore-scripts",
+    ]
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=NPM_SECONDS)
     except subprocess.TimeoutExpired as error:
@@ -91,7 +112,12 @@ def _download(npm: str, folder: Path) -> Path:
 
 def _found(runtime: Runtime, folder: Path) -> Path:
     """-> the folder below `folder` that has the files. Raises UsageError."""
-    for place in (folder, folder / "dist", folder / "package" / "dist", folder / "node_modules" / PACKAGE / "dist"):
+    for place in (
+        folder,
+        folder / "dist",
+        folder / "package" / "dist",
+        folder / "node_modules" / PACKAGE / "dist",
+    ):
         if all((place / name).is_file() for name in runtime.sha256):
             return place
     raise UsageError(
@@ -102,5 +128,5 @@ def _found(runtime: Runtime, folder: Path) -> Path:
 def _checked(runtime: Runtime, folder: Path) -> dict[str, Path]:
     for name, sha256 in runtime.sha256.items():
         if not (folder / name).is_file() or sha256_of(folder / name) != sha256:
-            raise CheckError(f"{name} is not the one of {PACKAGE} {VERSION} (SHA-256 differs); take that version from npm.")
+            raise CheckError(f"{name} is not the one of {PACKAGE} {VERSION} (SHA-256 differs); take that from npm.")
     return {name: folder / name for name in runtime.sha256}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -16,11 +17,14 @@ from export.publish.space import require_space, requirements, write_space
 from ffl_deploy.bundle import load_bundle
 from ffl_deploy.errors import UsageError
 from ffl_deploy.verify import verify
+from ffl_deploy.web import build
+from ffl_deploy.web.build import WebOptions
+from ffl_deploy.web.runtime import Runtime
 
 
 def test_a_space_holds_what_it_needs(exported: Path, tmp_path: Path) -> None:
     space = tmp_path / "space"
-    write_space([load_bundle(exported / "fused")], space)
+    write_space([load_bundle(exported / "fused")], space, "gradio")
     head = (space / "README.md").read_text().split("---")[1]
     assert "sdk: gradio" in head
     assert "app_file: app.py" in head
@@ -36,7 +40,7 @@ def test_a_space_holds_what_it_needs(exported: Path, tmp_path: Path) -> None:
     (space / ".git" / "HEAD").write_text("ref: refs/heads/main")
     (space / "assets").mkdir()
     (space / "assets" / "logo.svg").write_text("<svg/>")
-    write_space([load_bundle(exported / "branch0")], space)  # a Space may be written again, and stays a clone
+    write_space([load_bundle(exported / "branch0")], space, "gradio")  # a Space may be written again, and stays a clone
     assert (space / ".git" / "HEAD").is_file()
     assert (space / "assets" / "logo.svg").read_text() == "<svg/>"
     assert [path.name for path in (space / "bundles").iterdir()] == ["branch0"]
@@ -44,6 +48,22 @@ def test_a_space_holds_what_it_needs(exported: Path, tmp_path: Path) -> None:
     (tmp_path / "photos" / "holiday.jpg").write_bytes(b"")
     with pytest.raises(UsageError, match="holds no Space"):
         write_space([load_bundle(exported / "fused")], tmp_path / "photos")
+
+
+def test_a_static_space_is_the_page_with_its_settings(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "WASM", Runtime("module.mjs", "code.wasm", {}))  # the runtime has tests of its own
+    space, options = tmp_path / "space", WebOptions(runtime_folder=tmp_path)
+    write_space([load_bundle(exported / "fused")], space, "gradio")
+    (space / ".git").mkdir()
+    write_space([load_bundle(exported / "fused"), load_bundle(exported / "branch0")], space, options=options)
+    assert not (space / "app.py").exists()  # the other form's files are gone, git's are not
+    assert (space / ".git").is_dir()
+    head = (space / "README.md").read_text().split("---")[1]
+    assert "sdk: static\napp_file: index.html\ncustom_headers:\n  cross-origin-embedder-policy: require-corp\n" in head
+    assert sorted(path.name for path in (space / "models").iterdir()) == ["branch0", "fused"]
+    assert "README.md" not in json.loads((space / "files.json").read_text())
+    write_space([load_bundle(exported / "branch0")], space, "gradio")
+    assert not (space / "index.html").exists()
 
 
 def test_the_clone_of_a_new_space_is_accepted(tmp_path: Path) -> None:
@@ -60,7 +80,7 @@ def test_the_clone_of_a_new_space_is_accepted(tmp_path: Path) -> None:
 def test_a_space_starts(exported: Path, tmp_path: Path) -> None:
     pytest.importorskip("gradio")
     space = tmp_path / "space"
-    write_space([load_bundle(exported / "branch0")], space)
+    write_space([load_bundle(exported / "branch0")], space, "gradio")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

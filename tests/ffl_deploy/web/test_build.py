@@ -1,4 +1,4 @@
-"""The builder: which files a page has, what it refuses, and that it needs neither torch nor npm where a runtime is given."""
+"""The builder: which files a page has, what it refuses, and that it imports no torch."""
 
 from __future__ import annotations
 
@@ -93,13 +93,18 @@ def test_a_page_is_written_again_and_other_folders_are_not_touched(
 def test_names_and_variants(make_bundle: Callable[..., Bundle], options: WebOptions, tmp_path: Path) -> None:
     one = make_bundle(tmp_path / "a" / "same", variants=("fp32", "int8"))
     two = make_bundle(tmp_path / "b" / "same", seed=1)
-    assert [model.name for model in web_models([str(one.folder)], ["fp32", "int8"])] == ["same-fp32", "same-int8"]
+    assert [model.name for model in web_models([str(one.folder)], ["fp32", "int8"])] == [
+        "same-fp32",
+        "same-int8",
+    ]
     with pytest.raises(UsageError, match="two models are called same"):
         write_web(web_models([str(one.folder), str(two.folder)]), tmp_path / "page", options)
     with pytest.raises(UsageError, match="cannot be a folder"):
         write_web(web_models([f"a b={one.folder}"]), tmp_path / "page", options)
     with pytest.raises(UsageError, match="no variant 'int9'"):
         web_models([str(one.folder)], ["int9"])
+    with pytest.raises(UsageError, match="--variant auto is found out"):
+        web_models([str(one.folder)], ["auto"])
     assert not (tmp_path / "page").exists()
     write_web(web_models([f"first={one.folder}", str(two.folder)]), tmp_path / "page", options)
     title = "first and same on noise"
@@ -137,11 +142,17 @@ def test_the_probes_say_what_python_decodes(tiny_bundle: Bundle, options: WebOpt
 
 @pytest.mark.parametrize("pinned", [WASM, WEBGPU])
 def test_a_runtime_of_another_version_is_refused(pinned: runtime.Runtime, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=f"does not hold {pinned.module} and {pinned.wasm}"), runtime_files(pinned, tmp_path):
+    with (
+        pytest.raises(UsageError, match=f"does not hold {pinned.module} and {pinned.wasm}"),
+        runtime_files(pinned, tmp_path),
+    ):
         pass
     for name in pinned.sha256:
         (tmp_path / name).write_bytes(b"another version")
-    with pytest.raises(CheckError, match=r"is not the one of onnxruntime-web 1\.30\.0"), runtime_files(pinned, tmp_path):
+    with (
+        pytest.raises(CheckError, match=r"is not the one of onnxruntime-web 1\.30\.0"),
+        runtime_files(pinned, tmp_path),
+    ):
         pass
 
 

@@ -1,6 +1,7 @@
-"""The page in a real Chromium, served as any file server does it, below a path. What it answers is what ffl-predict answers.
+"""The page in a real Chromium, served as any file server does it, below a path: it answers as ffl-predict does.
 
-`FFL_SCREENSHOTS=docs pytest -m browser` takes the pictures in docs/; `FFL_WEB_BUNDLES=A,B` shows and measures these bundles.
+`FFL_SCREENSHOTS=docs pytest -m browser` takes the pictures in docs/; `FFL_WEB_BUNDLES=A,B` takes these bundles,
+`FFL_WEB_EXAMPLES=DIR` these examples.
 """
 
 from __future__ import annotations
@@ -83,12 +84,21 @@ class Opened:
     def __init__(self, context: Any, url: str) -> None:
         self.context, self.troubles = context, []
         self.page = page = context.new_page()
-        page.on("console", lambda message: message.type == "error" and self.troubles.append(f"console: {message.text}"))
+        page.on(
+            "console",
+            lambda message: message.type == "error" and self.troubles.append(f"console: {message.text}"),
+        )
         page.on("pageerror", lambda error: self.troubles.append(f"page: {error}"))
-        page.on("response", lambda answer: answer.status >= 400 and self.troubles.append(f"{answer.status}: {answer.url}"))
+        page.on(
+            "response",
+            lambda answer: answer.status >= 400 and self.troubles.append(f"{answer.status}: {answer.url}"),
+        )
         origin = "/".join(url.split("/")[:3]) + "/"
         own = (origin, "data:", f"blob:{origin}")
-        page.on("request", lambda asked: asked.url.startswith(own) or self.troubles.append(f"foreign: {asked.url}"))
+        page.on(
+            "request",
+            lambda asked: asked.url.startswith(own) or self.troubles.append(f"foreign: {asked.url}"),
+        )
         page.goto(url)
 
     def ready(self) -> str:
@@ -128,7 +138,8 @@ def write_pictures(folder: Path, count: int, kind: str) -> list[Path]:
     paths = []
     for number in range(count):
         width, height = (int(side) for side in rng.integers(1, 260, 2))
-        coarse = Image.fromarray(rng.integers(0, 256, (4, 5, 4), dtype=np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+        few = Image.fromarray(rng.integers(0, 256, (4, 5, 4), dtype=np.uint8))
+        coarse = few.resize((width, height), Image.Resampling.BICUBIC)
         noise = rng.integers(-20, 21, (height, width, 4))
         rgba = Image.fromarray(np.clip(np.asarray(coarse, np.int16) + noise, 0, 255).astype(np.uint8))
         path = folder / f"{number:04d}.{kind}"
@@ -138,7 +149,18 @@ def write_pictures(folder: Path, count: int, kind: str) -> list[Path]:
 
 
 def _save_png(rgba: Image.Image, path: Path, number: int, rng: np.random.Generator) -> None:
-    mode = ("RGB", "RGBA", "L", "LA", "P", "1", "transparent color", "transparent palette", "turned", "profile")[number % 10]
+    mode = (
+        "RGB",
+        "RGBA",
+        "L",
+        "LA",
+        "P",
+        "1",
+        "transparent color",
+        "transparent palette",
+        "turned",
+        "profile",
+    )[number % 10]
     options: dict[str, Any] = {}
     image = rgba.convert(mode) if mode in ("RGB", "L", "LA", "1") else rgba.convert("RGB")
     if mode == "RGBA":
@@ -178,7 +200,10 @@ def swapped_profile() -> bytes:
 
     profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     red, green = profile.index(b"rXYZ"), profile.index(b"gXYZ")
-    profile[red + 4 : red + 12], profile[green + 4 : green + 12] = profile[green + 4 : green + 12], profile[red + 4 : red + 12]
+    profile[red + 4 : red + 12], profile[green + 4 : green + 12] = (
+        profile[green + 4 : green + 12],
+        profile[red + 4 : red + 12],
+    )
     return bytes(profile)
 
 
@@ -226,7 +251,12 @@ def test_it_works_without_a_network_after_the_first_visit(
 
 @pytest.mark.parametrize("kind", ["png", "jpg"])
 def test_a_thousand_pictures_give_what_ffl_predict_gives(
-    kind: str, site: Any, page_folder: Path, bundles: list[Bundle], open_page: Callable[..., Opened], tmp_path: Path
+    kind: str,
+    site: Any,
+    page_folder: Path,
+    bundles: list[Bundle],
+    open_page: Callable[..., Opened],
+    tmp_path: Path,
 ) -> None:
     paths = write_pictures(page_folder / "pictures" / kind, 1000, kind)
     opened = open_page(site.url + PREFIX)
@@ -293,7 +323,11 @@ def site_copy(page_folder: Path, target: Path) -> Path:
 
 
 def test_a_damaged_file_is_told(
-    page_folder: Path, serve: Callable[..., Any], open_page: Callable[..., Opened], bundles: list[Bundle], tmp_path: Path
+    page_folder: Path,
+    serve: Callable[..., Any],
+    open_page: Callable[..., Opened],
+    bundles: list[Bundle],
+    tmp_path: Path,
 ) -> None:
     page = site_copy(page_folder, tmp_path / "damaged")
     first, second = (bundle.name for bundle in bundles[:2])
@@ -310,7 +344,11 @@ def test_a_damaged_file_is_told(
 
 
 def test_a_model_that_computes_something_else_fails_its_gate(
-    page_folder: Path, serve: Callable[..., Any], open_page: Callable[..., Opened], bundles: list[Bundle], tmp_path: Path
+    page_folder: Path,
+    serve: Callable[..., Any],
+    open_page: Callable[..., Opened],
+    bundles: list[Bundle],
+    tmp_path: Path,
 ) -> None:
     """Hashes that agree, weights that do not: as if this browser computed wrongly."""
     onnx = pytest.importorskip("onnx")
@@ -418,7 +456,8 @@ def transfer(page: Any, kind: str, files: Sequence[Path]) -> None:
     """Drop or paste files, as the browser tells the page of it."""
     script = """([kind, files]) => {
       const data = new DataTransfer();
-      for (const [name, content] of files) data.items.add(new File([Uint8Array.from(atob(content), (c) => c.charCodeAt(0))], name));
+      const bytes = (content) => Uint8Array.from(atob(content), (character) => character.charCodeAt(0));
+      for (const [name, content] of files) data.items.add(new File([bytes(content)], name));
       const field = kind === "paste" ? "clipboardData" : "dataTransfer";
       const Event = kind === "paste" ? ClipboardEvent : DragEvent;
       document.body.dispatchEvent(new Event(kind, { [field]: data, bubbles: true, cancelable: true }));
@@ -485,7 +524,9 @@ def test_axe_finds_nothing_and_nothing_scrolls_sideways(
     assert opened.page.evaluate("() => scrollX") == 0
 
 
-def test_threads_where_the_headers_allow_them(page_folder: Path, serve: Callable[..., Any], open_page: Callable[..., Opened]) -> None:
+def test_threads_where_the_headers_allow_them(
+    page_folder: Path, serve: Callable[..., Any], open_page: Callable[..., Opened]
+) -> None:
     headers = {"Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Embedder-Policy": "require-corp"}
     with serve(page_folder, headers) as served:
         opened = open_page(served.url + PREFIX)
