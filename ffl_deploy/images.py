@@ -241,7 +241,8 @@ def prepare(pixels: Pixels, preprocessing: Preprocessing) -> Pixels:
         # One resize of the centre box gives what "resize the shorter side, then cut" gives, without the large middle step.
         scale = min(image.width / width, image.height / height) * preprocessing.crop_fraction
         box_width, box_height = width * scale, height * scale
-        left, top = (image.width - box_width) / 2, (image.height - box_height) / 2
+        # Rounding may put the box's edge a hair outside the image, which Pillow refuses.
+        left, top = max(0.0, (image.width - box_width) / 2), max(0.0, (image.height - box_height) / 2)
         box = (left, top, min(left + box_width, image.width), min(top + box_height, image.height))
     return np.asarray(image.resize((width, height), resample, box=box))
 

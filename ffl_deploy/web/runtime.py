@@ -79,8 +79,8 @@ def _npm(runtime: Runtime) -> str:
     if npm is None:
         raise UsageError(
             f"the page needs {PACKAGE} {VERSION}, which npm downloads, and npm is not installed here; "
-            f"install Node.js, or copy {runtime.module} and {runtime.wasm} of that package into a folder and give --runtime-folder DIR "
-            "(runtime/ of a page that was built elsewhere is one)."
+            f"install Node.js, or copy {runtime.module} and {runtime.wasm} of that package into a folder "
+            "and give --runtime-folder DIR (runtime/ of a page that was built elsewhere is one)."
         )
     return npm
 

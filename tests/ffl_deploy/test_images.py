@@ -224,6 +224,14 @@ def test_crop_takes_the_centre_and_stretch_takes_all() -> None:
     assert stretched[0, 16].tolist() == [0, 200, 0]
 
 
+def test_rounding_never_puts_the_crop_outside_the_image() -> None:
+    """(60 - 29 * (60 / 29)) / 2 is a hair below 0: such a file was a ValueError, not a row."""
+    target = Preprocessing(height=29, width=31)
+    for width, height in ((66, 60), (137, 120), *((side, side) for side in range(1, 200))):
+        pixels = np.full((height, width, 3), 7, np.uint8)
+        np.testing.assert_array_equal(prepare(pixels, target), np.full((29, 31, 3), 7, np.uint8))
+
+
 def test_crop_fraction_takes_the_middle_of_the_middle(photo: Image.Image) -> None:
     image = photo.resize((80, 64))
     wanted = image.crop((24, 16, 56, 48)).resize((16, 16), Image.Resampling.BILINEAR)

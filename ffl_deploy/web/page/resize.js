@@ -80,9 +80,18 @@ function scaleLines(source, target, table, size, lines, read, write) {
 
 /**
  * RGB pixels of `width` x `height` -> of `newWidth` x `newHeight`; `box` is [left, top, right, bottom] of what is scaled.
- * Two passes, the rows first, with 8 bits between them.
  */
 export function resize(pixels, width, height, newWidth, newHeight, filter, box = [0, 0, width, height]) {
+  if (height > width * 100 && newHeight < height) {
+    // A very tall image: Pillow scales its columns first.
+    const low = passes(pixels, width, height, width, newHeight, filter, [0, box[1], width, box[3]]);
+    return passes(low, width, newHeight, newWidth, newHeight, filter, [box[0], 0, box[2], newHeight]);
+  }
+  return passes(pixels, width, height, newWidth, newHeight, filter, box);
+}
+
+/** Two passes, the rows first, with 8 bits between them. */
+function passes(pixels, width, height, newWidth, newHeight, filter, box) {
   const [left, top, right, bottom] = box.map(Math.fround);
   const columns = coefficients(width, left, right, newWidth, filter);
   const rows = coefficients(height, top, bottom, newHeight, filter);
@@ -118,8 +127,8 @@ export function prepare({ pixels, width, height }, preprocessing) {
     const scale = Math.min(width / newWidth, height / newHeight) * preprocessing.crop_fraction;
     const boxWidth = newWidth * scale;
     const boxHeight = newHeight * scale;
-    const left = (width - boxWidth) / 2;
-    const top = (height - boxHeight) / 2;
+    const left = Math.max(0, (width - boxWidth) / 2);
+    const top = Math.max(0, (height - boxHeight) / 2);
     box = [left, top, Math.min(left + boxWidth, width), Math.min(top + boxHeight, height)];
   }
   return resize(pixels, width, height, newWidth, newHeight, filter, box);

@@ -173,9 +173,8 @@ def test_a_download_that_fails_is_one_sentence(tmp_path: Path, monkeypatch: pyte
     npm.write_text("#!/bin/sh\necho 'npm error code ENOTFOUND' >&2\nexit 1\n")
     npm.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    with pytest.raises(CheckError, match=r"could not download onnxruntime-web 1\.30\.0 \(npm error code ENOTFOUND\)"):  # noqa: SIM117
-        with runtime_files(WASM):
-            pass
+    with pytest.raises(CheckError, match=r"could not download .*ENOTFOUND"), runtime_files(WASM):
+        pass
 
 
 def test_the_command_imports_no_torch(tiny_bundle: Bundle, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from ffl_deploy.parity import PARITY_GATES, TIE, UNDIRECTED, compare, judge
 from serve.rows import COLUMNS, Row, encode
 
 Node = Callable[..., Any]
-SIZES = [(1, 1), (1, 300), (7, 5), (31, 32), (33, 64), (200, 3), (97, 211), (640, 427), (32, 50)]
+SIZES = [(1, 1), (1, 300), (7, 5), (31, 32), (33, 64), (200, 3), (97, 211), (640, 427), (32, 50), (300, 1), (301, 3), (137, 120), (66, 60)]
 
 PREPARE = """
 import { prepare } from "./page/resize.js";
@@ -41,7 +41,7 @@ def test_resizing_gives_pillows_bytes(node: Node, filter: str) -> None:
         hard = (noise > 127).astype(np.uint8) * 255  # negative lobes overshoot on both sides
         for pixels in (noise, hard):
             for resize, fraction in (("stretch", 1.0), ("crop", 1.0), ("crop", 0.875)):
-                for size in ((32, 32), (48, 20)):
+                for size in ((32, 32), (48, 20), (29, 31)):
                     images.append(pixels)
                     targets.append(Preprocessing(*size, resize=resize, crop_fraction=fraction, filter=filter))
     cases = [
