@@ -19,7 +19,9 @@ from ffl_deploy.parity import PARITY_GATES, TIE, UNDIRECTED, compare, judge
 from serve.rows import COLUMNS, Row, encode
 
 Node = Callable[..., Any]
-SIZES = [(1, 1), (1, 300), (7, 5), (31, 32), (33, 64), (200, 3), (97, 211), (640, 427), (32, 50), (300, 1), (301, 3), (137, 120), (66, 60)]
+SIZES = [(1, 1), (1, 300), (7, 5), (31, 32), (33, 64), (200, 3), (97, 211), (640, 427), (32, 50)]
+SIZES += [(300, 1), (301, 3)]  # so tall that Pillow scales the columns first
+SIZES += [(137, 120), (120, 137), (60, 66)]  # rounding puts the box of a crop a hair outside
 
 PREPARE = """
 import { prepare } from "./page/resize.js";
