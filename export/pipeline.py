@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +22,12 @@ from ffl_deploy.files import replace_folder, shown
 from ffl_deploy.manifest import MANIFEST, InputTensor, OutputTensor, Source, Temperature, Variant
 from ffl_deploy.networks.checkpoint import LoadedNetwork, load_network
 from ffl_deploy.networks.targets import build_target, target_names
+from ffl_deploy.processor import description
 from ffl_deploy.run_directory import Run
+from ffl_deploy.runtime import import_onnxruntime
 from ffl_deploy.signing import signature_path
 from ffl_deploy.statistics import expected_calibration_error, fit_temperature, log_softmax
+from ffl_deploy.verified_on import Outcome, VerifiedOn
 
 GOLDEN_IMAGES = 64
 GOLDEN_BYTES = 8 << 20  # of pixels; large images get fewer samples, so that a bundle stays light
@@ -114,12 +118,23 @@ def export_target(
             toolchain=toolchain(),
             calibration=calibration,
             card=model_card,
+            verified_on=[verified_here(variants)],
         )
     signature_path(options.out / name).unlink(missing_ok=True)  # it was of the bundle before this one
     bundle = load_bundle(options.out / name)
     for variant in bundle.manifest.variants:
         report(f"{shown(bundle.folder)}: {variant.name} {variant_summary(variant)}")
     return bundle
+
+
+def verified_here(variants: Sequence[Variant]) -> VerifiedOn:
+    """-> what the exporting processor computed, of the variants whose gate it could run."""
+    outcomes = {}
+    for variant in variants:
+        if variant.parity:
+            installed = version("openvino") if variant.runtime == "openvino" else import_onnxruntime().__version__
+            outcomes[variant.name] = Outcome.of(variant.parity, variant.runtime, installed, variant.precision.computed)
+    return VerifiedOn(description(), None, outcomes)
 
 
 def calibrate(evaluation: Evaluation, target: str) -> Temperature:
@@ -214,8 +229,6 @@ def toolchain() -> dict[str, str]:
     import onnx
     import onnxscript
     import torch
-
-    from ffl_deploy.runtime import import_onnxruntime
 
     return {
         "ffl-deploy": __version__,

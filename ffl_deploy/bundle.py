@@ -37,6 +37,7 @@ from ffl_deploy.manifest import (
     read_manifest,
     write_manifest,
 )
+from ffl_deploy.verified_on import VerifiedOn
 
 if TYPE_CHECKING:
     from ffl_deploy.fastest import Choice
@@ -263,6 +264,7 @@ def write_bundle(
     origin: str,
     toolchain: dict[str, str],
     calibration: Temperature | None = None,
+    verified_on: list[VerifiedOn] | msgspec.UnsetType = msgspec.UNSET,
     card: Callable[[Manifest], str],
 ) -> Manifest:
     """Make a bundle of `folder`, which holds the variants' files: golden samples, model card, and last the manifest.
@@ -281,6 +283,7 @@ def write_bundle(
         files={},
         toolchain=toolchain,
         calibration=calibration,
+        verified_on=verified_on,
     )
     write_atomically(folder / "README.md", card(manifest))
     manifest = msgspec.structs.replace(manifest, files=file_records(folder))

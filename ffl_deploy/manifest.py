@@ -16,6 +16,7 @@ from ffl_deploy.files import sha256_of, write_json
 from ffl_deploy.images import Preprocessing
 from ffl_deploy.parity import ParityMetrics, ParityRecord, Verdict
 from ffl_deploy.statistics import Interval, PairedDifference
+from ffl_deploy.verified_on import VerifiedOn
 
 SCHEMA = 1
 MANIFEST = "bundle.json"
@@ -243,6 +244,7 @@ class Manifest(msgspec.Struct, frozen=True):
     files: dict[str, FileRecord]
     toolchain: dict[str, str]
     calibration: Temperature | None = None
+    verified_on: list[VerifiedOn] | msgspec.UnsetType = msgspec.UNSET  # left out of bundles made before it was recorded
 
 
 def read_manifest(path: Path) -> Manifest:

@@ -111,3 +111,18 @@ def nvidia() -> str:
     wanted = ("Model", "GPU UUID", "Video BIOS", "GPU Firmware")
     lines = [line.strip() for text in gpus for line in text.splitlines() if line.startswith(wanted)]
     return "\n".join([driver.strip(), *lines]) if lines else ""
+
+
+LEVELS = {"AVX512F": "AVX-512", "AVX2": "AVX2", "AVX": "AVX", "SSE42": "SSE4.2", "SVE": "SVE", "ASIMD": "NEON"}
+"""NumPy's name of an instruction set -> the field's, the widest first."""
+
+
+def description() -> str:
+    """-> what decides the answers here, without the processor's name: "x86_64 AVX2, int8 pairs saturate".
+
+    Of the processor that this program runs on, which under an emulator is the emulated one.
+    """
+    found = set(features().split())
+    level = next((name for key, name in LEVELS.items() if key in found), "")
+    pairs = {"64770": "int8 pairs exact", "32767": "int8 pairs saturate"}.get(pair_sum(), "int8 pairs not known")
+    return f"{' '.join(filter(None, (platform.machine(), level)))}, {pairs}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ffl_deploy.manifest import Manifest, Variant
+from ffl_deploy.verified_on import markdown
 
 _STRONG = {
     "fused": "the fused classifier of Feature Fusion Learning: every branch's features, fused",
@@ -37,6 +38,7 @@ def model_card(manifest: Manifest) -> str:
         "",
         _measured_on(manifest),
         "",
+        *_verified_on(manifest),
         "## Use",
         "",
         "    ffl-verify .",
@@ -102,6 +104,14 @@ def _measured_on(manifest: Manifest) -> str:
     if not machines:
         return "Speed was not measured."
     return f"Speed on {'; '.join(sorted(machines))}, in one short window each: time side by side before a decision hangs on it."
+
+
+def _verified_on(manifest: Manifest) -> list[str]:
+    """-> the section that says which processors held the gates; nothing for a bundle that does not record it."""
+    if not manifest.verified_on:
+        return []
+    what = "The golden samples and training's reference images, by each variant's own gate (docs/export.md has the gates)."
+    return ["## Processors", "", what, "", *markdown(manifest.verified_on), ""]
 
 
 def _calibration(manifest: Manifest) -> str:

@@ -132,3 +132,23 @@ def test_an_emulated_processor_is_another_one() -> None:
     assert nehalem["cpuinfo"] == haswell["cpuinfo"] == processor.cpuinfo()
     assert ("AVX2" in nehalem["features"], "AVX2" in haswell["features"]) == (False, True)
     assert (nehalem["pair_sum"], haswell["pair_sum"]) == ("64770", "32767")
+
+
+@pytest.mark.parametrize(
+    ("machine", "features", "pairs", "said"),
+    [
+        ("x86_64", "AVX AVX2 SSE42", "32767", "x86_64 AVX2, int8 pairs saturate"),
+        ("x86_64", "AVX AVX2 AVX512F SSE42", "64770", "x86_64 AVX-512, int8 pairs exact"),
+        ("x86_64", "SSE42", "64770", "x86_64 SSE4.2, int8 pairs exact"),
+        ("aarch64", "ASIMD NEON", "64770", "aarch64 NEON, int8 pairs exact"),
+        ("riscv64", "", "ImportError", "riscv64, int8 pairs not known"),
+    ],
+)
+def test_the_description_says_what_decides_and_no_name(
+    machine: str, features: str, pairs: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:  # the caches of the real functions are cleared behind every test
+        patched.setattr(platform, "machine", lambda: machine)
+        patched.setattr(processor, "features", lambda: features)
+        patched.setattr(processor, "pair_sum", lambda: pairs)
+        assert processor.description() == said
