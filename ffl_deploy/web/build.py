@@ -18,10 +18,11 @@ from typing import Any
 
 import msgspec
 
-from ffl_deploy.bundle import AUTO, MANIFEST, Bundle, FileRecord, Variant, load_bundle
+from ffl_deploy.bundle import AUTO, Bundle, load_bundle
 from ffl_deploy.errors import UsageError
 from ffl_deploy.files import replace_folder, sha256_of, write_atomically
 from ffl_deploy.images import MAX_PIXELS, ImageError, load
+from ffl_deploy.manifest import MANIFEST, FileRecord, Variant
 from ffl_deploy.parity import PARITY_GATES, TIE, UNDIRECTED, ParityGate, gate_precision
 from ffl_deploy.runtime.onnx_wire import refuse_external_data
 from ffl_deploy.web.probes import Probe, write_probes

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ffl_deploy.bundle import MANIFEST, Bundle
+from ffl_deploy.bundle import Bundle
 from ffl_deploy.command import run_command
 from ffl_deploy.errors import CheckError, UsageError
 from ffl_deploy.images import decode
+from ffl_deploy.manifest import MANIFEST
 from ffl_deploy.parity import PARITY_GATES
 from ffl_deploy.web import runtime
 from ffl_deploy.web.build import WebOptions, web_models, write_web
