@@ -33,7 +33,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ffl_deploy.bundle import Bundle, GoldenSamples, load_bundle, write_bundle
+from ffl_deploy.bundle import Bundle, load_bundle, write_bundle
+from ffl_deploy.bundle_files import GoldenSamples
 from ffl_deploy.host import available_cores
 from ffl_deploy.images import Preprocessing
 from ffl_deploy.manifest import InputTensor, OutputTensor, Precision, Source, Variant

@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING
 from ffl_deploy.command import Parser, run_command
 from ffl_deploy.errors import DONE, UsageError
 from ffl_deploy.host import keep_freed_memory
+from ffl_deploy.parity import PRECISIONS
+from ffl_deploy.runtime import RUNTIMES
 
 if TYPE_CHECKING:
     from export.write.tensorrt_engine import EngineOptions
     from ffl_deploy.bundle import Bundle
     from ffl_deploy.report import Limits
-
-PRECISIONS = ("fp32", "fp16", "bf16", "int8")
-RUNTIMES = ("onnxruntime", "openvino", "onnxruntime-cuda", "onnxruntime-tensorrt")
 
 
 def parser() -> Parser:
@@ -36,7 +35,10 @@ def parser() -> Parser:
     )  # fmt: skip
     parser.add_argument("--precision", action="append", choices=PRECISIONS, help="further variants beside fp32; may be repeated")
     parser.add_argument(
-        "--runtime", action="append", choices=RUNTIMES, help="verify and measure every ONNX variant here too; may be repeated"
+        "--runtime",
+        action="append",
+        choices=[name for name, runtime in RUNTIMES.items() if runtime.reads == ".onnx"],
+        help="verify and measure every ONNX variant here too; may be repeated",
     )
     parser.add_argument("--tensorrt", action="store_true", help="build TensorRT engines from the suitable variants")
     parser.add_argument(

@@ -16,7 +16,8 @@ from export.publish.card import model_card
 from export.variants import TargetContext, VariantOptions, build_variants, check_runtimes
 from export.write.onnx_graph import DeployedModel, require_features
 from ffl_deploy import __version__
-from ffl_deploy.bundle import Bundle, GoldenSamples, load_bundle, write_bundle
+from ffl_deploy.bundle import Bundle, load_bundle, write_bundle
+from ffl_deploy.bundle_files import GoldenSamples
 from ffl_deploy.errors import UsageError, choices_sentence
 from ffl_deploy.files import replace_folder, shown
 from ffl_deploy.manifest import MANIFEST, InputTensor, OutputTensor, Source, Temperature, Variant

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,13 +22,12 @@ from export.write.onnx_graph import DeployedModel, GraphOptions, write_onnx
 from export.write.quantize import Held, quantize
 from export.write.ranges import IMAGES
 from export.write.tensorrt_engine import EngineOptions, build_engine
-from ffl_deploy.bundle import GoldenSamples
-from ffl_deploy.errors import CheckError, UsageError
+from ffl_deploy.bundle_files import GoldenSamples
+from ffl_deploy.errors import CheckError
 from ffl_deploy.host import available_cores
 from ffl_deploy.manifest import DEFAULT_VARIANT, Details, HalfRecord, Precision, Variant
 from ffl_deploy.parity import gate_precision
-from ffl_deploy.runtime import OnnxRuntimeSession, Session
-from ffl_deploy.runtime.onnx_runtime import PROVIDERS, require_provider
+from ffl_deploy.runtime import RUNTIMES, OnnxRuntimeSession, Session
 from ffl_deploy.runtime.session import FixedBatchSession
 
 VALIDATION_IMAGES = 512  # on which quantisation methods are compared
@@ -102,15 +100,8 @@ def build_variants(folder: Path, context: TargetContext, options: VariantOptions
 
 def check_runtimes(options: VariantOptions) -> None:
     """Raises UsageError where a runtime that is needed is not installed or cannot start; before any work is done."""
-    for name in options.runtimes:
-        if name in PROVIDERS:
-            require_provider(name)
-    needed = set(options.runtimes) | ({"openvino"} if "bf16" in options.precisions else set())
-    if "openvino" in needed and importlib.util.find_spec("openvino") is None:
-        raise UsageError(
-            "OpenVINO is not installed, and bf16 can be verified on no other CPU runtime; "
-            "run: pip install 'ffl-deploy[openvino]', or leave --precision bf16 and --runtime openvino out."
-        )
+    for name in dict.fromkeys([*options.runtimes, *(["openvino"] if "bf16" in options.precisions else [])]):
+        RUNTIMES[name].require()
 
 
 def write_files(folder: Path, context: TargetContext, options: VariantOptions) -> Iterator[ModelFile]:

@@ -11,22 +11,19 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 import numpy as np
 
-from ffl_deploy.arrays import read_arrays
-from ffl_deploy.errors import CheckError, UsageError, choices_sentence
-from ffl_deploy.files import replace_file, sha256_of, shown, write_atomically
-from ffl_deploy.images import Pixels, Preprocessing
+from ffl_deploy.bundle_files import AUTO, BundleFiles, GoldenSamples, write_golden
+from ffl_deploy.errors import CheckError, UsageError
+from ffl_deploy.files import shown, write_atomically
+from ffl_deploy.images import Pixels
 from ffl_deploy.manifest import (
-    DEFAULT_VARIANT,
     MANIFEST,
     SCHEMA,
-    Golden,
     InputTensor,
     Manifest,
     OutputTensor,
@@ -43,16 +40,6 @@ if TYPE_CHECKING:
     from ffl_deploy.fastest import Choice
     from ffl_deploy.runtime import Session
 
-GOLDEN = "golden.npz"
-AUTO = "auto"
-"""In place of a variant's name: the fastest one that holds its gate on this machine."""
-
-
-class GoldenSamples(NamedTuple):
-    images: np.ndarray  # uint8 [n, height, width, 3]
-    labels: np.ndarray  # int64 [n]; -1 where a label is not known
-    logits: np.ndarray  # float32 [n, classes]: PyTorch's
-
 
 class Prediction(NamedTuple):
     """What one image was taken for; `top` is sorted by falling probability."""
@@ -64,67 +51,13 @@ class Prediction(NamedTuple):
     logits: np.ndarray  # float32 [classes]
 
 
-class Bundle:
+class Bundle(BundleFiles):
     """A bundle on disk whose manifest has been read and whose file names have been checked."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self.folder = folder
-        self.manifest = manifest
+        super().__init__(folder, manifest)
         self._sessions: dict[tuple[str | None, str | None], Session] = {}
         self._lock = threading.Lock()
-
-    @property
-    def name(self) -> str:
-        return self.folder.name
-
-    @property
-    def classes(self) -> list[str]:
-        return self.manifest.classes
-
-    @property
-    def preprocessing(self) -> Preprocessing:
-        return self.manifest.input.preprocessing
-
-    @cached_property
-    def sha256(self) -> str:
-        """Identity of the bundle: the hash of the manifest, which holds the hash of everything else."""
-        return sha256_of(self.folder / MANIFEST)
-
-    def variant(self, name: str | None = None) -> Variant:
-        """-> the variant called `name`; without a name the fp32 one, or the only one. Raises UsageError."""
-        variants = {variant.name: variant for variant in self.manifest.variants}
-        wanted = name or (DEFAULT_VARIANT if DEFAULT_VARIANT in variants else next(iter(variants)))
-        if wanted not in variants:
-            raise UsageError(f"{self.folder} has no variant {wanted!r}. {choices_sentence(wanted, [*variants, AUTO])}")
-        return variants[wanted]
-
-    def checked_file(self, name: str) -> Path:
-        """-> path of a listed file whose content has the recorded hash. Raises CheckError; call it before opening a model."""
-        path, record = self.folder / name, self.manifest.files[name]
-        if not path.is_file():
-            raise CheckError(f"{path} is missing; export the bundle again or copy it completely.")
-        if path.stat().st_size != record.bytes or sha256_of(path) != record.sha256:
-            raise CheckError(f"{path} was changed since export (SHA-256 differs); export the bundle again or copy it anew.")
-        return path
-
-    @property
-    def temperature(self) -> float:
-        """What the graph divides the logits by before the softmax."""
-        calibration = self.manifest.calibration
-        return 1.0 if calibration is None else calibration.temperature
-
-    def golden(self) -> GoldenSamples:
-        """-> the golden samples, after a check of their hash and shapes. Raises CheckError."""
-        path = self.checked_file(self.manifest.golden.file)
-        arrays = read_arrays(path, GoldenSamples._fields)
-        samples = GoldenSamples(**{name: arrays[name] for name in GoldenSamples._fields})
-        size, count = self.preprocessing, len(np.atleast_1d(samples.labels))
-        shapes = [(count, size.height, size.width, 3), (count,), (count, len(self.classes))]
-        kinds = [samples.images.dtype == np.uint8, samples.labels.dtype.kind in "iu", samples.logits.dtype.kind == "f"]
-        if [array.shape for array in samples] != shapes or not all(kinds) or count == 0:
-            found = ", ".join(f"{name} {array.dtype} {list(array.shape)}" for name, array in samples._asdict().items())
-            raise CheckError(f"{path} does not hold samples of this bundle ({found}); export the bundle again.")
-        return samples
 
     def session(
         self, variant: str | None = None, runtime: str | None = None, threads: int | None = None, *, check: bool = True
@@ -138,13 +71,11 @@ class Bundle:
         Raises UsageError (unknown or missing runtime, a file it does not read), CheckError (file changed, model refused,
         answers that are not PyTorch's; the sentence names a variant that holds here).
         """
-        from ffl_deploy.runtime import open_session
-
         if variant == AUTO:
             choice = self.fastest(runtime, threads)
             variant, runtime = choice.variant, choice.runtime
         chosen = self.variant(variant)
-        session = open_session(self, chosen, runtime=runtime, threads=threads)
+        session = self.open(variant, runtime, threads)
         if check:
             from ffl_deploy.selfcheck import require_golden
 
@@ -241,14 +172,6 @@ def load_bundle(folder: str | os.PathLike[str]) -> Bundle:
         hint = f"give one of the bundles inside it: {', '.join(inside)}" if inside else "write one with ffl-export"
         raise UsageError(f"{shown(folder)} holds no {MANIFEST}; {hint}.")
     return Bundle(folder, read_manifest(folder / MANIFEST))
-
-
-def write_golden(folder: Path, samples: GoldenSamples, origin: str) -> Golden:
-    """Write `folder/golden.npz` and return its record; equal samples give equal bytes (NumPy dates no member)."""
-    path = folder / GOLDEN
-    with replace_file(path) as file:
-        np.savez_compressed(file, images=samples.images, labels=samples.labels, logits=samples.logits)
-    return Golden(GOLDEN, sha256_of(path), len(samples.labels), origin)
 
 
 def write_bundle(

@@ -24,7 +24,7 @@ from ffl_deploy.processor import kernels, nvidia
 from ffl_deploy.runtime import RUNTIMES, Session
 
 if TYPE_CHECKING:
-    from ffl_deploy.bundle import Bundle
+    from ffl_deploy.bundle_files import BundleFiles
     from ffl_deploy.manifest import Variant
 
 EVERYWHERE = ("onnxruntime", "onnxruntime-cuda", "openvino")
@@ -64,7 +64,7 @@ class Timings(NamedTuple):
     seconds: list[list[float]]
 
 
-def fastest(bundle: Bundle, runtime: str | None = None, threads: int | None = None, remembered: bool = True) -> Choice:
+def fastest(bundle: BundleFiles, runtime: str | None = None, threads: int | None = None, remembered: bool = True) -> Choice:
     """-> the fastest variant of `bundle` that holds its gate here, on `runtime` (any that is installed) with `threads` (all).
 
     Args: remembered: take what an earlier call found on this machine with these runtimes.
@@ -87,7 +87,7 @@ def fastest(bundle: Bundle, runtime: str | None = None, threads: int | None = No
     return choice
 
 
-def _open_all(bundle: Bundle, runtime: str | None, threads: int | None, holding: list[Candidate]) -> dict[str, str]:
+def _open_all(bundle: BundleFiles, runtime: str | None, threads: int | None, holding: list[Candidate]) -> dict[str, str]:
     """Fill `holding` with the open candidates, finest precision first; -> name -> why not, of the others.
 
     Raises CheckError and UsageError where there is none.
@@ -99,7 +99,7 @@ def _open_all(bundle: Bundle, runtime: str | None, threads: int | None, holding:
     for variant, name in _combinations(bundle, runtime):
         label = f"{variant.name} on {name}"
         try:
-            session = bundle.session(variant.name, name, threads, check=False)
+            session = bundle.open(variant.name, name, threads)
         except (UsageError, OtherMachine) as error:
             if name == (runtime or variant.runtime):
                 refused[label] = f"not run: {str(error).rstrip('.')}"
@@ -124,7 +124,7 @@ def _open_all(bundle: Bundle, runtime: str | None, threads: int | None, holding:
     raise UsageError(f"no variant of {shown(bundle.folder)} can be run on this machine ({reasons}).")
 
 
-def _combinations(bundle: Bundle, runtime: str | None) -> list[tuple[Variant, str]]:
+def _combinations(bundle: BundleFiles, runtime: str | None) -> list[tuple[Variant, str]]:
     """-> what to try: each file on its variant's own runtime and on those that take any, each pair once."""
     variants = sorted(bundle.manifest.variants, key=lambda variant: _coarseness(variant))
     own = [(variant, runtime or variant.runtime) for variant in variants]
@@ -197,7 +197,7 @@ def _shown(rate: float) -> str:
     return f"{rate:.0f}" if rate >= 10 else f"{rate:.1f}"
 
 
-def _valid(bundle: Bundle, answer: Any) -> Choice | None:
+def _valid(bundle: BundleFiles, answer: Any) -> Choice | None:
     """-> a remembered choice, if it is one of this bundle's."""
     try:
         choice = msgspec.convert(answer, Choice)
@@ -207,7 +207,7 @@ def _valid(bundle: Bundle, answer: Any) -> Choice | None:
     return choice if choice.variant in known and choice.runtime in RUNTIMES else None
 
 
-def _question(bundle: Bundle, runtime: str | None, threads: int | None) -> dict[str, Any]:
+def _question(bundle: BundleFiles, runtime: str | None, threads: int | None) -> dict[str, Any]:
     """-> everything that the choice depends on, as long as nothing that can be chosen runs on a GPU of unknown kind."""
     return {
         "asks": "fastest variant",

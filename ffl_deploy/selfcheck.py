@@ -22,14 +22,14 @@ from ffl_deploy.runtime import Session
 from ffl_deploy.runtime.replay import golden_batches, measure
 
 if TYPE_CHECKING:
-    from ffl_deploy.bundle import Bundle
+    from ffl_deploy.bundle_files import BundleFiles
     from ffl_deploy.manifest import Variant
 
 VERSION = 1
 """Of what is compared and how; another number makes every remembered verdict ask again. The gates are part of the question."""
 
 
-def golden_record(bundle: Bundle, variant: Variant, session: Session, batches: Sequence[int] | None = None) -> ParityRecord:
+def golden_record(bundle: BundleFiles, variant: Variant, session: Session, batches: Sequence[int] | None = None) -> ParityRecord:
     """Run the golden samples through `session`; -> metrics and verdict by the gate of the variant's precision.
 
     Args: batches: sizes to run at (1, 7 and all).
@@ -47,7 +47,7 @@ def gate_of(variant: Variant, session: Session) -> ParityGate:
 
 
 def require_golden(
-    bundle: Bundle, variant: Variant, session: Session, threads: int | None = None, batches: Sequence[int] | None = None
+    bundle: BundleFiles, variant: Variant, session: Session, threads: int | None = None, batches: Sequence[int] | None = None
 ) -> None:
     """Let `session`, opened on `variant` with `threads`, answer; else close it. Arguments: as for `broken_gate`.
 
@@ -60,7 +60,7 @@ def require_golden(
 
 
 def broken_gate(
-    bundle: Bundle, variant: Variant, session: Session, threads: int | None = None, batches: Sequence[int] | None = None
+    bundle: BundleFiles, variant: Variant, session: Session, threads: int | None = None, batches: Sequence[int] | None = None
 ) -> str:
     """-> what of the gate `session` breaks, in words; "" where it holds, by a remembered verdict or by running the samples.
 
@@ -86,7 +86,7 @@ def reason(record: ParityRecord) -> str:
     return "; ".join(f"{name} {finding.measured:.3g}, gate {finding.limit:g}" for name, finding in last.items())
 
 
-def refusal(bundle: Bundle, variant: Variant, runtime: str, broken: str, threads: int | None = None) -> CheckError:
+def refusal(bundle: BundleFiles, variant: Variant, runtime: str, broken: str, threads: int | None = None) -> CheckError:
     """-> the sentence for a variant that does not hold here, with what to use in its place."""
     where = "processor" if runtime in ("onnxruntime", "openvino") else "machine"
     holding = next(_holding(bundle, variant, runtime, threads), "")
@@ -101,7 +101,7 @@ def refusal(bundle: Bundle, variant: Variant, runtime: str, broken: str, threads
     )
 
 
-def _holding(bundle: Bundle, refused: Variant, runtime: str, threads: int | None) -> Iterator[str]:
+def _holding(bundle: BundleFiles, refused: Variant, runtime: str, threads: int | None) -> Iterator[str]:
     """Yield the flags of what holds here: on the same runtime first, then on the variants' own, smaller files before larger."""
     others = sorted(bundle.manifest.variants, key=lambda variant: variant.bytes)
     tries = [(variant, runtime) for variant in others] + [(variant, variant.runtime) for variant in others]
@@ -110,7 +110,7 @@ def _holding(bundle: Bundle, refused: Variant, runtime: str, threads: int | None
             continue
         candidate = bundle.variant(variant)
         try:
-            session = bundle.session(variant, name, threads, check=False)
+            session = bundle.open(variant, name, threads)
         except FflError:  # not installed, another machine's engine, a file that this runtime does not read
             continue
         broken = broken_gate(bundle, candidate, session, threads)
@@ -119,7 +119,7 @@ def _holding(bundle: Bundle, refused: Variant, runtime: str, threads: int | None
             yield f"--variant {variant}" + (f" --runtime {name}" if name != candidate.runtime or variant == refused.name else "")
 
 
-def _question(bundle: Bundle, variant: Variant, session: Session, threads: int | None) -> dict[str, Any] | None:
+def _question(bundle: BundleFiles, variant: Variant, session: Session, threads: int | None) -> dict[str, Any] | None:
     """-> everything that a session's golden answers depend on; None where that is not known."""
     described = kernels(session.runtime)
     if described is None or not session.version:

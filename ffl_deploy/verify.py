@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ffl_deploy.bundle import AUTO, Bundle, load_bundle
+from ffl_deploy.bundle import Bundle, load_bundle
+from ffl_deploy.bundle_files import AUTO
 from ffl_deploy.command import Parser, run_command
 from ffl_deploy.errors import DONE, CheckError, OtherMachine, UsageError
 from ffl_deploy.files import shown
@@ -68,7 +69,7 @@ def check_parity(bundle: Bundle, variant: Variant, runtime: str | None = None, t
 
     Raises UsageError where the runtime is unknown or not installed, CheckError where the model cannot be loaded or run.
     """
-    session = bundle.session(variant.name, runtime, threads, check=False)
+    session = bundle.open(variant.name, runtime, threads)
     record = golden_record(bundle, variant, session)
     session.close()
     return record

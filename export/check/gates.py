@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from export.check.evaluation import Reference
-from ffl_deploy.bundle import GoldenSamples
+from ffl_deploy.bundle_files import GoldenSamples
 from ffl_deploy.data.datasets import Split
 from ffl_deploy.errors import CheckError
 from ffl_deploy.manifest import AccuracyRecord

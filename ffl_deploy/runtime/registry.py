@@ -1,22 +1,44 @@
-"""Which runtimes there are, and how a bundle's variant is opened in one."""
+"""Which runtimes there are, and how a bundle's variant is opened in one. A runtime is a row of RUNTIMES."""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 from ffl_deploy.errors import UsageError, choices_sentence
 from ffl_deploy.manifest import Manifest, Variant
-from ffl_deploy.runtime.onnx_runtime import PROVIDERS, OnnxRuntimeSession
+from ffl_deploy.runtime.onnx_runtime import PROVIDERS, OnnxRuntimeSession, require_provider
 from ffl_deploy.runtime.onnx_wire import refuse_external_data
 from ffl_deploy.runtime.session import FixedBatchSession, Session
 
-Opener = Callable[[Path, "Variant", int | None], Session]
+Opener = Callable[[Path, Variant, int | None], Session]
+"""(model file, the variant that it is, threads or None for all cores) -> an open session."""
 
 
-def _onnx_runtime(name: str) -> Opener:
-    return lambda model, variant, threads: OnnxRuntimeSession(model, variant.name, threads, name)
+@dataclass(frozen=True)
+class Runtime:
+    """One way to execute a variant.
+
+    reads: the suffix of its files; extra: of ffl-deploy, which installs it; require: raises UsageError where it is not
+    installed or cannot start, before any work is done.
+    """
+
+    name: str
+    reads: str
+    extra: str
+    open: Opener
+    require: Callable[[], object]
+
+
+def _onnx_runtime(name: str) -> Runtime:
+    def opened(model: Path, variant: Variant, threads: int | None) -> Session:
+        return OnnxRuntimeSession(model, variant.name, threads, name)
+
+    return Runtime(name, ".onnx", "cpu" if name == "onnxruntime" else "gpu", opened, partial(require_provider, name))
 
 
 def _openvino(model: Path, variant: Variant, threads: int | None) -> Session:
@@ -31,10 +53,28 @@ def _tensorrt(model: Path, variant: Variant, threads: int | None) -> Session:
     return TensorRtSession(model, variant)
 
 
-RUNTIMES: dict[str, Opener] = {
-    **{name: _onnx_runtime(name) for name in PROVIDERS},
-    "openvino": _openvino,
-    "tensorrt": _tensorrt,
+def _require_openvino() -> None:
+    if importlib.util.find_spec("openvino") is None:
+        raise UsageError(
+            "OpenVINO is not installed; run: pip install 'ffl-deploy[openvino]', or leave --runtime openvino and "
+            "--precision bf16, which is verified on it, out."
+        )
+
+
+def _require_tensorrt() -> None:
+    from ffl_deploy.runtime.tensorrt_runtime import EXTRAS
+
+    if not any(importlib.util.find_spec(flavour) for flavour in EXTRAS):
+        raise UsageError("TensorRT is not installed; run: pip install 'ffl-deploy[tensorrt]' (or [tensorrt-rtx]).")
+
+
+RUNTIMES = {
+    runtime.name: runtime
+    for runtime in (
+        *(_onnx_runtime(name) for name in PROVIDERS),
+        Runtime("openvino", ".onnx", "openvino", _openvino, _require_openvino),
+        Runtime("tensorrt", ".engine", "tensorrt", _tensorrt, _require_tensorrt),
+    )
 }
 
 
@@ -58,13 +98,13 @@ def open_session(bundle: Files, variant: Variant, runtime: str | None = None, th
     if name not in RUNTIMES:
         raise UsageError(f"there is no runtime {name!r}. {choices_sentence(name, list(RUNTIMES))}")
     model = bundle.checked_file(variant.file)
-    is_onnx = model.suffix == ".onnx"
-    if is_onnx == (name == "tensorrt"):
-        kind = "an ONNX file; TensorRT engines are separate variants" if is_onnx else "a TensorRT engine"
+    opened_by = RUNTIMES[name]
+    if model.suffix != opened_by.reads:
+        kind = "an ONNX file; TensorRT engines are separate variants" if model.suffix == ".onnx" else "a TensorRT engine"
         raise UsageError(
             f"variant {variant.name} of {bundle.folder} is {kind}, which {name} does not read; give another --variant."
         )
-    if is_onnx:
+    if model.suffix == ".onnx":
         refuse_external_data(model)
-    session, fixed = RUNTIMES[name](model, variant, threads), bundle.manifest.input.batch
+    session, fixed = opened_by.open(model, variant, threads), bundle.manifest.input.batch
     return FixedBatchSession(session, fixed) if fixed else session

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ffl_deploy.bundle import Bundle, GoldenSamples
+from ffl_deploy.bundle import Bundle
+from ffl_deploy.bundle_files import GoldenSamples
 from ffl_deploy.images import Pixels
 
 MAX_EXAMPLES = 10

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from ffl_deploy.bundle import AUTO, Bundle, load_bundle
+from ffl_deploy.bundle import Bundle, load_bundle
+from ffl_deploy.bundle_files import AUTO
 from ffl_deploy.errors import CheckError, Interrupted, UsageError
 from serve.inputs.items import Item, displayed
 from serve.inputs.sources import Reading, check_inputs, count_inputs, is_pattern, matches, read_inputs

@@ -11,7 +11,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from ffl_deploy.bundle import AUTO, Bundle, load_bundle
+from ffl_deploy.bundle import Bundle, load_bundle
+from ffl_deploy.bundle_files import AUTO
 from ffl_deploy.errors import UsageError
 from ffl_deploy.host import available_cores
 from ffl_deploy.images import Decoded, Pixels, decode, prepare

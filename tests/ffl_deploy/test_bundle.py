@@ -14,7 +14,8 @@ import numpy as np
 import onnx
 import pytest
 
-from ffl_deploy.bundle import Bundle, GoldenSamples, load_bundle, write_golden
+from ffl_deploy.bundle import Bundle, load_bundle
+from ffl_deploy.bundle_files import GoldenSamples, write_golden
 from ffl_deploy.errors import CheckError, FflError, UsageError
 from ffl_deploy.files import sha256_of
 from ffl_deploy.manifest import MANIFEST, Precision, Variant, file_records, write_manifest

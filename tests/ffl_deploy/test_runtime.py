@@ -59,7 +59,7 @@ def test_what_cannot_be_loaded_or_run_is_one_sentence(tiny_bundle: Bundle, runti
     broken = tmp_path / "model.onnx"
     broken.write_bytes((tiny_bundle.folder / "model.onnx").read_bytes()[:200])
     with pytest.raises(CheckError) as caught:
-        RUNTIMES[runtime](broken, tiny_bundle.variant(), None)
+        RUNTIMES[runtime].open(broken, tiny_bundle.variant(), None)
     assert "\n" not in str(caught.value)
     with pytest.raises(CheckError, match="cannot run a batch of 2") as caught:
         tiny_bundle.session(runtime=runtime).run(np.zeros((2, 5, 32, 3), np.uint8))

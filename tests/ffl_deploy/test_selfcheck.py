@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from ffl_deploy import load_bundle, processor, selfcheck, verdicts
-from ffl_deploy.bundle import Bundle, GoldenSamples, write_golden
+from ffl_deploy.bundle import Bundle
+from ffl_deploy.bundle_files import GoldenSamples, write_golden
 from ffl_deploy.errors import CheckError
 from ffl_deploy.manifest import file_records, write_manifest
 from ffl_deploy.parity import PARITY_GATES

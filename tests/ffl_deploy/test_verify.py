@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from collections.abc import Callable
@@ -83,7 +84,7 @@ def test_an_engine_of_another_machine_is_said_not_to_have_run(
     def elsewhere(*_: object) -> None:
         raise OtherMachine("x.engine was built for compute capability 8.9, this GPU has 9.0; rebuild it.")
 
-    monkeypatch.setitem(RUNTIMES, "tensorrt", elsewhere)
+    monkeypatch.setitem(RUNTIMES, "tensorrt", dataclasses.replace(RUNTIMES["tensorrt"], open=elsewhere))
     code, out, err = verify(bundle)
     assert (code, err) == (0, "")
     assert "fp32-engine: not run: x.engine was built for compute capability 8.9" in out
