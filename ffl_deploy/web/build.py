@@ -18,7 +18,8 @@ from typing import Any
 
 import msgspec
 
-from ffl_deploy.bundle import AUTO, Bundle, load_bundle
+from ffl_deploy.bundle import Bundle, load_bundle
+from ffl_deploy.bundle_files import AUTO
 from ffl_deploy.errors import UsageError
 from ffl_deploy.files import replace_folder, sha256_of, write_atomically
 from ffl_deploy.images import MAX_PIXELS, ImageError, load
