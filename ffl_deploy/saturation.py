@@ -23,6 +23,8 @@ PAIR = LIMIT // ACTIVATION
 """Largest sum of two weights of one output channel: 128."""
 
 _WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_OTHER_PRODUCTS = ("Einsum", "DeformConv", "Attention", "RNN", "GRU", "LSTM")
+"""Sums of products that a runtime may take apart into those above; export writes none of them in 8 bits."""
 _MOVES = (
     "Transpose",
     "Reshape",
@@ -82,23 +84,28 @@ def pair_sums(graph: Graph, path: Path) -> dict[str, int]:
     Raises CheckError where a layer's 8-bit weights are not plain initializers of the graph.
     """
     makers = {name: node for node in graph.nodes for name in node.outputs}
-    quantized = any(node.operator == "DequantizeLinear" or node.operator in _QUANTIZED for node in graph.nodes)
-    if not quantized:
-        return {}
     sums: dict[str, int] = {}
     for index, node in enumerate(graph.nodes):
         if node.domain not in ("", "ai.onnx") or node.operator in _QUANTIZED or node.subgraphs or graph.functions:
             raise _unknown(path, f"the node {node.name or index} ({node.domain or 'ai.onnx'} {node.operator})")
+        if node.operator in _OTHER_PRODUCTS and any(_constants(name, graph, makers) for name in node.inputs):
+            raise _unknown(path, f"the weights of {node.name or index} ({node.operator})")
         if node.operator not in _WEIGHTED:
             continue
         for place, name in enumerate(node.inputs[:2]):
             source, moved = _behind(name, makers)
             if source is None or source.operator != "DequantizeLinear":
+                if _constants(name, graph, makers):
+                    raise _unknown(path, f"the weights of {node.name or index}")
                 continue
             weights = graph.tensors.get(source.inputs[0])
             if weights is None:
                 if place == 0:
                     continue  # activations
+                raise _unknown(path, f"the weights of {node.name or index}")
+            if moved and (joined := _constants(name, graph, makers)) != 1:
+                if place == 0 and not joined:
+                    continue  # activations, joined to a constant
                 raise _unknown(path, f"the weights of {node.name or index}")
             if weights.dtype not in (np.int8, np.uint8) or _has_zero_point(source, graph):
                 raise _unknown(path, f"the weights of {node.name or index}")
@@ -117,6 +124,26 @@ def _behind(name: str, makers: dict[str, Node]) -> tuple[Node | None, bool]:
             return node, moved
         name, moved = node.inputs[0], True
     return None, moved
+
+
+def _constants(name: str, graph: Graph, makers: dict[str, Node]) -> int:
+    """-> how many quantised constants a tensor is computed from; 0 where an input of the graph is among its sources.
+
+    One that is computed from several, or by more than moving, has no bound here: ONNX Runtime multiplies it in float, but
+    OpenVINO moves factors and joins past DequantizeLinear and multiplies in 8 bits.
+    """
+    count, seen, open_names = 0, set(), [name]
+    while open_names:
+        current = open_names.pop()
+        node = makers.get(current)
+        if node is None:
+            if current and current not in graph.tensors:
+                return 0  # an input of the graph: these are activations
+        elif current not in seen:
+            seen.add(current)
+            count += node.operator == "DequantizeLinear"
+            open_names += node.inputs
+    return count
 
 
 def _channels(node: Node, weights: np.ndarray) -> int | None:

@@ -168,6 +168,21 @@ def not_plain(proto: onnx.ModelProto, what: str) -> None:
     elif what == "subgraph":
         branch = helper.make_graph([], "branch", [], [])
         graph.node.append(helper.make_node("If", ["zero"], ["chosen"], then_branch=branch, else_branch=branch))
+    elif what == "a constant factor behind":
+        graph.initializer.append(numpy_helper.from_array(np.full(LAYERS["mixer"], 0.5, np.float32), "halves"))
+        graph.node.append(helper.make_node("Mul", ["mixer_w", "halves"], ["scaled"]))
+        nodes["fourth"].input[1] = "scaled"
+    elif what == "joined":
+        graph.node.append(helper.make_node("Concat", ["mixer_w", "mixer_w2"], ["joined"], axis=1))
+        values = numpy_helper.from_array(np.full(LAYERS["mixer"], 127, np.int8), "mixer2")
+        graph.initializer.append(values)
+        graph.node.insert(0, helper.make_node("DequantizeLinear", ["mixer2", "scale"], ["mixer_w2"]))
+        nodes["fourth"].input[1] = "joined"
+    elif what == "another product":
+        nodes["fourth"].op_type = "Einsum"
+    elif what == "another domain alone":
+        del graph.node[:]
+        graph.node.append(helper.make_node("DynamicQuantizeMatMul", ["x", "mixer"], ["y"], domain="com.microsoft"))
     elif what == "function":
         proto.functions.append(helper.make_function("own", "f", [], [], [], [helper.make_opsetid("", 20)]))
 
@@ -183,6 +198,10 @@ def not_plain(proto: onnx.ModelProto, what: str) -> None:
         "another domain",
         "subgraph",
         "function",
+        "a constant factor behind",
+        "joined",
+        "another product",
+        "another domain alone",
     ],
 )
 def test_what_cannot_be_followed_is_refused(model: onnx.ModelProto, tmp_path: Path, what: str) -> None:
