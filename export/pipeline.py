@@ -12,8 +12,9 @@ import numpy as np
 
 from export.check.evaluation import Evaluation, Reference, check_target, class_balanced
 from export.check.gates import HeldOut
+from export.formats import TargetContext
 from export.publish.card import model_card
-from export.variants import TargetContext, VariantOptions, build_variants, check_runtimes
+from export.variants import VariantOptions, build_variants, check_runtimes
 from export.write.onnx_graph import DeployedModel, require_features
 from ffl_deploy import __version__
 from ffl_deploy.bundle import Bundle, load_bundle, write_bundle

@@ -51,7 +51,7 @@ def export_with(
             shutil.copy(clean, path)
             fault(path)
 
-        monkeypatch.setattr("export.variants.write_onnx", write)
+        monkeypatch.setattr("export.formats.write_onnx", write)
         monkeypatch.setattr("export.pipeline.fit_temperature", lambda *_: 1.0)  # the clean file has none
         code = run_command(main, [str(colour_run.folder), "--target", "fused", "--out", str(tmp_path / "out")])
         left = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]

@@ -142,9 +142,9 @@ def test_a_static_batch_with_int8(digits_run: Run, tmp_path: Path) -> None:
 def test_a_fault_in_a_static_file_is_located(
     digits_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from export import variants
+    from export import formats
 
-    write = variants.write_onnx
+    write = formats.write_onnx
 
     def perturbed(model: object, path: Path, *arguments: object) -> None:
         write(model, path, *arguments)
@@ -155,7 +155,7 @@ def test_a_fault_in_a_static_file_is_located(
         tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
         onnx.save(proto, path)
 
-    monkeypatch.setattr(variants, "write_onnx", perturbed)
+    monkeypatch.setattr(formats, "write_onnx", perturbed)
     flags = ["--target", "branch0", "--batch", "3", "--out", str(tmp_path / "out")]
     assert run_command(main, [str(digits_run.folder), *flags]) == 1
     assert "the first layer that differs is target." in capsys.readouterr().err

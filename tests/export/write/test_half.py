@@ -245,9 +245,9 @@ def test_an_export_that_would_overflow_on_a_gpu_says_what_it_kept(
     digits_run: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The whole command, with a fault that no CPU shows: between two convolutions, 3e4 times the values."""
-    from export import variants
+    from export import formats
 
-    write = variants.write_onnx
+    write = formats.write_onnx
 
     def scaled(model: object, path: Path, *arguments: object) -> None:
         write(model, path, *arguments)
@@ -258,7 +258,7 @@ def test_an_export_that_would_overflow_on_a_gpu_says_what_it_kept(
             tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * np.float32(factor), name))
         onnx.save(proto, path)
 
-    monkeypatch.setattr(variants, "write_onnx", scaled)
+    monkeypatch.setattr(formats, "write_onnx", scaled)
     flags = ["--target", "branch0", "--precision", "fp16", "--out", str(tmp_path)]
     assert run_command(main, [str(digits_run.folder), *flags]) == 0  # type: ignore[attr-defined]
     details = json.loads((tmp_path / "branch0" / "bundle.json").read_text())["variants"][1]["details"]["half"]
