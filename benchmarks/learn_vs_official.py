@@ -64,7 +64,10 @@ def same_arithmetic(clone: Path, data: ImageData, device: str, steps: int) -> di
     ours = ours._replace(config=dataclasses.replace(ours.config, model=dataclasses.replace(ours.config.model, ramp_up=0.0)))
     batches = [micro[0] for micro in itertools.islice(ours.batches.training(0, 0), steps)]
     losses = {"official": [official.run([(batch.images, batch.labels)], 100)[0] for batch in batches]}
-    for name, place in (("ours, fp32", ours.place.exact()), (f"ours, {ours.place.precision}", ours.place)):
+    for name, place in (
+        ("ours, fp32", dataclasses.replace(ours.place, precision="fp32")),
+        (f"ours, {ours.place.precision}", ours.place),
+    ):
         if name in losses:
             continue
         network = MutualNetwork(ours.network.config).to(ours.place.device)

@@ -75,6 +75,15 @@ def _ask_for_huge_pages(libc: ctypes.CDLL) -> None:
         libc.free(block)
 
 
+_NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "ALLOC_FAILED")
+
+
 def out_of_memory(error: BaseException) -> bool:
-    """-> whether torch says so: by a class of its own for a GPU, by a plain RuntimeError for a CPU."""
-    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    """-> whether torch says so: by a class of its own for a GPU, by its libraries' words, by a plain RuntimeError for a CPU."""
+    return type(error).__name__ == "OutOfMemoryError" or any(words in str(error) for words in _NO_MEMORY)
+
+
+def device_failed(error: BaseException) -> bool:
+    """-> whether a GPU ended the work: an error of CUDA or of its libraries, after which the process can use it no more."""
+    first = str(error).strip().split("\n")[0]
+    return type(error).__name__ == "AcceleratorError" or first.startswith(("CUDA error:", "cuDNN error:", "CUBLAS_STATUS_"))

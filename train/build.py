@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ffl_deploy.data.datasets import ArraySplit, DataSpec, ImageData
-from ffl_deploy.errors import UsageError
+from ffl_deploy.errors import CheckError, UsageError
 from ffl_deploy.networks.mutual import MutualNetwork, NetworkConfig
 from train.config import TrainConfig
 from train.data.batches import Batches, InMemoryBatches, Plan, Shares, crop_padding
@@ -72,7 +72,27 @@ def synchronize_batchnorm(network: MutualNetwork, place: Place) -> MutualNetwork
     """-> the network with batch statistics over all processes; weights keep their names. Raises UsageError on a CPU."""
     if place.device.type != "cuda":
         raise UsageError("--sync-batchnorm runs on GPUs only (torch has no CPU version); leave it out.")
-    return torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    return converted(network)
+
+
+def converted(network: MutualNetwork) -> MutualNetwork:
+    """-> the network with SyncBatchNorm in place of BatchNorm. Raises CheckError where it then computes something else.
+
+    By timm's own function: torch's takes timm's layers that normalise *and* activate for plain ones, and drops their activations.
+    """
+    from timm.layers import norm_act
+
+    training, config = network.training, network.config
+    network.eval()
+    images = torch.rand(2, 3, config.height, config.width, device=next(network.parameters()).device)
+    with torch.inference_mode():
+        before = network(images).classifiers()
+        network = norm_act.convert_sync_batchnorm(network)
+        after = network.eval()(images).classifiers()
+    changed = [name for name, logits in before.items() if not torch.allclose(logits, after[name], rtol=1e-3, atol=1e-4)]
+    if changed:
+        raise CheckError(f"--sync-batchnorm would change what {changed[0]} computes; leave it out for these --branches.")
+    return network.train(training)
 
 
 def make_batches(config: TrainConfig, data: ImageData, place: Place) -> Batches:
@@ -104,4 +124,10 @@ def held_on_device(config: TrainConfig, data: ImageData, place: Place) -> bool:
     if not isinstance(data.train, ArraySplit) or config.data.augment == "resized-crop":
         return False
     # A GPU needs the rest for the network and its activations; a CPU's share is load_data's decision already.
-    return place.device.type != "cuda" or data.train.images.nbytes <= torch.cuda.mem_get_info(place.device)[0] // 4
+    return place.device.type != "cuda" or padded_bytes(config, data) <= torch.cuda.mem_get_info(place.device)[0] // 4
+
+
+def padded_bytes(config: TrainConfig, data: ImageData) -> int:
+    """-> bytes that the training images take as they are held: padded by what crops are cut from."""
+    size, padding = data.preprocessing, crop_padding(config.data)
+    return len(data.train) * 3 * (size.height + 2 * padding) * (size.width + 2 * padding)

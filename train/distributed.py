@@ -40,6 +40,13 @@ class World:
             for buffer in module.buffers():
                 distributed.broadcast(buffer, 0)
 
+    def share_weights(self, module: nn.Module) -> None:
+        """Give every process rank 0's weights and buffers."""
+        if self.size > 1:
+            for parameter in module.parameters():
+                distributed.broadcast(parameter.data, 0)
+        self.share_buffers(module)
+
     def agree(self, text: str) -> str:
         """-> rank 0's text, on every process."""
         if self.size == 1:
@@ -69,7 +76,12 @@ def process_group(world: World, device: torch.device) -> Iterator[None]:
     # hold to the very end, where a thread that lets go of one aborts the process (seen in 1 of 25 runs on a busy machine).
     importlib.import_module("torch._dynamo")
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    done = False
     try:
         yield
+        done = True
     finally:
-        distributed.destroy_process_group()
+        # NCCL would wait for the other processes, which may be waiting for this one: after an error it is left to the end of the
+        # process (train/run.py).
+        if done or device.type != "cuda":
+            distributed.destroy_process_group()

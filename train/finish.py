@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import platform
 from pathlib import Path
 from typing import Any
@@ -56,18 +57,30 @@ def describe(config: TrainConfig, data: ImageData, network: NetworkConfig, metho
     )
 
 
+def reference_logits(network: MutualNetwork, images: torch.Tensor) -> dict[str, np.ndarray]:
+    """images: normalised [n, 3, h, w] on the CPU -> classifier -> logits, computed on the CPU as well.
+
+    Export compares files with them on a CPU, in fp32: a GPU's own choice of algorithm is no part of that. The copy is not
+    compiled, whatever the network is.
+    """
+    return logits_of(copy.deepcopy(network).cpu(), images)
+
+
 def finish(folder: Path, network: MutualNetwork, batches: Batches, data: ImageData, place: Place, position: Position) -> None:
     """Read the test set, once, with the best weights and in full precision; store predictions, accuracies, reference logits."""
     rows = np.unique(np.linspace(0, len(data.test) - 1, REFERENCE_IMAGES).round().astype(np.int64))
     images = data.test.read(rows)
     arrays: dict[str, Any] = {"images": images, "labels": data.test.labels[rows], "indices": rows}
-    normalised = batches.normalize(torch.from_numpy(images).to(place.device).permute(0, 3, 1, 2))
+    normalised = batches.normalize(torch.from_numpy(images).to(place.device).permute(0, 3, 1, 2)).cpu()
     for name in ("ema", "last", "best"):  # best comes last: the accuracies below are its own
-        checkpoint = existing_folder(folder / "checkpoints" / name)
+        # The main process alone reads: its folder need not be on the others' disks.
+        checkpoint = existing_folder(folder / "checkpoints" / name) if place.world.is_main else None
         if checkpoint is not None:
             load_weights(network, read_checkpoint(checkpoint, (MODEL,)).tensors[MODEL], str(checkpoint))
-            arrays |= {f"{name}/{classifier}": values for classifier, values in logits_of(network, normalised).items()}
-    predicted = predictions(network, batches, "test", len(data.test), place.exact())
+            arrays |= {f"{name}/{classifier}": values for classifier, values in reference_logits(network, normalised).items()}
+    place.world.share_weights(network)
+    with place.exact() as exact:
+        predicted = predictions(network, batches, "test", len(data.test), exact)
     accuracy = {name: float(np.mean(labels == data.test.labels)) for name, labels in predicted.items()}
     if place.world.is_main:
         with replace_file(folder / PREDICTIONS) as file:

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ffl_deploy.errors import Interrupted
+from ffl_deploy.errors import CheckError, Interrupted
 from ffl_deploy.networks.mutual import MutualNetwork
 from train.config import TrainConfig
 from train.data.batches import Batch, Batches
@@ -81,7 +81,17 @@ class Trainer:
         self.ema = AveragedModel(self.network, multi_avg_fn=average, use_buffers=True) if options.ema else None
         self.state = TrainingState(self.folder, self.network, self.optimizer, self.scaler, self.ema)
         self.position = self.state.restore()
+        self.require_one_position()
         self.model = prepare(self.network, self.config, self.place)
+
+    def require_one_position(self) -> None:
+        """Raises CheckError where the processes found different checkpoints: each would go on from somewhere else."""
+        found = f"{self.position.epoch} {self.position.step} {self.position.images}"
+        if self.place.any(self.place.world.agree(found) != found):
+            raise CheckError(
+                f"the processes do not find the same checkpoint in {self.folder}; on several machines it has to be a folder that "
+                "all of them share: copy it, or mount it, and resume again."
+            )
 
     def run(self) -> Position:
         """-> where it ended. Raises Interrupted after saving when `stop` is requested, CheckError for what is not finite."""
@@ -231,5 +241,5 @@ def prepare(network: MutualNetwork, config: TrainConfig, place: Place) -> nn.Mod
         model.compile()  # in place, so that the state_dict keeps its names
     if place.world.size > 1:
         devices = [place.device] if place.device.type == "cuda" else None
-        model = DistributedDataParallel(model, device_ids=devices)
+        model = DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)  # evaluation shares them
     return model

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional
 
 from ffl_deploy.errors import CheckError, UsageError
-from ffl_deploy.host import keep_freed_memory, out_of_memory
+from ffl_deploy.host import device_failed, keep_freed_memory, out_of_memory
 from train.config import MachineOptions
 from train.distributed import World
 
@@ -36,9 +38,18 @@ class Place:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=_TYPES[self.precision])
 
-    def exact(self) -> Place:
-        """The same place in full precision."""
-        return replace(self, precision="fp32")
+    @contextmanager
+    def exact(self) -> Iterator[Place]:
+        """The same place in full precision while the block runs: without autocast, and without the TF32 (10 bits of mantissa) in
+        which GPUs since Ampere compute fp32 unless they are told not to."""
+        convolutions, products = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+        torch.backends.cudnn.allow_tf32 = False
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield replace(self, precision="fp32")
+        finally:
+            torch.backends.cudnn.allow_tf32 = convolutions
+            torch.set_float32_matmul_precision(products)
 
     def any(self, flag: bool) -> bool:
         """-> whether `flag` is set on any process; all of them have to ask at the same step."""
@@ -49,10 +60,12 @@ def choose_device(options: MachineOptions, world: World) -> torch.device:
     """Resolve `auto` and set torch up for this process. Raises UsageError for a GPU that is not there."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    has_gpu = torch.cuda.is_available()
-    if options.device == "cuda" and not has_gpu:
-        raise UsageError("--device cuda: torch finds no usable NVIDIA GPU here; use --device cpu, or install a CUDA build.")
-    if options.device == "cpu" or not has_gpu:
+    reason = "" if options.device == "cpu" else why_no_gpu(world)
+    if options.device == "cuda" and reason:
+        raise UsageError(f"--device cuda: {reason}; use --device cpu.")
+    if reason and driver_is_loaded():  # there is a GPU, and it would have been faster
+        print(f"training on the CPU: {reason}.", file=sys.stderr, flush=True)
+    if options.device == "cpu" or reason:
         keep_freed_memory()
         return torch.device("cpu")
     if world.local_rank >= torch.cuda.device_count():
@@ -62,6 +75,34 @@ def choose_device(options: MachineOptions, world: World) -> torch.device:
     torch.backends.cudnn.benchmark = True  # shapes are the same every step
     torch.set_float32_matmul_precision("high")
     return device
+
+
+def why_no_gpu(world: World) -> str:
+    """-> why this torch cannot train on the GPU that this process would take; empty where it can."""
+    if not torch.cuda.is_available():
+        if not torch.backends.cuda.is_built():
+            return "this torch is built without CUDA; install a CUDA build"
+        if driver_is_loaded():
+            needed = torch.version.cuda
+            return f"the NVIDIA driver is too old for the CUDA {needed} of this torch; update it, or install an older torch"
+        return "torch finds no usable NVIDIA GPU here"
+    if world.local_rank >= torch.cuda.device_count():
+        return ""  # told with the number of processes
+    major, minor = torch.cuda.get_device_capability(world.local_rank)
+    built = [name for name in torch.cuda.get_arch_list() if name.startswith("sm_")]
+    # A binary runs on GPUs of its own generation that are not older than it.
+    numbers = [int(name.removeprefix("sm_").rstrip("af")) for name in built]
+    if numbers and not any(number // 10 == major and number % 10 <= minor for number in numbers):
+        return (
+            f"torch {torch.__version__} has no code for this GPU's compute capability {major}.{minor} "
+            f"(it has {', '.join(built)}); install another torch"
+        )
+    return ""
+
+
+def driver_is_loaded() -> bool:
+    """-> whether this machine runs NVIDIA's driver, whatever torch makes of it."""
+    return Path("/proc/driver/nvidia/version").exists()
 
 
 @contextmanager
@@ -74,6 +115,10 @@ def resources_in_one_sentence(options: MachineOptions) -> Iterator[None]:
         if out_of_memory(error):
             raise CheckError(
                 f"out of memory ({first}); use a smaller --batch-size, or --accumulate 2 or more, which keeps the step."
+            ) from error
+        if device_failed(error):
+            raise CheckError(
+                f"the GPU failed ({first}); the last checkpoint is kept: run again with --resume, or with --device cpu."
             ) from error
         if options.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise CheckError(f"--compile failed ({first}); leave it out, or install what it needs.") from error

@@ -21,7 +21,7 @@ class Meter:
         self.classifiers: list[str] = []
         self.sums = np.zeros(0)  # losses (sums of means), hits, rows, images: float64, added in order of the steps
         self.last_loss = float("nan")
-        self._pending: list[tuple[int, Tensor]] = []
+        self._pending: list[tuple[int, int, Tensor]] = []  # step, images, losses and hits on the device
 
     @torch.no_grad()
     def add(self, step: int, losses: dict[str, Tensor], classifiers: dict[str, Tensor], labels: Tensor) -> None:
@@ -30,14 +30,15 @@ class Meter:
             self.names, self.classifiers = list(losses), list(classifiers)
         hits = [(logits.argmax(dim=1) == labels).sum().float() for logits in classifiers.values()]
         row = torch.stack([*(loss.detach().float() for loss in losses.values()), *hits])
-        self._pending.append((step, torch.cat([row, row.new_tensor([1.0, len(labels)])])))
+        self._pending.append((step, len(labels), row))  # numbers of the host stay there: sending them would wait for the device
 
     def flush(self) -> None:
         """Take over what is pending. Raises CheckError that names the step and its losses where one is not finite."""
         if not self._pending:
             return
-        rows = torch.stack([row for _, row in self._pending]).double().cpu().numpy()
-        for (step, _), row in zip(self._pending, rows, strict=True):
+        rows = torch.stack([row for _, _, row in self._pending]).double().cpu().numpy()
+        for (step, images, _), measured in zip(self._pending, rows, strict=True):
+            row = np.append(measured, [1.0, images])
             losses = dict(zip(self.names, row[: len(self.names)], strict=True))
             if not np.isfinite(list(losses.values())).all():
                 shown = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())

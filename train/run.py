@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -47,8 +48,14 @@ def _short(value: Any) -> str:
 
 
 def entry() -> None:
-    """Console script."""
-    sys.exit(run_command(main))
+    """Console script. After an error of one process among several on GPUs, it ends without waiting for the group (NCCL)."""
+    code = run_command(main)
+    distributed = getattr(sys.modules.get("torch"), "distributed", None)
+    if code and distributed is not None and distributed.is_available() and distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

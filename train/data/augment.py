@@ -47,19 +47,27 @@ class RandomCrops:
         height, width = images.shape[2:]
         self.padding, self.flip = padding, flip
         if padding:
-            # Reflection needs float; one chunk at a time keeps the peak at the padded copy itself.
-            chunks = [
-                functional.pad(chunk.float(), [padding] * 4, mode="reflect").to(torch.uint8) for chunk in images.split(1024)
-            ]
-            images = torch.cat(chunks)
+            # Reflection needs float; a chunk at a time, into its place: beside the images there is the padded copy alone.
+            shape = (len(images), 3, height + 2 * padding, width + 2 * padding)
+            padded = torch.empty(shape, dtype=torch.uint8, device=images.device, memory_format=torch.channels_last)
+            for chunk, place in zip(images.split(1024), padded.split(1024), strict=True):
+                place.copy_(functional.pad(chunk.float(), [padding] * 4, mode="reflect"))
+            images = padded
         self.windows = images.unfold(2, height, 1).unfold(3, width, 1)  # [n, 3, choices, choices, h, w], a view
 
     def __call__(self, indices: Tensor, draws: torch.Generator) -> Tensor:
-        """indices: int64 [b] on the CPU -> uint8 [b, 3, h, w]."""
-        device = self.windows.device
-        top, left, mirrored = (values.to(device) for values in draw_crops(len(indices), self.padding, self.flip, draws))
-        batch = self.windows[indices.to(device), :, top, left]
-        return torch.where(mirrored[:, None, None, None], batch.flip(3), batch) if self.flip else batch
+        """indices: int64 [b], on the device of the images -> uint8 [b, 3, h, w]."""
+        drawn = torch.stack([values.long() for values in draw_crops(len(indices), self.padding, self.flip, draws)])
+        top, left, mirrored = send(drawn, self.windows.device)
+        batch = self.windows[indices, :, top, left]
+        return torch.where(mirrored.bool()[:, None, None, None], batch.flip(3), batch) if self.flip else batch
+
+
+def send(values: Tensor, device: torch.device) -> Tensor:
+    """-> `values` of the CPU on `device`, without waiting for what a GPU still does: from pinned memory, in its own order."""
+    if device.type == "cpu":
+        return values
+    return (values.pin_memory() if torch.cuda.is_available() else values).to(device, non_blocking=True)
 
 
 def shrink(images: Tensor, size: int) -> Tensor:
@@ -82,7 +90,7 @@ def mix(images: Tensor, soft_labels: Tensor, options: DataOptions, draws: torch.
     alpha = options.mixup if kind == "mixup" else options.cutmix
     numpy_draws = np.random.default_rng(int(torch.randint(2**31, (), generator=draws)))
     share = float(numpy_draws.beta(alpha, alpha))  # torch has no seedable Beta
-    order = torch.randperm(len(images), generator=draws).to(images.device)
+    order = send(torch.randperm(len(images), generator=draws), images.device)
     if kind == "mixup":
         images = images * share + images[order] * (1 - share)
     else:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ffl_deploy.data.datasets import ArraySplit, ImageData
 from train.config import DataOptions
-from train.data.augment import RandomCrops, mix, shrink, soften
+from train.data.augment import RandomCrops, mix, send, shrink, soften
 from train.distributed import World
 from train.randomness import generator
 
@@ -139,8 +139,8 @@ class InMemoryBatches:
         order, shares = self.plan.order(len(self.labels), epoch), self.plan.shares
         for step in range(first_step, len(order)):
             number = epoch * self.steps_per_epoch + step
-            images = self.crops(order[step], generator(self.plan.seed, "augment", number))
-            labels = self.labels[order[step].to(self.plan.device)]
+            rows = send(order[step], self.plan.device)
+            images, labels = self.crops(rows, generator(self.plan.seed, "augment", number)), self.labels[rows]
             cuts = list(zip(images.tensor_split(shares.total), labels.tensor_split(shares.total), strict=True))
             yield [self.collate(*cuts[share], epoch, draw=number * shares.total + share) for share in shares.mine]
 
