@@ -167,7 +167,8 @@ def write_page(models: Sequence[WebModel], folder: Path, options: WebOptions | N
         max_pixels=MAX_PIXELS,
     )
     write_atomically(folder / PAGE, msgspec.json.format(msgspec.json.encode(page), indent=1) + b"\n")
-    _copy_sources(folder, {"@TITLE@": html.escape(title), "@RUNTIME@": VERSION})
+    values = {"@TITLE@": html.escape(title), "@RUNTIME@": VERSION}
+    _copy_sources(folder, values | {"@MODULE@": page.runtime["module"], "@WASM@": page.runtime["wasm"]})
     return _write_records(folder)
 
 

@@ -10,13 +10,14 @@ export class Files {
     this.report = report;
     this.loaded = 0;
     this.total = 0;
+    this.read = new Map(); // name -> bytes
   }
 
   expect(names) {
     this.total += names.reduce((sum, name) => sum + this.records[name].bytes, 0);
   }
 
-  async read(name) {
+  async load(name) {
     const answer = await fetch(new URL(name, document.baseURI));
     if (!answer.ok) throw new Error(`${name} cannot be loaded (${answer.status}); copy the page's folder completely.`);
     const chunks = [];
@@ -28,14 +29,19 @@ export class Files {
     const bytes = new Uint8Array(await new Blob(chunks).arrayBuffer());
     // Browsers hash on https and on this machine only; elsewhere the golden samples alone decide.
     if (crypto.subtle) {
-      const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", bytes));
-      const sha256 = Array.from(digest, (byte) => byte.toString(16).padStart(2, "0")).join("");
-      if (sha256 !== this.records[name].sha256) {
+      if ((await sha256(bytes)) !== this.records[name].sha256) {
         throw new Error(`${name} was changed since the page was built (SHA-256 differs); build the page again or copy it anew.`);
       }
     }
+    this.read.set(name, bytes);
     return bytes;
   }
+}
+
+/** -> hexadecimal. Where the browser does not hash, on plain http, this throws. */
+export async function sha256(bytes) {
+  const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", bytes));
+  return Array.from(digest, (byte) => byte.toString(16).padStart(2, "0")).join("");
 }
 
 async function* iterate(stream) {
@@ -45,7 +51,7 @@ async function* iterate(stream) {
 
 /** -> onnxruntime-web, ready to open sessions. `files`: where its WebAssembly comes from; `runtime`: of page.json. */
 export async function openRuntime(files, runtime) {
-  const [ort, wasm] = await Promise.all([import(new URL(runtime.module, document.baseURI)), files.read(runtime.wasm)]);
+  const [ort, wasm] = await Promise.all([import(new URL(runtime.module, document.baseURI)), files.load(runtime.wasm)]);
   ort.env.logLevel = "error";
   ort.env.wasm.wasmBinary = wasm.buffer;
   return ort;
@@ -63,10 +69,10 @@ export class Model {
     this.provider = "wasm";
   }
 
+  /** ort: a promise of what openRuntime gives. Throws where a file or the session is not what it should be. */
   async load(files, ort) {
-    this.ort = ort;
     const [manifest, weights, golden] = await Promise.all(
-      ["manifest", "file", "golden"].map((kind) => files.read(this.described[kind])),
+      ["manifest", "file", "golden"].map((kind) => files.load(this.described[kind])),
     );
     this.manifest = JSON.parse(new TextDecoder().decode(manifest));
     this.preprocessing = this.manifest.input.preprocessing;
@@ -74,6 +80,7 @@ export class Model {
     this.temperature = this.manifest.calibration?.temperature ?? 1;
     this.golden = await readNpz(golden);
     this.weights = weights;
+    this.ort = await ort;
     this.sessions.wasm = await this.open("wasm");
     this.state = "checking";
   }

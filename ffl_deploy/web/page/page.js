@@ -1,7 +1,7 @@
 // The page: pictures come in, every model's answer goes out, and what this browser was found to compute is told.
 
 import { decode } from "./image.js";
-import { Files, Model, openRuntime } from "./model.js";
+import { Files, Model, openRuntime, sha256 } from "./model.js";
 import { prepare, resize } from "./resize.js";
 import { errorRow, okRow, toCsv } from "./rows.js";
 
@@ -37,17 +37,17 @@ function turn(work) {
 // ---------------------------------------------------------------- loading and checking
 
 async function start() {
-  const read = async (name) => (await fetch(new URL(name, document.baseURI))).json();
-  const [page, records] = await Promise.all([read("page.json"), read("files.json")]);
+  const read = async (name) => (await fetch(new URL(name, document.baseURI))).text();
+  const [page, text] = await Promise.all([read("page.json").then(JSON.parse), read("files.json")]);
+  const records = JSON.parse(text);
   settings = page;
   models.push(...page.models.map((described) => new Model(described)));
   showModels();
 
-  await beginKeeping();
   const files = new Files(records, (loaded, total) => (at("loading").value = loaded / total));
   files.expect([page.runtime.wasm, ...page.probes.map((probe) => probe.file)]);
   for (const model of models) files.expect([model.described.manifest, model.described.file, model.described.golden]);
-  const ort = await openRuntime(files, page.runtime);
+  const ort = openRuntime(files, page.runtime); // meanwhile the models arrive
   await Promise.all(models.map((model) => loadModel(model, files, ort)));
   if (!models.some(usable)) throw new Error("No model could be loaded; see below.");
   const examples = await Promise.all(page.examples.map((name) => fetch(new URL(name, document.baseURI)).then((a) => a.blob())));
@@ -59,7 +59,7 @@ async function start() {
   await checkDecoder(files);
   for (const model of models.filter(usable)) await checkModel(model);
   await offerWebGpu();
-  sayReady((await isKept(records)) ? " It works without a network from now on." : "");
+  sayReady((await keep(files, text)) ? " It works without a network from now on." : "");
 }
 
 const usable = (model) => !["loading", "broken"].includes(model.state);
@@ -101,7 +101,7 @@ async function checkDecoder(files) {
     const wanted = Uint8Array.from(atob(probe.pixels), (character) => character.charCodeAt(0));
     let most = 255;
     try {
-      const image = await decode(await files.read(probe.file), settings.max_pixels);
+      const image = await decode(await files.load(probe.file), settings.max_pixels);
       if (image.width === probe.width && image.height === probe.height) {
         most = image.pixels.reduce((worst, value, i) => Math.max(worst, Math.abs(value - wanted[i])), 0);
       }
@@ -139,34 +139,22 @@ async function offerWebGpu() {
   });
 }
 
-/** Let the service worker keep what is loaded from now on. Without one (plain http, a private window) the page works as well. */
-async function beginKeeping() {
+/** Keep the page for a visit without a network; -> whether it is kept. Not on plain http, or in some private windows. */
+async function keep(files, records) {
   try {
+    if (!models.every(usable)) return false; // a damaged file would stay here when the server's is whole again
     const { serviceWorker } = navigator;
-    const forced = !serviceWorker.controller && (await serviceWorker.getRegistration())?.active; // a reload past the worker
+    if (!serviceWorker.controller) {
+      const version = (await sha256(new TextEncoder().encode(records))).slice(0, 16);
+      const cache = await caches.open(`ffl-web ${new URL("./", document.baseURI)} ${version}`);
+      for (const [name, bytes] of files.read) await cache.put(new URL(name, document.baseURI), new Response(bytes));
+    }
     await serviceWorker.register("sw.js");
     await serviceWorker.ready;
-    if (serviceWorker.controller || forced) return;
-    await new Promise((done) => {
-      serviceWorker.addEventListener("controllerchange", done, { once: true });
-      setTimeout(done, 5000);
-    });
+    return true;
   } catch {
-    return;
+    return false;
   }
-}
-
-/** -> whether all of the page is there for a visit without a network. The worker may still be writing. */
-async function isKept(records) {
-  if (!navigator.serviceWorker?.controller) return false;
-  for (const name of ["./", "files.json", ...Object.keys(records)]) {
-    const address = new URL(name, document.baseURI);
-    for (let tries = 0; !(await caches.match(address)); tries++) {
-      if (tries === 100) return false;
-      await new Promise((done) => setTimeout(done, 100));
-    }
-  }
-  return true;
 }
 
 function sayReady(offline) {
@@ -471,6 +459,7 @@ async function classifyAll(found) {
   at("more-rows").textContent = "";
   at("csv").hidden = true;
   for (const id of ["batch-progress", "stop", "rows-scroll"]) at(id).hidden = false;
+  say("batch-status", `0 of ${chosen.length}`);
   const started = performance.now();
   let told = 0;
   for (const { file, path } of chosen) {

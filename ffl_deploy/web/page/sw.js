@@ -2,21 +2,17 @@
 
 const VERSION = "@VERSION@";
 const FILES = ["@FILES@"];
-const PREFIX = "ffl-web " + self.registration.scope + " ";
+const PREFIX = `ffl-web ${self.registration.scope} `; // page.js uses the same name
 
 self.addEventListener("install", (event) => event.waitUntil(keep()));
 
 async function keep() {
   const cache = await caches.open(PREFIX + VERSION);
-  // At the first visit the page is about to ask for its large files, which are kept as they pass; they are loaded once.
-  const first = !self.registration.active;
   for (const file of FILES) {
-    if (!(first && /\.(wasm|mjs|onnx|npz)$/.test(file))) await cache.add(addressOf(file));
+    const address = new URL(file, self.registration.scope).href;
+    // The page has put its large files here already: nothing is loaded twice.
+    if (!(await cache.match(address))) await cache.add(address);
   }
-}
-
-function addressOf(file) {
-  return new URL(file, self.registration.scope).href;
 }
 
 self.addEventListener("activate", (event) => {
@@ -30,18 +26,10 @@ async function forget() {
 }
 
 self.addEventListener("fetch", (event) => {
-  if (event.request.method !== "GET") return;
-  event.respondWith(answer(event));
+  if (event.request.method === "GET") event.respondWith(answer(event.request));
 });
 
-async function answer(event) {
-  const { request } = event;
+async function answer(request) {
   const cache = await caches.open(PREFIX + VERSION);
-  const kept = await cache.match(request, { ignoreSearch: true });
-  if (kept) return kept;
-  const fresh = await fetch(request);
-  if (fresh.ok && FILES.some((file) => addressOf(file) === request.url)) {
-    event.waitUntil(cache.put(request, fresh.clone()));
-  }
-  return fresh;
+  return (await cache.match(request, { ignoreSearch: true })) ?? fetch(request);
 }

@@ -37,6 +37,7 @@ pytestmark = [
 DESKTOP, PHONE = {"width": 1440, "height": 900}, {"width": 390, "height": 844}
 PREFIX = "below/a%20path/"
 READY_MS = 120_000  # of a machine that does much else
+BATCH_MS = 1_500_000
 
 
 @pytest.fixture(scope="module")
@@ -106,10 +107,11 @@ class Opened:
         self.page.locator("body[data-ready]").wait_for(timeout=READY_MS)
         return str(self.page.inner_text("#status"))
 
-    def says(self, selector: str, text: str) -> None:
+    def says(self, selector: str, text: str, milliseconds: int = READY_MS) -> None:
+        """Wait until the element holds `text`."""
         from playwright.sync_api import expect
 
-        expect(self.page.locator(selector)).to_contain_text(text, timeout=READY_MS)
+        expect(self.page.locator(selector)).to_contain_text(text, timeout=milliseconds)
 
     def label(self, model: str) -> str:
         return str(self.page.inner_text(f"[data-model={model}] .label"))
@@ -246,9 +248,11 @@ def test_it_works_without_a_network_after_the_first_visit(
     assert "keeps every gate" in opened.ready()
     opened.page.locator("#examples button").first.click()
     opened.says("#verdict", f"{bundles[0].name} says")
-    assert site.requests[asked:] == []
+    # The browser itself looks for a newer worker; nothing that the page needs is asked for.
+    assert [path for path in site.requests[asked:] if not path.endswith("/sw.js")] == []
 
 
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("kind", ["png", "jpg"])
 def test_a_thousand_pictures_give_what_ffl_predict_gives(
     kind: str,
@@ -295,7 +299,7 @@ def test_a_thousand_pictures_give_what_ffl_predict_gives(
         if len(bundles) > 1:
             opened.page.select_option("#batch-model", bundle.name)
         opened.page.set_input_files("#files", paths)
-        opened.says("#batch-status", f"{len(paths)} pictures: {len(paths)} classified, 0 could not be read")
+        opened.says("#batch-status", f"{len(paths)} pictures: {len(paths)} classified, 0 could not be read", BATCH_MS)
         with opened.page.expect_download() as download:
             opened.page.click("#csv")
         assert download.value.suggested_filename == "predictions.csv"
@@ -314,7 +318,6 @@ def test_a_thousand_pictures_give_what_ffl_predict_gives(
             assert max(gaps) < 1e-4
         for row, wanted in zip(rows, expected, strict=True):
             assert (row["status"], row["width"], row["height"]) == ("ok", wanted["width"], wanted["height"])
-        opened.page.click("#csv")  # it can be had again
 
 
 def site_copy(page_folder: Path, target: Path) -> Path:
