@@ -11,7 +11,8 @@ async function keep() {
   for (const file of FILES) {
     const address = new URL(file, self.registration.scope).href;
     // The page has put its large files here already: nothing is loaded twice.
-    if (!(await cache.match(address))) await cache.add(address);
+    // The browser's own cache may still hold an earlier build's file: the server is asked whether it has changed.
+    if (!(await cache.match(address))) await cache.add(new Request(address, { cache: "no-cache" }));
   }
 }
 
