@@ -21,6 +21,7 @@ from ffl_deploy.networks.mutual import MutualNetwork, NetworkConfig
 from ffl_deploy.run_directory import Run
 
 MODEL = "model"
+QUANTIZATION = "quantization"  # scales that training learned, where it was quantization-aware
 STATE = "state.json"
 
 

@@ -79,6 +79,16 @@ def target_names(network: MutualNetwork) -> list[str]:
     return names + [f"branch{k}" for k in range(len(network.branches))]
 
 
+def network_path(target: str, name: str) -> str:
+    """-> the path in a MutualNetwork of what target `target`'s ONNX file calls `name`: target.branch.0 -> branches.1.0."""
+    path = name.removeprefix("target.")
+    if target.startswith("branch"):
+        number = target.removeprefix("branch")
+        path = path.replace("branch.", f"branches.{number}.", 1) if path.startswith("branch.") else path
+        path = path.replace("classifier", f"heads.{number}", 1) if path.startswith("classifier") else path
+    return path
+
+
 def build_target(network: MutualNetwork, name: str) -> Target:
     """-> a copy of what target `name` needs, in eval mode, independent of `network`. Raises UsageError for an unknown name."""
     known = target_names(network)
