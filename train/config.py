@@ -105,6 +105,11 @@ class ModelOptions:
         "Share of the epochs over which the distillation terms grow to their full weight.",
     )
     pretrained: bool = option(False, "Start torchvision: and timm: backbones from their published weights.")
+    quantize_aware: Path | None = option(
+        None,
+        "Fine-tune this finished run for int8, into a new run: its networks learn under the rounding that export writes.",
+        metavar="runs/NAME",
+    )
 
 
 @dataclass(frozen=True)

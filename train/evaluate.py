@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ffl_deploy.networks.mutual import MutualNetwork
 from ffl_deploy.networks.targets import target_names
@@ -13,15 +13,20 @@ from train.machine import Place
 
 
 @torch.inference_mode()
-def accuracies(network: MutualNetwork, batches: Batches, split: str, place: Place) -> dict[str, float]:
-    """-> classifier -> share of correct answers (0..1) on "validation" or "test", counted exactly over all processes."""
-    network.eval()
+def accuracies(
+    network: MutualNetwork, batches: Batches, split: str, place: Place, answering: nn.Module | None = None
+) -> dict[str, float]:
+    """-> classifier -> share of correct answers (0..1) on "validation" or "test", counted exactly over all processes.
+
+    answering: what answers with the network's weights, where it is not the network itself.
+    """
+    model = (answering or network).eval()
     names = target_names(network)  # not from the batches: a process may have no image of a small split
     correct = {name: torch.zeros((), dtype=torch.int64, device=place.device) for name in names}
     count = torch.zeros((), dtype=torch.int64, device=place.device)
     for images, labels in batches.evaluation(split):
         with place.autocast():
-            outputs = network(images)
+            outputs = model(images)
         count += len(labels)
         for name, logits in outputs.classifiers().items():
             correct[name] += (logits.argmax(dim=1) == labels).sum()

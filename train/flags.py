@@ -17,10 +17,10 @@ from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_ty
 
 from ffl_deploy.command import Parser
 from ffl_deploy.errors import UsageError, choices_sentence
-from ffl_deploy.run_directory import load_run
+from ffl_deploy.run_directory import SUMMARY, load_run
 from train.config import Help, TrainConfig, split_names
-from train.options import differences, options_from_json, validate
-from train.recipes import recipe_for
+from train.options import differences, options_from_json, require_kept, validate
+from train.recipes import fine_tuning, recipe_for
 
 T = TypeVar("T")
 Typed = dict[str, Any]
@@ -153,13 +153,33 @@ def stored_options(typed: Typed) -> TrainConfig | None:
     return None if resumed is None else options_from_json(load_run(resumed).config.options)
 
 
+def fine_tuned_options(typed: Typed) -> TrainConfig | None:
+    """-> what fine-tuning the run that --quantize-aware names starts from. Raises UsageError where it is not finished."""
+    trained: Path | None = typed.get("model.quantize_aware")
+    if trained is None:
+        return None
+    run = load_run(trained)
+    if not (run.folder / SUMMARY).is_file():
+        raise UsageError(f"{trained} is not finished, so there is nothing to fine-tune yet; go on with: --resume {trained}")
+    return fine_tuning(options_from_json(run.config.options), trained)
+
+
+def starting_point(typed: Typed) -> TrainConfig:
+    """-> the options that flags are laid over: of a run, or of a recipe. Raises UsageError, CheckError."""
+    return stored_options(typed) or fine_tuned_options(typed) or recipe_for(typed)
+
+
 def configure(typed: Typed) -> TrainConfig:
-    """-> the recipe's configuration, overridden by flags; with --resume the run's own, which flags may only repeat.
+    """-> the recipe's configuration, overridden by flags; with --resume the run's own, which flags may only repeat; with
+    --quantize-aware that run's own, whose networks and images stay.
 
     Raises UsageError.
     """
     stored = stored_options(typed)
-    config = override(stored or recipe_for(typed), typed)
+    started_from = stored or starting_point(typed)
+    config = override(started_from, typed)
+    if config.model.quantize_aware is not None and stored is None:
+        require_kept(started_from, config)
     if stored is not None:
         resumed = typed["output.resume"]
         changed = differences(stored, config)

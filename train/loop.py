@@ -8,7 +8,6 @@ checkpoint needs the weights, the optimizer and the number of the step; on a CPU
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,17 +34,6 @@ from train.stopping import StopRequest
 
 AGREE_EVERY = 10  # steps between two questions to all processes whether to stop or save
 
-Phase = Callable[[MutualNetwork, float], None]
-"""(network, share of the run that is behind it: 0..1), called before each epoch, the first one after a resume too.
-
-It may change the network in place for what is left of the run (fake quantization, say). Weights keep their names and
-shapes, and what it changes is a function of its arguments, so that a resumed run needs nothing more.
-"""
-
-
-def one_phase(network: MutualNetwork, progress: float) -> None:
-    """The network stays as it is for the whole run."""
-
 
 class Lap(NamedTuple):
     """Where this process began an epoch, or went on with it."""
@@ -69,7 +57,6 @@ class Trainer:
     place: Place
     folder: Path
     stop: StopRequest
-    phase: Phase = one_phase
 
     def __post_init__(self) -> None:
         """Make what the run changes beside the weights, and restore all of it. Raises CheckError for a bad checkpoint."""
@@ -79,10 +66,22 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.place.device.type, enabled=self.place.precision == "fp16")
         average = get_ema_multi_avg_fn(options.ema)
         self.ema = AveragedModel(self.network, multi_avg_fn=average, use_buffers=True) if options.ema else None
-        self.state = TrainingState(self.folder, self.network, self.optimizer, self.scaler, self.ema)
+        self.state = self.build_state()
         self.position = self.state.restore()
         self.require_one_position()
-        self.model = prepare(self.network, self.config, self.place)
+        self.model = prepare(self.learner(), self.config, self.place)
+
+    def build_state(self) -> TrainingState:
+        """-> what is saved and restored."""
+        return TrainingState(self.folder, self.network, self.optimizer, self.scaler, self.ema)
+
+    def learner(self) -> nn.Module:
+        """-> what the steps call: it shares the network's weights, and gives what the method's losses take."""
+        return self.network
+
+    def answering(self) -> nn.Module:
+        """-> what is validated: it shares the network's weights."""
+        return self.network
 
     def require_one_position(self) -> None:
         """Raises CheckError where the processes found different checkpoints: each would go on from somewhere else."""
@@ -111,8 +110,7 @@ class Trainer:
 
     def train_epoch(self, epoch: int) -> None:
         """All steps of `epoch` from the position on. Raises Interrupted after saving."""
-        # the network as this part of the run wants it, and the sums of an epoch that was interrupted
-        self.phase(self.network, epoch / self.options.epochs)
+        # the sums of an epoch that was interrupted go on
         self.model.train()
         self.meter = Meter.restore(self.position.meter, self.place.world)
         self.lap = Lap(time.monotonic(), self.position.seconds, self.position.images)
@@ -199,7 +197,7 @@ class Trainer:
             "lr": learning_rate(last, self.steps, self.options),
             "ramp": self.ramp(epoch),
             **self.meter.totals(self.place),
-            "validation": accuracies(self.network, self.batches, "validation", self.place),
+            "validation": accuracies(self.network, self.batches, "validation", self.place, self.answering()),
             "images_per_second": round((self.position.images - self.lap.images) / seconds, 1),
         }
         if self.ema is not None:
@@ -234,7 +232,7 @@ class Trainer:
             self.model.require_backward_grad_sync = now
 
 
-def prepare(network: MutualNetwork, config: TrainConfig, place: Place) -> nn.Module:
+def prepare(network: nn.Module, config: TrainConfig, place: Place) -> nn.Module:
     """-> what the loop calls: `network` itself, compiled, or wrapped for several processes. All share its weights."""
     model: nn.Module = network
     if config.machine.compile:

@@ -64,6 +64,14 @@ def validate(config: TrainConfig) -> None:
         ),
         (config.machine.memory_limit is None or config.machine.memory_limit >= 0, "--memory-limit must be 0 (stream) or more"),
         (bool(config.model.branches), "--branches must name at least one backbone"),
+        *(
+            (config.model.quantize_aware is None or fits, f"--quantize-aware {text}")
+            for fits, text in (
+                (config.machine.precision == "fp32", "trains in fp32: leave --precision out"),
+                (o.ema == 0, "keeps no moving average: leave --ema out"),
+                (not config.machine.sync_batchnorm, "freezes batch normalisation: leave --sync-batchnorm out"),
+            )
+        ),
     ]
     broken = [text for holds, text in rules if not holds]
     if broken:
@@ -78,6 +86,25 @@ def differences(stored: TrainConfig, wanted: TrainConfig) -> list[str]:
         for name in before
         if before[name] != after[name] and name not in MAY_CHANGE
     ]
+
+
+# What fine-tuning has to leave as the run that it goes on from had it: networks, and which image belongs to which split.
+KEPT = ("model.", "data.source", "data.image_size", "data.validation", "data.skip_bad_images")
+
+
+def require_kept(started_from: TrainConfig, config: TrainConfig) -> None:
+    """Raise UsageError where `config` has other networks or images than the run that --quantize-aware goes on from."""
+    before, after = flatten(options_to_json(started_from)), flatten(options_to_json(config))
+    changed = [
+        f"{flag_of(name)} is {after[name]!r} now and was {before[name]!r}"
+        for name in before
+        if name.startswith(KEPT) and before[name] != after[name] and name not in ("model.ramp_up", "model.temperature")
+    ]
+    if changed:
+        raise UsageError(
+            f"--quantize-aware {config.model.quantize_aware} goes on with that run's networks and images, but "
+            f"{'; '.join(changed)}: leave these flags out."
+        )
 
 
 def flag_of(name: str) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from ffl_deploy.errors import UsageError, choices_sentence
-from train.config import DataOptions, MachineOptions, ModelOptions, OptimisationOptions, TrainConfig
+from train.config import DataOptions, MachineOptions, ModelOptions, OptimisationOptions, OutputOptions, TrainConfig
 from train.methods import build_method
 
 # Kim et al. 2019, section IV, and the official code: SGD 0.1, batch 128, 300 epochs, x0.1 at 150 and 225.
@@ -77,3 +78,22 @@ def recipe_for(typed: Mapping[str, Any]) -> TrainConfig:
     model = RECIPES[name].model
     branches = build_method(typed.get("model.method", model.method)).branches_for(model.branches)
     return replace(RECIPES[name], recipe=name, model=replace(model, branches=branches))
+
+
+def fine_tuning(trained: TrainConfig, run: Path) -> TrainConfig:
+    """-> what `--quantize-aware run` starts from: the run's own configuration (`trained`), its last part in low gear.
+
+    A tenth of its epochs at 1/200 of its peak learning rate, falling to 0, and gradients of norm 1 at most: with batch
+    normalisation frozen nothing else bounds a step. Images at full size, distillation at full weight at once, in fp32, in
+    which rounding to 256 levels is exact.
+    """
+    old = trained.optimisation
+    epochs = max(1, round(0.1 * old.epochs))
+    return replace(
+        trained,
+        data=replace(trained.data, small_size=None, mixup=0.0, cutmix=0.0),
+        model=replace(trained.model, quantize_aware=run, ramp_up=0.0, pretrained=False),
+        optimisation=replace(old, epochs=epochs, lr=old.lr / 200, schedule="cosine", warmup=0.0, clip=1.0, ema=0.0),
+        machine=replace(trained.machine, precision="fp32", sync_batchnorm=False),
+        output=OutputOptions(),
+    )

@@ -9,9 +9,9 @@ from typing import Any
 
 from ffl_deploy.command import run_command
 from train.config import TrainConfig
-from train.flags import Flags, configure, stored_options
+from train.flags import Flags, configure, starting_point
 from train.options import flatten, options_to_json
-from train.recipes import RECIPES, recipe_for
+from train.recipes import RECIPES
 
 PROGRAM = "python -m train.run"
 
@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> int:
         print_recipes()
         return 0
     if typed.pop("help", False):
-        Flags(PROGRAM, stored_options(typed) or recipe_for(typed)).show_help()  # with the defaults of what was chosen
+        Flags(PROGRAM, starting_point(typed)).show_help()  # with the defaults of what was chosen
     config = configure(typed)
     from train.session import run_training  # torch takes seconds to import, which --help should not wait for
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -20,6 +22,7 @@ from train.finish import describe, finish
 from train.loop import Trainer
 from train.machine import Place, choose_device, choose_place, resources_in_one_sentence
 from train.methods import build_method
+from train.quantize_aware import QuantizeAwareTrainer, calibration_images, keep_teacher, load_teacher
 from train.randomness import seed_everything
 from train.record import draw_curves, read_metrics
 from train.run_folder import claim, keep_threads, require_same_data, run_folder, wanted_precision
@@ -51,6 +54,10 @@ def run_training(config: TrainConfig, stop: StopRequest | None = None) -> int:
         # A run that is resumed has weights of its own.
         pretrained = config.model.pretrained and existing_folder(folder / "checkpoints" / "last") is None
         network = MutualNetwork(architecture, pretrained).to(device).to(memory_format=torch.channels_last)
+        trainer: Callable[..., Trainer] = Trainer
+        if config.model.quantize_aware is not None:
+            load_teacher(folder, config.model.quantize_aware, network)
+            trainer = partial(QuantizeAwareTrainer, calibration=calibration_images(data))
         check_small_size(config, network, place)
         if config.machine.sync_batchnorm:
             network = synchronize_batchnorm(network, place)
@@ -64,9 +71,12 @@ def run_training(config: TrainConfig, stop: StopRequest | None = None) -> int:
         elif world.is_main:
             write_json(folder / CONFIG, described)
 
+        if config.model.quantize_aware is not None and world.is_main:
+            keep_teacher(folder, network)
+
         # train, then test once
         say(headline(folder, config, data, network, place), config, world)
-        position = Trainer(network, method, batches, config, place, folder, stop).run()
+        position = trainer(network, method, batches, config, place, folder, stop).run()
         finish(folder, network, batches, data, place, position)
     if world.is_main:
         draw_curves(read_metrics(folder), folder / "curves.png")

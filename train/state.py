@@ -58,14 +58,22 @@ class TrainingState:
         self, name: str, network: nn.Module, position: Position, others: Mapping[str, Mapping[str, Tensor]] | None = None
     ) -> None:
         """Write checkpoint `name` with the weights of `network`. Raises CheckError before writing a bad weight."""
-        weights = network.state_dict()
+        weights = self.weights(name, network)
         broken = [key for key, value in weights.items() if not torch.isfinite(value).all()]
         if broken:
             raise CheckError(
                 f"the weights are not finite after epoch {position.epoch} ({broken[0]}); the last checkpoint is kept. "
                 "Lower --lr, add --clip 1.0 or use --precision fp32."
             )
-        save_checkpoint(self.folder / "checkpoints" / name, {MODEL: weights, **(others or {})}, vars(position))
+        save_checkpoint(self.folder / "checkpoints" / name, {MODEL: weights, **self.beside(), **(others or {})}, vars(position))
+
+    def weights(self, name: str, network: nn.Module) -> Mapping[str, Tensor]:
+        """-> what checkpoint `name` holds of `network`."""
+        return network.state_dict()
+
+    def beside(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """-> what every checkpoint holds beside the weights."""
+        return {}
 
     def restore(self) -> Position:
         """Load checkpoint `last` into everything; -> where it stands, or the start where there is none."""
