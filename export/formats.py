@@ -21,6 +21,7 @@ from export.write.magnitudes import largest_magnitudes
 from export.write.onnx_graph import DeployedModel, GraphOptions, write_onnx
 from export.write.quantize import Held, quantize
 from export.write.ranges import IMAGES
+from export.write.trained_scales import trained_scales
 from ffl_deploy.bundle_files import GoldenSamples
 from ffl_deploy.errors import CheckError
 from ffl_deploy.manifest import DEFAULT_VARIANT, Details
@@ -106,7 +107,9 @@ def _int8(source: Path, context: TargetContext, batch: int | None, runtimes: Seq
     rows = class_balanced(validation.labels, VALIDATION_IMAGES)
     held = Held(validation.read(rows), evaluation.validation_logits[context.name][rows])
     golden = Held(context.golden.images, context.golden.logits)
-    forms = quantize(source, source.parent, evaluation.calibration_images(IMAGES), held, golden, batch)
+    trained = evaluation.quantized
+    scales = None if trained is None else trained_scales(trained, context.name, source)
+    forms = quantize(source, source.parent, evaluation.calibration_images(IMAGES), held, golden, batch, scales)
     details = {name: Details(quantisation=form.choice, certificate=form.certificate) for name, form in forms.items()}
     # Each form has its runtimes: TensorRT refuses the zero points of the CPU's, also behind ONNX Runtime.
     through_tensorrt = tuple(name for name in runtimes if name == "onnxruntime-tensorrt")

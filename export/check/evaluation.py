@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from ffl_deploy.networks.mutual import MutualNetwork
+    from ffl_deploy.networks.quantization import QuantizedNetwork
 
 PASS_BATCH = 256  # images per forward pass; larger ones bring nothing on a CPU and cost memory
 
@@ -67,6 +68,19 @@ class Evaluation:
     @cached_property
     def validation_logits(self) -> dict[str, np.ndarray]:
         return classifier_logits(self.run, self.network, self.data.validation, self.targets)
+
+    @cached_property
+    def quantized(self) -> QuantizedNetwork | None:
+        """-> the network with the scales that it was trained with; None where training was not quantization-aware."""
+        from ffl_deploy.networks.checkpoint import QUANTIZATION, read_checkpoint
+        from ffl_deploy.networks.quantization import QuantizedNetwork
+
+        folder = self.run.checkpoint(self.checkpoint)
+        if not (folder / f"{QUANTIZATION}.safetensors").is_file():
+            return None
+        quantized = QuantizedNetwork(self.network)
+        quantized.load(read_checkpoint(folder, (QUANTIZATION,)).tensors[QUANTIZATION], str(folder), as_written=True)
+        return quantized
 
     def reference(self, target: str) -> Reference:
         """-> training's stored evaluation of `target`. Raises UsageError where there is none."""

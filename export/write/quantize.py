@@ -48,6 +48,8 @@ RISK = 0.5
 BLOCKS = 48
 """Sensitivity is measured of so many parts of a network at most: neighbouring layers of a deeper one count as one."""
 SENSITIVITY_IMAGES = 128
+TRAINED = "trained"
+"""The method where training learned under the very rounding."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,7 @@ def quantize(
         name_nodes(proto)
         onnx.save(proto, prepared)
         ranges = collect_ranges(prepared, images, OPERATORS, batch)
+        ranges[TRAINED] = with_trained(ranges["minmax"], scales or Scales())
         trial = Path(temporary) / "trial.onnx"
 
         forms = {}
@@ -117,7 +120,9 @@ def quantize(
             def ranked(method: str, write: Any = write) -> list[list[str]]:
                 return sensitive_blocks(blocks(proto), lambda layers: _divergence(write, trial, method, layers, held, batch))
 
-            chosen, candidates = choose(measure, ranked)
+            # nothing is calibrated where training has ranges: TensorRT's form, which is symmetric, takes their larger ends
+            methods = (TRAINED,) if scales is not None and scales.activations else METHODS
+            chosen, candidates = choose(measure, ranked, methods)
             path = folder / name
             write(path, chosen.method, chosen.float_layers)
             check_onnx(path)
@@ -135,8 +140,22 @@ def quantize(
     return forms
 
 
+def with_trained(ranges: Any, scales: Scales) -> Any:
+    """-> `ranges` with those that training used in the place of what calibration found."""
+    from onnxruntime.quantization import CalibrationMethod
+    from onnxruntime.quantization.calibrate import TensorData, TensorsData
+
+    known = {
+        name: TensorData(lowest=np.float32(-zero_point * scale), highest=np.float32((255 - zero_point) * scale))
+        for name, (scale, zero_point) in scales.activations.items()
+    }
+    return TensorsData(CalibrationMethod.MinMax, {**{name: ranges[name] for name in ranges.keys()}, **known})  # noqa: SIM118
+
+
 def choose(
-    measure: Callable[[str, Sequence[str]], Candidate], ranked: Callable[[str], list[list[str]]]
+    measure: Callable[[str, Sequence[str]], Candidate],
+    ranked: Callable[[str], list[list[str]]],
+    methods: Sequence[str] = METHODS,
 ) -> tuple[Candidate, list[Candidate]]:
     """-> (the best candidate, all that were measured), by mean KL on the validation split, of those that can be verified.
 
@@ -144,7 +163,7 @@ def choose(
     time, at most half of them: float layers cost speed. Last, the other methods with the same layers.
     ranked: method -> blocks of layers by falling sensitivity; asked only then.
     """
-    candidates = [measure(method, ()) for method in METHODS]
+    candidates = [measure(method, ()) for method in methods]
     best = min(candidates, key=lambda candidate: candidate.rank)
     if not at_risk(best):
         return best, candidates
@@ -154,7 +173,7 @@ def choose(
         candidates.append(measure(best.method, layers))
         best = min(best, candidates[-1], key=lambda candidate: candidate.rank)
         count *= 2
-    for other in sorted(candidates[: len(METHODS)], key=lambda candidate: candidate.rank):
+    for other in sorted(candidates[: len(methods)], key=lambda candidate: candidate.rank):
         if best.golden:
             break
         if other.method != best.method:
@@ -213,7 +232,7 @@ def write_form(
         options |= {"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False}
     else:
         overrides |= {
-            name: [{"scale": np.float32(scale), "zero_point": np.uint8(zero_point)}]
+            name: [{"scale": np.array(scale, np.float32), "zero_point": np.array(zero_point, np.uint8)}]
             for name, (scale, zero_point) in scales.activations.items()
         }
     quantizer = QDQQuantizer(
