@@ -103,7 +103,9 @@ def test_imagenets_recipe_on_imagenets_layout(image_folder: Callable[..., Path],
 
 def test_images_that_would_fill_a_gpu_are_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     data, gpu = load_data(DataSpec()), Place(torch.device("cuda"), "fp32")
-    size = data.train.read(slice(None)).nbytes
+    side = 8 + 2 * TrainConfig().data.crop_padding  # as they are held: padded by what crops are cut from
+    assert (TrainConfig().data.augment, data.train.read(slice(None)).shape[1:]) == ("crop", (8, 8, 3))
+    size = len(data.train) * side * side * 3
     for free, expected in ((4 * size, True), (4 * size - 1, False)):
         monkeypatch.setattr("torch.cuda.mem_get_info", lambda device, free=free: (free, 10 * free))
         assert held_on_device(TrainConfig(), data, gpu) is expected
