@@ -25,7 +25,7 @@ PAIR = LIMIT // ACTIVATION
 _WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _OTHER_PRODUCTS = ("Einsum", "DeformConv", "Attention", "RNN", "GRU", "LSTM")
 """Sums of products that a runtime may take apart into those above; export writes none of them in 8 bits."""
-_MOVES = (
+MOVES = (
     "Transpose",
     "Reshape",
     "Flatten",
@@ -120,7 +120,7 @@ def _behind(name: str, makers: dict[str, Node]) -> tuple[Node | None, bool]:
     moved = False
     for _ in range(len(makers) + 1):  # a graph with a circle is none, and no runtime loads it
         node = makers.get(name)
-        if node is None or node.operator not in _MOVES:
+        if node is None or node.operator not in MOVES:
             return node, moved
         name, moved = node.inputs[0], True
     return None, moved

@@ -248,6 +248,7 @@ def write_form(
         extra_options={**options, "TensorQuantOverrides": overrides},
     )
     quantizer.quantize_model()
+    _free_activation_products(quantizer.model.model, set(_activation_products(proto)))
     quantizer.model.topological_sort()
     finish(quantizer.model.model)
     write_atomically(path, quantizer.model.model.SerializeToString(deterministic=True))
@@ -307,6 +308,35 @@ def _activation_products(proto: Any) -> list[str]:
     initializers = {tensor.name for tensor in proto.graph.initializer}
     weighted = [node for node in proto.graph.node if node.op_type in WEIGHTED]
     return [node.name for node in weighted if not initializers & set(node.input[1:2])]
+
+
+def _free_activation_products(quantized: Any, names: set[str]) -> None:
+    """Let the products `names` read what was computed, not what was quantised for others.
+
+    A neighbour's Q/DQ (of the reshape before an attention, say) would otherwise lend both sides 8 bits, and a runtime compute
+    the product in them though it was excluded: through operators that only move a tensor, too, so these are freed as well.
+    """
+    from ffl_deploy.saturation import MOVES
+
+    graph = quantized.graph
+    makers = {output: node for node in graph.node for output in node.output}
+    waiting = [(node, place) for node in graph.node if node.name in names for place in range(2)]
+    while waiting:
+        node, place = waiting.pop()
+        maker = makers.get(node.input[place])
+        if maker is not None and maker.op_type == "DequantizeLinear":
+            source = makers.get(maker.input[0])
+            if source is None or source.op_type != "QuantizeLinear":
+                continue  # weights
+            node.input[place] = source.input[0]
+            maker = makers.get(node.input[place])
+        if maker is not None and maker.op_type in MOVES:
+            waiting += [(maker, index) for index in range(len(maker.input) if maker.op_type == "Concat" else 1)]
+    # What nobody reads any more goes: first the dequantisation, then what it read.
+    for kind in ("DequantizeLinear", "QuantizeLinear") if names else ():
+        read = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
+        for node in [node for node in graph.node if node.op_type == kind and not read & set(node.output)]:
+            graph.node.remove(node)
 
 
 def name_nodes(proto: Any) -> None:
