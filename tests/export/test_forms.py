@@ -51,7 +51,17 @@ def forms(digits_run: Run, key: Path, tmp_path_factory: pytest.TempPathFactory) 
     pytest.importorskip("tensorrt_rtx", reason=f"tensorrt_rtx {REASON}")
     root = tmp_path_factory.mktemp("forms")
     flags = ["--target", "branch0", "--precision", "fp16", "--precision", "bf16", "--runtime", "openvino", "--opset", "22"]
-    flags += ["--tensorrt", "--compute-capability", "8.9", "--triton", str(root / "triton"), "--space", str(root / "space")]
+    flags += [
+        "--tensorrt",
+        "--compute-capability",
+        "8.9",
+        "--triton",
+        str(root / "triton"),
+        "--space",
+        str(root / "space"),
+        "--space-sdk",
+        "gradio",
+    ]
     flags += ["--sign", str(key), "--min-accuracy", "0.5", "--out", str(root / "bundles")]
     assert main([str(digits_run.folder), *flags]) == 0
     return root
