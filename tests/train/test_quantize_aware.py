@@ -18,6 +18,7 @@ from ffl_deploy.networks.checkpoint import load_network
 from ffl_deploy.networks.quantization import QuantizedNetwork
 from ffl_deploy.run_directory import load_run
 from tests.train.test_loop import assert_same_run, stop_after
+from tests.train.test_processes import run
 from train.methods import FFL, distill
 from train.quantize_aware import Taught, TaughtOutputs
 from train.record import read_metrics
@@ -143,3 +144,18 @@ def test_an_unfinished_or_missing_run_is_refused(finished: Path) -> None:
         main(["--quantize-aware", str(finished)])
     with pytest.raises(UsageError, match="no run directory"):
         main(["--quantize-aware", str(finished.parent / "nothing")])
+
+
+def test_two_processes_compute_what_one_accumulates(finished: Path) -> None:
+    """The same micro-batches per step, once on two gloo processes, once one after the other; the grids are the same ones."""
+    flags = ["--epochs", "2", "--batch-size", "16"]
+    one = fine_tune(finished, "one", *flags, "--accumulate", "2")
+    two = finished.parent / "two"
+    done = run(*flags, "--quantize-aware", str(finished), "--out", str(two), "--quiet", processes=2)
+    assert done.returncode == 0, done.stderr
+    a, b = tensors(two, "last"), tensors(one, "last")
+    assert all(torch.equal(a[name], b[name]) for name in a if not name.endswith(".weight_scale"))
+    a, b = tensors(two, "last", "model"), tensors(one, "last", "model")
+    assert a.keys() == b.keys()
+    for name in a:  # gradients are added in another order, and a weight may then round to the next step
+        assert torch.allclose(a[name].float(), b[name].float(), rtol=0, atol=1e-3 * float(b[name].float().abs().max())), name

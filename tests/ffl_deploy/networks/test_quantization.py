@@ -66,6 +66,24 @@ def test_without_rounding_it_is_the_network(disturb: Callable[[nn.Module], nn.Mo
         assert torch.allclose(found[name], logits, atol=1e-4 * float(logits.abs().max())), name
 
 
+@pytest.mark.parametrize(
+    "joined", [{"fusion": "sum"}, {"fusion": None, "aggregator": "gate"}, {"fusion": None, "aggregator": "attention"}]
+)
+def test_every_way_to_join_branches_can_be_followed(
+    disturb: Callable[[nn.Module], nn.Module], joined: dict[str, str | None]
+) -> None:
+    plain = MutualNetwork(NetworkConfig(("resnet8",) * 3, 5, 16, 16, **joined))  # type: ignore[arg-type]
+    disturb(plain)
+    quantized = QuantizedNetwork(plain.eval())
+    quantized.calibrate([IMAGES])
+    with torch.no_grad():
+        expected, found = plain(IMAGES).classifiers(), quantized(IMAGES).classifiers()
+    assert found.keys() == expected.keys()
+    for name, logits in expected.items():
+        assert (found[name] - logits).abs().max() / logits.std() < 0.4, name
+    assert not any("aggregator" in path for path in quantized.paths.values())  # what joins logits stays in floating point
+
+
 def test_rounding_changes_logits_little_and_every_weight_learns(disturb: Callable[[nn.Module], nn.Module]) -> None:
     plain = network(disturb, "resnet8", "resnet8")
     quantized = QuantizedNetwork(plain).train()
