@@ -3,11 +3,12 @@
     python -m benchmarks.continue_bundle examples/cifar100/fused examples/cifar100/branch0 --data CIFAR100 \
         --recipe cifar100-resnet32-fast --out runs/cifar100
 
-The fp32 files hold the weights with batch normalisation folded in. Each convolution takes its folded weights, and its batch
-normalisation is set to the statistics of the convolution's results on training images, scaled and shifted such that
-together they compute the same. Not in the files, and therefore fitted here by a logistic regression on training images:
-the heads of branches that were not exported. Neither are the optimiser's state and the curves. The logits of the rebuilt
-classifiers are compared with those of the files before anything is written.
+The fp32 files hold the weights with batch normalisation folded in. Each convolution takes its folded weights,
+and its batch normalisation is set to the statistics of the convolution's results on training images, scaled
+and shifted such that together they compute the same. Not in the files, and therefore fitted here by a
+logistic regression on training images: the heads of branches that were not exported. Neither are the
+optimiser's state and the curves. The logits of the rebuilt classifiers are compared with those of the files
+before anything is written.
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ HEAD_EPOCHS = 20
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; -> exit code."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.continue_bundle", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.continue_bundle", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("bundles", nargs="+", type=Path, help="bundles of one run")
     parser.add_argument("--out", type=Path, required=True, help="the run directory to write")
     own, flags = parser.parse_known_args(argv)
@@ -64,7 +67,9 @@ def main(argv: Sequence[str]) -> int:
     bundles = [load_bundle(folder) for folder in own.bundles]
     data = load_data(data_spec(config), memory_limit(config))
     if any(list(bundle.classes) != list(data.classes) for bundle in bundles):
-        raise UsageError("the bundles have other classes than the data; give the data that they were trained on.")
+        raise UsageError(
+            "the bundles have other classes than the data; give the data that they were trained on."
+        )
     method = build_method(config.model.method, config.model.temperature)
     architecture = choose_network(config, method, data)
     torch.manual_seed(config.seed)
@@ -87,7 +92,9 @@ def main(argv: Sequence[str]) -> int:
     position.best_epoch = position.epoch
     own.out.mkdir(parents=True, exist_ok=True)
     write_json(own.out / CONFIG, describe(config, data, architecture, method, place))
-    state = TrainingState(own.out, network, build_optimizer(network, config.optimisation), torch.amp.GradScaler("cpu"), None)
+    state = TrainingState(
+        own.out, network, build_optimizer(network, config.optimisation), torch.amp.GradScaler("cpu"), None
+    )
     state.save_weights("best", network, position)
     state.save(position)
     finish(own.out, network, make_batches(config, data, place), data, place, position)
@@ -95,14 +102,18 @@ def main(argv: Sequence[str]) -> int:
 
 
 def fill(network: MutualNetwork, bundles: Sequence[Bundle]) -> dict[str, Tensor]:
-    """Load the folded weights; -> path of each layer that was found -> its bias. Raises CheckError for other shapes."""
+    """Load the folded weights; -> path of each layer that was found -> its bias.
+    Raises CheckError for other shapes."""
     import onnx
     from onnx import numpy_helper
 
     biases: dict[str, Tensor] = {}
     for bundle in bundles:
         graph = onnx.load(bundle.folder / "model.onnx").graph
-        values = {tensor.name: torch.from_numpy(numpy_helper.to_array(tensor).copy()) for tensor in graph.initializer}
+        values = {
+            tensor.name: torch.from_numpy(numpy_helper.to_array(tensor).copy())
+            for tensor in graph.initializer
+        }
         for node in graph.node:
             if node.op_type not in ("Conv", "Gemm"):
                 continue
@@ -110,7 +121,9 @@ def fill(network: MutualNetwork, bundles: Sequence[Bundle]) -> dict[str, Tensor]
             layer, weight = network.get_submodule(path), values[node.input[1]]
             assert isinstance(layer, nn.Conv2d | nn.Linear)
             if layer.weight.shape != weight.shape:
-                raise CheckError(f"{path} has another shape in {bundle.folder} than in this recipe's network.")
+                raise CheckError(
+                    f"{path} has another shape in {bundle.folder} than in this recipe's network."
+                )
             with torch.no_grad():
                 layer.weight.copy_(weight)
                 biases[path] = values[node.input[2]]
@@ -121,7 +134,8 @@ def fill(network: MutualNetwork, bundles: Sequence[Bundle]) -> dict[str, Tensor]
 
 @torch.no_grad()
 def set_statistics(network: MutualNetwork, biases: dict[str, Tensor], normalised: Tensor) -> None:
-    """Set each batch normalisation to the statistics of its input on `normalised` [n, 3, h, w], and to add the bias.
+    """Set each batch normalisation to the statistics of its input on `normalised` [n, 3, h, w],
+    and to add the bias.
 
     Layer after layer, since what comes before must be right first.
     """
@@ -147,16 +161,23 @@ def set_statistics(network: MutualNetwork, biases: dict[str, Tensor], normalised
 
 @torch.no_grad()
 def compare(network: MutualNetwork, bundle: Bundle, normalize: Normalise) -> None:
-    """Raise CheckError where the rebuilt classifier does not give the logits of the bundle's golden samples."""
+    """Raise CheckError where the rebuilt classifier does not give the logits
+    of the bundle's golden samples."""
     golden = bundle.golden()
     logits = build_target(network, bundle.manifest.target)(normalize(torch.from_numpy(golden.images))).numpy()
     verdict = judge({"all": compare_logits(golden.logits, logits)}, PARITY_GATES["fp32"])
     if verdict.failed:
-        raise CheckError(f"{bundle.folder} was not rebuilt as it was ({verdict.findings[0]}); is this its recipe, and its data?")
+        raise CheckError(
+            f"{bundle.folder} was not rebuilt as it was ({verdict.findings[0]}); is this its recipe, and "
+            "its data?"
+        )
 
 
-def fit_heads(network: MutualNetwork, numbers: Sequence[int], batches: Iterable[Tensor], labels: Tensor) -> None:
-    """Fit heads to the true labels and to the fused logits of the training images, on their branches' pooled features."""
+def fit_heads(
+    network: MutualNetwork, numbers: Sequence[int], batches: Iterable[Tensor], labels: Tensor
+) -> None:
+    """Fit heads to the true labels and to the fused logits of the training images,
+    on their branches' pooled features."""
     network.eval()
     pooled: list[list[Tensor]] = [[] for _ in numbers]
     fused: list[Tensor] = []

@@ -2,8 +2,9 @@
 
     python benchmarks/export_speed.py [--branches resnet32,resnet32] [--classes 100] [--size 32] [--rounds 9]
 
-Everything is measured in turns, in one process, on the same images, and compared round by round: on a shared machine only the
-ratios mean something. The weights are random (speed does not depend on them); BatchNorm statistics are those of noise.
+Everything is measured in turns, in one process, on the same images, and compared round by round: on a shared
+machine only the ratios mean something. The weights are random (speed does not depend on them); BatchNorm
+statistics are those of noise.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ MEAN, STD = (129.3, 124.1, 112.4), (68.2, 65.4, 70.4)
 Call = Callable[[np.ndarray], Any]
 
 
-def build(folder: Path, branches: tuple[str, ...], classes: int, size: int) -> tuple[DeployedModel, MutualNetwork, np.ndarray]:
+def build(
+    folder: Path, branches: tuple[str, ...], classes: int, size: int
+) -> tuple[DeployedModel, MutualNetwork, np.ndarray]:
     """Write fp32, bf16 and both int8 files of the fused target; -> (model, network, smooth noise images)."""
     torch.manual_seed(0)
     network = MutualNetwork(NetworkConfig(branches, classes, size, size))
@@ -51,7 +54,9 @@ def build(folder: Path, branches: tuple[str, ...], classes: int, size: int) -> t
     write_half(folder / "model.onnx", folder / "model.bf16.onnx", "bf16")
     with torch.inference_mode():
         logits = model(torch.from_numpy(images))[0].numpy()
-    quantize(folder / "model.onnx", folder, images, Held(images[:64], logits[:64]), Held(images[:64], logits[:64]))
+    quantize(
+        folder / "model.onnx", folder, images, Held(images[:64], logits[:64]), Held(images[:64], logits[:64])
+    )
     return model, network, images
 
 
@@ -83,7 +88,8 @@ def candidates(folder: Path, model: DeployedModel, threads: int) -> dict[str, Ca
 
 
 def session_over_bare_loop(path: Path, images: np.ndarray, threads: int, calls: int) -> float:
-    """-> median time of our session's call over that of ONNX Runtime's own, call by call in changing order."""
+    """-> median time of our session's call over that of ONNX Runtime's own,
+    call by call in changing order."""
     session = OnnxRuntimeSession(path, "variant", threads)
     bare: Call = lambda images: session._session.run(None, {"images": images})  # noqa: E731 - the same graph, the same threads
     taken: dict[Call, list[float]] = {session.run: [], bare: []}
@@ -114,19 +120,31 @@ def in_turns(calls: dict[str, Call], images: np.ndarray, rounds: int, repeats: i
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Speed of the exported files against PyTorch and against a bare loop.")
+    parser = argparse.ArgumentParser(
+        description="Speed of the exported files against PyTorch and against a bare loop."
+    )
     parser.add_argument("--branches", default="resnet32,resnet32")
     parser.add_argument("--classes", type=int, default=100)
     parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--engines", action="store_true", help="also time building a TensorRT-RTX engine of each target")
-    parser.add_argument("--threads", type=int, default=available_cores(), help="1 is robust on a busy machine")
+    parser.add_argument(
+        "--engines", action="store_true", help="also time building a TensorRT-RTX engine of each target"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=available_cores(), help="1 is robust on a busy machine"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    result: dict[str, Any] = {"machine": machine_name(), "threads": arguments.threads, "rounds": arguments.rounds}
+    result: dict[str, Any] = {
+        "machine": machine_name(),
+        "threads": arguments.threads,
+        "rounds": arguments.rounds,
+    }
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        model, network, images = build(folder, tuple(arguments.branches.split(",")), arguments.classes, arguments.size)
+        model, network, images = build(
+            folder, tuple(arguments.branches.split(",")), arguments.classes, arguments.size
+        )
         calls = candidates(folder, model, arguments.threads)
         for batch, repeats in ((1, 10), (64, 2)):
             taken = in_turns(calls, images[:batch], arguments.rounds, repeats)
@@ -140,10 +158,14 @@ def main() -> None:
                 for name, values in taken.items()
             }
             result[f"batch {batch}"]["session over bare loop"] = {
-                form: session_over_bare_loop(folder / file, images[:batch], arguments.threads, calls=400 if batch == 1 else 40)
+                form: session_over_bare_loop(
+                    folder / file, images[:batch], arguments.threads, calls=400 if batch == 1 else 40
+                )
                 for form, file in (("fp32", "model.onnx"), ("int8", "model.int8.onnx"))
             }
-            print(json.dumps(result[f"batch {batch}"], indent=1), file=sys.stderr, flush=True)  # a long run shows its progress
+            print(
+                json.dumps(result[f"batch {batch}"], indent=1), file=sys.stderr, flush=True
+            )  # a long run shows its progress
         if arguments.engines:
             result["TensorRT-RTX build seconds"] = engine_seconds(folder, network, arguments.size)
     print(json.dumps(result, indent=1))
@@ -154,7 +176,9 @@ def engine_seconds(folder: Path, network: MutualNetwork, size: int) -> dict[str,
     seconds = {}
     for name in target_names(network):
         path = folder / f"{name}.onnx"
-        write_onnx(DeployedModel(build_target(network, name), MEAN, STD).eval(), path, size, size, GraphOptions(), {})
+        write_onnx(
+            DeployedModel(build_target(network, name), MEAN, STD).eval(), path, size, size, GraphOptions(), {}
+        )
         start = time.perf_counter()
         build_engine(path, path.with_suffix(".engine"), size, size, EngineOptions("tensorrt_rtx"))
         seconds[name] = round(time.perf_counter() - start, 2)

@@ -1,13 +1,14 @@
-"""What an hour of this machine buys: our `fast` recipe against the official recipe, compressed to as many epochs as the official
-code gets through in an hour.
+"""What an hour of this machine buys: our `fast` recipe against the official recipe, compressed to as many
+epochs as the official code gets through in an hour.
 
-    python -m train.run --data CIFAR100 --recipe cifar100-resnet32-fast --out runs/cifar100
-    python -m train.run --data CIFAR100 --recipe cifar100-resnet32-paper --epochs 14 --validation 0.02 --out runs/official-hour
-    python -m benchmarks.hour --fast runs/cifar100 --official runs/official-hour
+    python -m train.run --data CIFAR100 --recipe cifar100-resnet32-fast --out runs/cifar100 python -m
+    train.run --data CIFAR100 --recipe cifar100-resnet32-paper --epochs 14 --validation 0.02 --out
+    runs/official-hour python -m benchmarks.hour --fast runs/cifar100 --official runs/official-hour
 
-The official recipe is trained by this project, which learns the same (learn_vs_official) in less time; its epochs are put on the
-clock of the official code, measured side by side (--speed). Writes docs/performance/hour.json and hour.png, prints the table.
-Without --fast and --official it prints and draws what is stored.
+The official recipe is trained by this project, which learns the same (learn_vs_official) in less time; its
+epochs are put on the clock of the official code, measured side by side (--speed). Writes
+docs/performance/hour.json and hour.png, prints the table. Without --fast and --official it prints and draws
+what is stored.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ STORED = Path("docs/performance")
 def official_rate(speed: Path) -> float:
     """-> images/s of the official code, as train_vs_official measured it: the median of its blocks."""
     measured = json.loads(speed.read_text())
-    return measured["batch"] / float(np.median([block["seconds"] for block in measured["blocks"]["official"]]))
+    return measured["batch"] / float(
+        np.median([block["seconds"] for block in measured["blocks"]["official"]])
+    )
 
 
 def curve(folder: Path, rate: float | None = None) -> dict[str, Any]:
@@ -60,20 +63,30 @@ def curve(folder: Path, rate: float | None = None) -> dict[str, Any]:
 
 def table(curves: dict[str, dict[str, Any]]) -> str:
     """-> test accuracies with intervals, and the validation accuracy of the fused classifier on the way."""
-    lines = ["| | epochs | minutes | fused % (95 % interval) | ensemble % | branches % |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| | epochs | minutes | fused % (95 % interval) | ensemble % | branches % |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, one in curves.items():
         share = {key: 100 * hits / one["test_images"] for key, hits in one["test"].items()}
         interval = wilson_interval(one["test"]["fused"], one["test_images"])
         branches = " and ".join(f"{value:.2f}" for key, value in share.items() if key.startswith("branch"))
         lines.append(
             f"| {name} | {len(one['minutes'])} | {one['minutes'][-1]:.0f} | **{share['fused']:.2f}** "
-            f"({100 * interval.low:.2f} to {100 * interval.high:.2f}) | {share['ensemble']:.2f} | {branches} |"
+            f"({100 * interval.low:.2f} to {100 * interval.high:.2f}) | {share['ensemble']:.2f} | "
+            f"{branches} |"
         )
     marks = range(10, 61, 10)
-    lines += ["", f"| fused, validation %, after | {' | '.join(f'{minute} min' for minute in marks)} |", "|---" * 7 + "|"]
+    lines += [
+        "",
+        f"| fused, validation %, after | {' | '.join(f'{minute} min' for minute in marks)} |",
+        "|---" * 7 + "|",
+    ]
     for name, one in curves.items():
         cells = [reached(one, minute) for minute in marks]
-        lines.append(f"| {name} | {' | '.join('' if cell is None else f'{100 * cell:.1f}' for cell in cells)} |")
+        lines.append(
+            f"| {name} | {' | '.join('' if cell is None else f'{100 * cell:.1f}' for cell in cells)} |"
+        )
     return "\n".join(lines)
 
 
@@ -87,7 +100,9 @@ def draw(curves: dict[str, dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     for number, (name, one) in enumerate(curves.items()):
-        values = {key: [100 * line[key] for line in one["validation"]] for key in ("fused", "ensemble", "branch0")}
+        values = {
+            key: [100 * line[key] for line in one["validation"]] for key in ("fused", "ensemble", "branch0")
+        }
         for (key, series), style in zip(values.items(), ("-", "--", ":"), strict=True):
             axes.plot(one["minutes"], series, style, color=f"C{number}", label=f"{name}, {key}")
     axes.set(xlabel="minutes of two cores", ylabel="validation accuracy, %")
@@ -98,7 +113,9 @@ def draw(curves: dict[str, dict[str, Any]], path: Path) -> None:
 
 def main(argv: list[str]) -> int:
     """-> exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--fast", type=Path, metavar="RUN", help="a finished run of the fast recipe")
     parser.add_argument("--official", type=Path, metavar="RUN", help="a finished run of the official recipe")
     parser.add_argument("--speed", type=Path, metavar="JSON", default=STORED / "train-vs-official.json")
@@ -109,7 +126,9 @@ def main(argv: list[str]) -> int:
     if arguments.fast:
         curves = {
             "fast recipe, this trainer": curve(arguments.fast),
-            "official recipe, official code's speed": curve(arguments.official, official_rate(arguments.speed)),
+            "official recipe, official code's speed": curve(
+                arguments.official, official_rate(arguments.speed)
+            ),
         }
         stored.write_text(json.dumps(curves, indent=1) + "\n")
     curves = json.loads(stored.read_text())

@@ -1,11 +1,13 @@
 """A bundle's int8 file against its own fp32 file, on test images, through one runtime after the other.
 
-    python -m benchmarks.int8_agreement examples/cifar100/fused --data CIFAR100/test --runtimes onnxruntime,openvino
-    python -m benchmarks.int8_agreement examples/cifar100/fused --data CIFAR100/test --images 500 --runtimes reference
-    qemu-x86_64 -cpu Haswell .venv/bin/python -m benchmarks.int8_agreement ... --images 500 --threads 1
+    python -m benchmarks.int8_agreement examples/cifar100/fused --data CIFAR100/test --runtimes
+    onnxruntime,openvino python -m benchmarks.int8_agreement examples/cifar100/fused --data CIFAR100/test
+    --images 500 --runtimes reference qemu-x86_64 -cpu Haswell .venv/bin/python -m benchmarks.int8_agreement
+    ... --images 500 --threads 1
 
-`reference` is onnx.reference: exact integer sums, which is what processors with VNNI compute. Images are taken class by class in
-turn. Each line: mean KL from the fp32 file's distribution, top-1 agreement with it, accuracy of both, and the paired difference.
+`reference` is onnx.reference: exact integer sums, which is what processors with VNNI compute. Images are
+taken class by class in turn. Each line: mean KL from the fp32 file's distribution, top-1 agreement with it,
+accuracy of both, and the paired difference.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--data", type=Path, required=True, help="folder of CLASS/* test images")
     parser.add_argument("--images", type=int, default=10_000)
-    parser.add_argument("--runtimes", default="onnxruntime", help="of onnxruntime, openvino, reference; with commas")
+    parser.add_argument(
+        "--runtimes", default="onnxruntime", help="of onnxruntime, openvino, reference; with commas"
+    )
     parser.add_argument("--variant", default="int8")
     parser.add_argument("--threads", type=int, default=None)
     arguments = parser.parse_args(argv)
@@ -47,7 +51,8 @@ def main(argv: Sequence[str]) -> int:
         difference = paired_difference(exact.argmax(axis=1) == labels, logits.argmax(axis=1) == labels)
         low, high = 100 * difference.interval.low, 100 * difference.interval.high
         print(
-            f"{arguments.bundle} {arguments.variant} {name}: {len(images)} images, mean KL {metrics.mean_kl:.5f}, agreement "
+            f"{arguments.bundle} {arguments.variant} {name}: {len(images)} images, mean KL "
+            f"{metrics.mean_kl:.5f}, agreement "
             f"{100 * np.mean(exact.argmax(axis=1) == logits.argmax(axis=1)):.2f} %, accuracy "
             f"{100 * difference.candidate_accuracy:.2f} % (fp32 {100 * difference.reference_accuracy:.2f} %, "
             f"{100 * difference.delta:+.2f} [{low:+.2f}, {high:+.2f}])",
@@ -56,8 +61,11 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def read(folder: Path, classes: list[str], limit: int, preprocessing: Preprocessing) -> tuple[np.ndarray, np.ndarray]:
-    """-> (uint8 [n, h, w, 3], labels int64 [n]): the first images of every class, then the second ones, ... Raises UsageError."""
+def read(
+    folder: Path, classes: list[str], limit: int, preprocessing: Preprocessing
+) -> tuple[np.ndarray, np.ndarray]:
+    """-> (uint8 [n, h, w, 3], labels int64 [n]): the first images of every class, then the second ones, ...
+    Raises UsageError."""
     found = [sorted((folder / name).glob("*")) for name in classes]
     if not all(found):
         raise UsageError(f"{folder} has no folder with images for every class of the bundle.")

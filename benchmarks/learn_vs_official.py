@@ -1,11 +1,14 @@
-"""Does this trainer learn what the official FFL code learns? The paper's recipe on both sides, CIFAR-100, ResNet-32.
+"""Does this trainer learn what the official FFL code learns? The paper's recipe on both sides, CIFAR-100,
+ResNet-32.
 
-    python -m benchmarks.learn_vs_official --official CLONE --data DIR [--steps 30] [--epochs 3] [--seeds 2] [--images 10000]
+    python -m benchmarks.learn_vs_official --official CLONE --data DIR [--steps 30] [--epochs 3] [--seeds 2]
+    [--images 10000]
 
-Two questions. The same arithmetic: from the same weights, on the same batches, the loss of each step (ours in fp32 and in its
-default precision). The same learning: runs of their own from several seeds, each side with its own initialisation, order and
-augmentation; the schedule is compressed to the epochs (learning rate x0.1 after two thirds, ramp-up over 80/300 of them).
-With --json OUT each finished run is stored at once, and the same command goes on from there.
+Two questions. The same arithmetic: from the same weights, on the same batches, the loss of each step (ours in
+fp32 and in its default precision). The same learning: runs of their own from several seeds, each side with
+its own initialisation, order and augmentation; the schedule is compressed to the epochs (learning rate x0.1
+after two thirds, ramp-up over 80/300 of them). With --json OUT each finished run is stored at once, and the
+same command goes on from there.
 """
 
 from __future__ import annotations
@@ -57,11 +60,14 @@ class FixedBatches:
 
 
 def same_arithmetic(clone: Path, data: ImageData, device: str, steps: int) -> dict[str, list[float]]:
-    """-> side -> loss of each step, all from the official initial weights, on the same batches, with full distillation."""
+    """-> side -> loss of each step, all from the official initial weights, on the same batches,
+    with full distillation."""
     official = official_training(clone, data, torch.device(device), seed=0)
     start = our_weights(official.network, official.module)
     ours = our_training(data, device, seed=0, epochs=steps, milestones=())
-    ours = ours._replace(config=dataclasses.replace(ours.config, model=dataclasses.replace(ours.config.model, ramp_up=0.0)))
+    ours = ours._replace(
+        config=dataclasses.replace(ours.config, model=dataclasses.replace(ours.config.model, ramp_up=0.0))
+    )
     batches = [micro[0] for micro in itertools.islice(ours.batches.training(0, 0), steps)]
     losses = {"official": [official.run([(batch.images, batch.labels)], 100)[0] for batch in batches]}
     for name, place in (
@@ -79,7 +85,8 @@ def same_arithmetic(clone: Path, data: ImageData, device: str, steps: int) -> di
 
 
 def our_weights(network: torch.nn.Module, module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Official modules -> their weights under this project's names, by way of the files that the official code saves."""
+    """Official modules -> their weights under this project's names,
+    by way of the files that the official code saves."""
     with tempfile.TemporaryDirectory() as folder:
         files = Path(folder) / "Model_0.pth", Path(folder) / "Module_0.pth"
         for path, part in zip(files, (network, module), strict=True):
@@ -95,10 +102,12 @@ def trained(run: OurTraining) -> list[dict[str, Any]]:
 
 
 def official_run(clone: Path, data: ImageData, device: str, seed: int, epochs: int) -> dict[str, Any]:
-    """-> {"loss", "test": per epoch, classifier -> accuracy}; evaluated here, since its own `eval` prints the training loss."""
+    """-> {"loss", "test": per epoch, classifier -> accuracy}; evaluated here,
+    since its own `eval` prints the training loss."""
     training = official_training(clone, data, torch.device(device), seed, RAMP_UP * epochs)
     schedules = [
-        torch.optim.lr_scheduler.MultiStepLR(optimiser, [round(DROP * epochs)], 0.1) for optimiser in training.optimizers
+        torch.optim.lr_scheduler.MultiStepLR(optimiser, [round(DROP * epochs)], 0.1)
+        for optimiser in training.optimizers
     ]
     losses, accuracy = [], []
     for epoch in range(epochs):
@@ -111,7 +120,8 @@ def official_run(clone: Path, data: ImageData, device: str, seed: int, epochs: i
 
 @torch.inference_mode()
 def official_accuracies(training: Any, device: str) -> dict[str, float]:
-    """-> classifier -> accuracy on the test images; the next call of `training.run` goes back to training mode itself."""
+    """-> classifier -> accuracy on the test images;
+    the next call of `training.run` goes back to training mode itself."""
     training.network.eval()
     training.module.eval()
     hits, count = dict.fromkeys(CLASSIFIERS, 0), 0
@@ -125,8 +135,11 @@ def official_accuracies(training: Any, device: str) -> dict[str, float]:
 
 
 def our_run(data: ImageData, device: str, seed: int, epochs: int) -> dict[str, Any]:
-    """-> the same of ours, in its default precision; the test images stand in for the validation split, nothing is chosen."""
-    run = our_training(dataclasses.replace(data, validation=data.test), device, seed, epochs=epochs, milestones=(DROP,))
+    """-> the same of ours, in its default precision; the test images stand in for the validation split,
+    nothing is chosen."""
+    run = our_training(
+        dataclasses.replace(data, validation=data.test), device, seed, epochs=epochs, milestones=(DROP,)
+    )
     lines = trained(run)
     test = [line["validation"] for line in lines]
     return {"loss": [line["loss"] for line in lines], "test": test, "precision": run.place.precision}
@@ -152,9 +165,13 @@ class Stored:
         self.path, self.content = path, setting
         if path is not None and path.is_file():
             self.content = json.loads(path.read_text())
-            changed = [name for name, value in setting.items() if name != "date" and self.content.get(name) != value]
+            changed = [
+                name for name, value in setting.items() if name != "date" and self.content.get(name) != value
+            ]
             if changed:
-                raise UsageError(f"{path} holds results with another {', '.join(changed)}; choose another --json.")
+                raise UsageError(
+                    f"{path} holds results with another {', '.join(changed)}; choose another --json."
+                )
 
     def save(self) -> None:
         if self.path is not None:
@@ -170,32 +187,48 @@ def arithmetic_table(losses: dict[str, list[float]]) -> str:
     ]
     for name, values in losses.items():
         difference = np.abs(np.array(values) / official - 1).max()
-        cells = [f"{values[step]:.5f}" for step in shown] + ["" if name == "official" else f"{difference:.1e}"]
+        cells = [f"{values[step]:.5f}" for step in shown] + [
+            "" if name == "official" else f"{difference:.1e}"
+        ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def learning_table(runs: dict[str, list[dict[str, Any]]]) -> str:
     """-> a row per run and epoch: training loss, and test accuracy of every classifier."""
-    lines = [f"| epoch | side | seed | loss | {' | '.join(f'{name} %' for name in CLASSIFIERS)} |", "|" + "---|" * 8]
+    lines = [
+        f"| epoch | side | seed | loss | {' | '.join(f'{name} %' for name in CLASSIFIERS)} |",
+        "|" + "---|" * 8,
+    ]
     for epoch in range(len(runs["official"][0]["loss"])):
         for side, results in runs.items():
             for seed, result in enumerate(results):
                 cells = [f"{100 * result['test'][epoch][name]:.2f}" for name in CLASSIFIERS]
-                lines.append(f"| {epoch + 1} | {side} | {seed} | {result['loss'][epoch]:.3f} | {' | '.join(cells)} |")
+                lines.append(
+                    f"| {epoch + 1} | {side} | {seed} | {result['loss'][epoch]:.3f} | {' | '.join(cells)} |"
+                )
     return "\n".join(lines)
 
 
 def main(argv: list[str]) -> int:
     """-> exit code."""
     parser = two_sides_parser(__doc__)
-    parser.add_argument("--steps", type=int, default=30, help="steps on the same batches; 0 leaves this part out")
+    parser.add_argument(
+        "--steps", type=int, default=30, help="steps on the same batches; 0 leaves this part out"
+    )
     parser.add_argument("--epochs", type=int, default=3, help="epochs of the runs; 0 leaves this part out")
     parser.add_argument("--seeds", type=int, default=2, help="runs of each side")
-    parser.add_argument("--images", type=int, metavar="N", help="training images, as many of each class; all if not given")
+    parser.add_argument(
+        "--images", type=int, metavar="N", help="training images, as many of each class; all if not given"
+    )
     arguments = parser.parse_args(argv)
     clone, device, epochs = arguments.official, arguments.device, arguments.epochs
-    setting = {"date": time.strftime("%Y-%m-%d"), "device": device, "steps": arguments.steps, "epochs": epochs}
+    setting = {
+        "date": time.strftime("%Y-%m-%d"),
+        "device": device,
+        "steps": arguments.steps,
+        "epochs": epochs,
+    }
     stored = Stored(arguments.json, setting | {"images": arguments.images})
     if arguments.steps:
         if "arithmetic" not in stored.content:

@@ -1,9 +1,11 @@
 """The two sides of a comparison with the official FFL code, on the same images and by the same recipe.
 
-The official one runs as it is: its own networks, losses, data pipeline and training function, from a clone of it.
+The official one runs as it is: its own networks, losses, data pipeline and training function,
+from a clone of it.
 
-Nothing of it is copied here. Two things are put in its place: the device (it calls .cuda()), and where CIFAR-100 comes from (it
-downloads to ~/data). torchvision's CIFAR100 is replaced by the same images from a folder, handed over as PIL images like there.
+Nothing of it is copied here. Two things are put in its place: the device (it calls .cuda()), and where
+CIFAR-100 comes from (it downloads to ~/data). torchvision's CIFAR100 is replaced by the same images from a
+folder, handed over as PIL images like there.
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ RECIPE = "cifar100-resnet32-paper"
 
 
 class Cifar100(torch.utils.data.Dataset):
-    """Stands in for torchvision.datasets.CIFAR100: uint8 images in memory, each made a PIL image and transformed on access."""
+    """Stands in for torchvision.datasets.CIFAR100: uint8 images in memory,
+    each made a PIL image and transformed on access."""
 
     images: dict[bool, np.ndarray]
     labels: dict[bool, np.ndarray]
@@ -54,11 +57,14 @@ class Cifar100(torch.utils.data.Dataset):
         return len(self.labels[self.train])
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        return self.transform(Image.fromarray(self.images[self.train][index])), int(self.labels[self.train][index])
+        return self.transform(Image.fromarray(self.images[self.train][index])), int(
+            self.labels[self.train][index]
+        )
 
 
 def cifar_images(folder: Path, images: int | None = None) -> ImageData:
-    """folder: CIFAR-100 as train/CLASS/* and test/CLASS/*; images: how many for training, equally many of each class.
+    """folder: CIFAR-100 as train/CLASS/* and test/CLASS/*; images: how many for training,
+    equally many of each class.
 
     -> the data that both sides take, a tenth of the training images held out.
     """
@@ -66,7 +72,9 @@ def cifar_images(folder: Path, images: int | None = None) -> ImageData:
     if images is None:
         return data
     return dataclasses.replace(
-        data, train=first_of_each(data.train, images // 100), validation=first_of_each(data.validation, images // 1000)
+        data,
+        train=first_of_each(data.train, images // 100),
+        validation=first_of_each(data.validation, images // 1000),
     )
 
 
@@ -76,11 +84,15 @@ def first_of_each(split: Split, count: int) -> ArraySplit:
     return ArraySplit(split.read(slice(None))[rows], split.labels[rows])
 
 
-def official_training(clone: Path, data: ImageData, device: torch.device, seed: int, ramp_up: float = 80.0) -> Any:
-    """Set the official training up, as its script does with its defaults; ramp_up: its --consistency_rampup, in epochs.
+def official_training(
+    clone: Path, data: ImageData, device: torch.device, seed: int, ramp_up: float = 80.0
+) -> Any:
+    """Set the official training up, as its script does with its defaults; ramp_up: its --consistency_rampup,
+    in epochs.
 
     clone: a working tree of Jangho-Kim/FFL-pytorch.
-    -> a namespace of network, module, optimizers, trainloader, testloader and run(batches, epoch), which is its `train`.
+    -> a namespace of network, module, optimizers, trainloader, testloader and run(batches, epoch),
+    which is its `train`.
     """
     missing = [name for name in FILES if not (clone / name).is_file()]
     if missing:
@@ -141,7 +153,8 @@ class OurTraining(NamedTuple):
 
 
 def our_training(data: ImageData, device: str, seed: int, **optimisation: Any) -> OurTraining:
-    """-> this project's training by the paper's recipe, which is the official code's; `optimisation` replaces parts of it."""
+    """-> this project's training by the paper's recipe, which is the official code's;
+    `optimisation` replaces parts of it."""
     recipe = RECIPES[RECIPE]
     config = dataclasses.replace(
         recipe,
@@ -153,7 +166,11 @@ def our_training(data: ImageData, device: str, seed: int, **optimisation: Any) -
     place = choose_place("auto", choose_device(config.machine, World()), World())
     method = build_method("ffl")
     seed_everything(seed, "weights")
-    network = MutualNetwork(choose_network(config, method, data)).to(place.device).to(memory_format=torch.channels_last)
+    network = (
+        MutualNetwork(choose_network(config, method, data))
+        .to(place.device)
+        .to(memory_format=torch.channels_last)
+    )
     return OurTraining(network, method, make_batches(config, data, place), config, place)
 
 
@@ -168,11 +185,14 @@ def module_of(clone: Path, name: str) -> types.ModuleType:
 
 
 def functions(script: Path, wanted: list[str], names: dict[str, Any]) -> None:
-    """Define the functions `wanted` of `script` in `names`: the script itself cannot be imported, it would start to train."""
+    """Define the functions `wanted` of `script` in `names`: the script itself cannot be imported,
+    it would start to train."""
     tree = ast.parse(script.read_text())
     tree.body = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in wanted]
     if len(tree.body) != len(wanted):
-        raise UsageError(f"{script} does not define {' and '.join(wanted)}: this is another version of the official code.")
+        raise UsageError(
+            f"{script} does not define {' and '.join(wanted)}: this is another version of the official code."
+        )
     exec(compile(tree, str(script), "exec"), names)
 
 

@@ -1,11 +1,13 @@
-"""The oldest ONNX Runtime, OpenVINO and TensorRT-RTX that run each operator set and form: installs them, and runs them.
+"""The oldest ONNX Runtime, OpenVINO and TensorRT-RTX that run each operator set and form: installs them,
+and runs them.
 
     python -m benchmarks.oldest_runtimes --run runs/digits
 
-Every file is exported from the run, at every opset. Each version of a runtime gets an environment of its own from PyPI (with an
-older Python where that is what it has wheels for), runs every file on the golden samples, and is held to the file's gate. A
-version is "read" when it loads the file, and "right" when its logits hold. TensorRT's own wheels need a GPU to
-build an engine (`tensorrt`); TensorRT-RTX builds without one, and parses with the same parser.
+Every file is exported from the run, at every opset. Each version of a runtime gets an environment of its own
+from PyPI (with an older Python where that is what it has wheels for), runs every file on the golden samples,
+and is held to the file's gate. A version is "read" when it loads the file, and "right" when its logits hold.
+TensorRT's own wheels need a GPU to build an engine (`tensorrt`); TensorRT-RTX builds without one, and parses
+with the same parser.
 """
 
 from __future__ import annotations
@@ -31,7 +33,12 @@ VERSIONS = {
     "tensorrt-rtx": ["1.4.0.76", "1.7.1.116"],
 }
 REQUIRES = {"onnxruntime": ["numpy<2"], "openvino": ["numpy<2"], "tensorrt-rtx": ["numpy"]}
-FORMS = {"fp32": "model.onnx", "fp16": "model.fp16.onnx", "bf16": "model.bf16.onnx", "int8": "model.int8.onnx"}
+FORMS = {
+    "fp32": "model.onnx",
+    "fp16": "model.fp16.onnx",
+    "bf16": "model.bf16.onnx",
+    "int8": "model.int8.onnx",
+}
 FORMS["int8-tensorrt"] = "model.int8-tensorrt.onnx"
 
 # Runs inside each environment, which has nothing of ours: file and images in, logits out.
@@ -127,14 +134,21 @@ def probe(package: str, python: Path, path: Path, form: str, bundle: Path, scrat
 
 
 def table(results: dict[str, dict[str, dict[str, str]]]) -> str:
-    """results: package -> version -> "opset form" -> outcome; -> Markdown, the oldest version for each opset and form."""
+    """results: package -> version -> "opset form" -> outcome; -> Markdown,
+    the oldest version for each opset and form."""
     packages = list(results)
     lines = ["| opset | form | " + " | ".join(packages) + " |", "|---" * (2 + len(packages)) + "|"]
-    keys = dict.fromkeys(key for versions in results.values() for outcomes in versions.values() for key in outcomes)
+    keys = dict.fromkeys(
+        key for versions in results.values() for outcomes in versions.values() for key in outcomes
+    )
     for key in keys:
         cells = []
         for package in packages:
-            good = [version for version, outcomes in results[package].items() if outcomes.get(key) in ("right", "read")]
+            good = [
+                version
+                for version, outcomes in results[package].items()
+                if outcomes.get(key) in ("right", "read")
+            ]
             cells.append(good[0] if good else "none")
         lines.append("| " + " | ".join([*key.split(), *cells]) + " |")
     return "\n".join(lines)
@@ -142,12 +156,16 @@ def table(results: dict[str, dict[str, dict[str, str]]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--run", default="runs/digits", help="a finished run, which every file is exported from")
+    parser.add_argument(
+        "--run", default="runs/digits", help="a finished run, which every file is exported from"
+    )
     parser.add_argument("--target", default="branch0")
     parser.add_argument("--opsets", type=int, nargs="+", default=list(OPSETS))
     parser.add_argument("--packages", nargs="+", default=list(VERSIONS), choices=list(VERSIONS))
     parser.add_argument("--versions", nargs="+", help="instead of those of the list (with one package)")
-    parser.add_argument("--work", type=Path, default=Path("oldest_runtimes"), help="environments, bundles and results.json")
+    parser.add_argument(
+        "--work", type=Path, default=Path("oldest_runtimes"), help="environments, bundles and results.json"
+    )
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     export_all(arguments.run, arguments.target, arguments.opsets, arguments.work / "bundles")

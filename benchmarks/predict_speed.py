@@ -3,14 +3,17 @@
     python benchmarks/predict_speed.py [--model resnet18] [--size 224] [--images 1000] [--rounds 3]
                                        [--timm PATH/inference.py] [--out FILE]
 
-1. Bound: with D images/s decoded alone and I classified alone, each on all cores, one after the other cannot beat 1/(1/D + 1/I).
-   D, I and the whole run E are measured in turn, `rounds` times; the median of E / bound is reported, by wall time and by
-   processor time (all of the command's, start-up included), which hardly suffers from what else the machine does.
-2. timm: its script and ffl-predict classify the same files with the same weights, also in turn. timm runs with the worker count
-   and batch size that are best for it here, and is timed without its start-up by its own log.
+1. Bound: with D images/s decoded alone and I classified alone, each on all cores, one after the other cannot
+   beat 1/(1/D + 1/I). D, I and the whole run E are measured in turn, `rounds` times; the median of E / bound
+   is reported, by wall time and by processor time (all of the command's, start-up included), which hardly
+   suffers from what else the machine does.
+2. timm: its script and ffl-predict classify the same files with the same weights, also in turn. timm runs
+   with the worker count and batch size that are best for it here, and is timed without its start-up by its
+   own log.
 
-JPEGs: seeded crops of scikit-learn's two sample photos, 640 x 480. Needs the extras `train`, `export`, `predict` and `cpu`.
-timm's inference.py is not part of its wheel: give the path of the file in a checkout of huggingface/pytorch-image-models.
+JPEGs: seeded crops of scikit-learn's two sample photos, 640 x 480. Needs the extras `train`, `export`,
+`predict` and `cpu`. timm's inference.py is not part of its wheel: give the path of the file in a checkout of
+huggingface/pytorch-image-models.
 """
 
 from __future__ import annotations
@@ -45,8 +48,12 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="resnet18", help="of timm, with random weights (speed does not depend on them)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", default="resnet18", help="of timm, with random weights (speed does not depend on them)"
+    )
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=3)
@@ -58,9 +65,17 @@ def main() -> None:
         write_photos(folder / "photos" / "all", arguments.images)
         weights = folder / "weights.safetensors"
         bundle = build_bundle(
-            folder / "bundle", arguments.model, arguments.size, weights, sorted((folder / "photos").rglob("*.jpg"))
+            folder / "bundle",
+            arguments.model,
+            arguments.size,
+            weights,
+            sorted((folder / "photos").rglob("*.jpg")),
         )
-        results: dict[str, Any] = {"model": arguments.model, "size": arguments.size, "images": arguments.images}
+        results: dict[str, Any] = {
+            "model": arguments.model,
+            "size": arguments.size,
+            "images": arguments.images,
+        }
         results["cores"] = available_cores()
         for variant in ("fp32", "int8"):
             results[variant] = against_bound(bundle, folder, variant, arguments.rounds)
@@ -72,7 +87,8 @@ def main() -> None:
 
 
 def write_photos(folder: Path, count: int) -> None:
-    """Seeded crops of two real photos, resized to 640 x 480, at the qualities that cameras and web sites use."""
+    """Seeded crops of two real photos, resized to 640 x 480,
+    at the qualities that cameras and web sites use."""
     from sklearn.datasets import load_sample_images
 
     rng = np.random.default_rng(0)
@@ -82,13 +98,19 @@ def write_photos(folder: Path, count: int) -> None:
         image = originals[index % 2]
         width = int(rng.integers(320, image.width + 1))
         height = width * 3 // 4 if width * 3 // 4 <= image.height else image.height
-        left, top = int(rng.integers(0, image.width - width + 1)), int(rng.integers(0, image.height - height + 1))
-        crop = image.crop((left, top, left + width, top + height)).resize((640, 480), Image.Resampling.BICUBIC)
+        left, top = (
+            int(rng.integers(0, image.width - width + 1)),
+            int(rng.integers(0, image.height - height + 1)),
+        )
+        crop = image.crop((left, top, left + width, top + height)).resize(
+            (640, 480), Image.Resampling.BICUBIC
+        )
         crop.save(folder / f"{index:05d}.jpg", quality=int(rng.integers(75, 96)))
 
 
 def build_bundle(folder: Path, name: str, size: int, weights: Path, photos: list[Path]) -> Bundle:
-    """A timm model as a bundle with the variants fp32 and int8 (U8S8, what ONNX Runtime's CPU is fast with)."""
+    """A timm model as a bundle with the variants fp32 and int8 (U8S8,
+    what ONNX Runtime's CPU is fast with)."""
     import timm
     import torch
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
@@ -127,7 +149,15 @@ def build_bundle(folder: Path, name: str, size: int, weights: Path, photos: list
     class Photos(CalibrationDataReader):
         def __init__(self) -> None:
             self.items: Iterator[dict[str, np.ndarray]] = iter(
-                {"images": np.stack([p for p in [prepare_item(file_item(str(path)), preprocessing).pixels] if p is not None])}
+                {
+                    "images": np.stack(
+                        [
+                            p
+                            for p in [prepare_item(file_item(str(path)), preprocessing).pixels]
+                            if p is not None
+                        ]
+                    )
+                }
                 for path in photos[:64]
             )
 
@@ -140,7 +170,16 @@ def build_bundle(folder: Path, name: str, size: int, weights: Path, photos: list
         folder / "model.int8.onnx",
         Photos(),
         quant_format=QuantFormat.QDQ,
-        op_types_to_quantize=["Conv", "Gemm", "MatMul", "Add", "Relu", "MaxPool", "GlobalAveragePool", "ReduceMean"],
+        op_types_to_quantize=[
+            "Conv",
+            "Gemm",
+            "MatMul",
+            "Add",
+            "Relu",
+            "MaxPool",
+            "GlobalAveragePool",
+            "ReduceMean",
+        ],
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
         per_channel=True,
@@ -154,7 +193,16 @@ def build_bundle(folder: Path, name: str, size: int, weights: Path, photos: list
         classes=[str(i) for i in range(1000)],
         input=InputTensor(preprocessing),
         outputs=[OutputTensor("logits", ["batch", 1000]), OutputTensor("probabilities", ["batch", 1000])],
-        source=Source("benchmark", "last", "0" * 64, 0, "none", [name], "none", sum(p.numel() for p in network.parameters())),
+        source=Source(
+            "benchmark",
+            "last",
+            "0" * 64,
+            0,
+            "none",
+            [name],
+            "none",
+            sum(p.numel() for p in network.parameters()),
+        ),
         variants=[
             Variant.of_file(folder, folder / file, variant, "onnxruntime", Precision(variant, variant))
             for variant, file in (("fp32", "model.onnx"), ("int8", "model.int8.onnx"))
@@ -169,7 +217,8 @@ def build_bundle(folder: Path, name: str, size: int, weights: Path, photos: list
 
 @dataclass(frozen=True)
 class Rate:
-    """Images per second of wall time and of processor time; the second hardly suffers from what else the machine does."""
+    """Images per second of wall time and of processor time;
+    the second hardly suffers from what else the machine does."""
 
     wall: float
     processor: float
@@ -183,7 +232,8 @@ class Rate:
 
 
 def against_bound(bundle: Bundle, folder: Path, variant: str, rounds: int) -> dict[str, Any]:
-    """-> D, I, E and the medians of E / (1/(1/D + 1/I)), by wall and by processor time; each round measured in turn."""
+    """-> D, I, E and the medians of E / (1/(1/D + 1/I)), by wall and by processor time;
+    each round measured in turn."""
     photos = sorted((folder / "photos").rglob("*.jpg"))
     measured = []
     for _ in range(rounds):
@@ -193,10 +243,22 @@ def against_bound(bundle: Bundle, folder: Path, variant: str, rounds: int) -> di
         row: dict[str, Any] = {"settings": summary["settings"]}
         for kind in ("wall", "processor"):
             d, i, e = (getattr(rate, kind) for rate in (decode, infer, whole))
-            row[kind] = {"decode": d, "infer": i, "whole": e, "bound": 1 / (1 / d + 1 / i), "share": e * (1 / d + 1 / i)}
-        print(variant, {kind: {k: round(v, 2) for k, v in row[kind].items()} for kind in ("wall", "processor")}, file=sys.stderr)
+            row[kind] = {
+                "decode": d,
+                "infer": i,
+                "whole": e,
+                "bound": 1 / (1 / d + 1 / i),
+                "share": e * (1 / d + 1 / i),
+            }
+        print(
+            variant,
+            {kind: {k: round(v, 2) for k, v in row[kind].items()} for kind in ("wall", "processor")},
+            file=sys.stderr,
+        )
         measured.append(row)
-    medians = {kind: statistics.median(row[kind]["share"] for row in measured) for kind in ("wall", "processor")}
+    medians = {
+        kind: statistics.median(row[kind]["share"] for row in measured) for kind in ("wall", "processor")
+    }
     return {"median_share_of_bound": medians, "rounds": measured}
 
 
@@ -212,7 +274,8 @@ def decode_rate(photos: list[Path], bundle: Bundle) -> Rate:
 
 
 def infer_rate(bundle: Bundle, variant: str, settings: dict[str, int], batches: int = 8) -> Rate:
-    """-> images/s of the bare session in the configuration that the run chose: `streams` callers, batch after batch."""
+    """-> images/s of the bare session in the configuration that the run chose: `streams` callers,
+    batch after batch."""
     session = bundle.session(variant, threads=settings["threads"])
     size = bundle.preprocessing
     shape = (settings["batch_size"], size.height, size.width, 3)
@@ -226,16 +289,29 @@ def infer_rate(bundle: Bundle, variant: str, settings: dict[str, int], batches: 
 def predict(bundle: Bundle, folder: Path, variant: str) -> dict[str, Any]:
     """-> the closing summary of one ffl-predict, with the wall and processor seconds of the whole command."""
     out = folder / f"{variant}.parquet"
-    command = [sys.executable, "-m", "serve.predict", str(bundle.folder), str(folder / "photos"), "--out", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "serve.predict",
+        str(bundle.folder),
+        str(folder / "photos"),
+        "--out",
+        str(out),
+    ]
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    run = subprocess.run([*command, "--variant", variant, "--json"], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [*command, "--variant", variant, "--json"], capture_output=True, text=True, check=True
+    )
     seconds, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
     processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return json.loads(run.stdout) | {"wall_seconds": seconds, "processor_seconds": processor}
 
 
-def against_timm(bundle: Bundle, folder: Path, arguments: argparse.Namespace, weights: Path) -> dict[str, Any]:
-    """-> images/s of timm's script (its best configuration) and of ffl-predict, in turn, and the ratios' medians."""
+def against_timm(
+    bundle: Bundle, folder: Path, arguments: argparse.Namespace, weights: Path
+) -> dict[str, Any]:
+    """-> images/s of timm's script (its best configuration) and of ffl-predict, in turn,
+    and the ratios' medians."""
 
     def timm_rate(workers: int, batch: int) -> tuple[float, float, float]:
         """-> (images/s of its loop, wall and processor seconds of the whole command)."""
@@ -248,8 +324,27 @@ def against_timm(bundle: Bundle, folder: Path, arguments: argparse.Namespace, we
             "--checkpoint",
             str(weights),
         ]
-        command += ["--device", "cpu", "-j", str(workers), "-b", str(batch), "--img-size", str(arguments.size), "--topk", "5"]
-        command += ["--crop-pct", "0.95", "--interpolation", "bicubic", "--label-type", "name", "--exclude-output"]
+        command += [
+            "--device",
+            "cpu",
+            "-j",
+            str(workers),
+            "-b",
+            str(batch),
+            "--img-size",
+            str(arguments.size),
+            "--topk",
+            "5",
+        ]
+        command += [
+            "--crop-pct",
+            "0.95",
+            "--interpolation",
+            "bicubic",
+            "--label-type",
+            "name",
+            "--exclude-output",
+        ]
         command += ["--results-file", str(folder / "timm.csv"), "--no-console-results", "--log-freq", "1"]
         before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
         run = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -276,15 +371,24 @@ def against_timm(bundle: Bundle, folder: Path, arguments: argparse.Namespace, we
         print({k: {n: round(x, 2) for n, x in v.items()} for k, v in row.items()}, file=sys.stderr)
         rounds.append(row)
     configurations = {f"{workers} workers, batch {batch}": rate for (workers, batch), rate in tried.items()}
-    return {"configurations": configurations, "ratios": {v: ratios(rounds, v) for v in ("fp32", "int8")}, "rounds": rounds}
+    return {
+        "configurations": configurations,
+        "ratios": {v: ratios(rounds, v) for v in ("fp32", "int8")},
+        "rounds": rounds,
+    }
 
 
 def ratios(rounds: list[dict[str, Any]], variant: str) -> dict[str, float]:
-    """-> medians over the rounds of how many times faster than timm: its loop, the whole command, processor time."""
+    """-> medians over the rounds of how many times faster than timm: its loop, the whole command,
+    processor time."""
     return {
-        "loop": statistics.median(row[variant]["images_per_second"] / row["timm"]["images_per_second"] for row in rounds),
+        "loop": statistics.median(
+            row[variant]["images_per_second"] / row["timm"]["images_per_second"] for row in rounds
+        ),
         "wall": statistics.median(row["timm"]["wall"] / row[variant]["wall"] for row in rounds),
-        "processor": statistics.median(row["timm"]["processor"] / row[variant]["processor"] for row in rounds),
+        "processor": statistics.median(
+            row["timm"]["processor"] / row[variant]["processor"] for row in rounds
+        ),
     }
 
 

@@ -2,9 +2,9 @@
 
     python -m benchmarks.processors examples/cifar100/fused --record
 
-qemu-user runs this very environment as another CPU: Haswell has AVX2 and no VNNI, Nehalem SSE4.2. Every variant that ONNX
-Runtime or OpenVINO can run is held to its gate on the golden samples, here and there; --record writes the outcomes
-into the manifest and the card. Exit 1 where a gate does not hold.
+qemu-user runs this very environment as another CPU: Haswell has AVX2 and no VNNI, Nehalem SSE4.2. Every
+variant that ONNX Runtime or OpenVINO can run is held to its gate on the golden samples, here and there;
+--record writes the outcomes into the manifest and the card. Exit 1 where a gate does not hold.
 """
 
 from __future__ import annotations
@@ -53,29 +53,49 @@ def outcomes(bundle: Bundle, emulated: str | None = None) -> VerifiedOn:
 def outcome(bundle: Bundle, variant: Variant) -> Outcome:
     session = open_session(bundle, variant)
     record = golden_record(bundle, variant, session)
-    # As export reads it back: from ONNX Runtime's optimised graph; OpenVINO tells by itself, or computes what is stored.
+    # As export reads it back: from ONNX Runtime's optimised graph; OpenVINO tells by itself,
+    # or computes what is stored.
     on_onnxruntime = session.runtime == "onnxruntime"
-    computed = computed_precision(bundle.checked_file(variant.file))[0] if on_onnxruntime else session.computed
+    computed = (
+        computed_precision(bundle.checked_file(variant.file))[0] if on_onnxruntime else session.computed
+    )
     return Outcome.of(record, session.runtime, session.version, computed or variant.precision.stored)
 
 
 def emulated_outcomes(folder: Path, processor: str) -> VerifiedOn:
-    """-> `outcomes` of the bundle on an emulated processor. Raises UsageError without an emulator, CheckError where it fails."""
+    """-> `outcomes` of the bundle on an emulated processor. Raises UsageError without an emulator,
+    CheckError where it fails."""
     if shutil.which(EMULATOR) is None:
-        raise UsageError(f"{EMULATOR} is not installed; run: apt-get install qemu-user (or give --processor native).")
-    command = [EMULATOR, "-cpu", processor, sys.executable, "-m", __spec__.name, "--inside", f"{EMULATOR} -cpu {processor}"]
+        raise UsageError(
+            f"{EMULATOR} is not installed; run: apt-get install qemu-user (or give --processor native)."
+        )
+    command = [
+        EMULATOR,
+        "-cpu",
+        processor,
+        sys.executable,
+        "-m",
+        __spec__.name,
+        "--inside",
+        f"{EMULATOR} -cpu {processor}",
+    ]
     done = subprocess.run([*command, str(folder)], capture_output=True, text=True, check=False)
     lines = done.stdout.splitlines()
-    said = [line for line in done.stderr.splitlines() if not line.startswith(f"{EMULATOR}: warning")]  # features it lacks
+    said = [
+        line for line in done.stderr.splitlines() if not line.startswith(f"{EMULATOR}: warning")
+    ]  # features it lacks
     if done.returncode or not lines:
         raise CheckError(f"{shown(folder)} could not be verified on {processor}: {' '.join(said[-1:])}")
     return msgspec.json.decode(lines[-1], type=VerifiedOn)
 
 
 def record_in(bundle: Bundle, records: Sequence[VerifiedOn]) -> None:
-    """Write `records` into the manifest and the card. Raises UsageError where that would break a signature."""
+    """Write `records` into the manifest and the card.
+    Raises UsageError where that would break a signature."""
     if signature_path(bundle.folder).exists():
-        raise UsageError(f"{shown(bundle.folder)} is signed; record first, then sign it again (remove its .sig file).")
+        raise UsageError(
+            f"{shown(bundle.folder)} is signed; record first, then sign it again (remove its .sig file)."
+        )
     kept = bundle.manifest.verified_on or []
     for record in records:
         kept = with_record(kept, record)
@@ -95,11 +115,16 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--record", action="store_true", help="write the outcomes into manifest and card")
     parser.add_argument(
-        "--inside", metavar="EMULATOR", help="used by the command itself: print this processor's outcomes as JSON"
+        "--inside",
+        metavar="EMULATOR",
+        help="used by the command itself: print this processor's outcomes as JSON",
     )
     arguments = parser.parse_args(argv)
     if arguments.inside:
-        print(msgspec.json.encode(outcomes(load_bundle(arguments.bundles[0]), arguments.inside)).decode(), flush=True)
+        print(
+            msgspec.json.encode(outcomes(load_bundle(arguments.bundles[0]), arguments.inside)).decode(),
+            flush=True,
+        )
         return DONE
     failed = False
     for folder in arguments.bundles:

@@ -2,9 +2,9 @@
 
     python benchmarks/serve_load.py BUNDLE [--variant int8] [--images 1] [--clients 32] [--repeats 3]
 
-Paired: session and server are measured in turn, so that a busy machine disturbs both. Server, clients and session share
-the same cores. The clients are one process of this script that speaks HTTP over raw asyncio streams: a heavier client
-would measure itself. Prints one JSON line.
+Paired: session and server are measured in turn, so that a busy machine disturbs both. Server, clients and
+session share the same cores. The clients are one process of this script that speaks HTTP over raw asyncio
+streams: a heavier client would measure itself. Prints one JSON line.
 """
 
 from __future__ import annotations
@@ -54,8 +54,11 @@ async def _client(port: int, request: bytes, until: float, latencies: list[float
     writer.close()
 
 
-def server_rate(port: int, request: bytes, images: int, clients: int, seconds: float) -> tuple[float, np.ndarray]:
-    """-> (images per second, latencies in seconds) of closed-loop clients, each with one request at a time."""
+def server_rate(
+    port: int, request: bytes, images: int, clients: int, seconds: float
+) -> tuple[float, np.ndarray]:
+    """-> (images per second, latencies in seconds) of closed-loop clients,
+    each with one request at a time."""
 
     async def run() -> tuple[float, np.ndarray]:
         latencies: list[float] = []
@@ -96,7 +99,17 @@ def start_server(folder: str, variant: str | None, max_batch: int) -> tuple[subp
     """-> (process, port), ready."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "serve.command", folder, "--no-demo", "--port", str(port), "--max-batch", str(max_batch)]
+    command = [
+        sys.executable,
+        "-m",
+        "serve.command",
+        folder,
+        "--no-demo",
+        "--port",
+        str(port),
+        "--max-batch",
+        str(max_batch),
+    ]
     process = subprocess.Popen(command + (["--variant", variant] if variant else []))
     while True:
         try:
@@ -110,7 +123,9 @@ def start_server(folder: str, variant: str | None, max_batch: int) -> tuple[subp
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("bundle")
     parser.add_argument("--variant")
     parser.add_argument("--images", type=int, default=1, help="of one request")

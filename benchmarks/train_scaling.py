@@ -2,9 +2,9 @@
 
     python -m benchmarks.train_scaling [--device cuda] [--steps 8] [--json OUT]
 
-FFL on 100 classes of 32x32 pixels, random images (speed does not depend on them), each configuration in a process of its own:
-`Trainer` as it is, batches in memory. The clock runs from one request for a batch to the next; peak memory is the process's
-resident set, or what torch allocated on the GPU.
+FFL on 100 classes of 32x32 pixels, random images (speed does not depend on them), each configuration in a
+process of its own: `Trainer` as it is, batches in memory. The clock runs from one request for a batch to the
+next; peak memory is the process's resident set, or what torch allocated on the GPU.
 """
 
 from __future__ import annotations
@@ -44,7 +44,14 @@ def measure(setting: dict[str, Any], device: str, steps: int) -> dict[str, Any]:
     from ffl_deploy.images import Preprocessing
     from ffl_deploy.networks.mutual import MutualNetwork
     from train.build import choose_network
-    from train.config import DataOptions, MachineOptions, ModelOptions, OptimisationOptions, OutputOptions, TrainConfig
+    from train.config import (
+        DataOptions,
+        MachineOptions,
+        ModelOptions,
+        OptimisationOptions,
+        OutputOptions,
+        TrainConfig,
+    )
     from train.data.batches import InMemoryBatches, Plan, Shares
     from train.distributed import World
     from train.loop import Trainer
@@ -66,8 +73,14 @@ def measure(setting: dict[str, Any], device: str, steps: int) -> dict[str, Any]:
     )
     place = choose_place(setting["precision"], choose_device(config.machine, World()), World())
     method = build_method("ffl")
-    network = MutualNetwork(choose_network(config, method, data)).to(place.device).to(memory_format=torch.channels_last)
-    batches = InMemoryBatches(data, Plan(replace(DataOptions(), crop_padding=4), batch, 0.0, 0, place.device, Shares(World(), 1)))
+    network = (
+        MutualNetwork(choose_network(config, method, data))
+        .to(place.device)
+        .to(memory_format=torch.channels_last)
+    )
+    batches = InMemoryBatches(
+        data, Plan(replace(DataOptions(), crop_padding=4), batch, 0.0, 0, place.device, Shares(World(), 1))
+    )
     requests: list[float] = []
     source = batches.training
 
@@ -94,7 +107,9 @@ def measure(setting: dict[str, Any], device: str, steps: int) -> dict[str, Any]:
 
 def main(argv: list[str]) -> int:
     """-> exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--steps", type=int, default=8, help="counted steps")
     parser.add_argument("--json", type=Path, metavar="OUT")
@@ -110,10 +125,21 @@ def main(argv: list[str]) -> int:
         setting = PLAIN | change
         command = [sys.executable, "-m", "benchmarks.train_scaling", "--one", json.dumps(setting)]
         command += ["--device", arguments.device, "--steps", str(arguments.steps)]
-        result = setting | json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        result = setting | json.loads(
+            subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        )
         results.append(result)
-        cells = [f"{result['branches']} x resnet{result['depth']}", result["batch"], result["size"], result["precision"]]
-        cells += [f"{result['parameters']:,}", f"{result['ms']:.0f}", f"{1e3 * result['batch'] / result['ms']:.0f}"]
+        cells = [
+            f"{result['branches']} x resnet{result['depth']}",
+            result["batch"],
+            result["size"],
+            result["precision"],
+        ]
+        cells += [
+            f"{result['parameters']:,}",
+            f"{result['ms']:.0f}",
+            f"{1e3 * result['batch'] / result['ms']:.0f}",
+        ]
         print(f"| {' | '.join(map(str, cells))} | {result['mib']} MiB |", flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=2) + "\n")

@@ -1,9 +1,10 @@
-"""One training step of FFL ResNet-32 (100 classes, 32x32, batch 128): where its time goes, and what each way to save some brings.
+"""One training step of FFL ResNet-32 (100 classes, 32x32, batch 128): where its time goes,
+and what each way to save some brings.
 
     python -m benchmarks.train_step [--rounds 12] [--compile] [--json OUT]
 
-The variants take turns in one process and are compared round by round; the allocator's setting belongs to a process, so that
-two processes take turns for it. Random images: speed does not depend on them.
+The variants take turns in one process and are compared round by round; the allocator's setting belongs to a
+process, so that two processes take turns for it. Random images: speed does not depend on them.
 """
 
 from __future__ import annotations
@@ -49,10 +50,17 @@ def out_of_place(block: resnet.BasicBlock, x: torch.Tensor) -> torch.Tensor:
     return functional.relu(block.bn2(block.conv2(out)) + shortcut)
 
 
-def build(size: int = 32, layout: torch.memory_format = torch.channels_last, bf16: bool = False, compiled: bool = False) -> Step:
+def build(
+    size: int = 32,
+    layout: torch.memory_format = torch.channels_last,
+    bf16: bool = False,
+    compiled: bool = False,
+) -> Step:
     """-> one whole step: forward, losses, backward, optimiser."""
     torch.manual_seed(0)
-    network = MutualNetwork(NetworkConfig(("resnet32", "resnet32"), 100, 32, 32)).train().to(memory_format=layout)
+    network = (
+        MutualNetwork(NetworkConfig(("resnet32", "resnet32"), 100, 32, 32)).train().to(memory_format=layout)
+    )
     optimiser, method = build_optimizer(network, OptimisationOptions()), build_method("ffl")
     images = torch.randn(BATCH, 3, size, size).contiguous(memory_format=layout)
     labels = torch.randint(100, (BATCH,))
@@ -146,9 +154,13 @@ def profile(step: Step) -> dict[str, float]:
 
 def main(argv: list[str]) -> int:
     """-> exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--compile", action="store_true", help="torch.compile too, which takes minutes to start")
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile too, which takes minutes to start"
+    )
     parser.add_argument("--json", type=Path, metavar="OUT")
     parser.add_argument("--allocator", choices=["default", "tuned"], help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
@@ -177,7 +189,8 @@ def main(argv: list[str]) -> int:
         print(f"| {name} | {1e3 * np.median(values):.0f} | {np.median(np.array(values) / reference):.2f} |")
     default, tuned = allocators["default"], allocators["tuned"]
     print(
-        f"| allocator left as it is | {1e3 * np.median(default[:, 0]):.0f} | {np.median(default[:, 0] / tuned[:, 0]):.2f} |\n\n"
+        f"| allocator left as it is | {1e3 * np.median(default[:, 0]):.0f} | "
+        f"{np.median(default[:, 0] / tuned[:, 0]):.2f} |\n\n"
         f"page faults a step: {np.median(default[:, 1]):.0f}, kept memory {np.median(tuned[:, 1]):.0f}\n"
     )
     shares = profile(base)
@@ -185,7 +198,11 @@ def main(argv: list[str]) -> int:
     for name, share in shares.items():
         print(f"| {name} | {share:.0%} |")
     if arguments.json:
-        result = {"seconds": seconds, "allocators": {k: v.tolist() for k, v in allocators.items()}, "profile": shares}
+        result = {
+            "seconds": seconds,
+            "allocators": {k: v.tolist() for k, v in allocators.items()},
+            "profile": shares,
+        }
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
     return 0
 

@@ -1,11 +1,13 @@
 """Training throughput, end to end with data loading: the official FFL code against this trainer, in turns.
 
     git clone https://github.com/Jangho-Kim/FFL-pytorch official
-    python -m benchmarks.train_vs_official --official official --data CIFAR100_FOLDER [--blocks 8] [--steps 40] [--json OUT]
+    python -m benchmarks.train_vs_official --official official --data CIFAR100_FOLDER [--blocks 8]
+    [--steps 40] [--json OUT]
 
-FFL ResNet-32, CIFAR-100, batch 128, the paper's recipe on both sides. Each side lives in a process of its own and works in
-blocks while the other one sleeps: A B A B ... Its own training function does the work, unchanged (official.py; train/loop.py);
-the clock starts and stops where that function asks for its next batch. The last line is the official time over ours.
+FFL ResNet-32, CIFAR-100, batch 128, the paper's recipe on both sides. Each side lives in a process of its own
+and works in blocks while the other one sleeps: A B A B ... Its own training function does the work, unchanged
+(official.py; train/loop.py); the clock starts and stops where that function asks for its next batch. The last
+line is the official time over ours.
 """
 
 from __future__ import annotations
@@ -70,7 +72,8 @@ def be_official(clone: Path, data: Path, device: str, steps: int) -> None:
     blocks = Blocks(steps, synchroniser(chosen))
     print(json.dumps({"precision": "fp32"}), flush=True)
     while True:
-        # The loader's iterator lives as long as the block: its workers must not read ahead in the other side's time.
+        # The loader's iterator lives as long as the block:
+        # its workers must not read ahead in the other side's time.
         training.run(blocks(endless(training.trainloader, steps + WARM_UP)), 100)
 
 
@@ -104,7 +107,15 @@ class Side:
     """A process of one of the sides, and the peak of its memory together with that of its workers."""
 
     def __init__(self, name: str, arguments: argparse.Namespace, scratch: Path) -> None:
-        command = [sys.executable, "-m", "benchmarks.train_vs_official", "--role", name, "--scratch", str(scratch)]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.train_vs_official",
+            "--role",
+            name,
+            "--scratch",
+            str(scratch),
+        ]
         for flag in ("official", "data", "device", "steps"):
             command += [f"--{flag}", str(getattr(arguments, flag))]
         if arguments.compile:
@@ -151,7 +162,9 @@ def proportional_memory(root: int) -> int:
         try:
             rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
             total += sum(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:"))
-            open_pids += [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+            open_pids += [
+                int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+            ]
         except (OSError, ValueError):  # it ended meanwhile
             continue
     return total // 1024
@@ -168,11 +181,17 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
                     block = side.block()
                     if turn:  # the first turn warms up
                         blocks[name].append(block)
-                        print(f"block {turn:2d}  {name:8s} {block['seconds'] * 1e3:6.0f} ms a step", file=sys.stderr)
+                        print(
+                            f"block {turn:2d}  {name:8s} {block['seconds'] * 1e3:6.0f} ms a step",
+                            file=sys.stderr,
+                        )
         finally:
             for side in sides.values():
                 side.end()
-    ratios = [theirs["seconds"] / ours["seconds"] for theirs, ours in zip(blocks["official"], blocks["ours"], strict=True)]
+    ratios = [
+        theirs["seconds"] / ours["seconds"]
+        for theirs, ours in zip(blocks["official"], blocks["ours"], strict=True)
+    ]
     return {
         "machine": f"{available_cores()} cores of {machine_name()}",
         "device": arguments.device,
@@ -198,7 +217,8 @@ def table(result: dict[str, Any]) -> str:
         loading = np.array([block["loading"] for block in result["blocks"][name]])
         low, middle, high = np.percentile(seconds, [25, 50, 75]) * 1e3
         lines.append(
-            f"| {name} | {result['precision'][name]} | {middle:.0f} | {low:.0f}-{high:.0f} | {128e3 / middle:.0f} "
+            f"| {name} | {result['precision'][name]} | {middle:.0f} | {low:.0f}-{high:.0f} | "
+            f"{128e3 / middle:.0f} "
             f"| {np.median(loading / seconds):.1%} | {result['peak_mib'][name]} MiB |"
         )
     return "\n".join(lines)
@@ -222,7 +242,10 @@ def main(argv: list[str]) -> int:
         if arguments.json:
             arguments.json.write_text(json.dumps(result, indent=2) + "\n")
         low, high = np.percentile(result["ratios"], [25, 75])
-        print(f"\n{table(result)}\n\nblock by block: quartiles {low:.2f}-{high:.2f}, {len(result['ratios'])} pairs")
+        print(
+            f"\n{table(result)}\n\nblock by block: quartiles {low:.2f}-{high:.2f}, {len(result['ratios'])} "
+            "pairs"
+        )
         print(f"ratio: {result['ratio']:.2f}")
     return 0
 

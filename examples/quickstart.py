@@ -1,6 +1,7 @@
 """`make quickstart`: every command a first user needs, run for real, and a table of what came out.
 
-A second call goes on where the first was stopped and repeats nothing that is finished, except export and prediction.
+A second call goes on where the first was stopped and repeats nothing that is finished,
+except export and prediction.
 """
 
 from __future__ import annotations
@@ -22,7 +23,11 @@ TARGETS = ("fused", "branch0")
 def main() -> int:
     """-> 0, or the exit code of the first command that failed."""
     interrupted = (RUN / CONFIG).is_file() and not (RUN / SUMMARY).is_file()
-    train = "" if (RUN / SUMMARY).is_file() else f"python -m train.run {'--resume' if interrupted else '--out'} {RUN}"
+    train = (
+        ""
+        if (RUN / SUMMARY).is_file()
+        else f"python -m train.run {'--resume' if interrupted else '--out'} {RUN}"
+    )
     commands = [
         train,
         f"ffl-export {RUN} {' '.join(f'--target {target}' for target in TARGETS)} --out {BUNDLES}",
@@ -37,20 +42,34 @@ def main() -> int:
         if code:
             return code
     print(f"\n{table()}")
-    print(f"\nThe bundles are in {BUNDLES}/; a machine without torch needs only those: pip install 'ffl-deploy[predict,cpu]'")
+    print(
+        f"\nThe bundles are in {BUNDLES}/; a machine without torch needs only those: pip install "
+        "'ffl-deploy[predict,cpu]'"
+    )
     return 0
 
 
 def table() -> str:
     """-> one row per bundle, from its manifest and from the predictions on the test images."""
-    columns = "target", "parameters", "file", "PyTorch acc.", "ONNX acc.", "predicted acc.", "top-1 agreement", "latency, batch 1"
+    columns = (
+        "target",
+        "parameters",
+        "file",
+        "PyTorch acc.",
+        "ONNX acc.",
+        "predicted acc.",
+        "top-1 agreement",
+        "latency, batch 1",
+    )
     rows = [columns]
     for target in TARGETS:
         bundle = load_bundle(BUNDLES / target)
         variant = bundle.variant()
         accuracy, latency = variant.accuracy, variant.latency
         if accuracy is None or latency is None:
-            raise ValueError(f"{target}: its fp32 variant was not measured")  # ffl-export measures every one on its CPU
+            raise ValueError(
+                f"{target}: its fp32 variant was not measured"
+            )  # ffl-export measures every one on its CPU
         rows.append(
             (
                 target,
@@ -64,7 +83,9 @@ def table() -> str:
             )
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(columns))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows
+    )
 
 
 def predicted_accuracy(file: Path) -> float:

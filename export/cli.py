@@ -24,47 +24,102 @@ def parser() -> Parser:
     """-> the command line; defaults that need the run or torch are resolved in `main`."""
     parser = Parser(
         prog="ffl-export",
-        description="Export targets of a trained run as ONNX bundles whose logits are those of training's own evaluation.",
-        epilog="Exit code 1: a gate did not hold and no bundle of that target was written, or no artefact keeps the limits. "
-        "2: the run or the flags cannot be used.",
+        description=(
+            "Export targets of a trained run as ONNX bundles whose logits are those of training's own "
+            "evaluation."
+        ),
+        epilog=(
+            "Exit code 1: a gate did not hold and no bundle of that target was written, or no artefact keeps "
+            "the limits. 2: the run or the flags cannot be used."
+        ),
     )
-    parser.add_argument("run", metavar="RUN", nargs="?", help="the run directory (default: the newest under runs/)")
     parser.add_argument(
-        "--target", action="append", metavar="NAME", help="fused, ensemble, branch0, ... or all; may be repeated (default: the "
-        "classifier that the run's best checkpoint was chosen by)",
-    )  # fmt: skip
-    parser.add_argument("--precision", action="append", choices=PRECISIONS, help="further variants beside fp32; may be repeated")
+        "run", metavar="RUN", nargs="?", help="the run directory (default: the newest under runs/)"
+    )
+    parser.add_argument(
+        "--target",
+        action="append",
+        metavar="NAME",
+        help=(
+            "fused, ensemble, branch0, ... or all; may be repeated (default: the classifier that the run's "
+            "best checkpoint was chosen by)"
+        ),
+    )
+    parser.add_argument(
+        "--precision",
+        action="append",
+        choices=PRECISIONS,
+        help="further variants beside fp32; may be repeated",
+    )
     parser.add_argument(
         "--runtime",
         action="append",
         choices=[name for name, runtime in RUNTIMES.items() if runtime.reads == ".onnx"],
         help="verify and measure every ONNX variant here too; may be repeated",
     )
-    parser.add_argument("--tensorrt", action="store_true", help="build TensorRT engines from the suitable variants")
     parser.add_argument(
-        "--compute-capability", action="append", metavar="X.Y", help="GPUs to build engines for, for example 8.9; may be repeated"
+        "--tensorrt", action="store_true", help="build TensorRT engines from the suitable variants"
+    )
+    parser.add_argument(
+        "--compute-capability",
+        action="append",
+        metavar="X.Y",
+        help="GPUs to build engines for, for example 8.9; may be repeated",
     )
     parser.add_argument("--checkpoint", default="best", metavar="NAME", help="best (default), last or ema")
     parser.add_argument("--opset", type=int, metavar="N", help="ONNX opset")
-    parser.add_argument("--batch", default="dynamic", metavar="dynamic|N", help="batch size of the graph (default: dynamic)")
-    parser.add_argument("--cam", action="store_true", help="further output: the class activation map of the predicted class")
+    parser.add_argument(
+        "--batch", default="dynamic", metavar="dynamic|N", help="batch size of the graph (default: dynamic)"
+    )
+    parser.add_argument(
+        "--cam", action="store_true", help="further output: the class activation map of the predicted class"
+    )
     parser.add_argument("--embedding", action="store_true", help="further output: the pooled features")
-    parser.add_argument("--triton", type=Path, metavar="DIR", help="add the bundles to a Triton model repository")
-    parser.add_argument("--web", type=Path, metavar="DIR", help="write a static page that classifies in the visitor's browser")
-    parser.add_argument("--space", type=Path, metavar="DIR", help="write a Hugging Face Space with the bundles")
     parser.add_argument(
-        "--space-sdk", choices=("static", "gradio"), default="static", help="the Space is that page (default), or the demo"
+        "--triton", type=Path, metavar="DIR", help="add the bundles to a Triton model repository"
     )
     parser.add_argument(
-        "--runtime-folder", type=Path, metavar="DIR", help="onnxruntime-web for the page, instead of downloading it with npm"
+        "--web", type=Path, metavar="DIR", help="write a static page that classifies in the visitor's browser"
     )
-    parser.add_argument("--sign", type=Path, metavar="PEM", help="sign each bundle with this private key (TARGET.sig beside it)")
-    parser.add_argument("--golden", type=Path, metavar="DIR", help="take the golden images from here, not from the run's data")
-    parser.add_argument("--max-latency-ms", type=float, metavar="X", help="report: recommend nothing slower (p50, one image)")
-    parser.add_argument("--min-accuracy", type=float, metavar="X", help="report: recommend nothing less accurate (0 to 1)")
+    parser.add_argument(
+        "--space", type=Path, metavar="DIR", help="write a Hugging Face Space with the bundles"
+    )
+    parser.add_argument(
+        "--space-sdk",
+        choices=("static", "gradio"),
+        default="static",
+        help="the Space is that page (default), or the demo",
+    )
+    parser.add_argument(
+        "--runtime-folder",
+        type=Path,
+        metavar="DIR",
+        help="onnxruntime-web for the page, instead of downloading it with npm",
+    )
+    parser.add_argument(
+        "--sign",
+        type=Path,
+        metavar="PEM",
+        help="sign each bundle with this private key (TARGET.sig beside it)",
+    )
+    parser.add_argument(
+        "--golden", type=Path, metavar="DIR", help="take the golden images from here, not from the run's data"
+    )
+    parser.add_argument(
+        "--max-latency-ms", type=float, metavar="X", help="report: recommend nothing slower (p50, one image)"
+    )
+    parser.add_argument(
+        "--min-accuracy", type=float, metavar="X", help="report: recommend nothing less accurate (0 to 1)"
+    )
     parser.add_argument("--max-bytes", type=int, metavar="N", help="report: recommend no larger file")
-    parser.add_argument("--report-only", action="store_true", help="write the report over the bundles in --out; export nothing")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="receives one folder per target (default: bundles/RUN)")
+    parser.add_argument(
+        "--report-only",
+        action="store_true",
+        help="write the report over the bundles in --out; export nothing",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="receives one folder per target (default: bundles/RUN)"
+    )
     return parser
 
 
@@ -88,7 +143,10 @@ def main(argv: Sequence[str]) -> int:
 
     opset = OPSET if arguments.opset is None else arguments.opset
     if opset not in OPSETS:
-        raise UsageError(f"--opset {opset} is not supported; choose {OPSETS.start} to {OPSETS.stop - 1} ({OPSET} by default).")
+        raise UsageError(
+            f"--opset {opset} is not supported; choose {OPSETS.start} to {OPSETS.stop - 1} ({OPSET} by "
+            "default)."
+        )
     options = ExportOptions(
         targets=tuple(arguments.target or [run.model.strong]),
         out=out,
@@ -114,8 +172,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _require_places(arguments: argparse.Namespace, targets: Sequence[str]) -> None:
-    """Raises UsageError, before any work, for a key that cannot sign, and a --space or --triton that would overwrite what is not
-    ours."""
+    """Raises UsageError, before any work, for a key that cannot sign,
+    and a --space or --triton that would overwrite what is not ours."""
     if arguments.sign:
         from ffl_deploy.signing import signer
 
@@ -152,14 +210,22 @@ def _publish(bundles: Sequence[Bundle], arguments: argparse.Namespace) -> None:
         models = [model for bundle in bundles for model in write_repository(bundle, triton)]
         print(f"{triton}: Triton models {', '.join(model.name for model in models)}", flush=True)
         skipped = [
-            f"{one.name}/{variant.name}" for one in bundles for variant in one.manifest.variants if not backend_of(variant)
+            f"{one.name}/{variant.name}"
+            for one in bundles
+            for variant in one.manifest.variants
+            if not backend_of(variant)
         ]
         if skipped:
             print(f"{triton}: without {', '.join(skipped)}, which Triton has no backend for", flush=True)
     if web:
         from ffl_deploy.web.build import WebOptions, web_models, write_web
 
-        write_web(web_models([str(bundle.folder) for bundle in bundles]), web, WebOptions(arguments.runtime_folder), "--web")
+        write_web(
+            web_models([str(bundle.folder) for bundle in bundles]),
+            web,
+            WebOptions(arguments.runtime_folder),
+            "--web",
+        )
         print(f"{web}: a web page; to look at it: python -m http.server --directory {web}", flush=True)
     if space:
         from export.publish.space import write_space
@@ -172,15 +238,20 @@ def _publish(bundles: Sequence[Bundle], arguments: argparse.Namespace) -> None:
 
 
 def _limits(arguments: argparse.Namespace) -> Limits:
-    """-> what --max-latency-ms, --min-accuracy and --max-bytes ask for. Raises UsageError for impossible values."""
+    """-> what --max-latency-ms, --min-accuracy and --max-bytes ask for.
+    Raises UsageError for impossible values."""
     from ffl_deploy.report import Limits
 
     if arguments.min_accuracy is not None and not 0 <= arguments.min_accuracy <= 1:
-        raise UsageError(f"--min-accuracy {arguments.min_accuracy:g} is not a share; give for example 0.95 for 95 %.")
+        raise UsageError(
+            f"--min-accuracy {arguments.min_accuracy:g} is not a share; give for example 0.95 for 95 %."
+        )
     for flag in ("max_latency_ms", "max_bytes"):
         value = getattr(arguments, flag)
         if value is not None and value <= 0:
-            raise UsageError(f"--{flag.replace('_', '-')} {value:g} leaves nothing to recommend; give a positive number.")
+            raise UsageError(
+                f"--{flag.replace('_', '-')} {value:g} leaves nothing to recommend; give a positive number."
+            )
     return Limits(arguments.max_latency_ms, arguments.min_accuracy, arguments.max_bytes)
 
 
@@ -199,7 +270,9 @@ def _batch(text: str) -> int | None:
     if text == "dynamic":
         return None
     if not text.isdecimal() or int(text) < 1:
-        raise UsageError(f"--batch {text} is neither dynamic nor a number of images; give for example --batch 8.")
+        raise UsageError(
+            f"--batch {text} is neither dynamic nor a number of images; give for example --batch 8."
+        )
     return int(text)
 
 
@@ -209,7 +282,9 @@ def _engines(wanted: bool, capabilities: list[str] | None, batch: int | None) ->
 
     if not wanted:
         if capabilities:
-            raise UsageError("--compute-capability is about TensorRT engines; add --tensorrt, or leave it out.")
+            raise UsageError(
+                "--compute-capability is about TensorRT engines; add --tensorrt, or leave it out."
+            )
         return None
     profile = (batch, batch, batch) if batch else EngineOptions().batches
     return EngineOptions(installed_flavour(), tuple(capabilities) if capabilities else None, profile)

@@ -1,4 +1,5 @@
-"""What a processor really computes in, read from the graph that ONNX Runtime made of a file, not from what was asked for."""
+"""What a processor really computes in, read from the graph that ONNX Runtime made of a file,
+not from what was asked for."""
 
 from __future__ import annotations
 
@@ -9,7 +10,12 @@ from typing import Any
 
 from ffl_deploy.runtime import import_onnxruntime
 
-QUANTISED = {"QLinearConv": "Conv", "QGemm": "Gemm", "QLinearMatMul": "MatMul", "MatMulIntegerToFloat": "MatMul"}
+QUANTISED = {
+    "QLinearConv": "Conv",
+    "QGemm": "Gemm",
+    "QLinearMatMul": "MatMul",
+    "MatMulIntegerToFloat": "MatMul",
+}
 FLOAT = {
     "Conv": "Conv",
     "FusedConv": "Conv",
@@ -53,7 +59,12 @@ def computed_precision(path: Path) -> tuple[str, dict[str, int]]:
     histogram = Counter(node.op_type for node in graph.node)
     quantised = sum(count for name, count in histogram.items() if name in QUANTISED)
     weights = {tensor.name: tensor.data_type for tensor in graph.initializer}
-    casts = {node.output[0]: attribute.i for node in graph.node if node.op_type == "Cast" for attribute in node.attribute}
+    casts = {
+        node.output[0]: attribute.i
+        for node in graph.node
+        if node.op_type == "Cast"
+        for attribute in node.attribute
+    }
     kinds: Counter[str] = Counter({"int8": quantised})
     for node in graph.node:
         if node.op_type in FLOAT:

@@ -1,6 +1,8 @@
-"""What `--precision` offers: one row for each precision, which says how its files are written from the verified fp32 file.
+"""What `--precision` offers: one row for each precision,
+which says how its files are written from the verified fp32 file.
 
-A precision may have several files (int8 has one for each kind of processor), each with the runtimes that can verify it.
+A precision may have several files (int8 has one for each kind of processor),
+each with the runtimes that can verify it.
 """
 
 from __future__ import annotations
@@ -33,8 +35,8 @@ VALIDATION_IMAGES = 512  # on which quantisation methods are compared
 class ModelFile:
     """A written ONNX file that is still to be verified.
 
-    runtimes: those to do that on; the first one names the variant. engine: TensorRT builds from it. on_cpu: whether a CPU is
-    what it is for; the speed of a file for a GPU is not measured on one.
+    runtimes: those to do that on; the first one names the variant. engine: TensorRT builds from it. on_cpu:
+    whether a CPU is what it is for; the speed of a file for a GPU is not measured on one.
     """
 
     name: str
@@ -50,7 +52,8 @@ class ModelFile:
 class TargetContext:
     """One target in PyTorch, with everything that its files are compared with.
 
-    golden: what ffl-verify will judge the files by; golden_files: the names of its images, where they are the user's own.
+    golden: what ffl-verify will judge the files by; golden_files: the names of its images,
+    where they are the user's own.
     """
 
     name: str
@@ -72,21 +75,30 @@ class TargetContext:
         with torch.inference_mode():
             values = self.model(torch.from_numpy(self.reference.images))
         return {
-            name: value.numpy() for name, value in zip(self.model.output_names, values, strict=True) if name in self.model.extras
+            name: value.numpy()
+            for name, value in zip(self.model.output_names, values, strict=True)
+            if name in self.model.extras
         }
 
 
-def write_fp32(folder: Path, context: TargetContext, graph: GraphOptions, runtimes: Sequence[str]) -> ModelFile:
-    """Write `folder/model.onnx`, from which every other file is made once it has been verified. Raises CheckError."""
+def write_fp32(
+    folder: Path, context: TargetContext, graph: GraphOptions, runtimes: Sequence[str]
+) -> ModelFile:
+    """Write `folder/model.onnx`, from which every other file is made once it has been verified.
+    Raises CheckError."""
     source, shape = folder / "model.onnx", context.evaluation.run.preprocessing
     metadata = {"ffl.target": context.name, "ffl.checkpoint_sha256": context.checkpoint_sha256}
     write_onnx(context.model, source, shape.height, shape.width, graph, metadata)
     if file_batches(source) != graph.batch:
-        raise CheckError(f"the exporter froze the batch of {source.name} to {file_batches(source)}. No bundle was written.")
+        raise CheckError(
+            f"the exporter froze the batch of {source.name} to {file_batches(source)}. No bundle was written."
+        )
     return ModelFile(DEFAULT_VARIANT, source, "fp32", tuple(runtimes))
 
 
-def _fp16(source: Path, context: TargetContext, batch: int | None, runtimes: Sequence[str]) -> list[ModelFile]:
+def _fp16(
+    source: Path, context: TargetContext, batch: int | None, runtimes: Sequence[str]
+) -> list[ModelFile]:
     path = source.with_name("model.fp16.onnx")
     magnitudes = largest_magnitudes(source, context.evaluation.calibration_images(IMAGES), batch)
     record = write_half(source, path, "fp16", magnitudes)
@@ -95,22 +107,30 @@ def _fp16(source: Path, context: TargetContext, batch: int | None, runtimes: Seq
     return [ModelFile("fp16", path, "fp16", tuple(runtimes), Details(half=record))]
 
 
-def _bf16(source: Path, context: TargetContext, batch: int | None, runtimes: Sequence[str]) -> list[ModelFile]:
+def _bf16(
+    source: Path, context: TargetContext, batch: int | None, runtimes: Sequence[str]
+) -> list[ModelFile]:
     path = source.with_name("model.bf16.onnx")
     record = write_half(source, path, "bf16")
     # ONNX Runtime's CPU has no bf16 convolution; OpenVINO computes it where the processor has it.
     return [ModelFile("bf16", path, "bf16", ("openvino",), Details(half=record))]
 
 
-def _int8(source: Path, context: TargetContext, batch: int | None, runtimes: Sequence[str]) -> list[ModelFile]:
+def _int8(
+    source: Path, context: TargetContext, batch: int | None, runtimes: Sequence[str]
+) -> list[ModelFile]:
     evaluation, validation = context.evaluation, context.evaluation.data.validation
     rows = class_balanced(validation.labels, VALIDATION_IMAGES)
     held = Held(validation.read(rows), evaluation.validation_logits[context.name][rows])
     golden = Held(context.golden.images, context.golden.logits)
     trained = evaluation.quantized
     scales = None if trained is None else trained_scales(trained, context.name, source)
-    forms = quantize(source, source.parent, evaluation.calibration_images(IMAGES), held, golden, batch, scales)
-    details = {name: Details(quantisation=form.choice, certificate=form.certificate) for name, form in forms.items()}
+    forms = quantize(
+        source, source.parent, evaluation.calibration_images(IMAGES), held, golden, batch, scales
+    )
+    details = {
+        name: Details(quantisation=form.choice, certificate=form.certificate) for name, form in forms.items()
+    }
     # Each form has its runtimes: TensorRT refuses the zero points of the CPU's, also behind ONNX Runtime.
     through_tensorrt = tuple(name for name in runtimes if name == "onnxruntime-tensorrt")
     others = tuple(name for name in runtimes if name not in through_tensorrt)
@@ -125,8 +145,8 @@ def _int8(source: Path, context: TargetContext, batch: int | None, runtimes: Seq
 class Format:
     """A precision beside fp32.
 
-    write: (verified fp32 file, target, the only batch size or None, runtimes that were asked for) -> its files, beside the fp32
-    one; needs: runtimes without which it cannot be verified, whichever were asked for.
+    write: (verified fp32 file, target, the only batch size or None, runtimes that were asked for) -> its
+    files, beside the fp32 one; needs: runtimes without which it cannot be verified, whichever were asked for.
     """
 
     precision: str
@@ -135,5 +155,6 @@ class Format:
 
 
 FORMATS = {
-    row.precision: row for row in (Format("fp16", _fp16), Format("bf16", _bf16, needs=("openvino",)), Format("int8", _int8))
+    row.precision: row
+    for row in (Format("fp16", _fp16), Format("bf16", _bf16, needs=("openvino",)), Format("int8", _int8))
 }

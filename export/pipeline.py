@@ -1,4 +1,5 @@
-"""A run directory -> bundles. For each target: write, compare, measure, and only then put the bundle in its place."""
+"""A run directory -> bundles. For each target: write, compare, measure,
+and only then put the bundle in its place."""
 
 from __future__ import annotations
 
@@ -48,29 +49,39 @@ class ExportOptions:
 
 
 def export_run(run: Run, options: ExportOptions, report: Callable[[str], None]) -> list[Bundle]:
-    """Export every target of `options`. Raises UsageError for what cannot be asked, CheckError where a gate does not hold.
+    """Export every target of `options`. Raises UsageError for what cannot be asked,
+    CheckError where a gate does not hold.
 
-    report: receives one line per step. A target's folder appears, or is replaced, only when all its gates held.
+    report: receives one line per step. A target's folder appears, or is replaced,
+    only when all its gates held.
     """
     loaded = load_network(run, options.checkpoint)
     known = target_names(loaded.network)
     targets = known if "all" in options.targets else list(dict.fromkeys(options.targets))
     for target in targets:
         if target not in known:
-            raise UsageError(f"{run.folder} has no target {target!r}. {choices_sentence(target, [*known, 'all'])}")
+            raise UsageError(
+                f"{run.folder} has no target {target!r}. {choices_sentence(target, [*known, 'all'])}"
+            )
     for target in targets:
         folder = options.out / target
         occupied = folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
         if occupied and not (folder / MANIFEST).is_file():
-            raise UsageError(f"{folder} is there already and is no bundle; choose another --out, or move it away.")
+            raise UsageError(
+                f"{folder} is there already and is no bundle; choose another --out, or move it away."
+            )
     if options.extras:
         for target in targets:
             require_features(build_target(loaded.network, target), options.extras, target)
     check_runtimes(options.variants)
     evaluation = Evaluation(run, loaded.network, options.checkpoint, targets)
-    references = {target: evaluation.reference(target) for target in targets}  # before any work: a missing one stops here
+    # before any work: a missing one stops here
+    references = {target: evaluation.reference(target) for target in targets}
     own = read_golden(options.golden, run) if options.golden else None
-    return [export_target(target, evaluation, references[target], loaded, options, own, report) for target in targets]
+    return [
+        export_target(target, evaluation, references[target], loaded, options, own, report)
+        for target in targets
+    ]
 
 
 def export_target(
@@ -82,7 +93,8 @@ def export_target(
     own: dict[str, np.ndarray] | None,
     report: Callable[[str], None],
 ) -> Bundle:
-    """Export one target into `options.out / name`. Raises CheckError where a gate does not hold; nothing is left then.
+    """Export one target into `options.out / name`. Raises CheckError where a gate does not hold;
+    nothing is left then.
 
     own: file name -> image uint8 [h, w, 3], the golden images; None takes the run's.
     """
@@ -94,7 +106,9 @@ def export_target(
     model = DeployedModel(target, run.mean, run.std, calibration.temperature, options.extras).eval()
     test = HeldOut(evaluation.data.test, evaluation.test_logits[name])
     samples = golden_samples(model, reference, own, run)
-    context = TargetContext(name, model, reference, test, evaluation, samples, tuple(own or ()), loaded.sha256)
+    context = TargetContext(
+        name, model, reference, test, evaluation, samples, tuple(own or ()), loaded.sha256
+    )
     with replace_folder(options.out / name) as folder:
         variants = build_variants(folder, context, options.variants)
         folder_given = options.golden and f"from the folder {options.golden.name}/"
@@ -134,8 +148,12 @@ def verified_here(variants: Sequence[Variant]) -> VerifiedOn:
     outcomes = {}
     for variant in variants:
         if variant.parity:
-            installed = version("openvino") if variant.runtime == "openvino" else import_onnxruntime().__version__
-            outcomes[variant.name] = Outcome.of(variant.parity, variant.runtime, installed, variant.precision.computed)
+            installed = (
+                version("openvino") if variant.runtime == "openvino" else import_onnxruntime().__version__
+            )
+            outcomes[variant.name] = Outcome.of(
+                variant.parity, variant.runtime, installed, variant.precision.computed
+            )
     return VerifiedOn(description(), None, outcomes)
 
 
@@ -145,7 +163,9 @@ def calibrate(evaluation: Evaluation, target: str) -> Temperature:
     temperature = fit_temperature(evaluation.validation_logits[target], validation.labels)
     notes = [evaluation.run.config.split.get("note", "")]
     if temperature is None:
-        notes.append("no temperature can be fitted where the validation split is classified without error, so it is 1")
+        notes.append(
+            "no temperature can be fitted where the validation split is classified without error, so it is 1"
+        )
         temperature = 1.0
     logits = evaluation.test_logits[target]
     return Temperature(
@@ -158,8 +178,11 @@ def calibrate(evaluation: Evaluation, target: str) -> Temperature:
     )
 
 
-def golden_samples(model: DeployedModel, reference: Reference, own: dict[str, np.ndarray] | None, run: Run) -> GoldenSamples:
-    """-> `own` images with PyTorch's logits and labels unknown (-1), else class-balanced ones of training's evaluation."""
+def golden_samples(
+    model: DeployedModel, reference: Reference, own: dict[str, np.ndarray] | None, run: Run
+) -> GoldenSamples:
+    """-> `own` images with PyTorch's logits and labels unknown (-1),
+    else class-balanced ones of training's evaluation."""
     import torch
 
     if own is None:
@@ -172,7 +195,8 @@ def golden_samples(model: DeployedModel, reference: Reference, own: dict[str, np
 
 
 def read_golden(folder: Path, run: Run) -> dict[str, np.ndarray]:
-    """-> file name -> image uint8 [h, w, 3], the first ones by name. Raises UsageError for an unusable folder."""
+    """-> file name -> image uint8 [h, w, 3], the first ones by name.
+    Raises UsageError for an unusable folder."""
     from ffl_deploy.images import SUFFIXES, ImageError, load
 
     if not folder.is_dir():
@@ -187,7 +211,9 @@ def read_golden(folder: Path, run: Run) -> dict[str, np.ndarray]:
 
 
 def _golden_limit(run: Run) -> int:
-    return max(1, min(GOLDEN_IMAGES, GOLDEN_BYTES // (3 * run.preprocessing.height * run.preprocessing.width)))
+    return max(
+        1, min(GOLDEN_IMAGES, GOLDEN_BYTES // (3 * run.preprocessing.height * run.preprocessing.width))
+    )
 
 
 OUTPUTS = {
@@ -199,11 +225,14 @@ OUTPUTS = {
 
 
 def output_tensors(model: DeployedModel, run: Run, batch: int | None) -> list[OutputTensor]:
-    """-> the graph's outputs with the shapes that the model gives; batch: the only one that it takes, None for any."""
+    """-> the graph's outputs with the shapes that the model gives; batch: the only one that it takes,
+    None for any."""
     import torch
 
     with torch.inference_mode():
-        values = model(torch.zeros(1, run.preprocessing.height, run.preprocessing.width, 3, dtype=torch.uint8))
+        values = model(
+            torch.zeros(1, run.preprocessing.height, run.preprocessing.width, 3, dtype=torch.uint8)
+        )
     return [
         OutputTensor(name, [batch or "batch", *value.shape[1:]], OUTPUTS[name])
         for name, value in zip(model.output_names, values, strict=True)
@@ -219,7 +248,8 @@ def variant_summary(variant: Variant) -> str:
     if variant.accuracy:
         said.append(
             f"accuracy {100 * variant.accuracy.value:.2f} % (PyTorch "
-            f"{100 * variant.accuracy.difference.reference_accuracy:.2f} %, {variant.accuracy.verdict.summary})"
+            f"{100 * variant.accuracy.difference.reference_accuracy:.2f} %, "
+            f"{variant.accuracy.verdict.summary})"
         )
     if variant.latency:
         said.append(f"{variant.latency.p50_ms:.2f} ms per image")

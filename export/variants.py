@@ -1,4 +1,5 @@
-"""A bundle's variants: which files there are for the asked precisions, and each one verified on each asked runtime."""
+"""A bundle's variants: which files there are for the asked precisions,
+and each one verified on each asked runtime."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ from ffl_deploy.runtime.session import FixedBatchSession
 
 @dataclass(frozen=True)
 class VariantOptions:
-    """precisions and runtimes: what to write, and where to verify it; fp32 and onnxruntime are always among them."""
+    """precisions and runtimes: what to write, and where to verify it;
+    fp32 and onnxruntime are always among them."""
 
     precisions: tuple[str, ...] = ("fp32",)
     runtimes: tuple[str, ...] = ("onnxruntime",)
@@ -33,10 +35,13 @@ class VariantOptions:
 
 
 def build_variants(folder: Path, context: TargetContext, options: VariantOptions) -> list[Variant]:
-    """Write and verify everything that `options` asks for into `folder`, fp32 first. Raises CheckError, UsageError."""
+    """Write and verify everything that `options` asks for into `folder`, fp32 first. Raises CheckError,
+    UsageError."""
 
     def finished(file: ModelFile) -> list[Variant]:
-        variants = [verified(file, runtime, context, folder, options.graph.batch) for runtime in file.runtimes]
+        variants = [
+            verified(file, runtime, context, folder, options.graph.batch) for runtime in file.runtimes
+        ]
         if options.engines and file.engine:
             variants.append(engine_variant(file, folder, context, options.engines))
         return variants
@@ -52,13 +57,18 @@ def build_variants(folder: Path, context: TargetContext, options: VariantOptions
 
 
 def check_runtimes(options: VariantOptions) -> None:
-    """Raises UsageError where a runtime that is needed is not installed or cannot start; before any work is done."""
-    needed = [name for precision in options.precisions if precision in FORMATS for name in FORMATS[precision].needs]
+    """Raises UsageError where a runtime that is needed is not installed or cannot start;
+    before any work is done."""
+    needed = [
+        name for precision in options.precisions if precision in FORMATS for name in FORMATS[precision].needs
+    ]
     for name in dict.fromkeys([*options.runtimes, *needed]):
         RUNTIMES[name].require()
 
 
-def verified(file: ModelFile, runtime: str, context: TargetContext, folder: Path, batch: int | None) -> Variant:
+def verified(
+    file: ModelFile, runtime: str, context: TargetContext, folder: Path, batch: int | None
+) -> Variant:
     """Open `file` on `runtime`, hold it to the gates of its precision, measure it. Raises CheckError."""
     name = file.name if runtime == file.runtimes[0] else f"{file.name}-{runtime}"
     session, computed, details = open_file(file, runtime, name)
@@ -94,8 +104,13 @@ def open_file(file: ModelFile, runtime: str, name: str) -> tuple[Session, str, D
         from ffl_deploy.runtime.openvino_runtime import OpenVinoSession
 
         opened = OpenVinoSession(file.path, name, precision=file.stored)
-        return opened, opened.computed or file.stored, msgspec.structs.replace(file.details, layers=opened.layer_precisions())
-    session = OnnxRuntimeSession(file.path, name, runtime=runtime)  # first: it says in a sentence why a file is refused
+        return (
+            opened,
+            opened.computed or file.stored,
+            msgspec.structs.replace(file.details, layers=opened.layer_precisions()),
+        )
+    # first: it says in a sentence why a file is refused
+    session = OnnxRuntimeSession(file.path, name, runtime=runtime)
     computed, histogram = computed_precision(file.path)
     if runtime != "onnxruntime":  # a GPU provider computes in what the file stores
         computed = file.stored
@@ -103,7 +118,8 @@ def open_file(file: ModelFile, runtime: str, name: str) -> tuple[Session, str, D
 
 
 def engine_variant(file: ModelFile, folder: Path, context: TargetContext, options: EngineOptions) -> Variant:
-    """Build a TensorRT engine from a verified file. Its own parity is checked where it can run: by ffl-verify on a GPU."""
+    """Build a TensorRT engine from a verified file. Its own parity is checked where it can run:
+    by ffl-verify on a GPU."""
     name = f"{file.name.removesuffix('-tensorrt')}-engine"
     path = folder / "engines" / f"{name.removesuffix('-engine')}.engine"
     shape = context.evaluation.run.preprocessing

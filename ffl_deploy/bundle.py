@@ -1,9 +1,10 @@
-"""A bundle: the folder that deployment takes. One target, its variants, golden samples, and a manifest of every file.
+"""A bundle: the folder that deployment takes. One target, its variants, golden samples,
+and a manifest of every file.
 
     DIR/TARGET/  bundle.json  model.onnx  [model.int8.onnx  engines/*.engine ...]  golden.npz  README.md
 
-The manifest is data and names files inside the folder only; `load_bundle` refuses anything else before a file is opened.
-Nothing here imports torch.
+The manifest is data and names files inside the folder only; `load_bundle` refuses anything else before a file
+is opened. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -60,16 +61,22 @@ class Bundle(BundleFiles):
         self._lock = threading.Lock()
 
     def session(
-        self, variant: str | None = None, runtime: str | None = None, threads: int | None = None, *, check: bool = True
+        self,
+        variant: str | None = None,
+        runtime: str | None = None,
+        threads: int | None = None,
+        *,
+        check: bool = True,
     ) -> Session:
-        """-> a new Session on `variant` (fp32) with `runtime` (the variant's own), using `threads` cores (all).
+        """-> a new Session on `variant` (fp32) with `runtime` (the variant's own),
+        using `threads` cores (all).
 
-        Before it is handed out it has given PyTorch's logits of the golden samples, now or, on this processor with this
-        runtime, earlier (`ffl_deploy.selfcheck`). variant: "auto" takes what `fastest` finds.
+        Before it is handed out it has given PyTorch's logits of the golden samples, now or, on this processor
+        with this runtime, earlier (`ffl_deploy.selfcheck`). variant: "auto" takes what `fastest` finds.
 
         Args: check: False for callers who judge the session themselves, or ask it nothing but the time.
-        Raises UsageError (unknown or missing runtime, a file it does not read), CheckError (file changed, model refused,
-        answers that are not PyTorch's; the sentence names a variant that holds here).
+        Raises UsageError (unknown or missing runtime, a file it does not read), CheckError (file changed,
+        model refused, answers that are not PyTorch's; the sentence names a variant that holds here).
         """
         if variant == AUTO:
             choice = self.fastest(runtime, threads)
@@ -82,8 +89,11 @@ class Bundle(BundleFiles):
             require_golden(self, chosen, session, threads)
         return session
 
-    def fastest(self, runtime: str | None = None, threads: int | None = None, remembered: bool = True) -> Choice:
-        """-> the fastest variant that holds its gate on this machine, and why it is; `ffl_deploy.fastest` measures it once."""
+    def fastest(
+        self, runtime: str | None = None, threads: int | None = None, remembered: bool = True
+    ) -> Choice:
+        """-> the fastest variant that holds its gate on this machine, and why it is;
+        `ffl_deploy.fastest` measures it once."""
         from ffl_deploy.fastest import fastest
 
         return fastest(self, runtime, threads, remembered)
@@ -100,15 +110,18 @@ class Bundle(BundleFiles):
         """Classify images; -> one Prediction for each, in order.
 
         Args:
-            images: uint8 RGB arrays [height, width, 3] of any size, encoded images as bytes, or paths of image files.
-            top_k: classes in `Prediction.top` (at least 1, at most all of them).
-            variant, runtime: as for `session`.
-            batch_size: images in one inference; bounds the memory, does not change the answers beyond the last bit.
-        Raises ImageError (with the image's path or position) for one that cannot be decoded, OSError for a path that cannot
-        be read, ValueError for an array of another kind and for numbers below 1, CheckError where the model's output is not
-        finite, UsageError and CheckError as `session`. For a row per image, errors included, use ffl-predict.
+            images: uint8 RGB arrays [height, width, 3] of any size, encoded images as bytes, or paths of
+            image files. top_k: classes in `Prediction.top` (at least 1, at most all of them). variant,
+            runtime: as for `session`.
+            batch_size: images in one inference; bounds the memory,
+            does not change the answers beyond the last bit.
+        Raises ImageError (with the image's path or position) for one that cannot be decoded, OSError for a
+        path that cannot be read, ValueError for an array of another kind and for numbers below 1, CheckError
+        where the model's output is not finite, UsageError and CheckError as `session`. For a row per image,
+        errors included, use ffl-predict.
 
-        Thread-safe: one session per (variant, runtime) is opened, at the first call, and shared by all threads.
+        Thread-safe: one session per (variant, runtime) is opened, at the first call,
+        and shared by all threads.
         """
         from ffl_deploy.images import prepare
 
@@ -127,7 +140,9 @@ class Bundle(BundleFiles):
             bad = np.flatnonzero(~outputs.finite)
             if len(bad):
                 raise CheckError(f"the model's output for image {start + bad[0]} is not a finite number.")
-            predictions += [self.prediction(outputs.logits[i], outputs.probabilities[i], top_k) for i in range(len(batch))]
+            predictions += [
+                self.prediction(outputs.logits[i], outputs.probabilities[i], top_k) for i in range(len(batch))
+            ]
         return predictions
 
     def _shared_session(self, variant: str | None, runtime: str | None) -> Session:
@@ -138,7 +153,8 @@ class Bundle(BundleFiles):
             return self._sessions[key]
 
     def prediction(self, logits: np.ndarray, probabilities: np.ndarray, top_k: int = 5) -> Prediction:
-        """-> one image's Prediction from its logits [classes] and probabilities [classes]; equal values keep class order."""
+        """-> one image's Prediction from its logits [classes] and probabilities [classes];
+        equal values keep class order."""
         order = np.argsort(-probabilities, kind="stable")[:top_k]
         top = [(self.classes[i], float(probabilities[i])) for i in order]
         return Prediction(top[0][0], int(order[0]), top[0][1], top, logits)
@@ -150,7 +166,9 @@ def _pixels(image: Pixels | bytes | str | os.PathLike[str], position: int) -> Pi
 
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-            raise ValueError(f"image {position} is {image.dtype} {list(image.shape)}; give uint8 RGB [height, width, 3]")
+            raise ValueError(
+                f"image {position} is {image.dtype} {list(image.shape)}; give uint8 RGB [height, width, 3]"
+            )
         return image
     try:
         return decode(image).pixels if isinstance(image, bytes) else load(image)
@@ -160,16 +178,23 @@ def _pixels(image: Pixels | bytes | str | os.PathLike[str], position: int) -> Pi
 
 
 def load_bundle(folder: str | os.PathLike[str]) -> Bundle:
-    """Read and check `folder/bundle.json`; files are hashed when they are used (`ffl-verify` hashes them all).
+    """Read and check `folder/bundle.json`; files are hashed when they are used
+    (`ffl-verify` hashes them all).
 
     Raises UsageError where there is no bundle, CheckError where there is a corrupt one.
     """
     folder = Path(os.path.abspath(folder))
     if not folder.is_dir():
-        raise UsageError(f"{shown(folder)} is not a folder; give the folder that ffl-export wrote (it holds {MANIFEST}).")
+        raise UsageError(
+            f"{shown(folder)} is not a folder; give the folder that ffl-export wrote (it holds {MANIFEST})."
+        )
     if not (folder / MANIFEST).is_file():
         inside = sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST}"))
-        hint = f"give one of the bundles inside it: {', '.join(inside)}" if inside else "write one with ffl-export"
+        hint = (
+            f"give one of the bundles inside it: {', '.join(inside)}"
+            if inside
+            else "write one with ffl-export"
+        )
         raise UsageError(f"{shown(folder)} holds no {MANIFEST}; {hint}.")
     return Bundle(folder, read_manifest(folder / MANIFEST))
 
@@ -190,7 +215,8 @@ def write_bundle(
     verified_on: list[VerifiedOn] | msgspec.UnsetType = msgspec.UNSET,
     card: Callable[[Manifest], str],
 ) -> Manifest:
-    """Make a bundle of `folder`, which holds the variants' files: golden samples, model card, and last the manifest.
+    """Make a bundle of `folder`, which holds the variants' files: golden samples, model card,
+    and last the manifest.
 
     Args: origin: where the golden images come from; card: -> README.md, from the manifest without `files`.
     """

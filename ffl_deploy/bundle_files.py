@@ -1,4 +1,5 @@
-"""What lies in a bundle's folder: its files by their hashes, its golden samples, its variants as sessions nobody has judged.
+"""What lies in a bundle's folder: its files by their hashes, its golden samples,
+its variants as sessions nobody has judged.
 
 `ffl_deploy.bundle.Bundle` adds the judgement: a session that it hands out has given PyTorch's answers.
 """
@@ -58,16 +59,21 @@ class BundleFiles:
         variants = {variant.name: variant for variant in self.manifest.variants}
         wanted = name or (DEFAULT_VARIANT if DEFAULT_VARIANT in variants else next(iter(variants)))
         if wanted not in variants:
-            raise UsageError(f"{self.folder} has no variant {wanted!r}. {choices_sentence(wanted, [*variants, AUTO])}")
+            raise UsageError(
+                f"{self.folder} has no variant {wanted!r}. {choices_sentence(wanted, [*variants, AUTO])}"
+            )
         return variants[wanted]
 
     def checked_file(self, name: str) -> Path:
-        """-> path of a listed file whose content has the recorded hash. Raises CheckError; call it before opening a model."""
+        """-> path of a listed file whose content has the recorded hash. Raises CheckError;
+        call it before opening a model."""
         path, record = self.folder / name, self.manifest.files[name]
         if not path.is_file():
             raise CheckError(f"{path} is missing; export the bundle again or copy it completely.")
         if path.stat().st_size != record.bytes or sha256_of(path) != record.sha256:
-            raise CheckError(f"{path} was changed since export (SHA-256 differs); export the bundle again or copy it anew.")
+            raise CheckError(
+                f"{path} was changed since export (SHA-256 differs); export the bundle again or copy it anew."
+            )
         return path
 
     @property
@@ -83,23 +89,36 @@ class BundleFiles:
         samples = GoldenSamples(**{name: arrays[name] for name in GoldenSamples._fields})
         size, count = self.preprocessing, len(np.atleast_1d(samples.labels))
         shapes = [(count, size.height, size.width, 3), (count,), (count, len(self.classes))]
-        kinds = [samples.images.dtype == np.uint8, samples.labels.dtype.kind in "iu", samples.logits.dtype.kind == "f"]
+        kinds = [
+            samples.images.dtype == np.uint8,
+            samples.labels.dtype.kind in "iu",
+            samples.logits.dtype.kind == "f",
+        ]
         if [array.shape for array in samples] != shapes or not all(kinds) or count == 0:
-            found = ", ".join(f"{name} {array.dtype} {list(array.shape)}" for name, array in samples._asdict().items())
-            raise CheckError(f"{path} does not hold samples of this bundle ({found}); export the bundle again.")
+            found = ", ".join(
+                f"{name} {array.dtype} {list(array.shape)}" for name, array in samples._asdict().items()
+            )
+            raise CheckError(
+                f"{path} does not hold samples of this bundle ({found}); export the bundle again."
+            )
         return samples
 
-    def open(self, variant: str | None = None, runtime: str | None = None, threads: int | None = None) -> Session:
-        """-> a new Session on `variant` (fp32) with `runtime` (the variant's own), using `threads` cores (all).
+    def open(
+        self, variant: str | None = None, runtime: str | None = None, threads: int | None = None
+    ) -> Session:
+        """-> a new Session on `variant` (fp32) with `runtime` (the variant's own),
+        using `threads` cores (all).
 
         Nothing is asked of it yet: for callers who judge it themselves, or ask it nothing but the time.
-        Raises UsageError (unknown or missing runtime, a file it does not read), CheckError (file changed, model refused).
+        Raises UsageError (unknown or missing runtime, a file it does not read), CheckError (file changed,
+        model refused).
         """
         return open_session(self, self.variant(variant), runtime=runtime, threads=threads)
 
 
 def write_golden(folder: Path, samples: GoldenSamples, origin: str) -> Golden:
-    """Write `folder/golden.npz` and return its record; equal samples give equal bytes (NumPy dates no member)."""
+    """Write `folder/golden.npz` and return its record;
+    equal samples give equal bytes (NumPy dates no member)."""
     path = folder / GOLDEN
     with replace_file(path) as file:
         np.savez_compressed(file, images=samples.images, labels=samples.labels, logits=samples.logits)

@@ -13,14 +13,16 @@ from ffl_deploy.errors import CHECK_FAILED, INTERRUPTED, UNUSABLE_INPUT, FflErro
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose complaints about flags are a UsageError, one sentence as all others, without the usage."""
+    """An ArgumentParser whose complaints about flags are a UsageError, one sentence as all others,
+    without the usage."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see {self.prog} --help.")
 
 
 def positive(text: str) -> int:
-    """-> the whole number in a flag's value, at least 1; as a `type` of argparse, which puts the flag before the sentence."""
+    """-> the whole number in a flag's value, at least 1; as a `type` of argparse,
+    which puts the flag before the sentence."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
@@ -28,7 +30,8 @@ def positive(text: str) -> int:
 
 
 def run_command(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> int:
-    """Run `main(argv)` and return its exit code; a known error is printed as one sentence, never as a traceback.
+    """Run `main(argv)` and return its exit code; a known error is printed as one sentence,
+    never as a traceback.
 
     `FFL_DEBUG=1` in the environment lets the traceback through, for bug reports.
     """

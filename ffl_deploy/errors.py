@@ -29,7 +29,8 @@ class CheckError(FflError):
 
 
 class OtherMachine(CheckError):
-    """A TensorRT engine was built for another version or GPU than this machine's: nothing is wrong with the bundle."""
+    """A TensorRT engine was built for another version or GPU than this machine's:
+    nothing is wrong with the bundle."""
 
 
 class UsageError(FflError):

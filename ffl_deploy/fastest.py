@@ -1,7 +1,9 @@
-"""`--variant auto`: the fastest variant that gives PyTorch's answers on this machine, found by running all of them.
+"""`--variant auto`: the fastest variant that gives PyTorch's answers on this machine,
+found by running all of them.
 
-Every ONNX file on every installed runtime that reads it, and every engine, is opened, held to its gate, and timed by turns,
-so that a change of the machine's load meets all of them. What was found is remembered (verdicts.py).
+Every ONNX file on every installed runtime that reads it, and every engine, is opened, held to its gate, and
+timed by turns, so that a change of the machine's load meets all of them. What was found is remembered
+(verdicts.py).
 """
 
 from __future__ import annotations
@@ -28,8 +30,17 @@ if TYPE_CHECKING:
     from ffl_deploy.manifest import Variant
 
 EVERYWHERE = ("onnxruntime", "onnxruntime-cuda", "openvino")
-"""Runtimes that are tried for every ONNX file. The others compile for minutes: each is tried for the variants made for it."""
-PACKAGES = ("onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-cu12", "tensorrt-cu13", "tensorrt-rtx-cu13")
+"""Runtimes that are tried for every ONNX file. The others compile for minutes:
+each is tried for the variants made for it."""
+PACKAGES = (
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "openvino",
+    "tensorrt",
+    "tensorrt-cu12",
+    "tensorrt-cu13",
+    "tensorrt-rtx-cu13",
+)
 BATCH = 32  # images in one run
 RUN_SECONDS = 0.5  # where a run of so many takes longer, all candidates get fewer
 WINDOW_SECONDS = 0.3  # of runs for each candidate
@@ -38,8 +49,8 @@ WORTH = 1.05  # a coarser precision must be this much faster
 
 
 class Choice(msgspec.Struct, frozen=True):
-    """What --variant auto came to: `why` for people; `images_per_second` of what holds and `refused` of what does not or cannot
-    run, by "VARIANT on RUNTIME"."""
+    """What --variant auto came to: `why` for people; `images_per_second` of what holds and `refused` of what
+    does not or cannot run, by "VARIANT on RUNTIME"."""
 
     variant: str
     runtime: str
@@ -64,8 +75,11 @@ class Timings(NamedTuple):
     seconds: list[list[float]]
 
 
-def fastest(bundle: BundleFiles, runtime: str | None = None, threads: int | None = None, remembered: bool = True) -> Choice:
-    """-> the fastest variant of `bundle` that holds its gate here, on `runtime` (any that is installed) with `threads` (all).
+def fastest(
+    bundle: BundleFiles, runtime: str | None = None, threads: int | None = None, remembered: bool = True
+) -> Choice:
+    """-> the fastest variant of `bundle` that holds its gate here, on `runtime` (any that is installed)
+    with `threads` (all).
 
     Args: remembered: take what an earlier call found on this machine with these runtimes.
     Raises CheckError where none holds or a file was changed, UsageError where none can be run.
@@ -87,7 +101,9 @@ def fastest(bundle: BundleFiles, runtime: str | None = None, threads: int | None
     return choice
 
 
-def _open_all(bundle: BundleFiles, runtime: str | None, threads: int | None, holding: list[Candidate]) -> dict[str, str]:
+def _open_all(
+    bundle: BundleFiles, runtime: str | None, threads: int | None, holding: list[Candidate]
+) -> dict[str, str]:
     """Fill `holding` with the open candidates, finest precision first; -> name -> why not, of the others.
 
     Raises CheckError and UsageError where there is none.
@@ -118,7 +134,8 @@ def _open_all(bundle: BundleFiles, runtime: str | None, threads: int | None, hol
     reasons = "; ".join(f"{label}: {reason}" for label, reason in refused.items())
     if wrong:
         raise CheckError(
-            f"no variant of {shown(bundle.folder)} gives PyTorch's logits on this machine ({reasons}); export it again with "
+            f"no variant of {shown(bundle.folder)} gives PyTorch's logits on this machine ({reasons}); "
+            "export it again with "
             "ffl-export, or use another machine."
         )
     raise UsageError(f"no variant of {shown(bundle.folder)} can be run on this machine ({reasons}).")
@@ -128,12 +145,16 @@ def _combinations(bundle: BundleFiles, runtime: str | None) -> list[tuple[Varian
     """-> what to try: each file on its variant's own runtime and on those that take any, each pair once."""
     variants = sorted(bundle.manifest.variants, key=lambda variant: _coarseness(variant))
     own = [(variant, runtime or variant.runtime) for variant in variants]
-    anywhere = [(variant, name) for variant in variants if variant.file.endswith(".onnx") for name in EVERYWHERE]
+    anywhere = [
+        (variant, name) for variant in variants if variant.file.endswith(".onnx") for name in EVERYWHERE
+    ]
     pairs = {(variant.file, variant.precision.computed, name): (variant, name) for variant, name in own[::-1]}
     if runtime is None:
         for variant, name in anywhere:
             pairs.setdefault((variant.file, variant.precision.computed, name), (variant, name))
-    return sorted(pairs.values(), key=lambda pair: (_coarseness(pair[0]), own.index(pair) if pair in own else len(own)))
+    return sorted(
+        pairs.values(), key=lambda pair: (_coarseness(pair[0]), own.index(pair) if pair in own else len(own))
+    )
 
 
 def _coarseness(variant: Variant) -> int:
@@ -141,9 +162,12 @@ def _coarseness(variant: Variant) -> int:
 
 
 def timed(sessions: Sequence[Session], images: np.ndarray) -> Timings:
-    """Run the sessions by turns on `images`, uint8 [n, h, w, 3], repeated or cut to a batch; the first runs are not timed."""
+    """Run the sessions by turns on `images`, uint8 [n, h, w, 3], repeated or cut to a batch;
+    the first runs are not timed."""
     batch = BATCH
-    slowest = max(_seconds(session, np.resize(images, (1, *images.shape[1:])), runs=2) for session in sessions)
+    slowest = max(
+        _seconds(session, np.resize(images, (1, *images.shape[1:])), runs=2) for session in sessions
+    )
     if slowest * batch > RUN_SECONDS:
         batch = max(1, int(RUN_SECONDS / slowest))
     pixels = np.resize(images, (batch, *images.shape[1:]))
@@ -183,7 +207,10 @@ def chosen(holding: Sequence[Candidate], timings: Timings, refused: dict[str, st
         for candidate, taken in zip(holding, timings.seconds, strict=True)
     }
     taken, *others = sorted(rates.items(), key=lambda item: item[0] != holding[best].name)
-    why = f"{taken[0]} is the fastest that holds its gate here: {_shown(taken[1])} images/s at batch {timings.batch}"
+    why = (
+        f"{taken[0]} is the fastest that holds its gate here: {_shown(taken[1])} images/s at batch "
+        f"{timings.batch}"
+    )
     if others:
         why += f", {', '.join(f'{name} {_shown(rate)}' for name, rate in others)}"
         if max(rates.values()) > taken[1]:
@@ -208,7 +235,8 @@ def _valid(bundle: BundleFiles, answer: Any) -> Choice | None:
 
 
 def _question(bundle: BundleFiles, runtime: str | None, threads: int | None) -> dict[str, Any]:
-    """-> everything that the choice depends on, as long as nothing that can be chosen runs on a GPU of unknown kind."""
+    """-> everything that the choice depends on, as long as nothing
+    that can be chosen runs on a GPU of unknown kind."""
     return {
         "asks": "fastest variant",
         "check": selfcheck.VERSION,

@@ -20,14 +20,16 @@ def sha256_of(path: Path) -> str:
 
 
 def shown(path: str | os.PathLike[str]) -> str:
-    """-> `path` for a message: relative to the working directory where it lies below it, as people type it."""
+    """-> `path` for a message: relative to the working directory where it lies below it,
+    as people type it."""
     text, here = os.fspath(path), os.path.join(os.getcwd(), "")
     return text[len(here) :] if text.startswith(here) and len(text) > len(here) else text
 
 
 @contextlib.contextmanager
 def replace_file(path: Path) -> Iterator[BinaryIO]:
-    """Yield a temporary file beside `path`; when the block ends well it is synced and takes `path`'s place, else removed."""
+    """Yield a temporary file beside `path`; when the block ends well it is synced and takes `path`'s place,
+    else removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -64,7 +66,8 @@ def sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def replace_folder(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `folder`; when the block ends well it takes `folder`'s place, else it is removed.
+    """Yield an empty folder beside `folder`; when the block ends well it takes `folder`'s place,
+    else it is removed.
 
     Between the two renames a kill can leave only `.NAME.old`; `existing_folder` then finds that one.
     """

@@ -42,10 +42,12 @@ def _machine(meminfo: Path) -> int:
 
 
 def keep_freed_memory() -> None:
-    """Make glibc's allocator keep what is freed, for the next step, in pages of 2 MiB; elsewhere this does nothing.
+    """Make glibc's allocator keep what is freed, for the next step, in pages of 2 MiB;
+    elsewhere this does nothing.
 
-    By default it returns each large block to the system and gets it back, zeroed page by page, a moment later: a step of
-    ResNet-32 with 128 images takes 32,000 page faults that way. No other allocator has to be installed or preloaded.
+    By default it returns each large block to the system and gets it back, zeroed page by page, a moment
+    later: a step of ResNet-32 with 128 images takes 32,000 page faults that way. No other allocator has to be
+    installed or preloaded.
     """
     if sys.platform != "linux":
         return
@@ -58,10 +60,11 @@ def keep_freed_memory() -> None:
 
 
 def _ask_for_huge_pages(libc: ctypes.CDLL) -> None:
-    """Let the heap grow by HEAP bytes of addresses, ask for huge pages there, and free them: kept, they serve what comes.
+    """Let the heap grow by HEAP bytes of addresses, ask for huge pages there, and free them: kept,
+    they serve what comes.
 
-    Memory is used only where it is written to. Where Linux gives huge pages on request ("madvise", the usual setting), a
-    heap that was not asked for has 512 times as many pages to look up.
+    Memory is used only where it is written to. Where Linux gives huge pages on request ("madvise", the usual
+    setting), a heap that was not asked for has 512 times as many pages to look up.
     """
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     libc.free.restype, libc.free.argtypes = None, [ctypes.c_void_p]
@@ -79,11 +82,15 @@ _NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "ALLOC_FAILE
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """-> whether torch says so: by a class of its own for a GPU, by its libraries' words, by a plain RuntimeError for a CPU."""
+    """-> whether torch says so: by a class of its own for a GPU, by its libraries' words,
+    by a plain RuntimeError for a CPU."""
     return type(error).__name__ == "OutOfMemoryError" or any(words in str(error) for words in _NO_MEMORY)
 
 
 def device_failed(error: BaseException) -> bool:
-    """-> whether a GPU ended the work: an error of CUDA or of its libraries, after which the process can use it no more."""
+    """-> whether a GPU ended the work: an error of CUDA or of its libraries,
+    after which the process can use it no more."""
     first = str(error).strip().split("\n")[0]
-    return type(error).__name__ == "AcceleratorError" or first.startswith(("CUDA error:", "cuDNN error:", "CUBLAS_STATUS_"))
+    return type(error).__name__ == "AcceleratorError" or first.startswith(
+        ("CUDA error:", "cuDNN error:", "CUBLAS_STATUS_")
+    )

@@ -1,6 +1,7 @@
 """Bytes -> uint8 RGB pixels: the one decoder and the one resizer of the whole project.
 
-Training, export, batch prediction and the server all call `decode` and `prepare`, so a file looks the same to all of them.
+Training, export, batch prediction and the server all call `decode` and `prepare`,
+so a file looks the same to all of them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 import numpy as np
 
-# Every format's plugin, by name: Image.open would register some of them on first use, and two threads then race.
+# Every format's plugin, by name: Image.open would register some of them on first use,
+# and two threads then race.
 from PIL import (
     BmpImagePlugin,  # noqa: F401
     ExifTags,
@@ -31,7 +33,8 @@ from PIL import (
     WebPImagePlugin,  # noqa: F401
 )
 
-# Formats by Pillow's names. MPO, what many phones write (a JPEG with further pictures behind the first one), is opened as JPEG.
+# Formats by Pillow's names. MPO, what many phones write (a JPEG with further pictures behind the first one),
+# is opened as JPEG.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 # What people do send, and deserve a better answer than "not an image".
@@ -69,7 +72,8 @@ class ImageError(Exception):
 
 @dataclass(frozen=True)
 class Decoded:
-    """A decoded image. `pixels` is upright (EXIF orientation applied); `animated` says that only frame 0 was taken."""
+    """A decoded image. `pixels` is upright (EXIF orientation applied);
+    `animated` says that only frame 0 was taken."""
 
     pixels: Pixels
     animated: bool = False
@@ -86,8 +90,8 @@ class Decoded:
 class Preprocessing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How pixels of any size become the network's input; stored in run configurations and in bundles.
 
-    `resize`: "stretch" scales both sides to `height` x `width`; "crop" scales the shorter side to
-    `size / crop_fraction` and cuts out the centre (torchvision's Resize + CenterCrop with 0.875 = 256 -> 224).
+    `resize`: "stretch" scales both sides to `height` x `width`; "crop" scales the shorter side to `size /
+    crop_fraction` and cuts out the centre (torchvision's Resize + CenterCrop with 0.875 = 256 -> 224).
     """
 
     height: Annotated[int, msgspec.Meta(ge=1)]
@@ -105,7 +109,9 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Decoded:
     """
     with _opened(data, max_pixels) as image:
         if image.width * image.height > max_pixels:
-            raise ImageError("too_large", f"{image.width} x {image.height} is more than {_megapixels(max_pixels)}")
+            raise ImageError(
+                "too_large", f"{image.width} x {image.height} is more than {_megapixels(max_pixels)}"
+            )
         if image.width == 0 or image.height == 0:
             raise ImageError("corrupt", "the image has no pixels")
         animated = image.format != "MPO" and bool(getattr(image, "is_animated", False))
@@ -118,9 +124,15 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Decoded:
         except (ImageError, MemoryError):
             raise
         except Image.DecompressionBombError as error:
-            raise ImageError("too_large", f"the image unpacks to more than {_megapixels(max_pixels)}") from error
-        except Exception as error:  # Pillow's plugins raise almost anything on hostile bytes; each becomes a row
-            raise ImageError(_code_of(error), f"the pixels cannot be decoded ({str(error) or type(error).__name__})") from error
+            raise ImageError(
+                "too_large", f"the image unpacks to more than {_megapixels(max_pixels)}"
+            ) from error
+        except (
+            Exception
+        ) as error:  # Pillow's plugins raise almost anything on hostile bytes; each becomes a row
+            raise ImageError(
+                _code_of(error), f"the pixels cannot be decoded ({str(error) or type(error).__name__})"
+            ) from error
 
 
 def _opened(data: bytes, max_pixels: int) -> Image.Image:
@@ -137,12 +149,16 @@ def _opened(data: bytes, max_pixels: int) -> Image.Image:
             raise ImageError("corrupt", "it begins like an image, but its header cannot be read") from error
         for signature, name in UNSUPPORTED:
             if signature.match(data):
-                raise ImageError("unsupported", f"{name} is not supported; convert it to PNG or JPEG") from error
+                raise ImageError(
+                    "unsupported", f"{name} is not supported; convert it to PNG or JPEG"
+                ) from error
         raise ImageError("not_an_image", f"not one of {', '.join(FORMATS)}") from error
     except MemoryError:
         raise
     except Exception as error:  # as above: struct.error, zlib.error, KeyError, ... of a broken header
-        raise ImageError(_code_of(error), f"the header cannot be read ({str(error) or type(error).__name__})") from error
+        raise ImageError(
+            _code_of(error), f"the header cannot be read ({str(error) or type(error).__name__})"
+        ) from error
 
 
 def _code_of(error: Exception) -> str:
@@ -151,7 +167,8 @@ def _code_of(error: Exception) -> str:
 
 @functools.cache
 def _silence_pillow() -> None:
-    """Once: Pillow warns and logs of odd metadata and oversize, which here become a status; catch_warnings is not thread-safe."""
+    """Once: Pillow warns and logs of odd metadata and oversize, which here become a status;
+    catch_warnings is not thread-safe."""
     warnings.filterwarnings("ignore", module=r"PIL\.")
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
@@ -163,7 +180,8 @@ def _megapixels(pixels: int) -> str:
 def _decode_jpeg(data: bytes, image: Image.Image) -> Pixels | None:
     """-> Pillow's exact pixels, 1.6 times as fast, of an RGB or gray JPEG; None where only Pillow will do.
 
-    Both use libjpeg-turbo; a file that makes simplejpeg complain goes to Pillow, whose verdict is the one that counts.
+    Both use libjpeg-turbo; a file that makes simplejpeg complain goes to Pillow,
+    whose verdict is the one that counts.
     """
     library = _simplejpeg()
     if library is None or image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L"):
@@ -186,10 +204,13 @@ def _simplejpeg() -> Any:
 
 
 def _orientation(image: Image.Image) -> int:
-    """-> the EXIF orientation, 1 to 8; 1 (upright) where there is none or the EXIF block is broken, as viewers do."""
+    """-> the EXIF orientation, 1 to 8; 1 (upright) where there is none or the EXIF block is broken,
+    as viewers do."""
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # a broken EXIF block raises struct.error, SyntaxError, TypeError, ...; the pixels are fine
+    except (
+        Exception
+    ):  # a broken EXIF block raises struct.error, SyntaxError, TypeError, ...; the pixels are fine
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
@@ -216,21 +237,28 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "I":
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
-            raise ImageError("unsupported", "32-bit integer pixels have no defined white; save the image as 8 or 16 bit")
+            raise ImageError(
+                "unsupported", "32-bit integer pixels have no defined white; save the image as 8 or 16 bit"
+            )
         return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
-        raise ImageError("unsupported", "floating-point pixels have no defined white; save the image as 8 or 16 bit")
+        raise ImageError(
+            "unsupported", "floating-point pixels have no defined white; save the image as 8 or 16 bit"
+        )
     try:
         if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
             canvas = Image.new("RGBA", image.size, (*BACKGROUND, 255))
             return Image.alpha_composite(canvas, image.convert("RGBA")).convert("RGB")
         return image.convert("RGB")
     except ValueError as error:
-        raise ImageError("unsupported", f"pixels of the kind {image.mode} cannot be made RGB; save the image as RGB") from error
+        raise ImageError(
+            "unsupported", f"pixels of the kind {image.mode} cannot be made RGB; save the image as RGB"
+        ) from error
 
 
 def prepare(pixels: Pixels, preprocessing: Preprocessing) -> Pixels:
-    """-> uint8 [height, width, 3]: what the network is fed. An image that already has the size is returned as it is."""
+    """-> uint8 [height, width, 3]: what the network is fed.
+    An image that already has the size is returned as it is."""
     height, width = preprocessing.height, preprocessing.width
     if pixels.shape[:2] == (height, width):
         return pixels
@@ -238,7 +266,8 @@ def prepare(pixels: Pixels, preprocessing: Preprocessing) -> Pixels:
     resample = Image.Resampling[preprocessing.filter.upper()]
     box = None
     if preprocessing.resize == "crop":
-        # One resize of the centre box gives what "resize the shorter side, then cut" gives, without the large middle step.
+        # One resize of the centre box gives what "resize the shorter side, then cut" gives,
+        # without the large middle step.
         scale = min(image.width / width, image.height / height) * preprocessing.crop_fraction
         box_width, box_height = width * scale, height * scale
         # Rounding may put the box's edge a hair outside the image, which Pillow refuses.
@@ -248,7 +277,8 @@ def prepare(pixels: Pixels, preprocessing: Preprocessing) -> Pixels:
 
 
 def load(path: str | os.PathLike[str], preprocessing: Preprocessing | None = None) -> Pixels:
-    """-> pixels of an image file, prepared for a network when `preprocessing` is given. Raises ImageError, OSError."""
+    """-> pixels of an image file, prepared for a network when `preprocessing` is given. Raises ImageError,
+    OSError."""
     with open(path, "rb") as file:
         pixels = decode(file.read()).pixels
     return pixels if preprocessing is None else prepare(pixels, preprocessing)

@@ -1,7 +1,8 @@
-"""`bundle.json`, typed to the last number: what a bundle holds, where it comes from, and what was measured of it.
+"""`bundle.json`, typed to the last number: what a bundle holds, where it comes from,
+and what was measured of it.
 
-Fields that a newer version added are left out when an older one reads; the names inside a bundle are checked before any file
-is opened.
+Fields that a newer version added are left out when an older one reads;
+the names inside a bundle are checked before any file is opened.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ DEFAULT_VARIANT = "fp32"
 
 
 class InputTensor(msgspec.Struct, frozen=True):
-    """The graph's input. Normalisation is inside the graph: any client feeds the pixels that `preprocessing` gives."""
+    """The graph's input. Normalisation is inside the graph:
+    any client feeds the pixels that `preprocessing` gives."""
 
     preprocessing: Preprocessing
     name: str = "images"
@@ -56,14 +58,16 @@ class Source(msgspec.Struct, frozen=True):
 
 
 class Precision(msgspec.Struct, frozen=True):
-    """What the file stores and what the processor that verified it computed in; they differ more often than one thinks."""
+    """What the file stores and what the processor that verified it computed in;
+    they differ more often than one thinks."""
 
     stored: Annotated[str, msgspec.Meta(pattern="^(fp32|fp16|bf16|int8)$")]  # each has a gate
     computed: str
 
 
 class AccuracyRecord(msgspec.Struct, frozen=True):
-    """Top-1 accuracy of a variant on the whole test set, paired with PyTorch's on the same images; shares of 1."""
+    """Top-1 accuracy of a variant on the whole test set, paired with PyTorch's on the same images;
+    shares of 1."""
 
     value: float
     interval: Interval  # Wilson, 95 %
@@ -121,7 +125,8 @@ class Quantization(msgspec.Struct, frozen=True):
 
 
 class EngineRecord(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What an engine was built by and for: the sidecar `engines/NAME.json`, and `details.engine` of its variant."""
+    """What an engine was built by and for: the sidecar `engines/NAME.json`,
+    and `details.engine` of its variant."""
 
     flavour: str  # tensorrt or tensorrt_rtx
     version: str
@@ -144,8 +149,9 @@ class KeptInFp32(msgspec.Struct, frozen=True):
 
 
 class HalfRecord(msgspec.Struct, frozen=True):
-    """What the manifest keeps of a conversion. largest: the largest |value| of any tensor inside the network on the calibration
-    images; limit: from which on a node stays in fp32. Both are null for bf16, whose range is fp32's."""
+    """What the manifest keeps of a conversion. largest: the largest |value| of any tensor inside the network
+    on the calibration images; limit: from which on a node stays in fp32. Both are null for bf16, whose range
+    is fp32's."""
 
     kept_in_fp32: list[KeptInFp32]
     largest: float | None = None
@@ -154,7 +160,8 @@ class HalfRecord(msgspec.Struct, frozen=True):
 
 
 class Certificate(msgspec.Struct, frozen=True):
-    """The largest |sum of two products side by side| that any kernel can meet in the file, of `layers` int8 layers."""
+    """The largest |sum of two products side by side| that any kernel can meet in the file,
+    of `layers` int8 layers."""
 
     largest_pair_sum: int
     limit: int
@@ -166,20 +173,22 @@ class Certificate(msgspec.Struct, frozen=True):
 
 
 class Details(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What else is known of a variant's file; each part is there for the files that it says something about."""
+    """What else is known of a variant's file; each part is there for the files
+    that it says something about."""
 
     quantisation: Quantization | None = None
     certificate: Certificate | None = None
     half: HalfRecord | None = None
     layers: dict[str, int] | None = None  # precision -> layers that OpenVINO computes in it
     operators: dict[str, int] | None = None  # operator -> how many, after ONNX Runtime's optimisation
-    extras: dict[str, float] | None = None  # further output -> root mean square difference, in standard deviations
+    # further output -> root mean square difference, in standard deviations
+    extras: dict[str, float] | None = None
     engine: EngineRecord | None = None
 
 
 class Variant(msgspec.Struct, frozen=True):
-    """One deployable file. `runtime` is the one it was verified with; `parity`, `accuracy` and `latency` are measurements,
-    None where they were not made (an engine without its GPU)."""
+    """One deployable file. `runtime` is the one it was verified with; `parity`, `accuracy` and `latency` are
+    measurements, None where they were not made (an engine without its GPU)."""
 
     name: str
     runtime: str
@@ -194,8 +203,16 @@ class Variant(msgspec.Struct, frozen=True):
 
     @classmethod
     def of_file(cls, folder: Path, path: Path, name: str, runtime: str, precision: Precision) -> Variant:
-        """-> the variant `name` that `path`, a file below the bundle's `folder`, is; nothing of it measured yet."""
-        return cls(name, runtime, path.relative_to(folder).as_posix(), sha256_of(path), path.stat().st_size, precision)
+        """-> the variant `name` that `path`, a file below the bundle's `folder`, is;
+        nothing of it measured yet."""
+        return cls(
+            name,
+            runtime,
+            path.relative_to(folder).as_posix(),
+            sha256_of(path),
+            path.stat().st_size,
+            precision,
+        )
 
     @property
     def engine(self) -> EngineRecord:
@@ -206,7 +223,8 @@ class Variant(msgspec.Struct, frozen=True):
 
 
 class Golden(msgspec.Struct, frozen=True):
-    """Samples with PyTorch's own logits, to verify an installation. `origin` says where the images come from."""
+    """Samples with PyTorch's own logits, to verify an installation.
+    `origin` says where the images come from."""
 
     file: str
     sha256: str
@@ -220,7 +238,8 @@ class FileRecord(msgspec.Struct, frozen=True):
 
 
 class Temperature(msgspec.Struct, frozen=True):
-    """Temperature scaling (Guo et al. 2017), and the expected calibration error on the test split without and with it."""
+    """Temperature scaling (Guo et al. 2017),
+    and the expected calibration error on the test split without and with it."""
 
     temperature: Annotated[float, msgspec.Meta(gt=0)] = 1.0
     split: str = ""  # that it was fitted on
@@ -244,7 +263,8 @@ class Manifest(msgspec.Struct, frozen=True):
     files: dict[str, FileRecord]
     toolchain: dict[str, str]
     calibration: Temperature | None = None
-    verified_on: list[VerifiedOn] | msgspec.UnsetType = msgspec.UNSET  # left out of bundles made before it was recorded
+    # left out of bundles made before it was recorded
+    verified_on: list[VerifiedOn] | msgspec.UnsetType = msgspec.UNSET
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -253,16 +273,21 @@ def read_manifest(path: Path) -> Manifest:
         manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         if str(error).endswith("`$.calibration.temperature`"):
-            raise CheckError(f"{path} gives the temperature no number above 0 ({error}); export the bundle again.") from error
+            raise CheckError(
+                f"{path} gives the temperature no number above 0 ({error}); export the bundle again."
+            ) from error
         raise CheckError(f"{path} is not a valid manifest ({error}); export the bundle again.") from error
     if manifest.schema != SCHEMA:
-        raise CheckError(f"{path} has schema {manifest.schema}, this version reads {SCHEMA}; export the bundle again.")
+        raise CheckError(
+            f"{path} has schema {manifest.schema}, this version reads {SCHEMA}; export the bundle again."
+        )
     if not manifest.classes or not manifest.variants:
         raise CheckError(f"{path} lists no classes or no variants; export the bundle again.")
     for output in manifest.outputs:
         if output.name in ("logits", "probabilities") and output.shape[-1:] != [len(manifest.classes)]:
             raise CheckError(
-                f"{path} lists {len(manifest.classes)} classes, but {output.name} of shape {output.shape}; export again."
+                f"{path} lists {len(manifest.classes)} classes, but {output.name} of shape {output.shape}; "
+                "export again."
             )
     names = [variant.name for variant in manifest.variants]
     if len(set(names)) < len(names):
@@ -270,12 +295,22 @@ def read_manifest(path: Path) -> Manifest:
     named = [variant.file for variant in manifest.variants] + [manifest.golden.file]
     for name in [*named, *manifest.files]:
         pure = PurePosixPath(name)
-        if pure.is_absolute() or ".." in pure.parts or "\\" in name or name != str(pure) or name in ("", ".", MANIFEST):
-            raise CheckError(f"{path} names {name!r}, which is not a file inside the bundle; do not use this bundle.")
+        if (
+            pure.is_absolute()
+            or ".." in pure.parts
+            or "\\" in name
+            or name != str(pure)
+            or name in ("", ".", MANIFEST)
+        ):
+            raise CheckError(
+                f"{path} names {name!r}, which is not a file inside the bundle; do not use this bundle."
+            )
     for name in named:
         if name not in manifest.files:
             raise CheckError(f"{path} does not list the hash of {name}; export the bundle again.")
-    hashes = [(item.file, item.sha256) for item in manifest.variants] + [(manifest.golden.file, manifest.golden.sha256)]
+    hashes = [(item.file, item.sha256) for item in manifest.variants] + [
+        (manifest.golden.file, manifest.golden.sha256)
+    ]
     for name, sha256 in hashes:
         if manifest.files[name].sha256 != sha256:
             raise CheckError(f"{path} gives two different hashes for {name}; export the bundle again.")
@@ -285,9 +320,14 @@ def read_manifest(path: Path) -> Manifest:
 def file_records(folder: Path) -> dict[str, FileRecord]:
     """-> name -> FileRecord of every file below `folder` but the manifest, sorted by name."""
     names = sorted(str(PurePosixPath(p.relative_to(folder))) for p in folder.rglob("*") if p.is_file())
-    return {name: FileRecord(sha256_of(folder / name), (folder / name).stat().st_size) for name in names if name != MANIFEST}
+    return {
+        name: FileRecord(sha256_of(folder / name), (folder / name).stat().st_size)
+        for name in names
+        if name != MANIFEST
+    }
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write `folder/bundle.json`: indented, keys in the order of the schema, so that equal contents are equal bytes."""
+    """Write `folder/bundle.json`: indented, keys in the order of the schema,
+    so that equal contents are equal bytes."""
     write_json(folder / MANIFEST, manifest)

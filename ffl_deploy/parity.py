@@ -1,8 +1,8 @@
 """Do two sets of logits say the same? Metrics, gates and verdicts as three separate, serialisable things.
 
-A metric is what was measured, a gate what is allowed, a verdict what follows: a stored metric can be judged again by another
-gate. Export compares the saved file with training's own evaluation through these, `ffl-verify` an installation with the
-golden samples.
+A metric is what was measured, a gate what is allowed, a verdict what follows: a stored metric can be judged
+again by another gate. Export compares the saved file with training's own evaluation through these,
+`ffl-verify` an installation with the golden samples.
 """
 
 from __future__ import annotations
@@ -17,16 +17,19 @@ from ffl_deploy.errors import CheckError
 from ffl_deploy.statistics import PairedDifference, log_softmax
 
 TIE = 1e-4
-"""Two logits closer than this share of the logits' standard deviation are a tie: rounding may order them either way."""
+"""Two logits closer than this share of the logits' standard deviation are a tie:
+rounding may order them either way."""
 UNDIRECTED = 0.5
-"""Share of the logits' typical norm (root mean square over the images) below which an image's logits point nowhere: all classes
-are about equally likely, and the smallest rounding turns them. Their cosine is not looked at, everything else is."""
+"""Share of the logits' typical norm (root mean square over the images) below which an image's logits point
+nowhere: all classes are about equally likely, and the smallest rounding turns them. Their cosine is not
+looked at, everything else is."""
 MIN_ACCURACY_IMAGES = 5000
 """Below this number of images no interval is narrow enough to show that accuracy held to half a point."""
 
 
 class ParityMetrics(msgspec.Struct, frozen=True):
-    """How far a candidate's logits are from the reference's. Rows with NaN or Inf count as `non_finite` and nowhere else."""
+    """How far a candidate's logits are from the reference's.
+    Rows with NaN or Inf count as `non_finite` and nowhere else."""
 
     n: int
     non_finite: int
@@ -58,7 +61,8 @@ class ParityGate(msgspec.Struct, frozen=True):
     probability_error: float = 1e-5
 
     def allowed_mismatches(self, n: int) -> int:
-        """An agreement below 1 always allows one image: a share of few images cannot be resolved more finely."""
+        """An agreement below 1 always allows one image:
+        a share of few images cannot be resolved more finely."""
         return 0 if self.top1_agreement == 1 else max(1, math.ceil(round((1 - self.top1_agreement) * n, 6)))
 
 
@@ -104,7 +108,8 @@ class ParityRecord(msgspec.Struct, frozen=True):
 
 
 class AccuracyGate(msgspec.Struct, frozen=True):
-    """`max_drop` bounds the measured loss of accuracy, `min_lower_bound` the paired interval's lower end; shares of 1."""
+    """`max_drop` bounds the measured loss of accuracy, `min_lower_bound` the paired interval's lower end;
+    shares of 1."""
 
     precision: str
     max_drop: float | None = None
@@ -139,7 +144,10 @@ def gate_precision(stored: str, computed: str) -> str:
 
 
 def compare(
-    reference: np.ndarray, candidate: np.ndarray, probabilities: np.ndarray | None = None, temperature: float = 1.0
+    reference: np.ndarray,
+    candidate: np.ndarray,
+    probabilities: np.ndarray | None = None,
+    temperature: float = 1.0,
 ) -> ParityMetrics:
     """-> metrics of candidate logits [n, classes] against reference logits [n, classes].
 
@@ -149,7 +157,9 @@ def compare(
     if reference.shape != candidate.shape:
         raise CheckError(f"the logits have shape {candidate.shape}, the reference has {reference.shape}.")
     if not np.isfinite(reference).all():
-        raise CheckError("the reference logits hold NaN or infinity; train or load a checkpoint that did not diverge.")
+        raise CheckError(
+            "the reference logits hold NaN or infinity; train or load a checkpoint that did not diverge."
+        )
     finite = np.isfinite(candidate).all(axis=1)
     if probabilities is not None:
         finite &= np.isfinite(probabilities).all(axis=1)
@@ -183,7 +193,8 @@ def compare(
 
 
 def _cosines(r: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """-> the cosine of each pair of rows whose logits, on either side, have a direction: a norm of at least UNDIRECTED."""
+    """-> the cosine of each pair of rows whose logits, on either side, have a direction:
+    a norm of at least UNDIRECTED."""
     lengths_r, lengths_c = np.linalg.norm(r, axis=1), np.linalg.norm(c, axis=1)
     typical = np.linalg.norm(r) / max(len(r), 1) ** 0.5  # root mean square
     directed = np.maximum(lengths_r, lengths_c) >= UNDIRECTED * typical
@@ -193,18 +204,23 @@ def _cosines(r: np.ndarray, c: np.ndarray) -> np.ndarray:
 
 
 def _disagreements(reference: np.ndarray, candidate: np.ndarray, k: int, tie: float) -> tuple[int, int]:
-    """-> (rows whose sets of the k largest differ, rows left out because the k-th and next are closer than `tie`)."""
+    """-> (rows whose sets of the k largest differ,
+    rows left out because the k-th and next are closer than `tie`)."""
     if not len(reference) or reference.shape[1] <= k:
         return 0, 0
     falling = -np.sort(-reference, axis=1)
     tied = falling[:, k - 1] - falling[:, k] <= tie
-    sets = [np.sort(np.argsort(-logits, axis=1, kind="stable")[:, :k], axis=1) for logits in (reference, candidate)]
+    sets = [
+        np.sort(np.argsort(-logits, axis=1, kind="stable")[:, :k], axis=1)
+        for logits in (reference, candidate)
+    ]
     different = (sets[0] != sets[1]).any(axis=1)
     return int((different & ~tied).sum()), int(tied.sum())
 
 
 def judge(batches: dict[str, ParityMetrics], gate: ParityGate) -> Verdict:
-    """-> passed, or failed with every broken metric; NaN and Inf come first and alone, since nothing else means much then."""
+    """-> passed, or failed with every broken metric; NaN and Inf come first and alone,
+    since nothing else means much then."""
     broken = [
         Finding("number of images with NaN or infinite logits", metrics.non_finite, 0, f"batch {batch}")
         for batch, metrics in batches.items()
@@ -223,7 +239,12 @@ def judge(batches: dict[str, ParityMetrics], gate: ParityGate) -> Verdict:
             ("smallest cosine similarity", metrics.cosine_min, gate.cosine_min, -1),
             ("mean KL divergence", metrics.mean_kl, gate.mean_kl, 1),
             ("number of top-1 disagreements", metrics.top1_mismatches, allowed, 1),
-            ("number of top-5 disagreements", metrics.top5_mismatches, 0 if gate.top5_agreement == 1 else None, 1),
+            (
+                "number of top-5 disagreements",
+                metrics.top5_mismatches,
+                0 if gate.top5_agreement == 1 else None,
+                1,
+            ),
             ("error of the probabilities", metrics.probability_error, gate.probability_error, 1),
         ]
         broken += [
@@ -235,22 +256,30 @@ def judge(batches: dict[str, ParityMetrics], gate: ParityGate) -> Verdict:
 
 
 def judge_accuracy(difference: PairedDifference, gate: AccuracyGate, ties: int = 0) -> Verdict:
-    """-> whether accuracy held. Few images are `inconclusive`, unless McNemar's one-sided p already shows a loss.
+    """-> whether accuracy held. Few images are `inconclusive`,
+    unless McNemar's one-sided p already shows a loss.
 
-    Args: ties: changed images whose order of classes is a matter of rounding; a zero drop is judged without them.
+    Args: ties: changed images whose order of classes is a matter of rounding;
+    a zero drop is judged without them.
     """
     if gate.max_drop == 0.0:  # decided by identity, not by statistics: any number of images will do
         changed = difference.gained + difference.lost
-        broken = [Finding("number of images whose correctness changed", changed, ties)] if changed > ties else []
+        broken = (
+            [Finding("number of images whose correctness changed", changed, ties)] if changed > ties else []
+        )
         return Verdict("failed" if broken else "passed", broken)
     if difference.n < MIN_ACCURACY_IMAGES:
         if difference.p_worse < 0.05:
-            broken = [Finding("one-sided McNemar p of a loss", difference.p_worse, 0.05, f"n = {difference.n}")]
+            broken = [
+                Finding("one-sided McNemar p of a loss", difference.p_worse, 0.05, f"n = {difference.n}")
+            ]
             return Verdict("failed", broken)
         return Verdict("inconclusive", note=f"inconclusive (n = {difference.n})")
     broken = []
     if gate.max_drop is not None and -difference.delta > gate.max_drop:
         broken.append(Finding("drop of accuracy", -difference.delta, gate.max_drop))
     if gate.min_lower_bound is not None and difference.interval.low <= gate.min_lower_bound:
-        broken.append(Finding("lower bound of the accuracy difference", difference.interval.low, gate.min_lower_bound))
+        broken.append(
+            Finding("lower bound of the accuracy difference", difference.interval.low, gate.min_lower_bound)
+        )
     return Verdict("failed" if broken else "passed", broken)

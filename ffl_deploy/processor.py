@@ -1,8 +1,9 @@
-"""What decides which kernels compute here, as text: where two texts are equal, a checked answer counts for both.
+"""What decides which kernels compute here, as text: where two texts are equal,
+a checked answer counts for both.
 
-Under an emulator (qemu-user) the operating system describes the host's processor, while programs run on the emulated one.
-So NumPy is asked too, which executes CPUID itself, and ONNX Runtime's own kernels are tried on a product that shows
-whether they saturate. A verdict of the one then never counts for the other.
+Under an emulator (qemu-user) the operating system describes the host's processor, while programs run on the
+emulated one. So NumPy is asked too, which executes CPUID itself, and ONNX Runtime's own kernels are tried on
+a product that shows whether they saturate. A verdict of the one then never counts for the other.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ X86 = ("vendor_id", "cpu family", "model", "model name", "stepping", "flags")
 ARM = ("Features", "CPU implementer", "CPU architecture", "CPU variant", "CPU part", "CPU revision")
 OTHERS = ("cpu", "isa", "uarch", "machine")  # POWER, RISC-V
 DESCRIBING = frozenset((*X86, *ARM, *OTHERS))
-"""Lines of /proc/cpuinfo that say what the processor is; the others say how it is wired and how fast it happens to run."""
+"""Lines of /proc/cpuinfo that say what the processor is;
+the others say how it is wired and how fast it happens to run."""
 SWITCHES = (
     "ONEDNN_MAX_CPU_ISA",  # oneDNN, inside OpenVINO
     "DNNL_MAX_CPU_ISA",
@@ -35,16 +37,23 @@ PAIR = (
     b"Z\x13\n\x01a\x12\x0e\n\x0c\x08\x02\x12\x08\n\x02\x08\x01\n\x02\x08\x02"
     b"b\x13\n\x01y\x12\x0e\n\x0c\x08\x06\x12\x08\n\x02\x08\x01\n\x02\x08\x01B\x04\n\x00\x10\n"
 )
-"""An ONNX file: MatMulInteger of a, uint8 [1, 2], with int8 [[127], [127]]. Kernels that add pairs in 16 bits give 32767 for
-a = [255, 255], the others 64770."""
+"""An ONNX file: MatMulInteger of a, uint8 [1, 2], with int8 [[127], [127]]. Kernels that add pairs in 16 bits
+give 32767 for a = [255, 255], the others 64770."""
 
 
 def kernels(runtime: str) -> dict[str, str] | None:
-    """-> what the answers of `runtime` depend on besides its version, its threads and the file; None where that is not known.
+    """-> what the answers of `runtime` depend on besides its version, its threads and the file;
+    None where that is not known.
 
-    A GPU is described by NVIDIA's driver; where it does not say which it is, nothing may be remembered of its answers.
+    A GPU is described by NVIDIA's driver; where it does not say which it is,
+    nothing may be remembered of its answers.
     """
-    described = {"machine": platform.machine(), "cpuinfo": cpuinfo(), "features": features(), "switches": switches()}
+    described = {
+        "machine": platform.machine(),
+        "cpuinfo": cpuinfo(),
+        "features": features(),
+        "switches": switches(),
+    }
     if runtime.startswith("onnxruntime"):
         described["pair_sum"] = pair_sum()
     if runtime not in ("onnxruntime", "openvino"):
@@ -113,7 +122,14 @@ def nvidia() -> str:
     return "\n".join([driver.strip(), *lines]) if lines else ""
 
 
-LEVELS = {"AVX512F": "AVX-512", "AVX2": "AVX2", "AVX": "AVX", "SSE42": "SSE4.2", "SVE": "SVE", "ASIMD": "NEON"}
+LEVELS = {
+    "AVX512F": "AVX-512",
+    "AVX2": "AVX2",
+    "AVX": "AVX",
+    "SSE42": "SSE4.2",
+    "SVE": "SVE",
+    "ASIMD": "NEON",
+}
 """NumPy's name of an instruction set -> the field's, the widest first."""
 
 
@@ -124,5 +140,7 @@ def description() -> str:
     """
     found = set(features().split())
     level = next((name for key, name in LEVELS.items() if key in found), "")
-    pairs = {"64770": "int8 pairs exact", "32767": "int8 pairs saturate"}.get(pair_sum(), "int8 pairs not known")
+    pairs = {"64770": "int8 pairs exact", "32767": "int8 pairs saturate"}.get(
+        pair_sum(), "int8 pairs not known"
+    )
     return f"{' '.join(filter(None, (platform.machine(), level)))}, {pairs}"

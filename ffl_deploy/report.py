@@ -1,4 +1,5 @@
-"""`report.json`, which ffl-export writes over a folder of bundles and the demo shows: every variant of every target."""
+"""`report.json`, which ffl-export writes over a folder of bundles and the demo shows:
+every variant of every target."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ PICTURE = "report.png"
 
 
 class Row(msgspec.Struct, frozen=True):
-    """One artefact: a variant of a target. None where it was not measured here (an engine without its GPU)."""
+    """One artefact: a variant of a target. None where it was not measured here
+    (an engine without its GPU)."""
 
     target: str
     variant: str
@@ -43,7 +45,8 @@ class Row(msgspec.Struct, frozen=True):
 
 
 class Limits(msgspec.Struct, frozen=True):
-    """What an artefact has to keep: p50 latency of one image in ms, accuracy as a share of 1, size in bytes."""
+    """What an artefact has to keep: p50 latency of one image in ms, accuracy as a share of 1,
+    size in bytes."""
 
     max_latency_ms: float | None = None
     min_accuracy: float | None = None
@@ -52,9 +55,15 @@ class Limits(msgspec.Struct, frozen=True):
     def broken_by(self, row: Row) -> dict[str, float]:
         """-> limit in words -> by which share of it `row` breaks it; what was not measured keeps no limit."""
         broken = {}
-        if self.max_latency_ms is not None and not (row.p50_ms is not None and row.p50_ms <= self.max_latency_ms):
-            broken[f"--max-latency-ms {self.max_latency_ms:g}"] = (row.p50_ms or math.inf) / self.max_latency_ms - 1
-        if self.min_accuracy is not None and not (row.accuracy is not None and row.accuracy >= self.min_accuracy):
+        if self.max_latency_ms is not None and not (
+            row.p50_ms is not None and row.p50_ms <= self.max_latency_ms
+        ):
+            broken[f"--max-latency-ms {self.max_latency_ms:g}"] = (
+                row.p50_ms or math.inf
+            ) / self.max_latency_ms - 1
+        if self.min_accuracy is not None and not (
+            row.accuracy is not None and row.accuracy >= self.min_accuracy
+        ):
             broken[f"--min-accuracy {self.min_accuracy:g}"] = 1 - (row.accuracy or 0) / self.min_accuracy
         if self.max_bytes is not None and row.bytes > self.max_bytes:
             broken[f"--max-bytes {self.max_bytes}"] = row.bytes / self.max_bytes - 1

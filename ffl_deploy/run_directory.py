@@ -28,7 +28,8 @@ PREDICTIONS = "test_predictions.npz"  # labels, and every classifier's predicted
 
 
 class ModelRecord(msgspec.Struct, frozen=True):
-    """The architecture as `ffl_deploy.networks.mutual.NetworkConfig` takes it, and the method that trained it."""
+    """The architecture as `ffl_deploy.networks.mutual.NetworkConfig` takes it,
+    and the method that trained it."""
 
     method: str
     strong: str  # the classifier that `best` is chosen by
@@ -36,7 +37,8 @@ class ModelRecord(msgspec.Struct, frozen=True):
 
 
 class RunConfig(msgspec.Struct, frozen=True):
-    """`config.json`. `options` are the flags of the training command, resolved; the rest follows from them and the data.
+    """`config.json`. `options` are the flags of the training command, resolved;
+    the rest follows from them and the data.
 
     mean and std: per RGB channel, on the 0..255 scale.
     """
@@ -100,7 +102,8 @@ class Run:
         return folder
 
     def reference(self, checkpoint: str, classifier: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """-> (images uint8 [n, h, w, 3], labels int64 [n], logits float32 [n, classes]) of training's own evaluation.
+        """-> (images uint8 [n, h, w, 3], labels int64 [n], logits float32 [n, classes])
+        of training's own evaluation.
 
         Raises UsageError where there is none of this classifier, CheckError where the file is damaged.
         """
@@ -108,7 +111,8 @@ class Run:
         key = f"{checkpoint}/{classifier}"
         if key not in arrays:
             raise UsageError(
-                f"{self.folder / REFERENCE} has no logits of {key}; it has {', '.join(k for k in arrays if '/' in k)}."
+                f"{self.folder / REFERENCE} has no logits of {key}; it has "
+                f"{', '.join(k for k in arrays if '/' in k)}."
             )
         return arrays["images"], arrays["labels"], arrays[key]
 
@@ -127,23 +131,31 @@ class Run:
 
 
 def load_run(folder: str | os.PathLike[str]) -> Run:
-    """Open a run directory. Raises UsageError where there is none, CheckError where its configuration is damaged."""
+    """Open a run directory. Raises UsageError where there is none,
+    CheckError where its configuration is damaged."""
     path = Path(folder)
     if not path.is_dir():
-        raise UsageError(f"there is no run directory {path}; train one with: python -m train.run --out {path}")
+        raise UsageError(
+            f"there is no run directory {path}; train one with: python -m train.run --out {path}"
+        )
     if not (path / CONFIG).is_file():
-        raise UsageError(f"{path} is not a run directory (no {CONFIG}); give one that python -m train.run wrote.")
+        raise UsageError(
+            f"{path} is not a run directory (no {CONFIG}); give one that python -m train.run wrote."
+        )
     try:
         config = msgspec.json.decode((path / CONFIG).read_bytes(), type=RunConfig)
     except msgspec.DecodeError as error:
         raise CheckError(f"{path / CONFIG} is damaged ({error}); restore it or train again.") from error
     if config.schema != SCHEMA:
-        raise CheckError(f"{path / CONFIG} has schema {config.schema}, this version reads {SCHEMA}; train again.")
+        raise CheckError(
+            f"{path / CONFIG} has schema {config.schema}, this version reads {SCHEMA}; train again."
+        )
     return Run(path, config)
 
 
 def newest_run(parent: str | os.PathLike[str] = "runs") -> Path:
-    """-> the run under `parent` whose configuration was written last. Raises UsageError where there is none."""
+    """-> the run under `parent` whose configuration was written last.
+    Raises UsageError where there is none."""
     configs = sorted(Path(parent).glob(f"*/{CONFIG}"), key=lambda path: (path.stat().st_mtime, path))
     if not configs:
         raise UsageError(f"there is no run under {parent}/; train one with: python -m train.run")

@@ -1,8 +1,8 @@
 """Before the first answer: does this very session give PyTorch's logits of the golden samples?
 
-`ffl-verify` judges an installation by the same function. A verdict that holds is remembered for the bundle, the file, the
-runtime, its threads, the gate and the processor (verdicts.py), so the next start costs nothing; one that does not is found
-anew each time, and ends in a sentence that names a variant which holds here.
+`ffl-verify` judges an installation by the same function. A verdict that holds is remembered for the bundle,
+the file, the runtime, its threads, the gate and the processor (verdicts.py), so the next start costs nothing;
+one that does not is found anew each time, and ends in a sentence that names a variant which holds here.
 """
 
 from __future__ import annotations
@@ -26,11 +26,15 @@ if TYPE_CHECKING:
     from ffl_deploy.manifest import Variant
 
 VERSION = 1
-"""Of what is compared and how; another number makes every remembered verdict ask again. The gates are part of the question."""
+"""Of what is compared and how; another number makes every remembered verdict ask again.
+The gates are part of the question."""
 
 
-def golden_record(bundle: BundleFiles, variant: Variant, session: Session, batches: Sequence[int] | None = None) -> ParityRecord:
-    """Run the golden samples through `session`; -> metrics and verdict by the gate of the variant's precision.
+def golden_record(
+    bundle: BundleFiles, variant: Variant, session: Session, batches: Sequence[int] | None = None
+) -> ParityRecord:
+    """Run the golden samples through `session`; -> metrics and verdict by the gate
+    of the variant's precision.
 
     Args: batches: sizes to run at (1, 7 and all).
     Raises CheckError where the samples are damaged, or the session cannot run them.
@@ -43,15 +47,23 @@ def golden_record(bundle: BundleFiles, variant: Variant, session: Session, batch
 
 
 def gate_of(variant: Variant, session: Session) -> ParityGate:
-    return PARITY_GATES[gate_precision(variant.precision.stored, session.computed or variant.precision.computed)]
+    return PARITY_GATES[
+        gate_precision(variant.precision.stored, session.computed or variant.precision.computed)
+    ]
 
 
 def require_golden(
-    bundle: BundleFiles, variant: Variant, session: Session, threads: int | None = None, batches: Sequence[int] | None = None
+    bundle: BundleFiles,
+    variant: Variant,
+    session: Session,
+    threads: int | None = None,
+    batches: Sequence[int] | None = None,
 ) -> None:
-    """Let `session`, opened on `variant` with `threads`, answer; else close it. Arguments: as for `broken_gate`.
+    """Let `session`, opened on `variant` with `threads`, answer; else close it. Arguments:
+    as for `broken_gate`.
 
-    Raises CheckError where its golden answers are not PyTorch's; the sentence names a variant that holds here.
+    Raises CheckError where its golden answers are not PyTorch's;
+    the sentence names a variant that holds here.
     """
     broken = broken_gate(bundle, variant, session, threads, batches)
     if broken:
@@ -60,12 +72,17 @@ def require_golden(
 
 
 def broken_gate(
-    bundle: BundleFiles, variant: Variant, session: Session, threads: int | None = None, batches: Sequence[int] | None = None
+    bundle: BundleFiles,
+    variant: Variant,
+    session: Session,
+    threads: int | None = None,
+    batches: Sequence[int] | None = None,
 ) -> str:
-    """-> what of the gate `session` breaks, in words; "" where it holds, by a remembered verdict or by running the samples.
+    """-> what of the gate `session` breaks, in words; "" where it holds,
+    by a remembered verdict or by running the samples.
 
-    Args: batches: sizes to run the samples at, now and whatever is remembered: a server's, which are its warm-up too.
-    Raises CheckError where the samples are damaged.
+    Args: batches: sizes to run the samples at, now and whatever is remembered: a server's, which are its
+    warm-up too. Raises CheckError where the samples are damaged.
     """
     question = _question(bundle, variant, session, threads) if batches is None else None
     if question is not None and verdicts.recall(question) == "passed":
@@ -83,10 +100,14 @@ def broken_gate(
 def reason(record: ParityRecord) -> str:
     """-> each metric that broke its gate, as found with most images; "" where none did."""
     last = {finding.metric: finding for finding in record.verdict.findings}
-    return "; ".join(f"{name} {finding.measured:.3g}, gate {finding.limit:g}" for name, finding in last.items())
+    return "; ".join(
+        f"{name} {finding.measured:.3g}, gate {finding.limit:g}" for name, finding in last.items()
+    )
 
 
-def refusal(bundle: BundleFiles, variant: Variant, runtime: str, broken: str, threads: int | None = None) -> CheckError:
+def refusal(
+    bundle: BundleFiles, variant: Variant, runtime: str, broken: str, threads: int | None = None
+) -> CheckError:
     """-> the sentence for a variant that does not hold here, with what to use in its place."""
     where = "processor" if runtime in ("onnxruntime", "openvino") else "machine"
     holding = next(_holding(bundle, variant, runtime, threads), "")
@@ -96,13 +117,15 @@ def refusal(bundle: BundleFiles, variant: Variant, runtime: str, broken: str, th
         else "no variant of it holds here: export it again with ffl-export, or use another machine."
     )
     return CheckError(
-        f"variant {variant.name} of {shown(bundle.folder)} does not give PyTorch's logits on this {where} with {runtime} "
+        f"variant {variant.name} of {shown(bundle.folder)} does not give PyTorch's logits on this {where} "
+        f"with {runtime} "
         f"({broken}); {advice}"
     )
 
 
 def _holding(bundle: BundleFiles, refused: Variant, runtime: str, threads: int | None) -> Iterator[str]:
-    """Yield the flags of what holds here: on the same runtime first, then on the variants' own, smaller files before larger."""
+    """Yield the flags of what holds here: on the same runtime first, then on the variants' own,
+    smaller files before larger."""
     others = sorted(bundle.manifest.variants, key=lambda variant: variant.bytes)
     tries = [(variant, runtime) for variant in others] + [(variant, variant.runtime) for variant in others]
     for variant, name in dict.fromkeys((variant.name, name) for variant, name in tries):
@@ -116,10 +139,14 @@ def _holding(bundle: BundleFiles, refused: Variant, runtime: str, threads: int |
         broken = broken_gate(bundle, candidate, session, threads)
         session.close()
         if not broken:
-            yield f"--variant {variant}" + (f" --runtime {name}" if name != candidate.runtime or variant == refused.name else "")
+            yield f"--variant {variant}" + (
+                f" --runtime {name}" if name != candidate.runtime or variant == refused.name else ""
+            )
 
 
-def _question(bundle: BundleFiles, variant: Variant, session: Session, threads: int | None) -> dict[str, Any] | None:
+def _question(
+    bundle: BundleFiles, variant: Variant, session: Session, threads: int | None
+) -> dict[str, Any] | None:
     """-> everything that a session's golden answers depend on; None where that is not known."""
     described = kernels(session.runtime)
     if described is None or not session.version:

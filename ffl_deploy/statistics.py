@@ -1,4 +1,5 @@
-"""Accuracies, their differences and what a sample of this size can say about them. NumPy and the standard library alone."""
+"""Accuracies, their differences and what a sample of this size can say about them.
+NumPy and the standard library alone."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ class Interval(msgspec.Struct, frozen=True):
 
 
 class PairedDifference(msgspec.Struct, frozen=True):
-    """Two classifiers on the same `n` images. `gained`: only the candidate is right; `lost`: only the reference is.
+    """Two classifiers on the same `n` images. `gained`: only the candidate is right; `lost`:
+    only the reference is.
 
     `delta` = (gained - lost) / n with its 95 % Tango interval; `p_worse` and `p_different` are exact McNemar
     probabilities, one-sided (candidate worse) and two-sided.
@@ -47,7 +49,8 @@ def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> Interva
 
 
 def tango_interval(gained: int, lost: int, n: int, confidence: float = 0.95) -> Interval:
-    """-> score interval of the paired difference (gained - lost) / n (Tango, Statistics in Medicine 17, 1998).
+    """-> score interval of the paired difference (gained - lost) / n (Tango, Statistics in Medicine 17,
+    1998).
 
     Unlike the Wald interval it does not collapse to a point where no pair is discordant.
     Raises ValueError for n < 1 or more discordant pairs than pairs.
@@ -57,7 +60,8 @@ def tango_interval(gained: int, lost: int, n: int, confidence: float = 0.95) -> 
     z = _z(confidence)
 
     def score(delta: float) -> float:
-        # Maximum-likelihood estimate of the probability of a "lost" pair when the difference is held at delta.
+        # Maximum-likelihood estimate of the probability
+        # of a "lost" pair when the difference is held at delta.
         b = -gained - lost + (2 * n - gained + lost) * delta
         c = -lost * delta * (1 - delta)
         lost_share = (math.sqrt(max(b * b - 8 * n * c, 0.0)) - b) / (4 * n)
@@ -68,7 +72,8 @@ def tango_interval(gained: int, lost: int, n: int, confidence: float = 0.95) -> 
     estimate = (gained - lost) / n
 
     def solve(outside: float, target: float) -> float:
-        # The score falls from +inf at -1 to -inf at 1; bisection needs no derivative and cannot leave [-1, 1].
+        # The score falls from +inf at -1 to -inf at 1;
+        # bisection needs no derivative and cannot leave [-1, 1].
         low, high = min(outside, estimate), max(outside, estimate)
         for _ in range(100):
             middle = (low + high) / 2
@@ -79,7 +84,8 @@ def tango_interval(gained: int, lost: int, n: int, confidence: float = 0.95) -> 
 
 
 def mcnemar_p(gained: int, lost: int) -> tuple[float, float]:
-    """-> (p_worse, p_different): exact McNemar, i.e. binomial(gained + lost, 1/2) tails, one- and two-sided."""
+    """-> (p_worse, p_different): exact McNemar, i.e. binomial(gained + lost, 1/2) tails,
+    one- and two-sided."""
     trials = gained + lost
     p_worse = _binomial_upper_tail(lost, trials)
     return p_worse, min(1.0, 2 * min(p_worse, _binomial_upper_tail(gained, trials)))
@@ -88,7 +94,8 @@ def mcnemar_p(gained: int, lost: int) -> tuple[float, float]:
 def paired_difference(reference_right: np.ndarray, candidate_right: np.ndarray) -> PairedDifference:
     """Compare two classifiers image by image.
 
-    Args: boolean arrays [n], whether each image was classified correctly. Raises ValueError for unequal or empty arrays.
+    Args: boolean arrays [n], whether each image was classified correctly.
+    Raises ValueError for unequal or empty arrays.
     """
     if reference_right.shape != candidate_right.shape or not reference_right.size:
         raise ValueError("a paired comparison needs the same, non-empty set of images on both sides")
@@ -129,10 +136,11 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float | None:
-    """-> the temperature T > 0 that minimises the mean negative log-likelihood of softmax(logits / T) (Guo et al. 2017).
+    """-> the temperature T > 0 that minimises the mean negative log-likelihood of softmax(logits / T)
+    (Guo et al. 2017).
 
-    None where every image is classified correctly: the likelihood then grows without end as T falls. It is convex in 1 / T,
-    so a golden-section search over log T in [1/20, 20] finds its minimum.
+    None where every image is classified correctly: the likelihood then grows without end as T falls. It is
+    convex in 1 / T, so a golden-section search over log T in [1/20, 20] finds its minimum.
     Args: logits float [n, classes] of images the network was not trained on; labels int [n].
     """
     if (logits.argmax(axis=1) == labels).all():

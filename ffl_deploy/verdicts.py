@@ -2,8 +2,9 @@
 
     ~/.cache/ffl-deploy/verdicts/SHA256-OF-THE-QUESTION.json      {"question": {...}, "answer": {...}}
 
-A question is everything that its answer depends on, so an entry is never out of date. An entry only saves work: one that is
-damaged, too large, of another user or open to others for writing is as none, and where nothing can be written nothing is said.
+A question is everything that its answer depends on, so an entry is never out of date. An entry only saves
+work: one that is damaged, too large, of another user or open to others for writing is as none, and where
+nothing can be written nothing is said.
 """
 
 from __future__ import annotations
@@ -25,13 +26,15 @@ OPEN_TO_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 
 def recall(question: dict[str, Any]) -> Any:
-    """-> the answer that was remembered for `question` (plain JSON data), None where there is none that can be trusted."""
+    """-> the answer that was remembered for `question` (plain JSON data),
+    None where there is none that can be trusted."""
     folder = _folder()
     if folder is None:
         return None
     encoded = msgspec.json.encode(question, order="sorted")
     try:
-        # O_NOFOLLOW: a link may lead to a file of somebody else; O_NONBLOCK: a pipe in its place would never answer.
+        # O_NOFOLLOW: a link may lead to a file of somebody else; O_NONBLOCK:
+        # a pipe in its place would never answer.
         flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
         with open(os.open(folder / _name(encoded), flags), "rb") as file:
             found = os.fstat(file.fileno())
@@ -51,8 +54,11 @@ def remember(question: dict[str, Any], answer: Any) -> None:
     encoded = msgspec.json.encode(question, order="sorted")
     content = msgspec.json.format(msgspec.json.encode({"question": question, "answer": answer}), indent=1)
     with contextlib.suppress(OSError):
-        # Another process may write the same entry at the same time: each writes a file of its own, the last rename stands.
-        descriptor, temporary = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=folder)  # readable by this user alone
+        # Another process may write the same entry at the same time: each writes a file of its own,
+        # the last rename stands.
+        descriptor, temporary = tempfile.mkstemp(
+            prefix=".", suffix=".tmp", dir=folder
+        )  # readable by this user alone
         try:
             with open(descriptor, "wb") as file:
                 file.write(content)
@@ -75,7 +81,8 @@ def _folder(make: bool = False) -> Path | None:
     folder = base / "ffl-deploy" / "verdicts"
     try:
         if make:
-            for part in (base, folder.parent, folder):  # not its parents: a home that does not exist is not made
+            # not its parents: a home that does not exist is not made
+            for part in (base, folder.parent, folder):
                 with contextlib.suppress(FileExistsError):
                     os.mkdir(part, 0o700)
         if hasattr(os, "geteuid") and base.stat().st_uid not in (os.geteuid(), 0):
@@ -95,20 +102,24 @@ def cache_home() -> Path | None:
         given = os.environ.get("LOCALAPPDATA", "")
         return Path(given) if os.path.isabs(given) else None
     home = os.path.expanduser("~")
-    if not os.path.isabs(home) or os.environ.get("HOME") == "":  # expanduser makes / of an empty one, ~ of an unknown user
+    if (
+        not os.path.isabs(home) or os.environ.get("HOME") == ""
+    ):  # expanduser makes / of an empty one, ~ of an unknown user
         return None
     return Path(home, "Library", "Caches") if sys.platform == "darwin" else Path(home, ".cache")
 
 
 def _private(found: os.stat_result) -> bool:
-    """-> whether a file or folder belongs to this user, and nobody else may write to it (as far as the system knows users)."""
+    """-> whether a file or folder belongs to this user,
+    and nobody else may write to it (as far as the system knows users)."""
     if not hasattr(os, "geteuid"):
         return True
     return found.st_uid == os.geteuid() and not found.st_mode & OPEN_TO_OTHERS
 
 
 def _make_room(folder: Path) -> None:
-    """Remove the oldest entries, and temporary files of processes that were killed, until MAX_ENTRIES are left."""
+    """Remove the oldest entries, and temporary files of processes that were killed,
+    until MAX_ENTRIES are left."""
     entries = [(entry.stat(follow_symlinks=False).st_mtime, entry.path) for entry in os.scandir(folder)]
     for _, path in sorted(entries)[: max(0, len(entries) - MAX_ENTRIES)]:
         with contextlib.suppress(FileNotFoundError):  # another process was as quick

@@ -1,4 +1,5 @@
-"""On which processors a bundle's gates were run, and what was computed there: what its manifest and its card say of it."""
+"""On which processors a bundle's gates were run, and what was computed there:
+what its manifest and its card say of it."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from ffl_deploy.parity import ParityRecord
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """A variant on one processor. max_difference: from PyTorch's logits, in their standard deviations; null: not finite."""
+    """A variant on one processor. max_difference: from PyTorch's logits, in their standard deviations; null:
+    not finite."""
 
     runtime: str  # name and version
     computed: str  # the precision
@@ -20,11 +22,15 @@ class Outcome(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, record: ParityRecord, runtime: str, version: str, computed: str) -> Outcome:
-        """-> what a comparison with PyTorch's logits found. version: of the runtime; its build is left out."""
+        """-> what a comparison with PyTorch's logits found. version: of the runtime;
+        its build is left out."""
         worst = record.worst
         difference = None if worst.non_finite else worst.scaled_max_diff
         return cls(
-            f"{runtime} {version.split()[0].split('-')[0]}", computed, "failed" if record.verdict.failed else "passed", difference
+            f"{runtime} {version.split()[0].split('-')[0]}",
+            computed,
+            "failed" if record.verdict.failed else "passed",
+            difference,
         )
 
 
@@ -44,10 +50,16 @@ def with_record(records: Sequence[VerifiedOn], new: VerifiedOn) -> list[Verified
 
 def markdown(records: Sequence[VerifiedOn]) -> list[str]:
     """-> lines of a table for the model card."""
-    lines = ["| processor | variant | runtime | computed in | gate | max logit difference / std |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| processor | variant | runtime | computed in | gate | max logit difference / std |",
+        "|---|---|---|---|---|---|",
+    ]
     for record in records:
         name = record.processor + (f" (emulated by {record.emulated})" if record.emulated else "")
         for variant, outcome in record.variants.items():
             difference = "not finite" if outcome.max_difference is None else f"{outcome.max_difference:.1e}"
-            lines.append(f"| {name} | {variant} | {outcome.runtime} | {outcome.computed} | {outcome.gate} | {difference} |")
+            lines.append(
+                f"| {name} | {variant} | {outcome.runtime} | {outcome.computed} | {outcome.gate} | "
+                f"{difference} |"
+            )
     return lines

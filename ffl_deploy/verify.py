@@ -1,7 +1,9 @@
-"""`ffl-verify BUNDLE`: is this the bundle that was exported, and does this machine compute what training computed?
+"""`ffl-verify BUNDLE`: is this the bundle that was exported,
+and does this machine compute what training computed?
 
-Checks, in this order: the manifest's schema and names; that the folder holds every listed file, unchanged, and no other;
-that no model keeps data elsewhere; the golden samples on the runtime that is installed. Needs neither torch nor onnx.
+Checks, in this order: the manifest's schema and names; that the folder holds every listed file, unchanged,
+and no other; that no model keeps data elsewhere; the golden samples on the runtime that is installed. Needs
+neither torch nor onnx.
 """
 
 from __future__ import annotations
@@ -29,8 +31,8 @@ from ffl_deploy.signing import check_signature
 def check_files(bundle: Bundle) -> int:
     """-> number of files checked.
 
-    Raises CheckError for a missing, changed or unlisted file, for external data, and for an int8 file that could saturate or
-    does not match its certificate.
+    Raises CheckError for a missing, changed or unlisted file, for external data, and for an int8 file that
+    could saturate or does not match its certificate.
     """
     listed = bundle.manifest.files
     for name in listed:
@@ -40,7 +42,8 @@ def check_files(bundle: Bundle) -> int:
     extra = sorted(set(_entries(bundle.folder)) - set(listed) - {MANIFEST})
     if extra:
         raise CheckError(
-            f"{shown(bundle.folder)} holds {len(extra)} file(s) that its manifest does not list ({', '.join(extra[:3])}); "
+            f"{shown(bundle.folder)} holds {len(extra)} file(s) that its manifest does not list "
+            f"({', '.join(extra[:3])}); "
             "remove them, or copy the bundle anew."
         )
     for variant in bundle.manifest.variants:
@@ -51,23 +54,31 @@ def check_files(bundle: Bundle) -> int:
 
 def remark(variant: Variant) -> str:
     """-> what to say about an int8 file without a certificate."""
-    if variant.precision.stored != "int8" or not variant.file.endswith(".onnx") or variant.details.certificate:
+    if (
+        variant.precision.stored != "int8"
+        or not variant.file.endswith(".onnx")
+        or variant.details.certificate
+    ):
         return ""
     return ", not proven to hold on other processors (exported before int8 files were)"
 
 
 def _entries(folder: Path) -> Iterator[str]:
-    """-> names, relative to `folder`, of everything below it that is not a real folder: files, links, devices."""
+    """-> names, relative to `folder`, of everything below it that is not a real folder: files, links,
+    devices."""
     for parent, folders, files in os.walk(folder):
         links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
         for name in [*files, *links]:
             yield Path(parent, name).relative_to(folder).as_posix()
 
 
-def check_parity(bundle: Bundle, variant: Variant, runtime: str | None = None, threads: int | None = None) -> ParityRecord:
+def check_parity(
+    bundle: Bundle, variant: Variant, runtime: str | None = None, threads: int | None = None
+) -> ParityRecord:
     """Run the golden samples at batches 1, 7 and all; -> metrics and verdict against PyTorch's logits.
 
-    Raises UsageError where the runtime is unknown or not installed, CheckError where the model cannot be loaded or run.
+    Raises UsageError where the runtime is unknown or not installed,
+    CheckError where the model cannot be loaded or run.
     """
     session = bundle.open(variant.name, runtime, threads)
     record = golden_record(bundle, variant, session)
@@ -76,14 +87,18 @@ def check_parity(bundle: Bundle, variant: Variant, runtime: str | None = None, t
 
 
 def verify(bundle: Bundle, variant: str | None = None, runtime: str | None = None) -> Iterator[str]:
-    """Verify a bundle, yielding one line per check. Without `variant`, every variant that this machine can run.
+    """Verify a bundle, yielding one line per check. Without `variant`,
+    every variant that this machine can run.
 
     With "auto" every one is run and timed too, and the fastest that holds is verified.
 
     Raises CheckError at the first check that does not hold, UsageError where nothing could be run.
     """
     count = check_files(bundle)
-    yield f"{shown(bundle.folder)}: schema {bundle.manifest.schema}, target {bundle.manifest.target}, {count} files as exported"
+    yield (
+        f"{shown(bundle.folder)}: schema {bundle.manifest.schema}, target {bundle.manifest.target}, {count} "
+        "files as exported"
+    )
     if variant == AUTO:
         choice = bundle.fastest(runtime, remembered=False)
         variant, runtime = choice.variant, choice.runtime
@@ -112,20 +127,31 @@ def summary(record: ParityRecord) -> str:
     worst = record.worst
     agreement = 1 - max(metrics.top1_mismatches / metrics.n for metrics in record.batches.values())
     return (
-        f"{max(metrics.n for metrics in record.batches.values())} images at batches {', '.join(record.batches)}: "
+        f"{max(metrics.n for metrics in record.batches.values())} images at batches "
+        f"{', '.join(record.batches)}: "
         f"max logit difference {worst.scaled_max_diff:.1e} of their standard deviation, "
-        f"top-1 agreement {np.floor(agreement * 1000) / 10:g} %, {record.gate.precision} gate {record.verdict.status}"
+        f"top-1 agreement {np.floor(agreement * 1000) / 10:g} %, {record.gate.precision} gate "
+        f"{record.verdict.status}"
     )
 
 
 def main(argv: Sequence[str]) -> int:
     parser = Parser(
-        prog="ffl-verify", description="Check a bundle: schema, every hash, and the golden samples on this machine's runtime."
+        prog="ffl-verify",
+        description="Check a bundle: schema, every hash, and the golden samples on this machine's runtime.",
     )
-    parser.add_argument("bundle", metavar="BUNDLE", help="the folder that ffl-export wrote (it holds bundle.json)")
-    parser.add_argument("--variant", metavar="NAME", help="one variant, or auto: the fastest that holds here (default: all)")
-    parser.add_argument("--runtime", metavar="NAME", help="run it on this runtime: onnxruntime, openvino, tensorrt, ...")
-    parser.add_argument("--public-key", type=Path, metavar="PEM", help="also check the bundle's signature (BUNDLE.sig)")
+    parser.add_argument(
+        "bundle", metavar="BUNDLE", help="the folder that ffl-export wrote (it holds bundle.json)"
+    )
+    parser.add_argument(
+        "--variant", metavar="NAME", help="one variant, or auto: the fastest that holds here (default: all)"
+    )
+    parser.add_argument(
+        "--runtime", metavar="NAME", help="run it on this runtime: onnxruntime, openvino, tensorrt, ..."
+    )
+    parser.add_argument(
+        "--public-key", type=Path, metavar="PEM", help="also check the bundle's signature (BUNDLE.sig)"
+    )
     arguments = parser.parse_args(argv)
     bundle = load_bundle(arguments.bundle)
     if arguments.public_key:

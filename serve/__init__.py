@@ -1,1 +1,2 @@
-"""A bundle answers: batch prediction, the HTTP server and its demo, and a cluster. Nothing here imports torch."""
+"""A bundle answers: batch prediction, the HTTP server and its demo, and a cluster.
+Nothing here imports torch."""

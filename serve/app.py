@@ -1,4 +1,5 @@
-"""One application of server and demo: the demo at /, the inference protocol at /v2 and metrics at /metrics."""
+"""One application of server and demo: the demo at /,
+the inference protocol at /v2 and metrics at /metrics."""
 
 from __future__ import annotations
 
@@ -57,20 +58,27 @@ def create_app(settings: Settings, stop: Callable[[], None] = lambda: None) -> F
 
     # what every request passes; the last one added is the outermost
     def largest_body(path: str) -> int:
-        return settings.limits.body_bytes if path.startswith("/v2/") else largest_demo_body(path, settings.limits)
+        return (
+            settings.limits.body_bytes
+            if path.startswith("/v2/")
+            else largest_demo_body(path, settings.limits)
+        )
 
     app.add_middleware(Bodies, limits=settings.limits, limit_of=largest_body)
     if settings.token:
         app.add_middleware(Token, token=settings.token)
     local = settings.host in LOOPBACK
-    app.add_middleware(HostAndOrigin, hosts=(*LOOPBACK, *settings.allowed_hosts) if local else settings.allowed_hosts)
+    app.add_middleware(
+        HostAndOrigin, hosts=(*LOOPBACK, *settings.allowed_hosts) if local else settings.allowed_hosts
+    )
     app.add_middleware(Tracking, service=service)
     return app
 
 
 @contextlib.asynccontextmanager
 async def _running(service: Service, slot: DemoSlot, stop: Callable[[], None]) -> AsyncIterator[None]:
-    """Load in the background for as long as the server runs; the demo's own lifespan stays inside one task."""
+    """Load in the background for as long as the server runs;
+    the demo's own lifespan stays inside one task."""
     ending = asyncio.Event()
 
     async def live() -> None:

@@ -1,10 +1,11 @@
-"""Ray Serve: the same /v2 application in many replicas, with autoscaling, a bounded queue and rolling updates.
+"""Ray Serve: the same /v2 application in many replicas, with autoscaling,
+a bounded queue and rolling updates.
 
     serve run serve.cluster:app bundles=bundles/fused,bundles/branch0 replicas=2
 
-A replica counts as healthy once its bundles are loaded and verified, so a rolling update to a new bundle (run the command
-again with another folder) moves traffic only to replicas that answer. Each replica micro-batches for itself. The demo is
-not served here: its sessions belong to one process.
+A replica counts as healthy once its bundles are loaded and verified, so a rolling update to a new bundle (run
+the command again with another folder) moves traffic only to replicas that answer. Each replica micro-batches
+for itself. The demo is not served here: its sessions belong to one process.
 """
 
 from __future__ import annotations
@@ -96,7 +97,9 @@ def app(arguments: dict[str, str]) -> ray_serve.Application:
     if given.replicas is None:
         bounds = {"min_replicas": given.min_replicas, "max_replicas": given.max_replicas}
         scaling = {"autoscaling_config": {**bounds, "target_ongoing_requests": max(1, given.ongoing // 2)}}
-    folders = [os.path.abspath(text) if "=" not in text else _absolute(text) for text in given.bundles.split(",")]
+    folders = [
+        os.path.abspath(text) if "=" not in text else _absolute(text) for text in given.bundles.split(",")
+    ]
     deployment = Bundles.options(  # type: ignore[attr-defined]  # the decorator makes it a Deployment
         **scaling,
         max_ongoing_requests=given.ongoing,

@@ -16,48 +16,86 @@ def parse_arguments(argv: Sequence[str], program: str = "ffl-serve") -> Settings
     """-> Settings. Raises UsageError for values that cannot be served."""
     parser = Parser(
         prog=program,
-        description="Serve bundles: a demo at /, the Open Inference Protocol v2 at /v2, Prometheus metrics at /metrics.",
-        epilog="SIGTERM drains: requests in flight are answered, then the exit code is 0. See docs/serving.md.",
+        description=(
+            "Serve bundles: a demo at /, the Open Inference Protocol v2 at /v2, Prometheus metrics at "
+            "/metrics."
+        ),
+        epilog="SIGTERM drains: requests in flight are answered, then exit code 0. See docs/serving.md.",
     )
     # what is served, and where
     parser.add_argument(
-        "bundles", nargs="+", metavar="[NAME=]BUNDLE", help="a bundle folder, served under its folder's name or as NAME"
+        "bundles",
+        nargs="+",
+        metavar="[NAME=]BUNDLE",
+        help="a bundle folder, served under its folder's name or as NAME",
     )
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: this machine only)"
+    )
     parser.add_argument("--port", type=int, default=7860, help="0 takes any free port (default: 7860)")
 
     # how it is computed
     parser.add_argument(
-        "--variant", help="variant of every bundle, such as int8; auto: each one's fastest that holds here (default: fp32)"
+        "--variant",
+        help="variant of every bundle, such as int8; auto: the fastest that holds here (default: fp32)",
     )
-    parser.add_argument("--runtime", choices=sorted(RUNTIMES), help="default: the one that the variant was verified with")
-    parser.add_argument("--threads", type=positive, help="threads of one run (default: the cores, shared among the workers)")
     parser.add_argument(
-        "--workers", type=positive, default=2, help="runs of one model at a time; 1 answers a lone request soonest (default: 2)"
+        "--runtime", choices=sorted(RUNTIMES), help="default: the one that the variant was verified with"
     )
-    parser.add_argument("--max-batch", type=positive, default=32, help="images in one run of a model (default: 32)")
+    parser.add_argument(
+        "--threads", type=positive, help="threads of one run (default: the cores, shared among the workers)"
+    )
+    parser.add_argument(
+        "--workers",
+        type=positive,
+        default=2,
+        help="runs of one model at a time; 1 answers a lone request soonest (default: 2)",
+    )
+    parser.add_argument(
+        "--max-batch", type=positive, default=32, help="images in one run of a model (default: 32)"
+    )
 
     # bounds, and who may come in
     parser.add_argument(
-        "--max-queue", type=positive, default=Limits.queued_images, help="images that may wait for one model; more get 503"
+        "--max-queue",
+        type=positive,
+        default=Limits.queued_images,
+        help="images that may wait for one model; more get 503",
     )
     parser.add_argument(
-        "--max-body-mib", type=positive, default=Limits.body_bytes >> 20, help="largest /v2 request (default: 32)"
+        "--max-body-mib",
+        type=positive,
+        default=Limits.body_bytes >> 20,
+        help="largest /v2 request (default: 32)",
     )
     parser.add_argument(
-        "--token-file", type=Path, help="file with a secret: clients send it as bearer token, browsers as password"
+        "--token-file",
+        type=Path,
+        help="file with a secret: clients send it as bearer token, browsers as password",
     )
     parser.add_argument(
-        "--allow-host", action="append", default=[], metavar="NAME", help="a further Host name clients use (repeatable)"
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a further Host name clients use (repeatable)",
     )
 
     # its end, and what it logs
     parser.add_argument(
-        "--drain", type=float, default=1.0, metavar="SECONDS", help="from 'not ready' to closing the port (default: 1)"
+        "--drain",
+        type=float,
+        default=1.0,
+        metavar="SECONDS",
+        help="from 'not ready' to closing the port (default: 1)",
     )
-    parser.add_argument("--shutdown", type=float, default=30.0, metavar="SECONDS", help="for requests in flight (default: 30)")
+    parser.add_argument(
+        "--shutdown", type=float, default=30.0, metavar="SECONDS", help="for requests in flight (default: 30)"
+    )
     parser.add_argument("--access-log", action="store_true", help="log every request, not only refused ones")
-    parser.add_argument("--log-format", choices=("json", "text"), help="default: text on a terminal, else json")
+    parser.add_argument(
+        "--log-format", choices=("json", "text"), help="default: text on a terminal, else json"
+    )
 
     parser.add_argument("--no-demo", action="store_true", help="the protocol alone, without importing Gradio")
 
@@ -90,7 +128,8 @@ def _read_token(path: Path) -> str:
         token = path.read_text(encoding="ascii").strip()
     except UnicodeDecodeError:
         raise UsageError(
-            f"{path} holds more than plain text; make a secret of text, for example with: openssl rand -hex 32"
+            f"{path} holds more than plain text; make a secret of text, for example with: openssl rand -hex "
+            "32"
         ) from None
     if len(token) < 16:
         raise UsageError(f"{path} holds {len(token)} characters; use a random secret of at least 16.")

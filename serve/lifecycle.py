@@ -21,7 +21,8 @@ from serve.server.offline import private_environment
 from serve.server.service import Phase, Service
 from serve.server.settings import Settings
 
-# Longer than what clients and balancers keep idle connections for, so that they close first and never meet a closed one.
+# Longer than what clients and balancers keep idle connections for,
+# so that they close first and never meet a closed one.
 KEEP_ALIVE_SECONDS = 75
 BACKLOG = 2048
 SETTLE_SECONDS = 1.0
@@ -33,9 +34,9 @@ CreateApp = Callable[[Settings, Callable[[], None]], FastAPI]
 class DrainingServer(uvicorn.Server):
     """Ends in three steps, so that no request that was accepted is lost.
 
-    A signal makes the server not ready: balancers turn away, everybody is still answered. Then the port closes and every
-    answer ends its connection. What is idle after SETTLE_SECONDS is closed at last: closing it at once would reset
-    clients whose next request is already on its way.
+    A signal makes the server not ready: balancers turn away, everybody is still answered. Then the port
+    closes and every answer ends its connection. What is idle after SETTLE_SECONDS is closed at last: closing
+    it at once would reset clients whose next request is already on its way.
     """
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
@@ -47,7 +48,8 @@ class DrainingServer(uvicorn.Server):
             return super().handle_exit(sig, frame)  # nothing to drain, or the second signal: now
         self.service.become(Phase.DRAINING)
         self.service.log.info(
-            "draining", extra={"signal": signal.Signals(sig).name, "seconds": self.service.settings.drain_seconds}
+            "draining",
+            extra={"signal": signal.Signals(sig).name, "seconds": self.service.settings.drain_seconds},
         )
         timer = threading.Timer(self.service.settings.drain_seconds, self.stop)
         timer.daemon = True
@@ -102,13 +104,14 @@ def run_until_signal(settings: Settings, create_app: CreateApp) -> None:
         )
         server = DrainingServer(config, service)
 
-        # uvicorn raises the signals that it has caught once more when it is done: a drained SIGTERM is a success.
-        # A signal that comes before uvicorn listens has to end it all the same.
+        # uvicorn raises the signals that it has caught once more when it is done: a drained SIGTERM is a
+        # success. A signal that comes before uvicorn listens has to end it all the same.
         for caught in (signal.SIGTERM, signal.SIGINT):
             signal.signal(caught, lambda number, frame: server.stop())
         if settings.host not in LOOPBACK and not settings.token:
             service.log.warning(
-                "other machines can reach this server without a token; see --token-file", extra={"host": settings.host}
+                "other machines can reach this server without a token; see --token-file",
+                extra={"host": settings.host},
             )
         server.run(sockets=[port])
     if service.failure:
@@ -124,4 +127,6 @@ def open_port(host: str, port: int) -> socket.socket:
         reason = getattr(error, "strerror", None) or error
         raise UsageError(f"--host {host!r} is no address of this machine ({reason}).") from error
     except OSError as error:
-        raise UsageError(f"cannot listen on {host}:{port} ({error.strerror}); choose another with --port or --host.") from error
+        raise UsageError(
+            f"cannot listen on {host}:{port} ({error.strerror}); choose another with --port or --host."
+        ) from error

@@ -1,7 +1,8 @@
-"""Items -> rows: decoding in some threads, inference in others, with bounded queues between and the order kept.
+"""Items -> rows: decoding in some threads, inference in others,
+with bounded queues between and the order kept.
 
-Batches are cut by position (the same items always share a batch), so a row's last bit does not depend on timing:
-a resumed run repeats the bytes of an uninterrupted one.
+Batches are cut by position (the same items always share a batch), so a row's last bit does not depend on
+timing: a resumed run repeats the bytes of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from ffl_deploy.runtime import Outputs, Session
 from serve.inputs.items import Item
 from serve.rows import OK, Row
 
-DECODE_CHUNK = 16  # items a decoding thread takes at a time: hand-over costs 30 us, a small image decodes in 50
+# items a decoding thread takes at a time: hand-over costs 30 us, a small image decodes in 50
+DECODE_CHUNK = 16
 HELD_BYTES = 64 << 20  # of encoded members of archives and tables, which are in memory until they are decoded
 ANIMATED = "animated: only the first frame was classified"
 
@@ -30,7 +32,8 @@ Result = TypeVar("Result")
 
 
 class WorkSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How it is computed: chosen at the start, repeated by a resume because the last bit of a float depends on it."""
+    """How it is computed: chosen at the start, repeated by a resume because the last bit
+    of a float depends on it."""
 
     batch_size: int
     shard_size: int
@@ -76,7 +79,9 @@ class BatchRows(NamedTuple):
 class Classifier:
     """Runs batches through a session and makes rows of the answers."""
 
-    def __init__(self, session: Session, classes: Sequence[str], top_k: int, columns: Sequence[str] = ()) -> None:
+    def __init__(
+        self, session: Session, classes: Sequence[str], top_k: int, columns: Sequence[str] = ()
+    ) -> None:
         """columns: which of rows.OPTIONAL_COLUMNS to fill."""
         self.session, self.classes = session, list(classes)
         self.top_k, self.columns = min(top_k, len(self.classes)), columns
@@ -85,7 +90,10 @@ class Classifier:
         """-> one row for each, in order; the decoded ones go through the network as one batch."""
         good = [item for item in prepared if item.pixels is not None]
         answers = iter(self._classified(good)) if good else iter(())
-        return [next(answers) if item.pixels is not None else failed_row(item, item.status, item.error) for item in prepared]
+        return [
+            next(answers) if item.pixels is not None else failed_row(item, item.status, item.error)
+            for item in prepared
+        ]
 
     def _classified(self, good: Sequence[Prepared]) -> list[Row]:
         try:
@@ -101,7 +109,9 @@ class Classifier:
 
     def _answered(self, good: Sequence[Prepared], outputs: Outputs) -> list[Row]:
         finite = outputs.finite
-        order = np.argsort(-outputs.probabilities, axis=1, kind="stable")[:, : self.top_k]  # equal values keep class order
+        order = np.argsort(-outputs.probabilities, axis=1, kind="stable")[
+            :, : self.top_k
+        ]  # equal values keep class order
         confidences = np.take_along_axis(outputs.probabilities, order, axis=1).tolist()
         rows = []
         for index, (item, ids, values) in enumerate(zip(good, order.tolist(), confidences, strict=True)):
@@ -112,7 +122,19 @@ class Classifier:
             labels = [self.classes[i] for i in ids]
             extra = {name: getattr(outputs, name)[index] for name in self.columns}
             rows.append(
-                Row(item.path, OK, item.error, labels[0], ids[0], values[0], labels, values, item.width, item.height, **extra)
+                Row(
+                    item.path,
+                    OK,
+                    item.error,
+                    labels[0],
+                    ids[0],
+                    values[0],
+                    labels,
+                    values,
+                    item.width,
+                    item.height,
+                    **extra,
+                )
             )
         return rows
 
@@ -126,7 +148,9 @@ def prepare_item(item: Item, preprocessing: Preprocessing) -> Prepared:
     started = time.perf_counter()
 
     def failed(status: str, error: str) -> Prepared:
-        return Prepared(item.path, item.label, None, status=status, error=error, seconds=time.perf_counter() - started)
+        return Prepared(
+            item.path, item.label, None, status=status, error=error, seconds=time.perf_counter() - started
+        )
 
     try:
         decoded = decode(item.read())
@@ -139,11 +163,14 @@ def prepare_item(item: Item, preprocessing: Preprocessing) -> Prepared:
         return failed("internal_error", f"{type(error).__name__}: {error}")
     remark = ANIMATED if decoded.animated else None
     seconds = time.perf_counter() - started
-    return Prepared(item.path, item.label, pixels, decoded.width, decoded.height, error=remark, seconds=seconds)
+    return Prepared(
+        item.path, item.label, pixels, decoded.width, decoded.height, error=remark, seconds=seconds
+    )
 
 
 def chunks(items: Iterable[Item], shard: int, batch_size: int) -> Iterator[Chunk]:
-    """Cut one shard's items into batches of `batch_size` by position, and those into chunks for the decoding threads."""
+    """Cut one shard's items into batches of `batch_size` by position,
+    and those into chunks for the decoding threads."""
     chunk: list[Item] = []
     in_batch = held = 0
     ahead: Item | None = None
@@ -190,7 +217,12 @@ def run_pipeline(
         rows = classifier.rows(prepared)
         seconds = time.perf_counter() - started
         return BatchRows(
-            chunk.shard, rows, [item.label for item in prepared], chunk.ends_shard, [item.seconds for item in prepared], seconds
+            chunk.shard,
+            rows,
+            [item.label for item in prepared],
+            chunk.ends_shard,
+            [item.seconds for item in prepared],
+            seconds,
         )
 
     # both at once; where the consumer stops, nothing further is begun
@@ -209,7 +241,8 @@ def ordered_map(
     window: int,
     size: Callable[[Argument], int] = lambda argument: 0,
 ) -> Iterator[Result]:
-    """Like `map` on an executor, with at most `window` arguments taken and not yet yielded, fewer where their `size` is large.
+    """Like `map` on an executor, with at most `window` arguments taken and not yet yielded,
+    fewer where their `size` is large.
 
     size: bytes that an argument holds; from HELD_BYTES on no further one is taken.
     """

@@ -23,7 +23,8 @@ FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet executes
 
 
 class Row(NamedTuple):
-    """One input's result. Unless `status` is `ok` there is no prediction and `error` says why; on an `ok` row it is a remark."""
+    """One input's result. Unless `status` is `ok` there is no prediction and `error` says why;
+    on an `ok` row it is a remark."""
 
     path: str
     status: str
@@ -43,7 +44,8 @@ COLUMNS = tuple(name for name in Row._fields if name not in OPTIONAL_COLUMNS)
 
 
 def format_of(out: Path, wanted: str | None) -> Format:
-    """-> the format to write: the one asked for, else the one of the file's suffix, else Parquet. Raises UsageError."""
+    """-> the format to write: the one asked for, else the one of the file's suffix, else Parquet.
+    Raises UsageError."""
     suffix = out.suffix.lower().removeprefix(".")
     name = wanted or suffix or "parquet"
     for known in FORMATS:
@@ -53,12 +55,15 @@ def format_of(out: Path, wanted: str | None) -> Format:
 
 
 def encode(rows: Sequence[Row], format: Format, extra: Sequence[str]) -> bytes:
-    """-> one shard as bytes; the same rows give the same bytes. `extra`: which OPTIONAL_COLUMNS are written."""
+    """-> one shard as bytes; the same rows give the same bytes. `extra`:
+    which OPTIONAL_COLUMNS are written."""
     if format == "parquet":
         return _encode_parquet(rows, extra)
     columns = (*COLUMNS, *extra)
     if format == "jsonl":
-        return msgspec.json.Encoder(enc_hook=_plain).encode_lines({name: getattr(row, name) for name in columns} for row in rows)
+        return msgspec.json.Encoder(enc_hook=_plain).encode_lines(
+            {name: getattr(row, name) for name in columns} for row in rows
+        )
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerows([_cell(getattr(row, name)) for name in columns] for row in rows)
@@ -66,7 +71,8 @@ def encode(rows: Sequence[Row], format: Format, extra: Sequence[str]) -> bytes:
 
 
 def assemble(shards: Iterable[Path], out: Path, format: Format, extra: Sequence[str]) -> None:
-    """Write the shards, in order, as one file that appears under its name only when it is complete and on disk."""
+    """Write the shards, in order, as one file that appears under its name only when it
+    is complete and on disk."""
     with replace_file(out) as file:
         if format == "parquet":
             _join_parquet(shards, file, extra)
@@ -112,11 +118,14 @@ def parquet_schema(extra: Sequence[str]) -> Any:
         "logits": pa.list_(pa.float32()),
         "embedding": pa.list_(pa.float32()),
     }
-    return pa.schema([pa.field(name, kinds[name], nullable=name not in ("path", "status")) for name in (*COLUMNS, *extra)])
+    return pa.schema(
+        [pa.field(name, kinds[name], nullable=name not in ("path", "status")) for name in (*COLUMNS, *extra)]
+    )
 
 
 def _encode_parquet(rows: Sequence[Row], extra: Sequence[str]) -> bytes:
-    """Through JSON lines: pyarrow.array() of a Python list imports pandas, where that is installed, which takes 0.4 s."""
+    """Through JSON lines: pyarrow.array() of a Python list imports pandas, where that is installed,
+    which takes 0.4 s."""
     import pyarrow as pa
     import pyarrow.json
     import pyarrow.parquet as pq

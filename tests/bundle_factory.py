@@ -1,6 +1,7 @@
 """Tiny but real bundles: a convolutional ONNX model with seeded weights and a complete, valid manifest.
 
-No torch: the graph is written with onnx.helper, so deployment is tested where only its own needs are installed.
+No torch: the graph is written with onnx.helper,
+so deployment is tested where only its own needs are installed.
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ def make_bundle(
     folder.mkdir(parents=True, exist_ok=True)
     files = {name: "model.onnx" if name == "fp32" else f"model.{name}.onnx" for name in variants}
     model, other = (
-        build_model(size, len(classes), seed=weights, nonfinite_above=nonfinite_above, embedding=embedding, cam=cam)
+        build_model(
+            size, len(classes), seed=weights, nonfinite_above=nonfinite_above, embedding=embedding, cam=cam
+        )
         for weights in (seed, seed + 1)
     )
     for name, file in files.items():
@@ -61,7 +64,9 @@ def make_bundle(
     images = rng.integers(0, 256, (golden_count, size, size, 3), dtype=np.uint8)
     if gray:
         images[:] = 0
-        images[:, 1:-1, size // 3 : size // 2] = rng.integers(180, 256, (golden_count, 1, 1, 1), dtype=np.uint8)
+        images[:, 1:-1, size // 3 : size // 2] = rng.integers(
+            180, 256, (golden_count, 1, 1, 1), dtype=np.uint8
+        )
     labels = np.arange(golden_count, dtype=np.int64) % len(classes)
     onnx.save(model, folder / "golden.onnx")
     golden = GoldenSamples(images, labels, _run(folder / "golden.onnx", images))
@@ -80,9 +85,12 @@ def make_bundle(
         classes=classes,
         input=InputTensor(Preprocessing(size, size, resize=resize, crop_fraction=crop_fraction)),  # type: ignore[arg-type]
         outputs=outputs,
-        source=Source("tests", "best", "0" * 64, 1, "ffl", ["tiny", "tiny"], "noise", parameters=_parameters(model)),
+        source=Source(
+            "tests", "best", "0" * 64, 1, "ffl", ["tiny", "tiny"], "noise", parameters=_parameters(model)
+        ),
         variants=[
-            Variant.of_file(folder, folder / file, name, "onnxruntime", Precision("fp32", "fp32")) for name, file in files.items()
+            Variant.of_file(folder, folder / file, name, "onnxruntime", Precision("fp32", "fp32"))
+            for name, file in files.items()
         ],
         golden=golden,
         origin="seeded noise",
@@ -101,7 +109,8 @@ def build_model(
     embedding: bool = False,
     cam: bool = False,
 ) -> onnx.ModelProto:
-    """images uint8 [batch, size, size, 3] -> normalise -> 3x3 conv -> ReLU -> global pool -> gemm -> logits -> softmax."""
+    """images uint8 [batch, size, size, 3] -> normalise -> 3x3 conv -> ReLU -> global pool -> gemm -> logits
+    -> softmax."""
     rng = np.random.default_rng(seed)
     weights = {
         "scale": np.float32(1 / 255),
@@ -118,7 +127,9 @@ def build_model(
         helper.make_node("Mul", ["nchw", "scale"], ["unit"]),
         helper.make_node("Sub", ["unit", "mean"], ["centred"]),
         helper.make_node("Div", ["centred", "std"], ["normal"]),
-        helper.make_node("Conv", ["normal", "conv_weight", "conv_bias"], ["conv"], pads=[1, 1, 1, 1], strides=[2, 2]),
+        helper.make_node(
+            "Conv", ["normal", "conv_weight", "conv_bias"], ["conv"], pads=[1, 1, 1, 1], strides=[2, 2]
+        ),
         helper.make_node("Relu", ["conv"], ["relu"]),
         helper.make_node("GlobalAveragePool", ["relu"], ["pool"]),
         helper.make_node("Flatten", ["pool"], ["embedding"]),
@@ -126,7 +137,11 @@ def build_model(
     head = "logits" if nonfinite_above is None else "finite_logits"
     nodes.append(helper.make_node("Gemm", ["embedding", "fc_weight", "fc_bias"], [head], transB=1))
     if nonfinite_above is not None:
-        weights |= {"limit": np.float32(nonfinite_above), "nan": np.float32("nan"), "axes": np.array([1, 2, 3])}
+        weights |= {
+            "limit": np.float32(nonfinite_above),
+            "nan": np.float32("nan"),
+            "axes": np.array([1, 2, 3]),
+        }
         nodes += [
             helper.make_node("ReduceMean", ["nchw", "axes"], ["level4d"]),
             helper.make_node("Flatten", ["level4d"], ["level"]),
@@ -134,13 +149,18 @@ def build_model(
             helper.make_node("Where", ["bad", "nan", "finite_logits"], ["logits"]),
         ]
     nodes.append(helper.make_node("Softmax", ["logits"], ["probabilities"], axis=1))
-    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", classes]) for name in ("logits", "probabilities")]
+    outputs = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", classes])
+        for name in ("logits", "probabilities")
+    ]
     if embedding:
         outputs.append(helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["batch", CHANNELS]))
     if cam:
         weights["cam_axes"] = np.array([1])
         nodes.append(helper.make_node("ReduceMean", ["relu", "cam_axes"], ["cam"], keepdims=0))
-        outputs.append(helper.make_tensor_value_info("cam", TensorProto.FLOAT, ["batch", size // 2, size // 2]))
+        outputs.append(
+            helper.make_tensor_value_info("cam", TensorProto.FLOAT, ["batch", size // 2, size // 2])
+        )
     graph = helper.make_graph(
         nodes,
         "tiny",
@@ -154,7 +174,11 @@ def build_model(
 
 
 def _parameters(model: onnx.ModelProto) -> int:
-    return sum(int(np.prod(weight.dims)) for weight in model.graph.initializer if weight.name.endswith(("weight", "bias")))
+    return sum(
+        int(np.prod(weight.dims))
+        for weight in model.graph.initializer
+        if weight.name.endswith(("weight", "bias"))
+    )
 
 
 def _run(path: Path, images: np.ndarray) -> np.ndarray:

@@ -13,7 +13,8 @@ from ffl_deploy.bundle import Bundle
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The user's cache is left alone, and remembers nothing of earlier runs; processes that a test starts inherit the place."""
+    """The user's cache is left alone, and remembers nothing of earlier runs;
+    processes that a test starts inherit the place."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("cache")
         patch.setenv("XDG_CACHE_HOME", str(folder))
@@ -22,8 +23,11 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def make_bundle() -> Callable[..., Bundle]:
-    """`make_bundle(folder, size=32, classes=(...), ...)` of tests/bundle_factory.py; onnx is imported only where it is used."""
-    spec = importlib.util.spec_from_file_location("bundle_factory", Path(__file__).with_name("bundle_factory.py"))
+    """`make_bundle(folder, size=32, classes=(...), ...)` of tests/bundle_factory.py;
+    onnx is imported only where it is used."""
+    spec = importlib.util.spec_from_file_location(
+        "bundle_factory", Path(__file__).with_name("bundle_factory.py")
+    )
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -39,15 +43,20 @@ def tiny_bundle(make_bundle: Callable[..., Bundle], tmp_path_factory: pytest.Tem
 
 @pytest.fixture
 def image_folder(tmp_path: Path) -> Callable[..., Path]:
-    """`image_folder(classes=("cat", "dog"), suffix=".png", size=(20, 16), val=2, ...)` -> DIR/PART/CLASS/N.png, random images.
+    """`image_folder(classes=("cat", "dog"), suffix=".png", size=(20, 16), val=2, ...)` ->
+    DIR/PART/CLASS/N.png, random images.
 
-    The number of images per class and part is a keyword (train=10, test=4 if not given); every image is another one.
+    The number of images per class and part is a keyword (train=10, test=4 if not given);
+    every image is another one.
     """
     import numpy as np
     from PIL import Image
 
     def make(
-        classes: Sequence[str] = ("cat", "dog"), suffix: str = ".png", size: tuple[int, int] = (20, 16), **counts: int
+        classes: Sequence[str] = ("cat", "dog"),
+        suffix: str = ".png",
+        size: tuple[int, int] = (20, 16),
+        **counts: int,
     ) -> Path:
         folder, draws = tmp_path / "images", np.random.default_rng(0)
         for part, count in ({"train": 10, "test": 4} | counts).items():

@@ -23,7 +23,8 @@ COMMANDS = {
 }
 # Each takes longer to import than a help text may.
 HEAVY = (
-    "torch", "torchvision", "timm", "onnx", "onnxruntime", "openvino", "sklearn", "scipy", "matplotlib", "pyarrow",
+    "torch", "torchvision", "timm", "onnx", "onnxruntime", "openvino", "sklearn", "scipy", "matplotlib",
+    "pyarrow",
     "fastapi", "uvicorn", "gradio", "ray",
 )  # fmt: skip
 LOADED_BY_HELP = f"""
@@ -45,9 +46,12 @@ def test_help_needs_nothing_heavy(module: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["train.run", "export.cli", "ffl_deploy.verify", "ffl_deploy.web.command", "serve.predict.command"]
+    "module",
+    ["train.run", "export.cli", "ffl_deploy.verify", "ffl_deploy.web.command", "serve.predict.command"],
 )
-@pytest.mark.parametrize("arguments", [["--no-such-flag"], ["x", "x", "--variant"], ["x", "--precision", "fp33", "--top-k", "0"]])
+@pytest.mark.parametrize(
+    "arguments", [["--no-such-flag"], ["x", "x", "--variant"], ["x", "--precision", "fp33", "--top-k", "0"]]
+)
 def test_a_flag_that_does_not_exist_is_one_sentence(
     module: str, arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

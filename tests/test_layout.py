@@ -1,8 +1,9 @@
 """How the files of a package stand to each other: no circle between files, few floors of rooms.
 
-A *room* is a direct child of a package: a file, or a folder with all that is in it. Its *floor* is 1 where it imports no
-other room of the package, else one more than the highest of those that it imports. Imports inside functions count, as do
-those for type checkers: a reader follows them too. `__main__` files are doors: they may import from any floor.
+A *room* is a direct child of a package: a file, or a folder with all that is in it. Its *floor* is 1 where it
+imports no other room of the package, else one more than the highest of those that it imports. Imports inside
+functions count, as do those for type checkers: a reader follows them too. `__main__` files are doors: they
+may import from any floor.
 """
 
 from __future__ import annotations
@@ -69,7 +70,9 @@ def test_rooms_stand_on_few_floors(package: str) -> None:
     assert max(floors.values()) <= PACKAGES[package], floors
 
 
-def test_a_circle_inside_a_function_is_found_and_floors_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_circle_inside_a_function_is_found_and_floors_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     house = tmp_path / "house_of_this_test"
     (house / "cellar").mkdir(parents=True)
     for folder in (house, house / "cellar"):

@@ -1,4 +1,5 @@
-"""Bundles on other processors: qemu-user runs this environment on a CPU without VNNI (Haswell) and one without AVX (Nehalem)."""
+"""Bundles on other processors: qemu-user runs this environment on a CPU without VNNI (Haswell)
+and one without AVX (Nehalem)."""
 
 from __future__ import annotations
 
@@ -20,12 +21,35 @@ pytestmark = pytest.mark.processor
 
 @pytest.fixture(scope="session")
 def digits_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`fused` of a short run on the digits, trained and exported on this processor, in every form that its CPU can verify."""
+    """`fused` of a short run on the digits, trained and exported on this processor,
+    in every form that its CPU can verify."""
     root = tmp_path_factory.mktemp("digits")
-    flags = ["--epochs", "4", "--branches", "resnet8,resnet8", "--device", "cpu", "--precision", "fp32", "--quiet"]
+    flags = [
+        "--epochs",
+        "4",
+        "--branches",
+        "resnet8,resnet8",
+        "--device",
+        "cpu",
+        "--precision",
+        "fp32",
+        "--quiet",
+    ]
     run([sys.executable, "-m", "train.run", *flags, "--out", str(root / "run")])
     forms = ["--precision", "fp16", "--precision", "int8"]
-    run([sys.executable, "-m", "export.cli", str(root / "run"), "--target", "fused", *forms, "--out", str(root / "bundles")])
+    run(
+        [
+            sys.executable,
+            "-m",
+            "export.cli",
+            str(root / "run"),
+            "--target",
+            "fused",
+            *forms,
+            "--out",
+            str(root / "bundles"),
+        ]
+    )
     return root / "bundles" / "fused"
 
 

@@ -26,10 +26,14 @@ def run(*command: str | Path) -> str:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_verify_and_predict_in_an_environment_without_torch(tmp_path: Path, make_bundle: Callable[..., Bundle]) -> None:
+def test_verify_and_predict_in_an_environment_without_torch(
+    tmp_path: Path, make_bundle: Callable[..., Bundle]
+) -> None:
     run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, ROOT)
     wheel = next(tmp_path.glob("ffl_deploy-*.whl"))
-    packages = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist() if not name.startswith("ffl_deploy-")}
+    packages = {
+        name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist() if not name.startswith("ffl_deploy-")
+    }
     assert packages == {"ffl_deploy", "train", "export", "serve"}
 
     environment = tmp_path / "environment"
@@ -37,7 +41,9 @@ def test_verify_and_predict_in_an_environment_without_torch(tmp_path: Path, make
     programs = environment / "bin"
     constraints = ["-c", str(ROOT / "constraints.txt")]
     run(programs / "python", "-m", "pip", "install", "--quiet", *constraints, f"{wheel}[predict,cpu]")
-    installed = {row["name"] for row in json.loads(run(programs / "python", "-m", "pip", "list", "--format", "json"))}
+    installed = {
+        row["name"] for row in json.loads(run(programs / "python", "-m", "pip", "list", "--format", "json"))
+    }
     assert not installed & {"torch", "torchvision", "gradio", "onnx", "scipy", "scikit-learn"}
 
     bundle = make_bundle(tmp_path / "bundles" / "tiny")
@@ -51,4 +57,6 @@ def test_verify_and_predict_in_an_environment_without_torch(tmp_path: Path, make
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     expected = bundle.predict(sorted((tmp_path / "images").iterdir()))
     assert [row["label"] for row in rows] == [prediction.label for prediction in expected]
-    np.testing.assert_allclose([row["confidence"] for row in rows], [prediction.confidence for prediction in expected], rtol=1e-6)
+    np.testing.assert_allclose(
+        [row["confidence"] for row in rows], [prediction.confidence for prediction in expected], rtol=1e-6
+    )

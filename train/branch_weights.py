@@ -1,4 +1,5 @@
-"""`python -m train.branch_weights RUN`: one branch as a plain state_dict (safetensors), for fine-tuning elsewhere."""
+"""`python -m train.branch_weights RUN`: one branch as a plain state_dict (safetensors),
+for fine-tuning elsewhere."""
 
 from __future__ import annotations
 
@@ -22,7 +23,9 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
     parser.add_argument("--branch", type=int, default=0, metavar="K", help="which branch (default: 0)")
-    parser.add_argument("--checkpoint", choices=("best", "last", "ema"), default="best", help="(default: best)")
+    parser.add_argument(
+        "--checkpoint", choices=("best", "last", "ema"), default="best", help="(default: best)"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.safetensors", help="file to write")
     arguments = parser.parse_args(argv)
     print(write_branch(arguments.run, arguments.branch, arguments.checkpoint, arguments.out))
@@ -30,7 +33,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def write_branch(run_folder: Path, branch: int, checkpoint: str, out: Path) -> str:
-    """Write branch number `branch` to `out`; -> what to do with it. Raises UsageError, and CheckError for a damaged run.
+    """Write branch number `branch` to `out`; -> what to do with it. Raises UsageError,
+    and CheckError for a damaged run.
 
     The file's metadata says how the weights want their images: size, and mean and std on the 0..1 scale.
     """
@@ -40,7 +44,9 @@ def write_branch(run_folder: Path, branch: int, checkpoint: str, out: Path) -> s
     from ffl_deploy.networks.plain_weights import plain_weights
 
     if out.is_dir():
-        raise UsageError(f"{out} is a folder; give --out the name of a file, such as {out / 'branch.safetensors'}.")
+        raise UsageError(
+            f"{out} is a folder; give --out the name of a file, such as {out / 'branch.safetensors'}."
+        )
     run = load_run(run_folder)
     loaded = load_network(run, checkpoint)
     name = loaded.network.config.branches[branch] if 0 <= branch < len(loaded.network.branches) else ""
@@ -56,12 +62,18 @@ def write_branch(run_folder: Path, branch: int, checkpoint: str, out: Path) -> s
     }
     write_atomically(out, save({key: value.contiguous() for key, value in weights.tensors.items()}, metadata))
     if weights.missing:
-        shown = ", ".join(weights.missing[:4]) + (f" and {len(weights.missing) - 4} more" if len(weights.missing) > 4 else "")
+        shown = ", ".join(weights.missing[:4]) + (
+            f" and {len(weights.missing) - 4} more" if len(weights.missing) > 4 else ""
+        )
         return (
-            f"wrote {out} for {name} without its classifier, which is more than pooling and one linear layer there: "
+            f"wrote {out} for {name} without its classifier, which is more than pooling and one linear "
+            "layer there: "
             f"{shown} have to be trained (load with strict=False)."
         )
-    return f"wrote {out}; {name} with {len(run.classes)} classes loads it as it is and gives branch {branch}'s logits."
+    return (
+        f"wrote {out}; {name} with {len(run.classes)} classes loads it as it is and gives branch {branch}'s "
+        "logits."
+    )
 
 
 if __name__ == "__main__":

@@ -59,26 +59,33 @@ def check_small_size(config: TrainConfig, network: MutualNetwork, place: Place) 
     if small is None:
         return
     if small >= full:
-        raise UsageError(f"--small-size {small} is not below the images' own {full} pixels; use less, or leave it out.")
+        raise UsageError(
+            f"--small-size {small} is not below the images' own {full} pixels; use less, or leave it out."
+        )
     try:
         with torch.inference_mode():
             network.eval()(torch.zeros(2, 3, small, small, device=place.device))
     except (RuntimeError, ValueError, AssertionError) as error:
         names = ", ".join(dict.fromkeys(config.model.branches))
-        raise UsageError(f"{names} cannot take images of {small} pixels ({error}); use a larger --small-size.") from error
+        raise UsageError(
+            f"{names} cannot take images of {small} pixels ({error}); use a larger --small-size."
+        ) from error
 
 
 def synchronize_batchnorm(network: MutualNetwork, place: Place) -> MutualNetwork:
-    """-> the network with batch statistics over all processes; weights keep their names. Raises UsageError on a CPU."""
+    """-> the network with batch statistics over all processes; weights keep their names.
+    Raises UsageError on a CPU."""
     if place.device.type != "cuda":
         raise UsageError("--sync-batchnorm runs on GPUs only (torch has no CPU version); leave it out.")
     return converted(network)
 
 
 def converted(network: MutualNetwork) -> MutualNetwork:
-    """-> the network with SyncBatchNorm in place of BatchNorm. Raises CheckError where it then computes something else.
+    """-> the network with SyncBatchNorm in place of BatchNorm.
+    Raises CheckError where it then computes something else.
 
-    By timm's own function: torch's takes timm's layers that normalise *and* activate for plain ones, and drops their activations.
+    By timm's own function: torch's takes timm's layers that normalise *and* activate for plain ones,
+    and drops their activations.
     """
     from timm.layers import norm_act
 
@@ -89,9 +96,15 @@ def converted(network: MutualNetwork) -> MutualNetwork:
         before = network(images).classifiers()
         network = norm_act.convert_sync_batchnorm(network)
         after = network.eval()(images).classifiers()
-    changed = [name for name, logits in before.items() if not torch.allclose(logits, after[name], rtol=1e-3, atol=1e-4)]
+    changed = [
+        name
+        for name, logits in before.items()
+        if not torch.allclose(logits, after[name], rtol=1e-3, atol=1e-4)
+    ]
     if changed:
-        raise CheckError(f"--sync-batchnorm would change what {changed[0]} computes; leave it out for these --branches.")
+        raise CheckError(
+            f"--sync-batchnorm would change what {changed[0]} computes; leave it out for these --branches."
+        )
     return network.train(training)
 
 
@@ -101,10 +114,18 @@ def make_batches(config: TrainConfig, data: ImageData, place: Place) -> Batches:
     shares = Shares(place.world, optimisation.accumulate)
     size, padding = data.preprocessing, crop_padding(config.data)
     if padding >= min(size.height, size.width):
-        raise UsageError(f"--crop-padding {padding} is too wide for images of {size.width}x{size.height} pixels; use less.")
+        raise UsageError(
+            f"--crop-padding {padding} is too wide for images of {size.width}x{size.height} pixels; use less."
+        )
     small_epochs = round(config.data.small_share * optimisation.epochs)
     plan = Plan(
-        config.data, optimisation.batch_size, optimisation.label_smoothing, config.seed, place.device, shares, small_epochs
+        config.data,
+        optimisation.batch_size,
+        optimisation.label_smoothing,
+        config.seed,
+        place.device,
+        shares,
+        small_epochs,
     )
     batches: Batches
     if held_on_device(config, data, place):
@@ -113,8 +134,10 @@ def make_batches(config: TrainConfig, data: ImageData, place: Place) -> Batches:
         batches = StreamedBatches(data, plan, config.machine.workers)
     if batches.steps_per_epoch == 0:
         raise UsageError(
-            f"a step of {optimisation.batch_size} images cannot be dealt out to {shares.total} micro-batches of at least two, or "
-            f"{len(data.train)} training images do not fill one; use a larger --batch-size, or fewer processes or --accumulate."
+            f"a step of {optimisation.batch_size} images cannot be dealt out to {shares.total} "
+            "micro-batches of at least two, or "
+            f"{len(data.train)} training images do not fill one; use a larger --batch-size, or fewer "
+            "processes or --accumulate."
         )
     return batches
 
@@ -124,7 +147,10 @@ def held_on_device(config: TrainConfig, data: ImageData, place: Place) -> bool:
     if not isinstance(data.train, ArraySplit) or config.data.augment == "resized-crop":
         return False
     # A GPU needs the rest for the network and its activations; a CPU's share is load_data's decision already.
-    return place.device.type != "cuda" or padded_bytes(config, data) <= torch.cuda.mem_get_info(place.device)[0] // 4
+    return (
+        place.device.type != "cuda"
+        or padded_bytes(config, data) <= torch.cuda.mem_get_info(place.device)[0] // 4
+    )
 
 
 def padded_bytes(config: TrainConfig, data: ImageData) -> int:

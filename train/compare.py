@@ -1,4 +1,5 @@
-"""`python -m train.compare`: methods x seeds as ordinary runs under one folder, then a table that compares them.
+"""`python -m train.compare`: methods x seeds as ordinary runs under one folder,
+then a table that compares them.
 
 Finished runs are not repeated and interrupted ones are resumed, so the same command goes on where it stopped.
 """
@@ -31,7 +32,9 @@ def main(argv: Sequence[str]) -> int:
     failures = list(train_missing(runs))
 
     from train.comparison.report import write_report
-    from train.comparison.results import compare  # scipy and torch take seconds to import, which --help should not wait for
+
+    # scipy and torch take seconds to import, which --help should not wait for
+    from train.comparison.results import compare
 
     finished = [run for run in runs if (run.folder / SUMMARY).is_file()]
     if not finished:
@@ -54,13 +57,18 @@ def train_missing(runs: Sequence[PlannedRun]) -> Iterator[str]:
     from train.session import run_training
     from train.stopping import stop_on_signals
 
-    with stop_on_signals() as stop, tqdm(total=len(runs), initial=len(runs) - len(missing), unit="run") as bar:
+    with (
+        stop_on_signals() as stop,
+        tqdm(total=len(runs), initial=len(runs) - len(missing), unit="run") as bar,
+    ):
         for run in missing:
             bar.set_description(f"{run.method}, seed {run.seed}")
             try:
                 run_training(run.config, stop)
             except (CheckError, UsageError) as error:
-                if isinstance(error, UsageError) and not any((one.folder / SUMMARY).is_file() for one in runs):
+                if isinstance(error, UsageError) and not any(
+                    (one.folder / SUMMARY).is_file() for one in runs
+                ):
                     raise  # about the flags or the data, which are every run's
                 yield f"{run.folder}: {error}"
             except Interrupted:

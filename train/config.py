@@ -1,4 +1,5 @@
-"""The typed configuration of a training run; the flags and their help are derived from it (flags.py). No torch here."""
+"""The typed configuration of a training run; the flags and their help are derived from it (flags.py).
+No torch here."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from train.methods import METHODS
 
 @dataclass(frozen=True)
 class Help:
-    """What --help says of an option. flag: its name where it is not the field's; choices: where its type does not say them."""
+    """What --help says of an option. flag: its name where it is not the field's; choices:
+    where its type does not say them."""
 
     text: str
     metavar: str | None = None
@@ -24,7 +26,14 @@ def split_names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def option(default: Any, text: str, *, metavar: str | None = None, flag: str | None = None, choices: tuple[str, ...] = ()) -> Any:
+def option(
+    default: Any,
+    text: str,
+    *,
+    metavar: str | None = None,
+    flag: str | None = None,
+    choices: tuple[str, ...] = (),
+) -> Any:
     """-> the field of an option: its default and its Help."""
     return field(default=default, metadata={"help": Help(text, metavar, flag, choices)})
 
@@ -61,13 +70,20 @@ class DataOptions:
     skip_bad_images: bool = option(False, "Leave unreadable images out instead of stopping.")
     augment: Literal["none", "crop", "resized-crop"] = option(
         "crop",
-        "Training views: the image itself; a random cut after padding; or a random part, resized (ImageNet's).",
+        (
+            "Training views: the image itself; a random cut after padding; or a random part, resized "
+            "(ImageNet's)."
+        ),
     )
     crop_padding: int = option(4, "Border by which `crop` pads, reflected.", metavar="PIXELS")
     flip: bool = option(True, "Mirror half of the training images (wrong for digits and text).")
     small_size: int | None = option(
         None,
-        "Side of the training images in the first epochs, which then cost less (progressive resizing); off if not given.",
+        (
+            "Side of the training images in the first epochs, which then cost less (progressive resizing); "
+            "off "
+            "if not given."
+        ),
         metavar="PIXELS",
     )
     small_share: float = option(0.5, "Share of the epochs that are trained at --small-size.")
@@ -90,7 +106,11 @@ class ModelOptions:
     )
     shared_stages: int | None = option(
         None,
-        "Low-level stages that branches of one architecture share; what the method and the paper say if not given.",
+        (
+            "Low-level stages that branches of one architecture share; what the method and the paper say if "
+            "not "
+            "given."
+        ),
     )
     fusion_width: int | None = option(
         None,
@@ -107,7 +127,11 @@ class ModelOptions:
     pretrained: bool = option(False, "Start torchvision: and timm: backbones from their published weights.")
     quantize_aware: Path | None = option(
         None,
-        "Fine-tune this finished run for int8, into a new run: its networks learn under the rounding that export writes.",
+        (
+            "Fine-tune this finished run for int8, into a new run: its networks learn under the rounding "
+            "that "
+            "export writes."
+        ),
         metavar="runs/NAME",
     )
 
@@ -157,7 +181,10 @@ class MachineOptions:
     )
     threads: int | None = option(
         None,
-        "CPU threads of this process; one per core if not given. Part of the result: sums are added in another order.",
+        (
+            "CPU threads of this process; one per core if not given. Part of the result: sums are added in "
+            "another order."
+        ),
     )
     compile: bool = option(False, "Compile the network with torch.compile (pays on GPUs, not on CPUs).")
     sync_batchnorm: bool = option(False, "Batch normalisation over all processes (GPUs only).")
@@ -167,7 +194,11 @@ class MachineOptions:
     )
     memory_limit: float | None = option(
         None,
-        "Largest decoded data set to hold in memory; a quarter of the free memory if not given. Above it, images stream.",
+        (
+            "Largest decoded data set to hold in memory; a quarter of the free memory if not given. Above "
+            "it, "
+            "images stream."
+        ),
         metavar="GIB",
     )
 
@@ -192,11 +223,15 @@ class OutputOptions:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Train networks by mutual distillation; without arguments FFL on scikit-learn's digits, a minute on two cores."""
+    """Train networks by mutual distillation; without arguments FFL on scikit-learn's digits,
+    a minute on two cores."""
 
     recipe: str | None = option(
         None,
-        "Named defaults that the other flags override, chosen by --data if not given; `list` prints them all.",
+        (
+            "Named defaults that the other flags override, chosen by --data if not given; `list` prints them "
+            "all."
+        ),
         metavar="NAME|list",
     )
     seed: int = option(0, "Seed of weights, data order and augmentation.")

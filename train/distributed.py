@@ -1,4 +1,5 @@
-"""The processes of one training run. Alone, every call here is a no-op; under torchrun they join one group."""
+"""The processes of one training run. Alone, every call here is a no-op;
+under torchrun they join one group."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ class World:
         return flag if self.size == 1 else bool(self.sum(torch.tensor(float(flag), device=device)) > 0)
 
     def share_buffers(self, module: nn.Module) -> None:
-        """Give every process rank 0's buffers: batch statistics differ, and evaluation must not depend on who does it."""
+        """Give every process rank 0's buffers: batch statistics differ,
+        and evaluation must not depend on who does it."""
         if self.size > 1:
             for buffer in module.buffers():
                 distributed.broadcast(buffer, 0)
@@ -63,7 +65,11 @@ class World:
 def torchrun_world() -> World:
     """-> the place torchrun's environment gives this process; alone without it."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    return World(*(int(os.environ[name]) for name in names)) if all(name in os.environ for name in names) else World()
+    return (
+        World(*(int(os.environ[name]) for name in names))
+        if all(name in os.environ for name in names)
+        else World()
+    )
 
 
 @contextmanager
@@ -72,8 +78,9 @@ def process_group(world: World, device: torch.device) -> Iterator[None]:
     if world.size == 1:
         yield
         return
-    # DistributedDataParallel imports it, and imported within the group it keeps the group, its threads and the tensors they
-    # hold to the very end, where a thread that lets go of one aborts the process (seen in 1 of 25 runs on a busy machine).
+    # DistributedDataParallel imports it, and imported within the group it keeps the group, its threads and
+    # the tensors they hold to the very end, where a thread that lets go of one aborts the process (seen in 1
+    # of 25 runs on a busy machine).
     importlib.import_module("torch._dynamo")
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     done = False
@@ -81,7 +88,7 @@ def process_group(world: World, device: torch.device) -> Iterator[None]:
         yield
         done = True
     finally:
-        # NCCL would wait for the other processes, which may be waiting for this one: after an error it is left to the end of the
-        # process (train/run.py).
+        # NCCL would wait for the other processes, which may be waiting for this one: after an error it is
+        # left to the end of the process (train/run.py).
         if done or device.type != "cuda":
             distributed.destroy_process_group()

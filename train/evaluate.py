@@ -16,7 +16,8 @@ from train.machine import Place
 def accuracies(
     network: MutualNetwork, batches: Batches, split: str, place: Place, answering: nn.Module | None = None
 ) -> dict[str, float]:
-    """-> classifier -> share of correct answers (0..1) on "validation" or "test", counted exactly over all processes.
+    """-> classifier -> share of correct answers (0..1) on "validation" or "test",
+    counted exactly over all processes.
 
     answering: what answers with the network's weights, where it is not the network itself.
     """
@@ -35,7 +36,9 @@ def accuracies(
 
 
 @torch.inference_mode()
-def predictions(network: MutualNetwork, batches: Batches, split: str, images: int, place: Place) -> dict[str, np.ndarray]:
+def predictions(
+    network: MutualNetwork, batches: Batches, split: str, images: int, place: Place
+) -> dict[str, np.ndarray]:
     """-> classifier -> predicted labels int64 [images] of all of `split`, in its order, on every process."""
     network.eval()
     mine: dict[str, list[Tensor]] = {name: [] for name in target_names(network)}
@@ -48,7 +51,8 @@ def predictions(network: MutualNetwork, batches: Batches, split: str, images: in
     for name, chunks in mine.items():
         whole = torch.zeros(images, dtype=torch.int64, device=place.device)
         if chunks:  # a process may have no image of a small split
-            whole[place.world.rank :: place.world.size] = torch.cat(chunks)  # as Batches.evaluation deals them out
+            # as Batches.evaluation deals them out
+            whole[place.world.rank :: place.world.size] = torch.cat(chunks)
         found[name] = place.world.sum(whole).cpu().numpy()
     return found
 

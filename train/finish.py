@@ -1,4 +1,5 @@
-"""What a run writes down about itself: its description at the start, and the test set, read once, at the end."""
+"""What a run writes down about itself: its description at the start, and the test set, read once,
+at the end."""
 
 from __future__ import annotations
 
@@ -29,12 +30,18 @@ from train.state import Position
 REFERENCE_IMAGES = 256
 
 
-def describe(config: TrainConfig, data: ImageData, network: NetworkConfig, method: Method, place: Place) -> RunConfig:
+def describe(
+    config: TrainConfig, data: ImageData, network: NetworkConfig, method: Method, place: Place
+) -> RunConfig:
     """-> config.json: everything that resuming and exporting need to know."""
     parts = {"train": data.train, "validation": data.validation, "test": data.test}
-    counts = {name: np.bincount(part.labels, minlength=len(data.classes)).tolist() for name, part in parts.items()}
+    counts = {
+        name: np.bincount(part.labels, minlength=len(data.classes)).tolist() for name, part in parts.items()
+    }
     # A file's name need not be UTF-8, JSON is.
-    skipped = {path.encode(errors="backslashreplace").decode(): reason for path, reason in data.skipped.items()}
+    skipped = {
+        path.encode(errors="backslashreplace").decode(): reason for path, reason in data.skipped.items()
+    }
     return RunConfig(
         schema=SCHEMA,
         options=options_to_json(config),
@@ -44,13 +51,19 @@ def describe(config: TrainConfig, data: ImageData, network: NetworkConfig, metho
         preprocessing=data.preprocessing,
         mean=data.mean,
         std=data.std,
-        split={"images_per_class": counts, "skipped": skipped, "in_memory": isinstance(data.train, ArraySplit)},
+        split={
+            "images_per_class": counts,
+            "skipped": skipped,
+            "in_memory": isinstance(data.train, ArraySplit),
+        },
         model=ModelRecord(config.model.method, method.strong, msgspec.to_builtins(network)),
         toolchain={
             "ffl_deploy": ffl_deploy.__version__,
             "python": platform.python_version(),
             "torch": str(torch.__version__),
-            "device": torch.cuda.get_device_name(place.device) if place.device.type == "cuda" else platform.machine(),
+            "device": torch.cuda.get_device_name(place.device)
+            if place.device.type == "cuda"
+            else platform.machine(),
             "precision": place.precision,
             "threads": str(torch.get_num_threads()),
         },
@@ -60,14 +73,17 @@ def describe(config: TrainConfig, data: ImageData, network: NetworkConfig, metho
 def reference_logits(network: MutualNetwork, images: torch.Tensor) -> dict[str, np.ndarray]:
     """images: normalised [n, 3, h, w] on the CPU -> classifier -> logits, computed on the CPU as well.
 
-    Export compares files with them on a CPU, in fp32: a GPU's own choice of algorithm is no part of that. The copy is not
-    compiled, whatever the network is.
+    Export compares files with them on a CPU, in fp32: a GPU's own choice of algorithm is no part of that. The
+    copy is not compiled, whatever the network is.
     """
     return logits_of(copy.deepcopy(network).cpu(), images)
 
 
-def finish(folder: Path, network: MutualNetwork, batches: Batches, data: ImageData, place: Place, position: Position) -> None:
-    """Read the test set, once, with the best weights and in full precision; store predictions, accuracies, reference logits."""
+def finish(
+    folder: Path, network: MutualNetwork, batches: Batches, data: ImageData, place: Place, position: Position
+) -> None:
+    """Read the test set, once, with the best weights and in full precision; store predictions, accuracies,
+    reference logits."""
     rows = np.unique(np.linspace(0, len(data.test) - 1, REFERENCE_IMAGES).round().astype(np.int64))
     images = data.test.read(rows)
     arrays: dict[str, Any] = {"images": images, "labels": data.test.labels[rows], "indices": rows}
@@ -77,7 +93,10 @@ def finish(folder: Path, network: MutualNetwork, batches: Batches, data: ImageDa
         checkpoint = existing_folder(folder / "checkpoints" / name) if place.world.is_main else None
         if checkpoint is not None:
             load_weights(network, read_checkpoint(checkpoint, (MODEL,)).tensors[MODEL], str(checkpoint))
-            arrays |= {f"{name}/{classifier}": values for classifier, values in reference_logits(network, normalised).items()}
+            arrays |= {
+                f"{name}/{classifier}": values
+                for classifier, values in reference_logits(network, normalised).items()
+            }
     place.world.share_weights(network)
     with place.exact() as exact:
         predicted = predictions(network, batches, "test", len(data.test), exact)
@@ -90,7 +109,9 @@ def finish(folder: Path, network: MutualNetwork, batches: Batches, data: ImageDa
             np.savez_compressed(file, **arrays)
         summary = {
             "accuracy": {name: round(value, 6) for name, value in accuracy.items()},
-            "images_per_second": round(position.images / position.seconds, 1) if position.seconds else 0.0,  # trained elsewhere
+            "images_per_second": round(position.images / position.seconds, 1)
+            if position.seconds
+            else 0.0,  # trained elsewhere
             "seconds": round(position.seconds, 1),
             "classes": list(data.classes),
             "epochs": position.epoch,

@@ -1,7 +1,7 @@
 """What was typed -> TrainConfig. The flags and their help are derived from the dataclasses of config.py.
 
-A flag has no default of its own, so that the namespace holds what was typed and nothing else. That is laid over the stored
-options of --resume, or else over the recipe that --recipe, --data and --method choose.
+A flag has no default of its own, so that the namespace holds what was typed and nothing else. That is laid
+over the stored options of --resume, or else over the recipe that --recipe, --data and --method choose.
 """
 
 from __future__ import annotations
@@ -24,13 +24,15 @@ from train.recipes import fine_tuning, recipe_for
 
 T = TypeVar("T")
 Typed = dict[str, Any]
-"""Option, as in "seed" or "optimisation.lr" -> the value that its flag was given; nothing for flags that were not typed."""
+"""Option, as in "seed" or "optimisation.lr" -> the value that its flag was given;
+nothing for flags that were not typed."""
 
 
 class Flags(Parser):
     """A flag for each option of dataclasses. options: their values are what --help calls the defaults.
 
-    others: further options that may be typed, where `options` has no flag of the name; --help is silent about them.
+    others: further options that may be typed, where `options` has no flag of the name;
+    --help is silent about them.
     """
 
     def __init__(self, prog: str, options: Any, others: Any = None) -> None:
@@ -46,12 +48,15 @@ class Flags(Parser):
             self.add_options(others, None)
 
     def add_options(self, options: Any, shown: argparse._ArgumentGroup | None, prefix: str = "") -> None:
-        """A flag for each field of `options`; a field that is a dataclass itself becomes a group of --help."""
+        """A flag for each field of `options`; a field that
+        is a dataclass itself becomes a group of --help."""
         kinds = get_type_hints(type(options))
         for field in fields(options):
             value = getattr(options, field.name)
             if is_dataclass(value):
-                group = self.add_argument_group(f"{field.name} options", getdoc(type(value))) if shown else None
+                group = (
+                    self.add_argument_group(f"{field.name} options", getdoc(type(value))) if shown else None
+                )
                 self.add_options(value, group, f"{field.name}.")
                 continue
             kind, about = kinds[field.name], field.metadata["help"]
@@ -60,22 +65,34 @@ class Flags(Parser):
                 continue
             settings = value_of(kind, about)
             added = (shown or self).add_argument(
-                flag, dest=prefix + field.name, help=help_text(about, value) if shown else argparse.SUPPRESS, **settings
+                flag,
+                dest=prefix + field.name,
+                help=help_text(about, value) if shown else argparse.SUPPRESS,
+                **settings,
             )
             self.spellings += added.option_strings
 
     def typed(self, argv: Sequence[str]) -> Typed:
-        """Raises UsageError for flags that do not exist and values that do not fit; --batch_size is --batch-size too."""
+        """Raises UsageError for flags that do not exist and values that do not fit;
+        --batch_size is --batch-size too."""
         try:
             found, unknown = self.parse_known_args([_with_dashes(word) for word in argv])
         except argparse.ArgumentError as error:
             message = error.message.rstrip(".")
-            raise UsageError(f"Error parsing {error.argument_name}: {message}. See {self.prog} --help.") from None
+            raise UsageError(
+                f"Error parsing {error.argument_name}: {message}. See {self.prog} --help."
+            ) from None
         if unknown:
-            near = [name for word in unknown for name in get_close_matches(word.partition("=")[0], self.spellings, n=1)]
+            near = [
+                name
+                for word in unknown
+                for name in get_close_matches(word.partition("=")[0], self.spellings, n=1)
+            ]
             hint = f" Did you mean {near[0]}?" if near else ""
             raise UsageError(f"Unrecognized options: {', '.join(unknown)}.{hint} See {self.prog} --help.")
-        return {name: tuple(value) if isinstance(value, list) else value for name, value in vars(found).items()}
+        return {
+            name: tuple(value) if isinstance(value, list) else value for name, value in vars(found).items()
+        }
 
     def show_help(self) -> NoReturn:
         """Print the help and end the command."""
@@ -84,7 +101,8 @@ class Flags(Parser):
 
 
 def value_of(kind: Any, about: Help) -> dict[str, Any]:
-    """-> what argparse needs to know of an option of type `kind`: bool, a Literal, tuple, int, float, str, Path; or None."""
+    """-> what argparse needs to know of an option of type `kind`: bool, a Literal, tuple, int, float, str,
+    Path; or None."""
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction}
     if kind == tuple[str, ...]:
@@ -95,7 +113,10 @@ def value_of(kind: Any, about: Help) -> dict[str, Any]:
     if choices:
         return {"type": one_of(choices), "metavar": "{" + ",".join(choices) + "}"}
     plain = next((one for one in get_args(kind) if one is not NoneType), kind)
-    return {"type": reader(plain, optional=plain is not kind), "metavar": about.metavar or plain.__name__.upper()}
+    return {
+        "type": reader(plain, optional=plain is not kind),
+        "metavar": about.metavar or plain.__name__.upper(),
+    }
 
 
 def reader(kind: type, optional: bool = False) -> Callable[[str], Any]:
@@ -154,13 +175,16 @@ def stored_options(typed: Typed) -> TrainConfig | None:
 
 
 def fine_tuned_options(typed: Typed) -> TrainConfig | None:
-    """-> what fine-tuning the run that --quantize-aware names starts from. Raises UsageError where it is not finished."""
+    """-> what fine-tuning the run that --quantize-aware names starts from.
+    Raises UsageError where it is not finished."""
     trained: Path | None = typed.get("model.quantize_aware")
     if trained is None:
         return None
     run = load_run(trained)
     if not (run.folder / SUMMARY).is_file():
-        raise UsageError(f"{trained} is not finished, so there is nothing to fine-tune yet; go on with: --resume {trained}")
+        raise UsageError(
+            f"{trained} is not finished, so there is nothing to fine-tune yet; go on with: --resume {trained}"
+        )
     return fine_tuning(options_from_json(run.config.options), trained)
 
 
@@ -170,8 +194,8 @@ def starting_point(typed: Typed) -> TrainConfig:
 
 
 def configure(typed: Typed) -> TrainConfig:
-    """-> the recipe's configuration, overridden by flags; with --resume the run's own, which flags may only repeat; with
-    --quantize-aware that run's own, whose networks and images stay.
+    """-> the recipe's configuration, overridden by flags; with --resume the run's own, which flags may only
+    repeat; with --quantize-aware that run's own, whose networks and images stay.
 
     Raises UsageError.
     """

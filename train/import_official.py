@@ -1,8 +1,9 @@
-"""`python -m train.import_official`: checkpoints of FFL's official code -> a run directory that ffl-export takes.
+"""`python -m train.import_official`: checkpoints
+of FFL's official code -> a run directory that ffl-export takes.
 
-That code (Jangho-Kim/FFL-pytorch) leaves two files an epoch: Model_N.pth, two CIFAR ResNets that share all but their
-last stage, and Module_N.pth, the fusion module. They are read without executing anything from them, checked name by
-name and shape by shape, and evaluated anew, since the official log is not kept with them.
+That code (Jangho-Kim/FFL-pytorch) leaves two files an epoch: Model_N.pth, two CIFAR ResNets that share all
+but their last stage, and Module_N.pth, the fusion module. They are read without executing anything from them,
+checked name by name and shape by shape, and evaluated anew, since the official log is not kept with them.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from train.recipes import RECIPES
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Official prefix -> this project's, as regular expressions; what follows the prefix has the same name in both.
+# Official prefix -> this project's, as regular expressions;
+# what follows the prefix has the same name in both.
 _MODEL = {
     r"conv1\.": "trunk.0.0.",
     r"bn1\.": "trunk.0.1.",
@@ -59,18 +61,29 @@ def main(argv: Sequence[str]) -> int:
     """Run the command; -> exit code."""
     parser = Parser(
         prog="python -m train.import_official",
-        description="Turn a pair of checkpoints of FFL's official code into a run directory that ffl-export takes.",
+        description="Turn a pair of checkpoints of FFL's official code into a run that ffl-export takes.",
     )
     parser.add_argument("model", type=Path, metavar="Model_N.pth", help="the two branches")
-    parser.add_argument("module", type=Path, metavar="Module_N.pth", help="the fusion module of the same epoch")
-    parser.add_argument("--out", type=Path, required=True, metavar="runs/NAME", help="run directory to create")
+    parser.add_argument(
+        "module", type=Path, metavar="Module_N.pth", help="the fusion module of the same epoch"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="runs/NAME", help="run directory to create"
+    )
     parser.add_argument(
         "--data", default="cifar100", metavar="cifar10|cifar100|DIR",
-        help="the images that it was trained on, to test it and to store reference logits for export (default: cifar100)",
+        help=(
+            "the images that it was trained on, to test it and to store reference logits for export "
+            "(default: cifar100)"
+        ),
     )  # fmt: skip
-    parser.add_argument("--data-root", type=Path, metavar="DIR", help="where CIFAR's own files lie (default: data)")
+    parser.add_argument(
+        "--data-root", type=Path, metavar="DIR", help="where CIFAR's own files lie (default: data)"
+    )
     arguments = parser.parse_args(argv)
-    accuracy = import_official(arguments.model, arguments.module, arguments.out, arguments.data, arguments.data_root)
+    accuracy = import_official(
+        arguments.model, arguments.module, arguments.out, arguments.data, arguments.data_root
+    )
     rows = [f"  {name:<10}{100 * value:6.2f} %" for name, value in accuracy.items()]
     print("\n".join(["test accuracy:", *rows, f"next: ffl-export {arguments.out} --target all"]))
     return 0
@@ -81,9 +94,9 @@ def import_official(
 ) -> dict[str, float]:
     """Write the run directory `out`, complete or not at all; -> test accuracy (0..1) of each classifier.
 
-    model, module: Model_N.pth and Module_N.pth; data_source, data_root: as --data and --data-root of training.
-    Raises UsageError for files that are something else and for data with other classes, CheckError for weights that
-    do not fit the network.
+    model, module: Model_N.pth and Module_N.pth; data_source, data_root: as --data and --data-root of
+    training. Raises UsageError for files that are something else and for data with other classes, CheckError
+    for weights that do not fit the network.
     """
     import torch
 
@@ -111,7 +124,8 @@ def import_official(
     data = replace(load_data(data_spec(config)), mean=mean, std=std)
     if len(data.classes) != weights.classes:
         raise UsageError(
-            f"{model} tells {weights.classes} classes apart, but --data {data_source} has {len(data.classes)}; "
+            f"{model} tells {weights.classes} classes apart, but --data {data_source} has "
+            f"{len(data.classes)}; "
             "give the data that it was trained on."
         )
     method, place = build_method("ffl"), Place(torch.device("cpu"), "fp32")
@@ -136,10 +150,16 @@ def read_official(model: Path, module: Path) -> OfficialWeights:
     official, epoch = _read(model)
     fusion, other = _read(module)
     if -1 not in (epoch, other) and epoch != other:
-        raise UsageError(f"{model} is of epoch {epoch} and {module} of epoch {other}; give the two files of one epoch.")
+        raise UsageError(
+            f"{model} is of epoch {epoch} and {module} of epoch {other}; give the two files of one epoch."
+        )
     if "classfier3_1.weight" not in official:
-        hint = " (it looks like the fusion module: give Model_N.pth first)" if "fc2.weight" in official else ""
-        raise UsageError(f"{model} is no FFL model of the official code: it has no classfier3_1.weight{hint}.")
+        hint = (
+            " (it looks like the fusion module: give Model_N.pth first)" if "fc2.weight" in official else ""
+        )
+        raise UsageError(
+            f"{model} is no FFL model of the official code: it has no classfier3_1.weight{hint}."
+        )
     if "fc2.weight" not in fusion:
         raise UsageError(f"{module} is no fusion module of the official code: it has no fc2.weight.")
     blocks = {int(found[1]) for name in official if (found := re.match(r"layer1\.(\d+)\.", name))}
@@ -156,14 +176,20 @@ def _read(path: Path) -> tuple[dict[str, Tensor], int]:
     import torch
 
     if not path.is_file():
-        raise UsageError(f"there is no file {path}; give the Model_N.pth and Module_N.pth that the official code saved.")
+        raise UsageError(
+            f"there is no file {path}; give the Model_N.pth and Module_N.pth that the official code saved."
+        )
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a file of any other kind fails in a way of its own
-        raise UsageError(f"{path} is not a checkpoint that can be read without executing code from it.") from error
+        raise UsageError(
+            f"{path} is not a checkpoint that can be read without executing code from it."
+        ) from error
     epoch = content.get("epoch", -1) if isinstance(content, dict) else -1
     tensors = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not isinstance(tensors, Mapping) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
+    if not isinstance(tensors, Mapping) or not all(
+        isinstance(value, torch.Tensor) for value in tensors.values()
+    ):
         raise UsageError(f"{path} holds no state_dict; give a file that the official code saved.")
     return dict(tensors), epoch if isinstance(epoch, int) else -1
 

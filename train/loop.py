@@ -1,8 +1,9 @@
 """The training loop. It is handed a network, a method and batches, and knows none of them by name.
 
-Features: mixed precision, gradient accumulation and clipping, EMA, several processes, a checkpoint at any step.
-Exact resume: learning rate, ramp-up, data order, augmentation and dropout are functions of (seed, step), so a
-checkpoint needs the weights, the optimizer and the number of the step; on a CPU the result is the same bit for bit.
+Features: mixed precision, gradient accumulation and clipping, EMA, several processes, a checkpoint at any
+step. Exact resume: learning rate, ramp-up, data order, augmentation and dropout are functions of (seed,
+step), so a checkpoint needs the weights, the optimizer and the number of the step; on a CPU the result is the
+same bit for bit.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class Lap(NamedTuple):
 class Trainer:
     """Trains `network` from its checkpoint in `folder`, or from the start, to the last epoch.
 
-    Leaves checkpoints `last`, `best` (highest validation accuracy of the method's strong classifier) and `ema`.
+    Leaves checkpoints `last`, `best` (highest validation accuracy of the method's strong classifier)
+    and `ema`.
     """
 
     network: MutualNetwork
@@ -59,13 +61,16 @@ class Trainer:
     stop: StopRequest
 
     def __post_init__(self) -> None:
-        """Make what the run changes beside the weights, and restore all of it. Raises CheckError for a bad checkpoint."""
+        """Make what the run changes beside the weights, and restore all of it.
+        Raises CheckError for a bad checkpoint."""
         self.options = options = self.config.optimisation
         self.steps = options.epochs * self.batches.steps_per_epoch
         self.optimizer = build_optimizer(self.network, options)
         self.scaler = torch.amp.GradScaler(self.place.device.type, enabled=self.place.precision == "fp16")
         average = get_ema_multi_avg_fn(options.ema)
-        self.ema = AveragedModel(self.network, multi_avg_fn=average, use_buffers=True) if options.ema else None
+        self.ema = (
+            AveragedModel(self.network, multi_avg_fn=average, use_buffers=True) if options.ema else None
+        )
         self.state = self.build_state()
         self.position = self.state.restore()
         self.require_one_position()
@@ -76,7 +81,8 @@ class Trainer:
         return TrainingState(self.folder, self.network, self.optimizer, self.scaler, self.ema)
 
     def learner(self) -> nn.Module:
-        """-> what the steps call: it shares the network's weights, and gives what the method's losses take."""
+        """-> what the steps call: it shares the network's weights,
+        and gives what the method's losses take."""
         return self.network
 
     def answering(self) -> nn.Module:
@@ -84,16 +90,19 @@ class Trainer:
         return self.network
 
     def require_one_position(self) -> None:
-        """Raises CheckError where the processes found different checkpoints: each would go on from somewhere else."""
+        """Raises CheckError where the processes found different checkpoints:
+        each would go on from somewhere else."""
         found = f"{self.position.epoch} {self.position.step} {self.position.images}"
         if self.place.any(self.place.world.agree(found) != found):
             raise CheckError(
-                f"the processes do not find the same checkpoint in {self.folder}; on several machines it has to be a folder that "
+                f"the processes do not find the same checkpoint in {self.folder}; on several machines it "
+                "has to be a folder that "
                 "all of them share: copy it, or mount it, and resume again."
             )
 
     def run(self) -> Position:
-        """-> where it ended. Raises Interrupted after saving when `stop` is requested, CheckError for what is not finite."""
+        """-> where it ended. Raises Interrupted after saving when `stop` is requested,
+        CheckError for what is not finite."""
         is_main = self.place.world.is_main
         self.recorder = Recorder(self.folder, self.position.epoch) if is_main else None
         self.progress = Progress(self.position.images, self.config.output.quiet or not is_main)
@@ -167,8 +176,8 @@ class Trainer:
         position = self.position
         position.epoch, position.step, position.meter = epoch + 1, 0, None
 
-        # best, ema, record, last: whatever comes before the save of `last` is done again on resume, so a kill is harmless;
-        # of equally good epochs the latest is kept, whose learning rate is the lowest
+        # best, ema, record, last: whatever comes before the save of `last` is done again on resume, so a kill
+        # is harmless; of equally good epochs the latest is kept, whose learning rate is the lowest
         accuracy = line["validation"][self.method.strong]
         better = accuracy >= position.best_accuracy
         if better:
@@ -227,17 +236,20 @@ class Trainer:
         return ramp_up(epoch, self.options.epochs, self.config.model.ramp_up)
 
     def exchange_gradients(self, now: bool) -> None:
-        """Whether the next backward pass adds up the gradients of all processes; the forward pass reads it."""
+        """Whether the next backward pass adds up the gradients of all processes;
+        the forward pass reads it."""
         if isinstance(self.model, DistributedDataParallel):
             self.model.require_backward_grad_sync = now
 
 
 def prepare(network: nn.Module, config: TrainConfig, place: Place) -> nn.Module:
-    """-> what the loop calls: `network` itself, compiled, or wrapped for several processes. All share its weights."""
+    """-> what the loop calls: `network` itself, compiled, or wrapped for several processes.
+    All share its weights."""
     model: nn.Module = network
     if config.machine.compile:
         model.compile()  # in place, so that the state_dict keeps its names
     if place.world.size > 1:
         devices = [place.device] if place.device.type == "cuda" else None
-        model = DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)  # evaluation shares them
+        # evaluation shares them
+        model = DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
     return model

@@ -40,8 +40,8 @@ class Place:
 
     @contextmanager
     def exact(self) -> Iterator[Place]:
-        """The same place in full precision while the block runs: without autocast, and without the TF32 (10 bits of mantissa) in
-        which GPUs since Ampere compute fp32 unless they are told not to."""
+        """The same place in full precision while the block runs: without autocast, and without the TF32 (10
+        bits of mantissa) in which GPUs since Ampere compute fp32 unless they are told not to."""
         convolutions, products = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
         torch.backends.cudnn.allow_tf32 = False
         torch.set_float32_matmul_precision("highest")
@@ -69,7 +69,9 @@ def choose_device(options: MachineOptions, world: World) -> torch.device:
         keep_freed_memory()
         return torch.device("cpu")
     if world.local_rank >= torch.cuda.device_count():
-        raise UsageError(f"{world.size} processes but {torch.cuda.device_count()} GPUs; lower --nproc-per-node.")
+        raise UsageError(
+            f"{world.size} processes but {torch.cuda.device_count()} GPUs; lower --nproc-per-node."
+        )
     device = torch.device("cuda", world.local_rank)
     torch.cuda.set_device(device)
     torch.backends.cudnn.benchmark = True  # shapes are the same every step
@@ -84,7 +86,10 @@ def why_no_gpu(world: World) -> str:
             return "this torch is built without CUDA; install a CUDA build"
         if driver_is_loaded():
             needed = torch.version.cuda
-            return f"the NVIDIA driver is too old for the CUDA {needed} of this torch; update it, or install an older torch"
+            return (
+                f"the NVIDIA driver is too old for the CUDA {needed} of this torch; update it, or install "
+                "an older torch"
+            )
         return "torch finds no usable NVIDIA GPU here"
     if world.local_rank >= torch.cuda.device_count():
         return ""  # told with the number of processes
@@ -114,19 +119,24 @@ def resources_in_one_sentence(options: MachineOptions) -> Iterator[None]:
         first = str(error).strip().split("\n")[0]
         if out_of_memory(error):
             raise CheckError(
-                f"out of memory ({first}); use a smaller --batch-size, or --accumulate 2 or more, which keeps the step."
+                f"out of memory ({first}); use a smaller --batch-size, or --accumulate 2 or more, which "
+                "keeps the step."
             ) from error
         if device_failed(error):
             raise CheckError(
-                f"the GPU failed ({first}); the last checkpoint is kept: run again with --resume, or with --device cpu."
+                f"the GPU failed ({first}); the last checkpoint is kept: run again with --resume, or with "
+                "--device cpu."
             ) from error
         if options.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            raise CheckError(f"--compile failed ({first}); leave it out, or install what it needs.") from error
+            raise CheckError(
+                f"--compile failed ({first}); leave it out, or install what it needs."
+            ) from error
         raise
 
 
 def choose_place(wanted: str, device: torch.device, world: World) -> Place:
-    """wanted: a precision or "auto", which every process of `world` resolves alike. Raises UsageError for fp16 on a CPU.
+    """wanted: a precision or "auto", which every process of `world` resolves alike.
+    Raises UsageError for fp16 on a CPU.
 
     bf16 is taken at its word everywhere: a CPU without it emulates it, slowly.
     """
@@ -135,19 +145,23 @@ def choose_place(wanted: str, device: torch.device, world: World) -> Place:
     if wanted != "auto":
         return Place(device, wanted, world)
     if device.type == "cuda":
-        return Place(device, "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16", world)
+        return Place(
+            device, "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16", world
+        )
     return Place(device, world.agree("bf16" if bf16_speed_up() >= WORTH_IT else "fp32"), world)
 
 
 WORTH_IT = 1.2
-"""Speed-up from which a CPU trains in bf16: less is not worth its rounding, and near 1 the choice would vary from run to run."""
+"""Speed-up from which a CPU trains in bf16: less is not worth its rounding,
+and near 1 the choice would vary from run to run."""
 
 
 def bf16_speed_up() -> float:
-    """-> time of a convolution's forward and backward pass in fp32 over that in bf16; 0 where bf16 would be emulated.
+    """-> time of a convolution's forward and backward pass in fp32 over that in bf16;
+    0 where bf16 would be emulated.
 
-    Measured, in less than a second, since processors that have the instructions differ: twice as fast on some, on others
-    (AVX-512 BF16 on several Xeons without AMX) half as fast.
+    Measured, in less than a second, since processors that have the instructions differ: twice as fast on
+    some, on others (AVX-512 BF16 on several Xeons without AMX) half as fast.
     """
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     if not any(getattr(torch.cpu, name, lambda: False)() for name in checks):

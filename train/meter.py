@@ -1,4 +1,5 @@
-"""Running sums of an epoch: every loss and every classifier's hits, without waiting for the device each step."""
+"""Running sums of an epoch: every loss and every classifier's hits,
+without waiting for the device each step."""
 
 from __future__ import annotations
 
@@ -14,26 +15,33 @@ from train.machine import Place
 
 
 class Meter:
-    """Collects a row of numbers per micro-batch on the device; `flush` brings them over and checks that they are finite."""
+    """Collects a row of numbers per micro-batch on the device;
+    `flush` brings them over and checks that they are finite."""
 
     def __init__(self) -> None:
         self.names: list[str] = []  # of the losses
         self.classifiers: list[str] = []
-        self.sums = np.zeros(0)  # losses (sums of means), hits, rows, images: float64, added in order of the steps
+        # losses (sums of means), hits, rows, images: float64, added in order of the steps
+        self.sums = np.zeros(0)
         self.last_loss = float("nan")
         self._pending: list[tuple[int, int, Tensor]] = []  # step, images, losses and hits on the device
 
     @torch.no_grad()
-    def add(self, step: int, losses: dict[str, Tensor], classifiers: dict[str, Tensor], labels: Tensor) -> None:
-        """step: number within the run; losses: scalars; classifiers: logits [n, classes]; labels: int64 [n]."""
+    def add(
+        self, step: int, losses: dict[str, Tensor], classifiers: dict[str, Tensor], labels: Tensor
+    ) -> None:
+        """step: number within the run; losses: scalars; classifiers: logits [n, classes]; labels:
+        int64 [n]."""
         if not self.names:
             self.names, self.classifiers = list(losses), list(classifiers)
         hits = [(logits.argmax(dim=1) == labels).sum().float() for logits in classifiers.values()]
         row = torch.stack([*(loss.detach().float() for loss in losses.values()), *hits])
-        self._pending.append((step, len(labels), row))  # numbers of the host stay there: sending them would wait for the device
+        # numbers of the host stay there: sending them would wait for the device
+        self._pending.append((step, len(labels), row))
 
     def flush(self) -> None:
-        """Take over what is pending. Raises CheckError that names the step and its losses where one is not finite."""
+        """Take over what is pending. Raises CheckError that names the step
+        and its losses where one is not finite."""
         if not self._pending:
             return
         rows = torch.stack([row for _, _, row in self._pending]).double().cpu().numpy()
@@ -54,12 +62,16 @@ class Meter:
         """-> {"loss", "parts": means, "train": accuracies 0..1} over all processes."""
         sums = place.world.sum(torch.from_numpy(self.sums.copy()).to(place.device)).cpu().numpy()
         rows, images = sums[-2], sums[-1]
-        losses = {name: float(value / rows) for name, value in zip(self.names, sums[: len(self.names)], strict=True)}
+        losses = {
+            name: float(value / rows) for name, value in zip(self.names, sums[: len(self.names)], strict=True)
+        }
         hits = sums[len(self.names) : -2]
         return {
             "loss": sum(losses.values()),
             "parts": losses,
-            "train": {name: float(value / images) for name, value in zip(self.classifiers, hits, strict=True)},
+            "train": {
+                name: float(value / images) for name, value in zip(self.classifiers, hits, strict=True)
+            },
         }
 
     def state(self, place: Place) -> dict[str, Any]:

@@ -1,9 +1,11 @@
-"""Methods: outputs of all classifiers -> named losses. Nothing here knows the loop, the data or the optimizer.
+"""Methods: outputs of all classifiers -> named losses. Nothing here knows the loop,
+the data or the optimizer.
 
 torch is imported only where losses are computed, so that the command line may read METHODS.
 
-Notation (docs/architecture.md): z_k logits of branch k, z_f fused, z_e ensemble, y labels, w the ramp-up weight;
-KL(s <- t) = T^2 * mean over the batch of sum_c q_c (log q_c - log p_c), p = softmax(s/T), q = softmax(t/T).
+Notation (docs/architecture.md): z_k logits of branch k, z_f fused, z_e ensemble, y labels, w the ramp-up
+weight; KL(s <- t) = T^2 * mean over the batch of sum_c q_c (log q_c - log p_c), p = softmax(s/T), q =
+softmax(t/T).
 """
 
 from __future__ import annotations
@@ -26,14 +28,16 @@ Fusion = Literal["module", "sum", "mean"]
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross entropy in fp32. labels: int64 [n], or float [n, classes] when they are smoothed or mixed."""
+    """Mean cross entropy in fp32. labels: int64 [n],
+    or float [n, classes] when they are smoothed or mixed."""
     from torch.nn import functional
 
     return functional.cross_entropy(logits.float(), labels)
 
 
 def distill(student: Tensor, teacher: Tensor, temperature: float, detach: bool = True) -> Tensor:
-    """KL(student <- teacher) of the module's notation, [n, classes] each, in fp32; the teacher gets no gradient."""
+    """KL(student <- teacher) of the module's notation, [n, classes] each, in fp32;
+    the teacher gets no gradient."""
     from torch.nn import functional
 
     teacher = teacher.detach() if detach else teacher
@@ -51,7 +55,8 @@ def mean(logits: Sequence[Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class Method:
-    """What a method asks of the network, and its losses. Subclasses say how they differ from these defaults."""
+    """What a method asks of the network, and its losses.
+    Subclasses say how they differ from these defaults."""
 
     temperature: float = 3.0
     fusion: Fusion | None = None  # how feature maps are fused, None for not at all
@@ -80,12 +85,18 @@ class Method:
         """Raise UsageError where this method cannot train these branches."""
         name, count = type(self).__name__, len(branches)
         if count < self.minimum_branches:
-            raise UsageError(f"{name} needs at least {self.minimum_branches} branches, not {count}; name more with --branches.")
+            raise UsageError(
+                f"{name} needs at least {self.minimum_branches} branches, not {count}; name more with "
+                "--branches."
+            )
         if self.maximum_branches is not None and count > self.maximum_branches:
-            raise UsageError(f"{name} trains {self.maximum_branches} branches, not {count}; name fewer with --branches.")
+            raise UsageError(
+                f"{name} trains {self.maximum_branches} branches, not {count}; name fewer with --branches."
+            )
         if self.same_architecture and len(set(branches)) > 1:
             raise UsageError(
-                f"{name} needs branches of one architecture (they share their low-level stages), not {', '.join(branches)}."
+                f"{name} needs branches of one architecture (they share their low-level stages), not "
+                f"{', '.join(branches)}."
             )
 
 
@@ -140,7 +151,8 @@ class Independent(Method):
 
 @dataclass(frozen=True)
 class DML(Method):
-    """Deep Mutual Learning (Zhang et al. 2018, eq. 8): L_i = CE_i + 1/(n-1) sum_{j != i} KL(z_i <- z_j), no ramp-up."""
+    """Deep Mutual Learning (Zhang et al. 2018, eq. 8): L_i = CE_i + 1/(n-1) sum_{j != i} KL(z_i <- z_j),
+    no ramp-up."""
 
     temperature: float = 1.0
     shares_stages: bool = False
@@ -156,7 +168,8 @@ class DML(Method):
 
 @dataclass(frozen=True)
 class ONE(Method):
-    """On-the-fly Native Ensemble (Lan et al. 2018, eq. 5-9): sum_k CE(z_k) + CE(z_m) + w sum_k KL(z_k <- z_m)."""
+    """On-the-fly Native Ensemble (Lan et al. 2018, eq. 5-9): sum_k CE(z_k) + CE(z_m)
+    + w sum_k KL(z_k <- z_m)."""
 
     aggregator: Literal["gate", "attention"] | None = "gate"
     same_architecture: bool = True
@@ -174,7 +187,8 @@ class ONE(Method):
 class CLILR(Method):
     """Collaborative learning with intermediate-level representation sharing (Song and Chai 2018):
 
-    beta CE_k + (1 - beta) KL(z_k <- mean of the other branches), beta = 0.5, T = 2; trunk gradient divided by n.
+    beta CE_k + (1 - beta) KL(z_k <- mean of the other branches), beta = 0.5, T = 2;
+    trunk gradient divided by n.
     """
 
     temperature: float = 2.0
@@ -194,10 +208,11 @@ class CLILR(Method):
 
 @dataclass(frozen=True)
 class OKDDip(Method):
-    """Online Knowledge Distillation with Diverse Peers (Chen et al. 2020, eq. 4-9). branch0 is the group leader.
+    """Online Knowledge Distillation with Diverse Peers (Chen et al. 2020, eq. 4-9).
+    branch0 is the group leader.
 
-    sum_k CE_k + w [ sum_{peers i} KL(z_i <- t_i) + KL(z_0 <- mean of the peers) ]; the targets t_i stay attached,
-    since the attention learns only through them.
+    sum_k CE_k + w [ sum_{peers i} KL(z_i <- t_i) + KL(z_0 <- mean of the peers) ]; the targets t_i stay
+    attached, since the attention learns only through them.
     """
 
     aggregator: Literal["gate", "attention"] | None = "attention"
@@ -209,7 +224,9 @@ class OKDDip(Method):
         attended, peers = _aggregated(outputs), outputs.branches[1:]
         losses = _branch_losses(outputs, labels)
         for i, logits in enumerate(peers):
-            losses[f"kd/branch{i + 1}"] = ramp * distill(logits, attended[:, i], self.temperature, detach=False)
+            losses[f"kd/branch{i + 1}"] = ramp * distill(
+                logits, attended[:, i], self.temperature, detach=False
+            )
         losses["kd/branch0"] = ramp * distill(outputs.branches[0], mean(peers), self.temperature)
         return losses
 
@@ -218,8 +235,8 @@ class OKDDip(Method):
 class DualNet(Method):
     """DualNet (Hou et al. 2017): summed features; CE_f + 0.3 (CE_1 + CE_2), in two phases.
 
-    Iterative training: the extractors take turns, the other one frozen, step by step. Joint fine-tuning, over the
-    last `joint` of the run: both extractors frozen, the three classifiers learn together.
+    Iterative training: the extractors take turns, the other one frozen, step by step. Joint fine-tuning, over
+    the last `joint` of the run: both extractors frozen, the three classifiers learn together.
     """
 
     fusion: Fusion | None = "sum"

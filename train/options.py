@@ -1,4 +1,5 @@
-"""A configuration as plain data: stored in config.json, compared on resume, checked for values no run can use."""
+"""A configuration as plain data: stored in config.json, compared on resume,
+checked for values no run can use."""
 
 from __future__ import annotations
 
@@ -45,8 +46,14 @@ def validate(config: TrainConfig) -> None:
         (o.lr > 0, "--lr must be above 0"),
         (0 <= o.momentum < 1, "--momentum is from 0 to below 1"),
         (o.weight_decay >= 0 and o.fusion_weight_decay >= 0, "a weight decay is 0 or more"),
-        (all(0 <= share <= 1 for share in o.milestones), "--milestones are shares of the epochs, from 0 to 1"),
-        (config.model.fusion_width is None or config.model.fusion_width >= 1, "--fusion-width must be at least 1"),
+        (
+            all(0 <= share <= 1 for share in o.milestones),
+            "--milestones are shares of the epochs, from 0 to 1",
+        ),
+        (
+            config.model.fusion_width is None or config.model.fusion_width >= 1,
+            "--fusion-width must be at least 1",
+        ),
         (0 <= o.warmup < 1, "--warmup is a share of the run, from 0 to below 1"),
         (0 <= o.label_smoothing < 1, "--label-smoothing is a share, from 0 to below 1"),
         (0 <= o.ema < 1, "--ema is a decay, from 0 (off) to below 1"),
@@ -62,14 +69,20 @@ def validate(config: TrainConfig) -> None:
             config.machine.workers is None or config.machine.workers >= 0,
             "--workers must be 0 (decode in the main process) or more",
         ),
-        (config.machine.memory_limit is None or config.machine.memory_limit >= 0, "--memory-limit must be 0 (stream) or more"),
+        (
+            config.machine.memory_limit is None or config.machine.memory_limit >= 0,
+            "--memory-limit must be 0 (stream) or more",
+        ),
         (bool(config.model.branches), "--branches must name at least one backbone"),
         *(
             (config.model.quantize_aware is None or fits, f"--quantize-aware {text}")
             for fits, text in (
                 (config.machine.precision == "fp32", "trains in fp32: leave --precision out"),
                 (o.ema == 0, "keeps no moving average: leave --ema out"),
-                (not config.machine.sync_batchnorm, "freezes batch normalisation: leave --sync-batchnorm out"),
+                (
+                    not config.machine.sync_batchnorm,
+                    "freezes batch normalisation: leave --sync-batchnorm out",
+                ),
             )
         ),
     ]
@@ -88,21 +101,26 @@ def differences(stored: TrainConfig, wanted: TrainConfig) -> list[str]:
     ]
 
 
-# What fine-tuning has to leave as the run that it goes on from had it: networks, and which image belongs to which split.
+# What fine-tuning has to leave as the run that it goes on from had it: networks,
+# and which image belongs to which split.
 KEPT = ("model.", "data.source", "data.image_size", "data.validation", "data.skip_bad_images")
 
 
 def require_kept(started_from: TrainConfig, config: TrainConfig) -> None:
-    """Raise UsageError where `config` has other networks or images than the run that --quantize-aware goes on from."""
+    """Raise UsageError where `config` has other networks or images than the run
+    that --quantize-aware goes on from."""
     before, after = flatten(options_to_json(started_from)), flatten(options_to_json(config))
     changed = [
         f"{flag_of(name)} is {after[name]!r} now and was {before[name]!r}"
         for name in before
-        if name.startswith(KEPT) and before[name] != after[name] and name not in ("model.ramp_up", "model.temperature")
+        if name.startswith(KEPT)
+        and before[name] != after[name]
+        and name not in ("model.ramp_up", "model.temperature")
     ]
     if changed:
         raise UsageError(
-            f"--quantize-aware {config.model.quantize_aware} goes on with that run's networks and images, but "
+            f"--quantize-aware {config.model.quantize_aware} goes on with that run's networks and images, "
+            "but "
             f"{'; '.join(changed)}: leave these flags out."
         )
 
@@ -117,7 +135,11 @@ def flatten(options: dict[str, Any]) -> dict[str, Any]:
     """{"data": {"flip": True}} -> {"data.flip": True}."""
     flat: dict[str, Any] = {}
     for group, value in options.items():
-        flat |= {f"{group}.{name}": inner for name, inner in value.items()} if isinstance(value, dict) else {group: value}
+        flat |= (
+            {f"{group}.{name}": inner for name, inner in value.items()}
+            if isinstance(value, dict)
+            else {group: value}
+        )
     return flat
 
 
@@ -129,9 +151,15 @@ def options_to_json(config: TrainConfig) -> dict[str, Any]:
 def options_from_json(options: dict[str, Any]) -> TrainConfig:
     """The inverse of options_to_json. Raises CheckError for options of another version."""
     try:
-        config = msgspec.convert(options, TrainConfig, dec_hook=lambda kind, value: kind(value) if kind is Path else value)
+        config = msgspec.convert(
+            options, TrainConfig, dec_hook=lambda kind, value: kind(value) if kind is Path else value
+        )
     except msgspec.ValidationError as error:
-        raise CheckError(f"the run's config.json has options this version does not know ({error}).") from error
+        raise CheckError(
+            f"the run's config.json has options this version does not know ({error})."
+        ) from error
     if config.model.method not in METHODS:
-        raise CheckError(f"the run's config.json has a method this version does not know ({config.model.method!r}).")
+        raise CheckError(
+            f"the run's config.json has a method this version does not know ({config.model.method!r})."
+        )
     return config

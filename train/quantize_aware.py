@@ -1,13 +1,15 @@
 """Fine-tuning for int8: branches and fusion are trained as their int8 files will compute them.
 
-The student is the run's network under the rounding that export writes (ffl_deploy/networks/quantization.py). Its losses are the
-method's own, and the distillation of a full-precision teacher: the fused classifier of the run that is fine-tuned, as it was
-trained, teaches every branch and the fused classifier, as FFL's fused classifier teaches its branches (Kim et al. 2019).
-A full-precision teacher of a quantised student that learns the data too is QKD's last phase, tutoring (Quantization-aware
-Knowledge Distillation, Kim et al. 2019); self-studying and co-studying are what the finished run has behind it.
+The student is the run's network under the rounding that export writes (ffl_deploy/networks/quantization.py).
+Its losses are the method's own, and the distillation of a full-precision teacher: the fused classifier of the
+run that is fine-tuned, as it was trained, teaches every branch and the fused classifier, as FFL's fused
+classifier teaches its branches (Kim et al. 2019). A full-precision teacher of a quantised student that learns
+the data too is QKD's last phase, tutoring (Quantization-aware Knowledge Distillation, Kim et al. 2019);
+self-studying and co-studying are what the finished run has behind it.
 
-Checkpoint `best` holds the weights as int8 holds them, so that the fp32 file is that of the very weights that the int8 file has;
-`last` those that learning goes on from. Both hold the scales of activations and weights, which export uses as they are.
+Checkpoint `best` holds the weights as int8 holds them, so that the fp32 file is that of the very weights that
+the int8 file has; `last` those that learning goes on from. Both hold the scales of activations and weights,
+which export uses as they are.
 """
 
 from __future__ import annotations
@@ -55,7 +57,8 @@ class TaughtOutputs(NamedTuple):
 
 
 class Lesson(nn.Module):
-    """Student and teacher look at the same images; only the student learns. subject: the teacher's classifier that teaches."""
+    """Student and teacher look at the same images; only the student learns. subject:
+    the teacher's classifier that teaches."""
 
     def __init__(self, student: QuantizedNetwork, teacher: MutualNetwork, subject: str) -> None:
         super().__init__()
@@ -115,7 +118,8 @@ class QuantizedState(TrainingState):
 
 @dataclass(kw_only=True)
 class QuantizeAwareTrainer(Trainer):
-    """Fine-tunes a network that is trained already. calibration: images uint8 [n, h, w, 3], for the first ranges.
+    """Fine-tunes a network that is trained already. calibration: images uint8 [n, h, w, 3],
+    for the first ranges.
 
     Raises UsageError where the network's operations cannot be followed.
     """
@@ -123,13 +127,17 @@ class QuantizeAwareTrainer(Trainer):
     calibration: np.ndarray
 
     def __post_init__(self) -> None:
-        teacher = MutualNetwork(self.network.config).to(self.place.device).to(memory_format=torch.channels_last)
+        teacher = (
+            MutualNetwork(self.network.config).to(self.place.device).to(memory_format=torch.channels_last)
+        )
         teacher.load_state_dict(self.network.state_dict())
         self.student = QuantizedNetwork(self.network)
         images = torch.from_numpy(self.calibration).to(self.place.device).permute(0, 3, 1, 2)
         self.student.calibrate(self.batches.normalize(chunk) for chunk in images.split(CALIBRATION_BATCH))
         self.lesson = Lesson(self.student, teacher, self.method.strong)
-        self.method = Taught(temperature=self.method.temperature, strong=self.method.strong, method=self.method)
+        self.method = Taught(
+            temperature=self.method.temperature, strong=self.method.strong, method=self.method
+        )
         super().__post_init__()
 
     def build_state(self) -> TrainingState:
@@ -143,7 +151,8 @@ class QuantizeAwareTrainer(Trainer):
 
 
 def load_teacher(folder: Path, source: Path, network: MutualNetwork) -> None:
-    """Give `network` the weights that are fine-tuned: those kept in run directory `folder`, else the best ones of run `source`.
+    """Give `network` the weights that are fine-tuned: those kept in run directory `folder`,
+    else the best ones of run `source`.
 
     Raises UsageError where that run has another architecture, CheckError where its checkpoint is damaged.
     """
@@ -153,13 +162,16 @@ def load_teacher(folder: Path, source: Path, network: MutualNetwork) -> None:
         return
     run = load_run(source)
     if network_config(run) != network.config:
-        raise UsageError(f"{source} has other networks than this run is to have; leave out the flags that change them.")
+        raise UsageError(
+            f"{source} has other networks than this run is to have; leave out the flags that change them."
+        )
     best = run.checkpoint("best")
     load_weights(network, read_checkpoint(best, (MODEL,)).tensors[MODEL], str(best))
 
 
 def keep_teacher(folder: Path, network: MutualNetwork) -> None:
-    """Store the weights that are fine-tuned, so that the run can be resumed without the one that it came from."""
+    """Store the weights that are fine-tuned, so
+    that the run can be resumed without the one that it came from."""
     if existing_folder(folder / "checkpoints" / TEACHER) is None:
         save_checkpoint(folder / "checkpoints" / TEACHER, {MODEL: network.state_dict()}, {"epoch": 0})
 

@@ -1,4 +1,5 @@
-"""Every random decision is a pure function of (seed, purpose, step): a resumed run repeats it without stored state."""
+"""Every random decision is a pure function of (seed, purpose, step):
+a resumed run repeats it without stored state."""
 
 from __future__ import annotations
 
@@ -16,15 +17,17 @@ def derived_seed(seed: int, purpose: str, index: int = 0) -> int:
 
 
 def generator(seed: int, purpose: str, index: int = 0) -> torch.Generator:
-    """-> a CPU generator of its own for one decision; draws on the CPU are the same whatever device trains."""
+    """-> a CPU generator of its own for one decision;
+    draws on the CPU are the same whatever device trains."""
     return torch.Generator().manual_seed(derived_seed(seed, purpose, index))
 
 
 def seed_everything(seed: int, purpose: str = "global", index: int = 0) -> int:
-    """Seed Python, NumPy and torch, on the CPU and on the GPU that this process uses; -> the seed that was set.
+    """Seed Python, NumPy and torch, on the CPU and on the GPU that this process uses;
+    -> the seed that was set.
 
-    torch.manual_seed would also look for every other kind of device and format a stack trace for each that is not there: 0.2 ms,
-    which a step on a GPU has not got.
+    torch.manual_seed would also look for every other kind of device and format a stack trace for each that is
+    not there: 0.2 ms, which a step on a GPU has not got.
     """
     value = derived_seed(seed, purpose, index)
     random.seed(value)

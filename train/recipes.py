@@ -1,4 +1,5 @@
-"""Named defaults. `paper` recipes are the publication's, exactly; `fast` ones are ours. Their numbers are never mixed."""
+"""Named defaults. `paper` recipes are the publication's, exactly; `fast` ones are ours.
+Their numbers are never mixed."""
 
 from __future__ import annotations
 
@@ -8,17 +9,32 @@ from pathlib import Path
 from typing import Any
 
 from ffl_deploy.errors import UsageError, choices_sentence
-from train.config import DataOptions, MachineOptions, ModelOptions, OptimisationOptions, OutputOptions, TrainConfig
+from train.config import (
+    DataOptions,
+    MachineOptions,
+    ModelOptions,
+    OptimisationOptions,
+    OutputOptions,
+    TrainConfig,
+)
 from train.methods import build_method
 
 # Kim et al. 2019, section IV, and the official code: SGD 0.1, batch 128, 300 epochs, x0.1 at 150 and 225.
-_PAPER_CIFAR = OptimisationOptions(epochs=300, batch_size=128, lr=0.1, weight_decay=1e-4, schedule="multistep")
-# An hour of two cores with fast bf16. Most epochs at 24 pixels, which cost 0.6 of the others; the last ones at full size
-# (docs/performance.md).
+_PAPER_CIFAR = OptimisationOptions(
+    epochs=300, batch_size=128, lr=0.1, weight_decay=1e-4, schedule="multistep"
+)
+# An hour of two cores with fast bf16. Most epochs at 24 pixels, which cost 0.6 of the others; the last ones
+# at full size (docs/performance.md).
 _FAST_CIFAR_DATA = DataOptions(validation=0.02, small_size=24, small_share=0.65)
 # One-cycle to 0.2 with a fifth of warm-up and a larger weight decay: what a short schedule needs.
 _FAST_CIFAR = OptimisationOptions(
-    epochs=40, batch_size=128, lr=0.2, weight_decay=5e-4, fusion_weight_decay=5e-4, schedule="onecycle", warmup=0.2
+    epochs=40,
+    batch_size=128,
+    lr=0.2,
+    weight_decay=5e-4,
+    fusion_weight_decay=5e-4,
+    schedule="onecycle",
+    warmup=0.2,
 )
 # Kim et al. 2019, section IV-D: ResNet-34, SGD 0.1, x0.1 every 30 of 90 epochs, weight decay 1e-4.
 _PAPER_IMAGENET = OptimisationOptions(
@@ -44,7 +60,8 @@ RECIPES: dict[str, TrainConfig] = {
         data=DataOptions(crop_padding=1, flip=False),
         model=ModelOptions(branches=("resnet20", "resnet20")),
         optimisation=replace(_FAST_CIFAR, epochs=40, batch_size=64, lr=0.1),
-        # Layers of 8x8 pixels are too small to share: a second thread mostly waits, for ever where others use the cores.
+        # Layers of 8x8 pixels are too small to share: a second thread mostly waits,
+        # for ever where others use the cores.
         machine=MachineOptions(threads=1),
     ),
     "folder": TrainConfig(
@@ -56,7 +73,10 @@ RECIPES: dict[str, TrainConfig] = {
         f"{source}-resnet{depth}-{kind}": _cifar(source, f"resnet{depth}", *settings)
         for source in ("cifar10", "cifar100")
         for depth in (32, 56, 110)
-        for kind, settings in (("paper", (DataOptions(), _PAPER_CIFAR)), ("fast", (_FAST_CIFAR_DATA, _FAST_CIFAR)))
+        for kind, settings in (
+            ("paper", (DataOptions(), _PAPER_CIFAR)),
+            ("fast", (_FAST_CIFAR_DATA, _FAST_CIFAR)),
+        )
     },
     "imagenet-resnet18": _imagenet("torchvision:resnet18"),
     "imagenet-resnet34": _imagenet("torchvision:resnet34"),
@@ -71,7 +91,8 @@ def default_recipe(data: str) -> str:
 
 
 def recipe_for(typed: Mapping[str, Any]) -> TrainConfig:
-    """-> the defaults that flags (flags.Typed) select with --recipe or, without it, with --data. Raises UsageError."""
+    """-> the defaults that flags (flags.Typed) select with --recipe or, without it, with --data.
+    Raises UsageError."""
     name = typed.get("recipe") or default_recipe(typed.get("data.source", "digits"))
     if name not in RECIPES:
         raise UsageError(f"there is no recipe {name!r}. {choices_sentence(name, list(RECIPES))}")
@@ -81,11 +102,12 @@ def recipe_for(typed: Mapping[str, Any]) -> TrainConfig:
 
 
 def fine_tuning(trained: TrainConfig, run: Path) -> TrainConfig:
-    """-> what `--quantize-aware run` starts from: the run's own configuration (`trained`), its last part in low gear.
+    """-> what `--quantize-aware run` starts from: the run's own configuration (`trained`),
+    its last part in low gear.
 
-    A tenth of its epochs at 1/200 of its peak learning rate, falling to 0, and gradients of norm 1 at most: with batch
-    normalisation frozen nothing else bounds a step. Images at full size, distillation at full weight at once, in fp32, in
-    which rounding to 256 levels is exact.
+    A tenth of its epochs at 1/200 of its peak learning rate, falling to 0, and gradients of norm 1 at most:
+    with batch normalisation frozen nothing else bounds a step. Images at full size, distillation at full
+    weight at once, in fp32, in which rounding to 256 levels is exact.
     """
     old = trained.optimisation
     epochs = max(1, round(0.1 * old.epochs))
@@ -93,7 +115,9 @@ def fine_tuning(trained: TrainConfig, run: Path) -> TrainConfig:
         trained,
         data=replace(trained.data, small_size=None, mixup=0.0, cutmix=0.0),
         model=replace(trained.model, quantize_aware=run, ramp_up=0.0, pretrained=False),
-        optimisation=replace(old, epochs=epochs, lr=old.lr / 200, schedule="cosine", warmup=0.0, clip=1.0, ema=0.0),
+        optimisation=replace(
+            old, epochs=epochs, lr=old.lr / 200, schedule="cosine", warmup=0.0, clip=1.0, ema=0.0
+        ),
         machine=replace(trained.machine, precision="fp32", sync_batchnorm=False),
         output=OutputOptions(),
     )

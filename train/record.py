@@ -16,7 +16,8 @@ METRICS = "metrics.jsonl"
 
 
 class Recorder:
-    """Writes the records of `folder`; `first_epoch` drops the lines of epochs that a resumed run does again."""
+    """Writes the records of `folder`; `first_epoch` drops the lines of epochs
+    that a resumed run does again."""
 
     def __init__(self, folder: Path, first_epoch: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -27,7 +28,8 @@ class Recorder:
         self.events = SummaryWriter(str(folder / "tensorboard"), purge_step=first_epoch or None)
 
     def epoch(self, line: dict[str, Any]) -> None:
-        """Append one epoch: {"epoch", "lr", "ramp", "loss", "parts": {..}, "train": {..}, "validation": {..}, ...}."""
+        """Append one epoch: {"epoch", "lr", "ramp", "loss", "parts": {..}, "train": {..}, "validation":
+        {..}, ...}."""
         with open(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
         for group in ("parts", "train", "validation", "ema"):
@@ -53,7 +55,8 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 class Progress:
-    """The live view: a bar with ETA and images/s on a terminal, one line an epoch elsewhere, nothing when quiet."""
+    """The live view: a bar with ETA and images/s on a terminal, one line an epoch elsewhere,
+    nothing when quiet."""
 
     def __init__(self, images_done: int, quiet: bool) -> None:
         self.lines = not quiet and not sys.stderr.isatty()
@@ -68,7 +71,9 @@ class Progress:
         )
         self.validation = ""
 
-    def show(self, epoch: int, steps: int, steps_done: int, images_done: int, loss: float, epochs: int) -> None:
+    def show(
+        self, epoch: int, steps: int, steps_done: int, images_done: int, loss: float, epochs: int
+    ) -> None:
         """Move the bar; images_done and steps_done count from the start of the run."""
         self.bar.total = round(images_done * steps / steps_done)
         self.bar.set_description(f"epoch {epoch + 1}/{epochs}", refresh=False)
@@ -89,7 +94,8 @@ class Progress:
 
 
 def draw_curves(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw metrics.jsonl's lines: validation accuracy of every classifier, every loss part, and the learning rate, by epoch."""
+    """Draw metrics.jsonl's lines: validation accuracy of every classifier, every loss part,
+    and the learning rate, by epoch."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -102,7 +108,9 @@ def draw_curves(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
     for name in lines[-1]["validation"]:
         accuracy.plot(epochs, [100 * line["validation"][name] for line in lines], label=name)
     accuracy.set(title="Validation accuracy", xlabel="epoch", ylabel="%")
-    for number, name in enumerate(lines[-1]["parts"]):  # curves that lie on each other stay visible, by their dashes
+    for number, name in enumerate(
+        lines[-1]["parts"]
+    ):  # curves that lie on each other stay visible, by their dashes
         values = [line["parts"].get(name, float("nan")) for line in lines]
         losses.plot(epochs, values, label=name, linestyle=("-", (0, (3, 6)), (3, (3, 6)))[number % 3])
     losses.set(title="Training loss by part", xlabel="epoch", ylabel="loss (linear below 0.01)")

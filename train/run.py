@@ -1,4 +1,5 @@
-"""`python -m train.run` (also `ffl-train`): flags -> TrainConfig -> a finished run directory. torch comes after parsing."""
+"""`python -m train.run` (also `ffl-train`): flags -> TrainConfig -> a finished run directory.
+torch comes after parsing."""
 
 from __future__ import annotations
 
@@ -39,8 +40,14 @@ def print_recipes() -> None:
     """Print every recipe with what it sets apart from the defaults of its flags."""
     plain = flatten(options_to_json(TrainConfig()))
     for name, recipe in RECIPES.items():
-        own = {key: value for key, value in flatten(options_to_json(recipe)).items() if value != plain[key] and key != "recipe"}
-        print(f"{name}\n    " + "  ".join(f"{key.split('.')[-1]}={_short(value)}" for key, value in own.items()))
+        own = {
+            key: value
+            for key, value in flatten(options_to_json(recipe)).items()
+            if value != plain[key] and key != "recipe"
+        }
+        print(
+            f"{name}\n    " + "  ".join(f"{key.split('.')[-1]}={_short(value)}" for key, value in own.items())
+        )
 
 
 def _short(value: Any) -> str:
@@ -48,7 +55,8 @@ def _short(value: Any) -> str:
 
 
 def entry() -> None:
-    """Console script. After an error of one process among several on GPUs, it ends without waiting for the group (NCCL)."""
+    """Console script. After an error of one process among several on GPUs,
+    it ends without waiting for the group (NCCL)."""
     code = run_command(main)
     distributed = getattr(sys.modules.get("torch"), "distributed", None)
     if code and distributed is not None and distributed.is_available() and distributed.is_initialized():

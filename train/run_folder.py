@@ -1,4 +1,5 @@
-"""The folder of a training run: which one it is, that no other process trains there, that a resumed run is the same run."""
+"""The folder of a training run: which one it is, that no other process trains there,
+that a resumed run is the same run."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from train.distributed import World
 
 
 def run_folder(config: TrainConfig, world: World) -> Path:
-    """-> the run directory that is resumed, named or made up; `claim` creates it. Raises UsageError where it cannot be new."""
+    """-> the run directory that is resumed, named or made up; `claim` creates it.
+    Raises UsageError where it cannot be new."""
     if config.output.resume is not None:
         return config.output.resume
     name = f"{Path(config.data.source).name}-{config.model.method}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -30,21 +32,31 @@ def run_folder(config: TrainConfig, world: World) -> Path:
 
 
 def require_new(folder: Path) -> None:
-    """Raise UsageError where a new run would overwrite another one, or be mixed up with what is left of one."""
+    """Raise UsageError where a new run would overwrite another one,
+    or be mixed up with what is left of one."""
     if (folder / CONFIG).exists():
-        raise UsageError(f"{folder} already holds a run; continue it with --resume {folder}, or choose another --out.")
+        raise UsageError(
+            f"{folder} already holds a run; continue it with --resume {folder}, or choose another --out."
+        )
     if (folder / "checkpoints").exists():
-        raise UsageError(f"{folder} holds checkpoints of a run without its {CONFIG}; remove them, or choose another --out.")
+        raise UsageError(
+            f"{folder} holds checkpoints of a run without its {CONFIG}; remove them, or choose another --out."
+        )
 
 
 def claim(folder: Path, config: TrainConfig, world: World, held: ExitStack) -> Path:
-    """-> the folder, which no other process trains in until `held` is closed. Raises UsageError where one does.
+    """-> the folder, which no other process trains in until `held` is closed.
+    Raises UsageError where one does.
 
     A made-up name that was taken since gets a number.
     """
     if world.is_main:
         made_up = config.output.out is None and config.output.resume is None
-        names = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2)) if made_up else iter(())
+        names = (
+            (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
+            if made_up
+            else iter(())
+        )
         while not (lock(folder, held) and (config.output.resume or not (folder / CONFIG).exists())):
             following = next(names, None)
             if following is None:
@@ -54,7 +66,8 @@ def claim(folder: Path, config: TrainConfig, world: World, held: ExitStack) -> P
 
 
 def lock(folder: Path, held: ExitStack) -> bool:
-    """Lock the folder itself, which leaves no file behind and ends with the process; -> whether nobody else had."""
+    """Lock the folder itself, which leaves no file behind and ends with the process;
+    -> whether nobody else had."""
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     held.callback(os.close, descriptor)
@@ -68,7 +81,8 @@ def lock(folder: Path, held: ExitStack) -> bool:
 
 
 def wanted_precision(config: TrainConfig, stored: RunConfig | None) -> str:
-    """-> --precision; a resumed run (`stored`) goes on in the one it was started in, whatever `auto` would choose now."""
+    """-> --precision; a resumed run (`stored`) goes on in the one it was started in,
+    whatever `auto` would choose now."""
     return config.machine.precision if stored is None else stored.toolchain["precision"]
 
 

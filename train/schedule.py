@@ -8,7 +8,8 @@ from train.config import OptimisationOptions
 
 
 def learning_rate(step: int, steps: int, options: OptimisationOptions) -> float:
-    """Learning rate of optimiser step `step` of 0..steps-1. Shares (warm-up, milestones) are of the whole run."""
+    """Learning rate of optimiser step `step` of 0..steps-1. Shares (warm-up, milestones)
+    are of the whole run."""
     warm = options.warmup * steps
     if step < warm:
         return options.lr * (step + 1) / (math.ceil(warm) + 1)

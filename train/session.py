@@ -15,7 +15,14 @@ from ffl_deploy.data.datasets import ImageData, load_data
 from ffl_deploy.files import existing_folder, write_json
 from ffl_deploy.networks.mutual import MutualNetwork
 from ffl_deploy.run_directory import CONFIG, SUMMARY, load_run
-from train.build import check_small_size, choose_network, data_spec, make_batches, memory_limit, synchronize_batchnorm
+from train.build import (
+    check_small_size,
+    choose_network,
+    data_spec,
+    make_batches,
+    memory_limit,
+    synchronize_batchnorm,
+)
 from train.config import TrainConfig
 from train.distributed import World, process_group, torchrun_world
 from train.finish import describe, finish
@@ -30,11 +37,17 @@ from train.stopping import StopRequest, stop_on_signals
 
 
 def run_training(config: TrainConfig, stop: StopRequest | None = None) -> int:
-    """Train as `config` says, or go on with the run it resumes; -> exit code. Without `stop` it listens to signals itself."""
+    """Train as `config` says, or go on with the run it resumes; -> exit code.
+    Without `stop` it listens to signals itself."""
     world = torchrun_world()
     listening = stop_on_signals() if stop is None else nullcontext(stop)
     device = choose_device(config.machine, world)
-    with process_group(world, device), listening as stop, ExitStack() as held, resources_in_one_sentence(config.machine):
+    with (
+        process_group(world, device),
+        listening as stop,
+        ExitStack() as held,
+        resources_in_one_sentence(config.machine),
+    ):
         # which run this is, and the arithmetic that it was begun with
         folder = run_folder(config, world)
         if (folder / SUMMARY).is_file():
@@ -45,7 +58,8 @@ def run_training(config: TrainConfig, stop: StopRequest | None = None) -> int:
             keep_threads(config, stored)
         place = choose_place(wanted_precision(config, stored), device, world)
 
-        # method, data, network, batches: whatever cannot work together is refused here, before a folder exists
+        # method, data, network, batches: whatever cannot work together is refused here,
+        # before a folder exists
         method = build_method(config.model.method, config.model.temperature)
         method.check(config.model.branches)
         data = load_data(data_spec(config), memory_limit(config))
@@ -95,12 +109,15 @@ def headline(folder: Path, config: TrainConfig, data: ImageData, network: Mutual
     lines = [
         f"{config.model.method} with {branches} on {data.name}: {len(data.classes)} classes, {size} pixels, "
         f"{len(data.train)} training, {len(data.validation)} validation, {len(data.test)} test images",
-        f"{sum(p.numel() for p in network.parameters()):,} parameters, {place.device.type} in {place.precision}"
+        f"{sum(p.numel() for p in network.parameters()):,} parameters, {place.device.type} in "
+        f"{place.precision}"
         f"{f', {place.world.size} processes' if place.world.size > 1 else ''} -> {folder}",
     ]
     if data.skipped:
         count = len(data.skipped)
-        lines.append(f"left out {count} unreadable image{'s' if count > 1 else ''} (listed in {folder / CONFIG})")
+        lines.append(
+            f"left out {count} unreadable image{'s' if count > 1 else ''} (listed in {folder / CONFIG})"
+        )
     return "\n".join(lines)
 
 
@@ -112,6 +129,9 @@ def closing(folder: Path) -> str:
         [
             f"test accuracy ({summary['test_images']} images, weights of epoch {summary['best_epoch']}):",
             *rows,
-            f"{summary['seconds']:.0f} s, {summary['images_per_second']:.0f} images/s; next: ffl-export {folder} --target all",
+            (
+                f"{summary['seconds']:.0f} s, {summary['images_per_second']:.0f} images/s; next: ffl-export "
+                f"{folder} --target all"
+            ),
         ]
     )

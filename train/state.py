@@ -38,7 +38,8 @@ class Position:
 
 @dataclass(frozen=True)
 class TrainingState:
-    """All that a run changes, and the folder that keeps it. ema: the moving average of the weights, if there is one."""
+    """All that a run changes, and the folder that keeps it. ema: the moving average of the weights,
+    if there is one."""
 
     folder: Path
     network: MutualNetwork
@@ -47,7 +48,8 @@ class TrainingState:
     ema: AveragedModel | None
 
     def save(self, position: Position) -> None:
-        """Write checkpoint `last`, which `restore` goes on from. Raises CheckError before writing a bad weight."""
+        """Write checkpoint `last`, which `restore` goes on from.
+        Raises CheckError before writing a bad weight."""
         position.scaler = self.scaler.state_dict()
         tensors: dict[str, Mapping[str, Tensor]] = {OPTIMIZER: optimizer_tensors(self.optimizer)}
         if self.ema is not None:
@@ -55,17 +57,27 @@ class TrainingState:
         self.save_weights("last", self.network, position, tensors)
 
     def save_weights(
-        self, name: str, network: nn.Module, position: Position, others: Mapping[str, Mapping[str, Tensor]] | None = None
+        self,
+        name: str,
+        network: nn.Module,
+        position: Position,
+        others: Mapping[str, Mapping[str, Tensor]] | None = None,
     ) -> None:
-        """Write checkpoint `name` with the weights of `network`. Raises CheckError before writing a bad weight."""
+        """Write checkpoint `name` with the weights of `network`.
+        Raises CheckError before writing a bad weight."""
         weights = self.weights(name, network)
         broken = [key for key, value in weights.items() if not torch.isfinite(value).all()]
         if broken:
             raise CheckError(
-                f"the weights are not finite after epoch {position.epoch} ({broken[0]}); the last checkpoint is kept. "
+                f"the weights are not finite after epoch {position.epoch} ({broken[0]}); the last "
+                "checkpoint is kept. "
                 "Lower --lr, add --clip 1.0 or use --precision fp32."
             )
-        save_checkpoint(self.folder / "checkpoints" / name, {MODEL: weights, **self.beside(), **(others or {})}, vars(position))
+        save_checkpoint(
+            self.folder / "checkpoints" / name,
+            {MODEL: weights, **self.beside(), **(others or {})},
+            vars(position),
+        )
 
     def weights(self, name: str, network: nn.Module) -> Mapping[str, Tensor]:
         """-> what checkpoint `name` holds of `network`."""
@@ -88,7 +100,8 @@ class TrainingState:
         if self.ema is not None:
             if EMA not in content.tensors:
                 raise CheckError(
-                    f"{last} holds no moving average of the weights, which config.json asks for; it cannot be resumed."
+                    f"{last} holds no moving average of the weights, which config.json asks for; it cannot "
+                    "be resumed."
                 )
             self.ema.load_state_dict(content.tensors[EMA])
 
@@ -97,6 +110,8 @@ class TrainingState:
             named = {name: value for name, value in content.state.items() if name != "sha256"}
             position = msgspec.convert(named, Position)
         except msgspec.ValidationError as error:
-            raise CheckError(f"{last / STATE} does not say where the run stands ({error}); it cannot be resumed.") from error
+            raise CheckError(
+                f"{last / STATE} does not say where the run stands ({error}); it cannot be resumed."
+            ) from error
         self.scaler.load_state_dict(position.scaler)
         return position

@@ -1,7 +1,7 @@
 """The part of docs/results.md that compares methods, from what train.compare stored in docs/.
 
-compare-cifar100.json holds all methods, claims-cifar100.json more seeds of the few that decide the paper's claims,
-ablations-cifar100.json FFL without its parts; results/reading.md is written by hand.
+compare-cifar100.json holds all methods, claims-cifar100.json more seeds of the few that decide the paper's
+claims, ablations-cifar100.json FFL without its parts; results/reading.md is written by hand.
 """
 
 from __future__ import annotations
@@ -22,16 +22,28 @@ from train.comparison.report import (
     points,
     seed_verdict,
 )
-from train.comparison.results import SEEDS_FOR_A_CLAIM, Against, Comparison, MethodResult, estimate, sign_flip_p
+from train.comparison.results import (
+    SEEDS_FOR_A_CLAIM,
+    Against,
+    Comparison,
+    MethodResult,
+    estimate,
+    sign_flip_p,
+)
 from train.methods import METHODS
 
 
 def comparison_text(folder: Path) -> str:
     """-> the stored comparison of methods, what it says of the paper's claims, and what it does not show."""
     reading = folder / "results" / "reading.md"
-    path, ablations, claims = (folder / f"{name}-cifar100.json" for name in ("compare", "ablations", "claims"))
+    path, ablations, claims = (
+        folder / f"{name}-cifar100.json" for name in ("compare", "ablations", "claims")
+    )
     if not path.is_file():
-        return "## What this does not show\n\nOne run, one seed: nothing here says that FFL beats another method."
+        return (
+            "## What this does not show\n\nOne run, one seed: nothing here says that FFL beats another "
+            "method."
+        )
     found = read_comparison(path)
     parts, more = (read_comparison(other) if other.is_file() else None for other in (ablations, claims))
     draw(found, path.with_suffix(".png"))
@@ -39,21 +51,27 @@ def comparison_text(folder: Path) -> str:
     lines = [
         "## Against other methods",
         "",
-        f"With equally many epochs, and few: {' + '.join(reference_of(found).branches)}, {found.epochs} epochs, "
-        f"{found.images['train']:,} training images, {counted(seeds, 'seed')}; everything else as in the recipe above. What the "
-        "methods cost is not equal: see the table at the end of this section. Accuracy is that of the epoch with the best "
-        f"validation accuracy, on the {found.images['test']:,} test images. All numbers: [{path.name}]({path.name}).",
+        f"With equally many epochs, and few: {' + '.join(reference_of(found).branches)}, {found.epochs} "
+        "epochs, "
+        f"{found.images['train']:,} training images, {counted(seeds, 'seed')}; everything else as in the "
+        "recipe above. What the "
+        "methods cost is not equal: see the table at the end of this section. Accuracy is that of the epoch "
+        "with the best "
+        f"validation accuracy, on the {found.images['test']:,} test images. All numbers: "
+        f"[{path.name}]({path.name}).",
         "",
         f"    {found.command}",
         "",
-        "`data/cifar100` is a folder of CIFAR-100's images; with `--data cifar100` they are downloaded. The strong classifier is "
+        "`data/cifar100` is a folder of CIFAR-100's images; with `--data cifar100` they are downloaded. The "
+        "strong classifier is "
         "what a method is for: OKDDip's is its leader, a single network.",
         "",
         f"![accuracy by method]({path.stem}.png)",
         "",
         *accuracy_table(found),
         "",
-        f"Strong classifier against that of {found.reference}, seed by seed on the same test images (points with their 95 % "
+        f"Strong classifier against that of {found.reference}, seed by seed on the same test images (points "
+        "with their 95 % "
         "t-interval; images right here only / there only; exact McNemar, uncorrected):",
         "",
         *difference_table([(method.method, method.against) for method in found.methods]),
@@ -62,8 +80,10 @@ def comparison_text(folder: Path) -> str:
         "",
         *difference_table([(method.method, method.alone) for method in found.methods]),
         "",
-        "Cost (seconds of training one run on one thread, beside other work; parameters). Independent networks, DML and DualNet "
-        "share no layers, the branches of the other methods share their low-level ones. DualNet's extractors take turns, so that "
+        "Cost (seconds of training one run on one thread, beside other work; parameters). Independent "
+        "networks, DML and DualNet "
+        "share no layers, the branches of the other methods share their low-level ones. DualNet's "
+        "extractors take turns, so that "
         "each gets half of the steps, which are few here:",
         "",
         *cost_table(found),
@@ -88,8 +108,10 @@ def claims_lines(found: Comparison, seen: Comparison) -> list[str]:
     seeds = min(len(method.seeds) for method in found.methods)
     before = reference_of(seen).seeds
     return [
-        f"With {counted(seeds, 'seed')} of the methods that decide them. {len(before)} of these seeds are those of the tables "
-        "above; the others were trained, for these methods, after those tables had been seen, so each line also says what they "
+        f"With {counted(seeds, 'seed')} of the methods that decide them. {len(before)} of these seeds are "
+        "those of the tables "
+        "above; the others were trained, for these methods, after those tables had been seen, so each line "
+        "also says what they "
         "say alone:",
         "",
         f"    {found.command}",
@@ -120,7 +142,8 @@ def ablation_lines(found: Comparison, picture: Path) -> list[str]:
     return [
         "## What the parts of FFL bring",
         "",
-        "Without the ensemble's teaching (`ffl-no-ekd`), without the fused classifier's (`ffl-no-fkd`), with features summed "
+        "Without the ensemble's teaching (`ffl-no-ekd`), without the fused classifier's (`ffl-no-fkd`), "
+        "with features summed "
         f"instead of fused (`ffl-sum`); {counted(seeds, 'seed')}, read like the tables above:",
         "",
         f"    {found.command}",
@@ -147,20 +170,44 @@ def reference_of(found: Comparison) -> MethodResult:
 
 
 def account(found: Comparison, before: Sequence[int] = ()) -> list[str]:
-    """-> the claims of the paper that this comparison can look at, each with the number that speaks for or against it.
+    """-> the claims of the paper that this comparison can look at,
+    each with the number that speaks for or against it.
 
-    before: seeds that had been looked at when the others were chosen; each claim then shows the others alone as well.
+    before: seeds that had been looked at when the others were chosen;
+    each claim then shows the others alone as well.
     """
     ffl = reference_of(found)
     vanilla = next((method for method in found.methods if method.method == "vanilla"), None)
     claims = [("the fused classifier is above the ensemble", "fused", ffl, "ensemble", ffl)]
     claims.append(("the ensemble is above the mean branch", "ensemble", ffl, "mean branch", ffl))
     if vanilla is not None:
-        claims.append(("the fused classifier is above one branch's network trained alone", "fused", ffl, "branch0", vanilla))
-        claims.append(("the mean branch is above the same network trained alone", "mean branch", ffl, "branch0", vanilla))
+        claims.append(
+            (
+                "the fused classifier is above one branch's network trained alone",
+                "fused",
+                ffl,
+                "branch0",
+                vanilla,
+            )
+        )
+        claims.append(
+            (
+                "the mean branch is above the same network trained alone",
+                "mean branch",
+                ffl,
+                "branch0",
+                vanilla,
+            )
+        )
     others = [method for method in found.methods if method.method not in ("ffl", "vanilla")]
     claims += [
-        (f"the fused classifier is above the strong classifier of {method.method}", "fused", ffl, method.strong, method)
+        (
+            f"the fused classifier is above the strong classifier of {method.method}",
+            "fused",
+            ffl,
+            method.strong,
+            method,
+        )
         for method in others
     ]
     lines, smallest = [], 1.0
@@ -174,19 +221,30 @@ def account(found: Comparison, before: Sequence[int] = ()) -> list[str]:
         values = list(by_seed.values())
         if not values:
             continue
-        against = Against(estimate(values), sign_flip_p(values) if len(values) >= SEEDS_FOR_A_CLAIM else None, [])
+        against = Against(
+            estimate(values), sign_flip_p(values) if len(values) >= SEEDS_FOR_A_CLAIM else None, []
+        )
         smallest = min(smallest, 1.0 if against.p_seeds is None else against.p_seeds)
         above = f"above in {sum(value > 0 for value in values)} of {counted(len(values), 'seed')}"
         later = [value for seed, value in by_seed.items() if seed not in before]
         alone = f" The later seeds alone: {points(estimate(later))}." if before and later else ""
         lines.append(f"- {claim}: {points(against.difference)}, {above}; {verdict(against)}.{alone}")
     corrected = min(1.0, smallest * len(lines))
-    correction = f" (Holm's correction for {len(lines)} claims makes {corrected:.2g} of the smallest)" if smallest < 1 else ""
-    return [f"Points with their 95 % t-interval over seeds; p values are not corrected{correction}:", "", *lines]
+    correction = (
+        f" (Holm's correction for {len(lines)} claims makes {corrected:.2g} of the smallest)"
+        if smallest < 1
+        else ""
+    )
+    return [
+        f"Points with their 95 % t-interval over seeds; p values are not corrected{correction}:",
+        "",
+        *lines,
+    ]
 
 
 def verdict(against: Against) -> str:
-    """-> what a claim's difference over seeds says, by the sign-flip test; nothing below SEEDS_FOR_A_CLAIM seeds."""
+    """-> what a claim's difference over seeds says, by the sign-flip test;
+    nothing below SEEDS_FOR_A_CLAIM seeds."""
     if against.p_seeds is None:
         return seed_verdict(against)
     says = "speaks for it" if against.difference.mean > 0 else "speaks against it"

@@ -1,8 +1,9 @@
-"""docs/results.md from stored JSON: what the CIFAR-100 model of examples/cifar100 reaches, and how it was trained.
+"""docs/results.md from stored JSON: what the CIFAR-100 model of examples/cifar100 reaches,
+and how it was trained.
 
-The commands are on the page itself, below each table. With --run, --report and --reliability what the page needs of the model
-is stored in docs/results/, once; what train.compare wrote is copied to docs/. Without flags the page and its figures are made
-again, which needs neither the runs nor the data.
+The commands are on the page itself, below each table. With --run, --report and --reliability what the page
+needs of the model is stored in docs/results/, once; what train.compare wrote is copied to docs/. Without
+flags the page and its figures are made again, which needs neither the runs nor the data.
 """
 
 from __future__ import annotations
@@ -38,14 +39,19 @@ from train.record import draw_curves, read_metrics
 
 DOCS, EXAMPLES = Path("docs"), Path("examples/cifar100")
 STORED = DOCS / "results"
-TRAINING_COMMAND = "    python -m train.run --data cifar100 --recipe cifar100-resnet32-fast --precision bf16 --out runs/cifar100"
+TRAINING_COMMAND = (
+    "    python -m train.run --data cifar100 --recipe cifar100-resnet32-fast --precision bf16 --out "
+    "runs/cifar100"
+)
 ALONE_COMMANDS = """\
     python -m train.run --data cifar100 --recipe cifar100-resnet32-fast --precision bf16 --method vanilla \\
         --out runs/vanilla-cifar100
     python -m benchmarks.page.results --alone runs/vanilla-cifar100"""
-EXPORT_COMMAND = "    ffl-export runs/cifar100 --target all --precision int8 --runtime openvino --out bundles/cifar100"
+EXPORT_COMMAND = (
+    "    ffl-export runs/cifar100 --target all --precision int8 --runtime openvino --out bundles/cifar100"
+)
 CALIBRATION_COMMANDS = """\
-    ffl-predict bundles/cifar100/fused CIFAR100/test --out fused.jsonl          # CIFAR100/test/CLASS/*: the test images as files
+    ffl-predict bundles/cifar100/fused CIFAR100/test --out fused.jsonl  # CIFAR100/test/CLASS/*: its images
     ffl-predict bundles/cifar100/branch0 CIFAR100/test --out branch0.jsonl"""
 STORING_COMMANDS = """\
     python -m benchmarks.page.results --run runs/cifar100 --report bundles/cifar100/report.json \\
@@ -66,11 +72,16 @@ def collect(run_folder: Path, report: Path, reliability: list[Path]) -> None:
         for one, other in itertools.combinations(right, 2)
     ]
     options = {group: values for group, values in run.config.options.items() if group in KEPT_OPTIONS}
-    options["data"] = {**options["data"], "source": run.config.data_name}  # the folder's place is this machine's affair
+    options["data"] = {
+        **options["data"],
+        "source": run.config.data_name,
+    }  # the folder's place is this machine's affair
     training = {
         "recipe": run.config.options["recipe"],
         "options": options,
-        "images_per_class": {part: sorted(set(counts)) for part, counts in run.config.split["images_per_class"].items()},
+        "images_per_class": {
+            part: sorted(set(counts)) for part, counts in run.config.split["images_per_class"].items()
+        },
         "summary": json.loads((run_folder / SUMMARY).read_text()),
         "metrics": read_metrics(run_folder),
         "pairs": pairs,
@@ -82,11 +93,14 @@ def collect(run_folder: Path, report: Path, reliability: list[Path]) -> None:
     for path in reliability:
         content = json.loads(path.read_text())
         content.pop("confusion")
-        (STORED / f"reliability-{path.name.split('.')[0]}.json").write_text(json.dumps(content, indent=1) + "\n")
+        (STORED / f"reliability-{path.name.split('.')[0]}.json").write_text(
+            json.dumps(content, indent=1) + "\n"
+        )
 
 
 def collect_alone(run_folder: Path) -> None:
-    """Store how the committed bundles do on the test images against a network that was trained alone, image by image."""
+    """Store how the committed bundles do on the test images against a network that was trained alone,
+    image by image."""
     run = load_run(run_folder)
     test = load_data(run.data).test
     arrays = read_arrays(run_folder / PREDICTIONS, ("labels",))
@@ -110,17 +124,29 @@ def collect_alone(run_folder: Path) -> None:
 def draw_reliability(path: Path) -> list[dict[str, Any]]:
     """One diagram per stored labelled run; -> these runs' reports."""
     files = sorted(STORED.glob("reliability-*.json"), reverse=True)
-    reports = [json.loads(file.read_text()) | {"name": file.stem.removeprefix("reliability-")} for file in files]
+    reports = [
+        json.loads(file.read_text()) | {"name": file.stem.removeprefix("reliability-")} for file in files
+    ]
     figure = Figure(figsize=(5 * max(1, len(reports)), 4.6), layout="constrained")
     for position, report in enumerate(reports, start=1):
         axes = figure.add_subplot(1, len(reports), position)
         bins = [one for one in report["calibration"] if one["rows"]]
         axes.plot([0, 1], [0, 1], ":", color="gray")
         axes.bar(
-            [one["from"] for one in bins], [one["accuracy"] for one in bins], 1 / 15, align="edge", alpha=0.5, edgecolor="C0"
+            [one["from"] for one in bins],
+            [one["accuracy"] for one in bins],
+            1 / 15,
+            align="edge",
+            alpha=0.5,
+            edgecolor="C0",
         )
         intervals = [wilson_interval(round(one["accuracy"] * one["rows"]), one["rows"]) for one in bins]
-        spread = np.array([(one["accuracy"] - i.low, i.high - one["accuracy"]) for one, i in zip(bins, intervals, strict=True)])
+        spread = np.array(
+            [
+                (one["accuracy"] - i.low, i.high - one["accuracy"])
+                for one, i in zip(bins, intervals, strict=True)
+            ]
+        )
         axes.errorbar(
             [one["confidence"] for one in bins],
             [one["accuracy"] for one in bins],
@@ -136,7 +162,8 @@ def draw_reliability(path: Path) -> list[dict[str, Any]]:
 
 
 def draw_attention(path: Path) -> list[tuple[str, dict[str, tuple[str, float]]]]:
-    """Class activation maps of the committed bundles on the example images; -> image -> bundle -> (label, confidence)."""
+    """Class activation maps of the committed bundles on the example images; -> image -> bundle -> (label,
+    confidence)."""
     bundles = [load_bundle(EXAMPLES / name) for name in ("fused", "branch0")]
     sessions = [bundle.session() for bundle in bundles]
     images = sorted((EXAMPLES / "images").glob("*.jpg"))
@@ -155,7 +182,13 @@ def draw_attention(path: Path) -> list[tuple[str, dict[str, tuple[str, float]]]]
             answers[bundle.manifest.target] = (best.label, best.confidence)
             axes = figure.add_subplot(1 + len(bundles), len(images), 1 + column + row * len(images))
             axes.imshow(pixels, extent=(0, 1, 0, 1))
-            axes.imshow(np.maximum(outputs.cam[0], 0), extent=(0, 1, 0, 1), cmap="jet", alpha=0.45, interpolation="bicubic")
+            axes.imshow(
+                np.maximum(outputs.cam[0], 0),
+                extent=(0, 1, 0, 1),
+                cmap="jet",
+                alpha=0.45,
+                interpolation="bicubic",
+            )
             axes.set_title(f"{bundle.manifest.target}: {best.label} {best.confidence:.0%}", fontsize=9)
             axes.axis("off")
         found.append((image.name, answers))
@@ -166,7 +199,9 @@ def draw_attention(path: Path) -> list[tuple[str, dict[str, tuple[str, float]]]]
 def page() -> str:
     """-> docs/results.md."""
     if not (STORED / "training.json").is_file():
-        raise UsageError(f"{STORED} holds no results; store them first with --run, --report and --reliability.")
+        raise UsageError(
+            f"{STORED} holds no results; store them first with --run, --report and --reliability."
+        )
     training = json.loads((STORED / "training.json").read_text())
     report = msgspec.json.decode((STORED / "report.json").read_bytes(), type=Report)
     draw_curves(training["metrics"], STORED / "curves.png")
@@ -177,7 +212,8 @@ def page() -> str:
         "\n\n".join(
             [
                 "# Results on CIFAR-100",
-                "Generated by `python -m benchmarks.page.results` from the JSON in `docs/results/`; the model is the one in "
+                "Generated by `python -m benchmarks.page.results` from the JSON in `docs/results/`; the "
+                "model is the one in "
                 "[`examples/cifar100`](../examples/cifar100/README.md).",
                 "## The model",
                 model_text(training),
@@ -186,25 +222,30 @@ def page() -> str:
                 deployment_text(report),
                 "![accuracy against latency](results/pareto.png)",
                 "## Calibration",
-                "The temperature is fitted on the validation split and part of the graph; measured here on the test images, as "
+                "The temperature is fitted on the validation split and part of the graph; measured here on "
+                "the test images, as "
                 "files, through `ffl-predict` and the fp32 variant:",
                 CALIBRATION_COMMANDS,
                 "\n".join(
-                    f"- `{one['name']}`: accuracy {one['accuracy']:.2%}, mean confidence {one['mean_confidence']:.2%}, "
+                    f"- `{one['name']}`: accuracy {one['accuracy']:.2%}, mean confidence "
+                    f"{one['mean_confidence']:.2%}, "
                     f"expected calibration error {one['expected_calibration_error']:.4f}"
                     for one in calibrations
                 ),
                 "![reliability diagrams](results/reliability.png)",
-                "Bars, with their 95 % interval (Wilson): the accuracy of the images within a range of confidence. The lowest "
+                "Bars, with their 95 % interval (Wilson): the accuracy of the images within a range of "
+                "confidence. The lowest "
                 "ranges hold few images, which their intervals show.",
                 "## Where it looks",
-                "Class activation maps of the predicted class on the example images, which the network has never seen "
+                "Class activation maps of the predicted class on the example images, which the network has "
+                "never seen "
                 "(cup and rocket are photographs, the others drawings):",
                 "![class activation maps of fused and branch0](results/cam.png)",
                 attention_table(attention),
                 comparison_text(DOCS),
                 "## This page",
-                "What it needs was stored, once, from the run, its export and its labelled predictions, and from the "
+                "What it needs was stored, once, from the run, its export and its labelled predictions, and "
+                "from the "
                 "comparisons; the last line writes it again:",
                 STORING_COMMANDS,
             ]
@@ -216,20 +257,31 @@ def page() -> str:
 def model_text(training: dict[str, Any]) -> str:
     summary, options = training["summary"], training["options"]
     seen, per_class, classes = options["data"], training["images_per_class"], len(summary["classes"])
-    branches, count, minutes = " + ".join(options["model"]["branches"]), summary["test_images"], summary["seconds"] / 60
+    branches, count, minutes = (
+        " + ".join(options["model"]["branches"]),
+        summary["test_images"],
+        summary["seconds"] / 60,
+    )
     lines = [
-        f"FFL with {branches}, recipe `{training['recipe']}`: {summary['epochs']} epochs in {minutes:.0f} minutes of training "
-        f"({training['toolchain']['threads']} threads, {training['toolchain']['precision']}; processor and circumstances: "
-        f"[performance.md](performance.md)). Each class has {per_class['train'][0]} training and {per_class['validation'][0]} "
-        f"validation images; the first {seen['small_share']:.0%} of the epochs saw {seen['small_size']}x{seen['small_size']} "
+        f"FFL with {branches}, recipe `{training['recipe']}`: {summary['epochs']} epochs in {minutes:.0f} "
+        "minutes of training "
+        f"({training['toolchain']['threads']} threads, {training['toolchain']['precision']}; processor and "
+        "circumstances: "
+        f"[performance.md](performance.md)). Each class has {per_class['train'][0]} training and "
+        f"{per_class['validation'][0]} "
+        f"validation images; the first {seen['small_share']:.0%} of the epochs saw "
+        f"{seen['small_size']}x{seen['small_size']} "
         "pixels, the rest 32x32, which is the step in the curves. The weights are those of epoch "
-        f"{summary['best_epoch']}, the best on the validation split, whose {classes * per_class['validation'][0]:,} images make "
+        f"{summary['best_epoch']}, the best on the validation split, whose "
+        f"{classes * per_class['validation'][0]:,} images make "
         "it uncertain by 3 points; training reads the test set once, at its end.",
         "",
         TRAINING_COMMAND,
         "",
-        "`--data cifar100` downloads the set; a folder of its images, `CIFAR100/train/CLASS/*` and `CIFAR100/test/CLASS/*`, "
-        "does as well. Where the processor's bf16 is slow, leave `--precision` out and take `--epochs 26` for the same hour.",
+        "`--data cifar100` downloads the set; a folder of its images, `CIFAR100/train/CLASS/*` and "
+        "`CIFAR100/test/CLASS/*`, "
+        "does as well. Where the processor's bf16 is slow, leave `--precision` out and take `--epochs 26` "
+        "for the same hour.",
         "",
         f"| classifier | test accuracy ({count:,} images) | 95 % interval (Wilson) |",
         "|---|---|---|",
@@ -237,12 +289,19 @@ def model_text(training: dict[str, Any]) -> str:
     for name, accuracy in summary["accuracy"].items():
         interval = wilson_interval(round(accuracy * count), count)
         lines.append(f"| {name} | {accuracy:.2%} | {interval.low:.2%} to {interval.high:.2%} |")
-    lines += ["", "On the same images, pair by pair (exact McNemar, two-sided, not corrected for their number):", ""]
+    lines += [
+        "",
+        "On the same images, pair by pair (exact McNemar, two-sided, not corrected for their number):",
+        "",
+    ]
     return "\n".join([*lines, *pair_table(training["pairs"]), *alone_lines(count)])
 
 
 def pair_table(pairs: list[dict[str, Any]]) -> list[str]:
-    lines = ["| | minus | points | 95 % interval (Tango) | right: only first / only second | p |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| | minus | points | 95 % interval (Tango) | right: only first / only second | p |",
+        "|---|---|---|---|---|---|",
+    ]
     for pair in pairs:
         low, high = (100 * pair["interval"][side] for side in ("low", "high"))
         lines.append(
@@ -253,32 +312,40 @@ def pair_table(pairs: list[dict[str, Any]]) -> list[str]:
 
 
 def alone_lines(count: int) -> list[str]:
-    """-> the model against the same network trained by itself for as many epochs; nothing where that was not done."""
+    """-> the model against the same network trained by itself for as many epochs;
+    nothing where that was not done."""
     if not (STORED / "alone.json").is_file():
         return []
     alone = json.loads((STORED / "alone.json").read_text())
     interval = wilson_interval(round(alone["accuracy"] * count), count)
     return [
         "",
-        f"The same network trained alone ({' + '.join(alone['branches'])}, `--method vanilla`, the same recipe, seed and "
-        f"{alone['epochs']} epochs) reaches {alone['accuracy']:.2%} ({interval.low:.2%} to {interval.high:.2%}). "
+        f"The same network trained alone ({' + '.join(alone['branches'])}, `--method vanilla`, the same "
+        "recipe, seed and "
+        f"{alone['epochs']} epochs) reaches {alone['accuracy']:.2%} ({interval.low:.2%} to "
+        f"{interval.high:.2%}). "
         "Against it, on the same images:",
         "",
         *pair_table(alone["pairs"]),
         "",
         ALONE_COMMANDS,
         "",
-        "One run on each side: the test says that these two networks differ, or not, and nothing about other seeds. Epochs are "
-        "equal, cost is not: the fused classifier has 1.8 times the parameters of the network alone (see the table below) and "
-        "its training computes two branches. An ensemble of two networks trained apart was not trained for as long.",
+        "One run on each side: the test says that these two networks differ, or not, and nothing about "
+        "other seeds. Epochs are "
+        "equal, cost is not: the fused classifier has 1.8 times the parameters of the network alone (see "
+        "the table below) and "
+        "its training computes two branches. An ensemble of two networks trained apart was not trained for "
+        "as long.",
     ]
 
 
 def deployment_text(report: Report) -> str:
     body = markdown(report).split("\n", 2)[2].split("![accuracy")[0].strip()
     note = (
-        "The committed bundles are an export of the same run with `--cam`; their int8 files were quantised anew and differ from "
-        "these by some images in 10,000: their cards have their own numbers, and their latencies are of another hour (there the "
+        "The committed bundles are an export of the same run with `--cam`; their int8 files were quantised "
+        "anew and differ from "
+        "these by some images in 10,000: their cards have their own numbers, and their latencies are of "
+        "another hour (there the "
         "fp32 branch even reads slower than the fused model, which the multiply-adds say it is not)."
     )
     return f"{body}\n\n{EXPORT_COMMAND}\n\n{note}"
@@ -288,18 +355,30 @@ def attention_table(attention: list[tuple[str, dict[str, tuple[str, float]]]]) -
     names = list(attention[0][1])
     lines = [f"| image | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
     for image, answers in attention:
-        lines.append(f"| {image} | {' | '.join(f'{label} {confidence:.0%}' for label, confidence in answers.values())} |")
+        lines.append(
+            f"| {image} | "
+            f"{' | '.join(f'{label} {confidence:.0%}' for label, confidence in answers.values())} |"
+        )
     return "\n".join(lines)
 
 
 def main(argv: list[str]) -> int:
     """-> exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--run", type=Path, metavar="RUN", help="store this finished run")
     parser.add_argument("--report", type=Path, metavar="JSON", help="report.json of its export")
-    parser.add_argument("--alone", type=Path, metavar="RUN", help="store this finished run of --method vanilla")
     parser.add_argument(
-        "--reliability", type=Path, nargs="*", default=[], metavar="JSON", help="TARGET.report.json of ffl-predict"
+        "--alone", type=Path, metavar="RUN", help="store this finished run of --method vanilla"
+    )
+    parser.add_argument(
+        "--reliability",
+        type=Path,
+        nargs="*",
+        default=[],
+        metavar="JSON",
+        help="TARGET.report.json of ffl-predict",
     )
     arguments = parser.parse_args(argv)
     if (arguments.run is None) != (arguments.report is None):

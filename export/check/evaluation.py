@@ -37,7 +37,8 @@ class Reference:
 
 
 class Evaluation:
-    """PyTorch's side of the comparison for one run and checkpoint; each split is read and passed through once."""
+    """PyTorch's side of the comparison for one run and checkpoint;
+    each split is read and passed through once."""
 
     def __init__(self, run: Run, network: MutualNetwork, checkpoint: str, targets: Sequence[str]) -> None:
         self.run, self.network, self.checkpoint, self.targets = run, network, checkpoint, tuple(targets)
@@ -47,15 +48,21 @@ class Evaluation:
         """The run's data, checked against the images that training stored. Raises UsageError, CheckError."""
         data = load_data(self.run.data)
         if list(data.classes) != self.run.classes:
-            raise CheckError("the data's classes are not those of the run; give back the data that it was trained on.")
-        rows, (images, labels, _) = self.run.reference_rows(), self.run.reference(self.checkpoint, self.targets[0])
+            raise CheckError(
+                "the data's classes are not those of the run; give back the data that it was trained on."
+            )
+        rows, (images, labels, _) = (
+            self.run.reference_rows(),
+            self.run.reference(self.checkpoint, self.targets[0]),
+        )
         if (
             rows.max(initial=0) >= len(data.test)
             or not np.array_equal(data.test.read(rows), images)
             or not np.array_equal(data.test.labels[rows], labels)
         ):
             raise CheckError(
-                f"the test images or labels of {self.run.config.data_name} are not those that training evaluated; accuracies on "
+                f"the test images or labels of {self.run.config.data_name} are not those that training "
+                "evaluated; accuracies on "
                 "other images would say nothing about this run: give back the data that it was trained on."
             )
         return data
@@ -71,7 +78,8 @@ class Evaluation:
 
     @cached_property
     def quantized(self) -> QuantizedNetwork | None:
-        """-> the network with the scales that it was trained with; None where training was not quantization-aware."""
+        """-> the network with the scales that it was trained with;
+        None where training was not quantization-aware."""
         from ffl_deploy.networks.checkpoint import QUANTIZATION, read_checkpoint
         from ffl_deploy.networks.quantization import QuantizedNetwork
 
@@ -79,7 +87,9 @@ class Evaluation:
         if not (folder / f"{QUANTIZATION}.safetensors").is_file():
             return None
         quantized = QuantizedNetwork(self.network)
-        quantized.load(read_checkpoint(folder, (QUANTIZATION,)).tensors[QUANTIZATION], str(folder), as_written=True)
+        quantized.load(
+            read_checkpoint(folder, (QUANTIZATION,)).tensors[QUANTIZATION], str(folder), as_written=True
+        )
         return quantized
 
     def reference(self, target: str) -> Reference:
@@ -87,12 +97,14 @@ class Evaluation:
         return Reference(*self.run.reference(self.checkpoint, target))
 
     def calibration_images(self, limit: int, seed: int = 0) -> np.ndarray:
-        """-> at most `limit` training images uint8 [n, h, w, 3], equally many of each class as far as they go."""
+        """-> at most `limit` training images uint8 [n, h, w, 3],
+        equally many of each class as far as they go."""
         return self.data.train.read(class_balanced(self.data.train.labels, limit, seed))
 
 
 def class_balanced(labels: np.ndarray, limit: int, seed: int = 0) -> np.ndarray:
-    """-> sorted rows of at most `limit` images, taken from the classes in turn; which ones depends on `seed`."""
+    """-> sorted rows of at most `limit` images, taken from the classes in turn;
+    which ones depends on `seed`."""
     generator = np.random.default_rng(seed)
     order = generator.permutation(len(labels))
     rank = np.empty(len(order), dtype=np.int64)  # how many images of the same class come earlier in `order`
@@ -104,7 +116,9 @@ def class_balanced(labels: np.ndarray, limit: int, seed: int = 0) -> np.ndarray:
     return np.sort(np.lexsort((position, rank))[:limit])
 
 
-def classifier_logits(run: Run, network: MutualNetwork, split: Split, targets: Sequence[str]) -> dict[str, np.ndarray]:
+def classifier_logits(
+    run: Run, network: MutualNetwork, split: Split, targets: Sequence[str]
+) -> dict[str, np.ndarray]:
     """One pass over the split's images -> target -> float32 logits [n, classes]."""
     import torch
 
@@ -129,6 +143,8 @@ def check_target(model: torch.nn.Module, reference: Reference, name: str) -> Non
     verdict = judge({str(len(logits)): compare(reference.logits, logits)}, PARITY_GATES["fp32"])
     if verdict.failed:
         raise CheckError(
-            f"target {name} in PyTorch does not give the logits that training stored ({verdict.findings[0]}); the checkpoint, "
-            "config.json (mean, std) or eval_reference.npz was changed since training: restore them or train again."
+            f"target {name} in PyTorch does not give the logits that training stored "
+            f"({verdict.findings[0]}); the checkpoint, "
+            "config.json (mean, std) or eval_reference.npz was changed since training: restore them or "
+            "train again."
         )

@@ -1,4 +1,5 @@
-"""The gate between a written file and a bundle: parity with training's stored logits, then accuracy on the whole test set."""
+"""The gate between a written file and a bundle: parity with training's stored logits,
+then accuracy on the whole test set."""
 
 from __future__ import annotations
 
@@ -13,7 +14,17 @@ from ffl_deploy.bundle_files import GoldenSamples
 from ffl_deploy.data.datasets import Split
 from ffl_deploy.errors import CheckError
 from ffl_deploy.manifest import AccuracyRecord
-from ffl_deploy.parity import ACCURACY_GATES, PARITY_GATES, TIE, Finding, ParityRecord, Verdict, compare, judge, judge_accuracy
+from ffl_deploy.parity import (
+    ACCURACY_GATES,
+    PARITY_GATES,
+    TIE,
+    Finding,
+    ParityRecord,
+    Verdict,
+    compare,
+    judge,
+    judge_accuracy,
+)
 from ffl_deploy.runtime import Session
 from ffl_deploy.runtime.replay import golden_batches, measure, run_in_batches
 from ffl_deploy.runtime.session import Outputs
@@ -24,8 +35,9 @@ BATCHES = (1, 2, 7, 64)
 ACCURACY_BATCH = 64
 LOCALISE_IMAGES = 8
 EXTRA_GATES = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 1e-1, "int8": 0.15}
-"""Largest root mean square difference of a map or an embedding, as a share of its standard deviation. fp32, fp16: as for logits,
-half of the largest; int8: three times the 0.03 to 0.06 of ResNet-32's maps on CIFAR-100."""
+"""Largest root mean square difference of a map or an embedding, as a share of its standard deviation. fp32,
+fp16: as for logits, half of the largest; int8: three times the 0.03 to 0.06 of ResNet-32's maps on
+CIFAR-100."""
 
 
 class HeldOut(NamedTuple):
@@ -43,30 +55,39 @@ def check_parity(
     locate: Callable[[np.ndarray], str],
     batches: tuple[int, ...] = BATCHES,
 ) -> ParityRecord:
-    """Compare a session with training's logits at every batch size. Raises CheckError with all findings and the place.
+    """Compare a session with training's logits at every batch size.
+    Raises CheckError with all findings and the place.
 
-    Args: precision: whose gate applies; locate: images -> the first layer that differs; called after a failure, with the images
-    that differ most (a changed weight need not show on every image).
+    Args: precision: whose gate applies; locate: images -> the first layer that differs; called after a
+    failure, with the images that differ most (a changed weight need not show on every image).
     """
     sizes = sorted({min(batch, len(reference.images)) for batch in (*batches, len(reference.images))})
     try:
         measured = measure(session.run, reference.images, reference.logits, sizes, temperature)
     except CheckError as error:
-        raise CheckError(f"variant {session.variant} failed before its logits could be compared: {error}") from error
+        raise CheckError(
+            f"variant {session.variant} failed before its logits could be compared: {error}"
+        ) from error
     gate = PARITY_GATES[precision]
     record = ParityRecord(gate, measured, judge(measured, gate))
     if record.verdict.failed:
         found = "; ".join(str(finding) for finding in record.verdict.findings[:4])
         place = locate(reference.images[_worst_rows(session, reference)])
-        raise CheckError(f"variant {session.variant} does not give PyTorch's logits: {found}; {place}. No bundle was written.")
+        raise CheckError(
+            f"variant {session.variant} does not give PyTorch's logits: {found}; {place}. No bundle was "
+            "written."
+        )
     return record
 
 
-def check_golden(session: Session, golden: GoldenSamples, files: Sequence[str], precision: str, temperature: float) -> None:
-    """Compare a session with the golden logits as ffl-verify will. Raises CheckError that names the images which break the gate.
+def check_golden(
+    session: Session, golden: GoldenSamples, files: Sequence[str], precision: str, temperature: float
+) -> None:
+    """Compare a session with the golden logits as ffl-verify will.
+    Raises CheckError that names the images which break the gate.
 
-    That it passed on the reference images does not settle it: a share of few images is another gate, and a user's own images
-    are others. files: the names of the images, where they are the user's own.
+    That it passed on the reference images does not settle it: a share of few images is another gate, and a
+    user's own images are others. files: the names of the images, where they are the user's own.
     """
     gate, sizes = PARITY_GATES[precision], golden_batches(len(golden.images))
     verdict = judge(measure(session.run, golden.images, golden.logits, sizes, temperature), gate)
@@ -79,7 +100,8 @@ def check_golden(session: Session, golden: GoldenSamples, files: Sequence[str], 
     named = ", ".join([files[row] for row in broken[:5]]) if files else ""
     advice = f"take {named} out of the --golden folder, or " if named else ""
     raise CheckError(
-        f"variant {session.variant} does not give PyTorch's logits on the golden images ({verdict.findings[0]}), so ffl-verify "
+        f"variant {session.variant} does not give PyTorch's logits on the golden images "
+        f"({verdict.findings[0]}), so ffl-verify "
         f"would refuse it. No bundle was written; {advice}try another --precision."
     )
 
@@ -87,15 +109,18 @@ def check_golden(session: Session, golden: GoldenSamples, files: Sequence[str], 
 def check_extras(
     session: Session, reference: Reference, expected: dict[str, np.ndarray], precision: str
 ) -> dict[str, float] | None:
-    """Compare the further outputs with PyTorch's on the reference images; -> name -> root mean square difference, in standard
-    deviations of PyTorch's; None without further outputs. Raises CheckError where one is off or not finite.
+    """Compare the further outputs with PyTorch's on the reference images; -> name -> root mean square
+    difference, in standard deviations of PyTorch's; None without further outputs. Raises CheckError where one
+    is off or not finite.
 
     expected: name -> [n, ...]. A class activation map is compared where both sides predict the same class.
     """
     if not expected:
         return None
     starts = range(0, len(reference.images), ACCURACY_BATCH)
-    outputs = Outputs.joined([session.run(reference.images[start : start + ACCURACY_BATCH]) for start in starts])
+    outputs = Outputs.joined(
+        [session.run(reference.images[start : start + ACCURACY_BATCH]) for start in starts]
+    )
     same = outputs.logits.argmax(axis=1) == reference.logits.argmax(axis=1)
     found = {}
     for name, values in expected.items():
@@ -103,10 +128,13 @@ def check_extras(
         if output is None:
             raise CheckError(f"variant {session.variant} gives no output {name}. No bundle was written.")
         difference = (output.astype(np.float64) - values)[same if name == "cam" else slice(None)]
-        found[name] = float(np.sqrt(np.mean(difference**2))) / (float(values.std()) or 1.0) if len(difference) else 0.0
+        found[name] = (
+            float(np.sqrt(np.mean(difference**2))) / (float(values.std()) or 1.0) if len(difference) else 0.0
+        )
         if not found[name] <= EXTRA_GATES[precision]:
             raise CheckError(
-                f"variant {session.variant}: its output {name} is off PyTorch's by {found[name]:.3g} standard deviations (root "
+                f"variant {session.variant}: its output {name} is off PyTorch's by {found[name]:.3g} "
+                "standard deviations (root "
                 f"mean square), the gate is {EXTRA_GATES[precision]:g}. No bundle was written."
             )
     return found
@@ -120,7 +148,8 @@ def _worst_rows(session: Session, reference: Reference) -> np.ndarray:
 
 
 def measure_accuracy(session: Session, test: HeldOut, precision: str, callers: int = 1) -> AccuracyRecord:
-    """-> a variant's accuracy on the test set, paired with PyTorch's, and whether it holds. Does not raise on a failure.
+    """-> a variant's accuracy on the test set, paired with PyTorch's, and whether it holds.
+    Does not raise on a failure.
 
     callers: batches that `session` runs at the same time.
     """
@@ -137,7 +166,9 @@ def measure_accuracy(session: Session, test: HeldOut, precision: str, callers: i
     gate = ACCURACY_GATES[precision]
     verdict = judge_accuracy(difference, gate, changed_ties)
     if not finite.all():  # first, whatever the accuracy is
-        verdict = Verdict("failed", [Finding("number of images with NaN or infinite outputs", int((~finite).sum()), 0)])
+        verdict = Verdict(
+            "failed", [Finding("number of images with NaN or infinite outputs", int((~finite).sum()), 0)]
+        )
     return AccuracyRecord(
         value=float(right.mean()),
         interval=wilson_interval(int(right.sum()), len(right)),
@@ -156,22 +187,28 @@ def require_accuracy(record: AccuracyRecord, variant: str) -> AccuracyRecord:
     if record.verdict.failed:
         raise CheckError(
             f"variant {variant} does not keep its accuracy: {record.verdict.findings[0]} "
-            f"({100 * record.difference.reference_accuracy:.2f} % in PyTorch, {100 * record.value:.2f} % here, n = {record.n}). "
+            f"({100 * record.difference.reference_accuracy:.2f} % in PyTorch, {100 * record.value:.2f} % "
+            f"here, n = {record.n}). "
             "No bundle was written; try another --precision."
         )
     return record
 
 
 def file_batches(path: Path) -> int | None:
-    """-> the batch size an ONNX file is fixed to, None where it is dynamic. Raises CheckError where it has no batch axis."""
+    """-> the batch size an ONNX file is fixed to, None where it is dynamic.
+    Raises CheckError where it has no batch axis."""
     import onnx
     from google.protobuf.message import DecodeError
 
     try:
         graph = onnx.load(path, load_external_data=False).graph
     except DecodeError as error:
-        raise CheckError(f"{path.name} is cut short or damaged ({error}). No bundle was written; export again.") from error
+        raise CheckError(
+            f"{path.name} is cut short or damaged ({error}). No bundle was written; export again."
+        ) from error
     dims = graph.input[0].type.tensor_type.shape.dim
     if len(graph.input) != 1 or graph.input[0].name != "images" or len(dims) != 4:
-        raise CheckError(f"{path.name} does not take one input images [batch, height, width, 3]; export it again.")
+        raise CheckError(
+            f"{path.name} does not take one input images [batch, height, width, 3]; export it again."
+        )
     return dims[0].dim_value if dims[0].HasField("dim_value") else None

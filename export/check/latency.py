@@ -38,7 +38,9 @@ def measure_latency(
     )
 
 
-def call_seconds(run: Callable[[np.ndarray], Any], images: np.ndarray, batch: int, seconds: float) -> np.ndarray:
+def call_seconds(
+    run: Callable[[np.ndarray], Any], images: np.ndarray, batch: int, seconds: float
+) -> np.ndarray:
     """-> seconds of each call with `batch` images: at least 5 calls, for about `seconds` in all."""
     whole = np.resize(images, (max(len(images), batch), *images.shape[1:]))
     starts = list(range(0, len(whole) - batch + 1, batch))
@@ -62,5 +64,9 @@ def machine_name() -> str:
     lines = [line.partition(":") for line in info.read_text().splitlines()]
     fields = {name.strip(): value.strip() for name, _, value in lines}
     flags = set(fields.get("flags", "").split())
-    known = [flag for flag in ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8") if flag in flags]
+    known = [
+        flag
+        for flag in ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8")
+        if flag in flags
+    ]
     return f"{fields.get('model name', platform.machine())} ({', '.join(known) or 'no AVX'})"

@@ -1,7 +1,8 @@
 """Where a saved file starts to differ from PyTorch: the first layer, by its module path.
 
-The file's intermediate tensors are made outputs and matched with forward hooks through the module path that every node
-carries. (`torch.onnx.verification` compares the program in memory, not the file, and took 71 s where this takes seconds.)
+The file's intermediate tensors are made outputs and matched with forward hooks through the module path that
+every node carries. (`torch.onnx.verification` compares the program in memory, not the file, and took 71 s
+where this takes seconds.)
 """
 
 from __future__ import annotations
@@ -20,13 +21,15 @@ from export.write.onnx_graph import SCOPES, DeployedModel
 from ffl_deploy.runtime import import_onnxruntime
 
 TOLERANCE = 1e-4
-"""Largest difference between equal layers, as a share of the layer's standard deviation; fp32 rounding stays near 1e-6."""
+"""Largest difference between equal layers, as a share of the layer's standard deviation;
+fp32 rounding stays near 1e-6."""
 
 
 class LayerDifference(msgspec.Struct, frozen=True):
     """File minus PyTorch at one module's output, in units of that output's standard deviation.
 
-    difference: the largest; rms: the root of the mean square, which a few values outside a quantised range do not decide.
+    difference: the largest; rms: the root of the mean square,
+    which a few values outside a quantised range do not decide.
     """
 
     layer: str
@@ -45,17 +48,18 @@ def first_difference(
 ) -> str:
     """-> one clause that names the first layer of the file `path` whose output is off, or says that none is.
 
-    Args: images: uint8 [n, h, w, 3]; precision: of the gate that failed; below fp32 every layer is off by some rounding, so
-    the layer where the error grows most is named; scopes_from: the fp32 file that `path` was made from, for module paths;
-    runtime: where the gate failed. The layers are computed by ONNX Runtime's CPU, without optimisation; in bf16, which that has
-    no convolution for, by OpenVINO.
+    Args: images: uint8 [n, h, w, 3]; precision: of the gate that failed; below fp32 every layer is off by
+    some rounding, so the layer where the error grows most is named; scopes_from: the fp32 file that `path`
+    was made from, for module paths; runtime: where the gate failed. The layers are computed by ONNX Runtime's
+    CPU, without optimisation; in bf16, which that has no convolution for, by OpenVINO.
     """
     layers = layer_differences(path, model, images, scopes_from, precision)
     if precision != "fp32" and layers:
         growth = np.diff([0.0, *(layer.rms for layer in layers)])
         worst = layers[int(np.argmax(growth))]
         return (
-            f"the error grows most at {worst.layer} (to {worst.rms:.2g} of its output's standard deviation, root mean square, "
+            f"the error grows most at {worst.layer} (to {worst.rms:.2g} of its output's standard deviation, "
+            "root mean square, "
             f"tensor {worst.tensor})"
         )
     for layer in layers:
@@ -65,13 +69,19 @@ def first_difference(
                 f"(by {layer.difference:.2g} of its output's standard deviation, tensor {layer.tensor})"
             )
     return (
-        f"all {len(layers)} layers of the file, computed one by one on ONNX Runtime's CPU, give what PyTorch gives, so the "
-        f"difference comes from how {runtime} optimises or computes the file, or from its softmax and temperature"
+        f"all {len(layers)} layers of the file, computed one by one on ONNX Runtime's CPU, give what "
+        "PyTorch gives, so the "
+        f"difference comes from how {runtime} optimises or computes the file, or from its softmax and "
+        "temperature"
     )
 
 
 def layer_differences(
-    path: Path, model: DeployedModel, images: np.ndarray, scopes_from: Path | None = None, precision: str = "fp32"
+    path: Path,
+    model: DeployedModel,
+    images: np.ndarray,
+    scopes_from: Path | None = None,
+    precision: str = "fp32",
 ) -> list[LayerDifference]:
     """-> the difference at every module boundary that the file still has, in the order of execution."""
     import onnx
@@ -98,7 +108,8 @@ def layer_differences(
 
 
 def dequantised(proto: Any) -> dict[str, str]:
-    """-> tensor -> what the next layer reads, where it is quantised: a ReLU may only exist as the lower end of its levels."""
+    """-> tensor -> what the next layer reads, where it is quantised:
+    a ReLU may only exist as the lower end of its levels."""
     levels = {node.output[0]: node.input[0] for node in proto.graph.node if node.op_type == "QuantizeLinear"}
     return {
         levels[node.input[0]]: node.output[0]
@@ -108,7 +119,8 @@ def dequantised(proto: Any) -> dict[str, str]:
 
 
 def module_outputs(proto: Any) -> dict[str, str]:
-    """-> tensor name -> path of the innermost module whose last operation gives it, in the order of execution."""
+    """-> tensor name -> path of the innermost module whose last operation gives it,
+    in the order of execution."""
     last: dict[str, str] = {}  # module path -> tensor; later nodes overwrite earlier ones
     order: list[str] = []
     for node in proto.graph.node:
@@ -149,7 +161,8 @@ def _pytorch_outputs(model: DeployedModel, images: np.ndarray, modules: set[str]
 
 
 def _intermediates(proto: Any, tensors: Sequence[str], images: np.ndarray) -> dict[str, np.ndarray]:
-    """-> tensor name -> value on `images`, computed by ONNX Runtime without graph optimisation (which removes tensors)."""
+    """-> tensor name -> value on `images`, computed by ONNX Runtime without graph optimisation
+    (which removes tensors)."""
     import onnx
 
     ort = import_onnxruntime()
@@ -173,9 +186,15 @@ def _in_openvino(proto: Any, tensors: Sequence[str], images: np.ndarray) -> dict
 
     seen = {name: f"{name}_as_float" for name in tensors}  # NumPy has no bf16
     for name, copy in seen.items():
-        proto.graph.node.append(onnx.helper.make_node("Cast", [name], [copy], name=copy, to=onnx.TensorProto.FLOAT))
+        proto.graph.node.append(
+            onnx.helper.make_node("Cast", [name], [copy], name=copy, to=onnx.TensorProto.FLOAT)
+        )
         proto.graph.output.append(onnx.helper.make_tensor_value_info(copy, onnx.TensorProto.FLOAT, None))
     core = import_openvino().Core()
-    compiled = core.compile_model(core.read_model(proto.SerializeToString()), "CPU", {"INFERENCE_PRECISION_HINT": HINTS["bf16"]})
-    found = {name: value for output, value in compiled({"images": images}).items() for name in output.get_names()}
+    compiled = core.compile_model(
+        core.read_model(proto.SerializeToString()), "CPU", {"INFERENCE_PRECISION_HINT": HINTS["bf16"]}
+    )
+    found = {
+        name: value for output, value in compiled({"images": images}).items() for name in output.get_names()
+    }
     return {name: found[copy] for name, copy in seen.items()}

@@ -1,7 +1,9 @@
-"""What an fp16 file computes where fp16 is computed in fp16: every tensor rounded to 16 bits, overflow and all.
+"""What an fp16 file computes where fp16 is computed in fp16: every tensor rounded to 16 bits,
+overflow and all.
 
-ONNX Runtime's CPU has no fp16 kernels and computes such files in fp32, so its answers say nothing about a GPU's. onnx's
-reference implementation takes the types as they are written. Sums of products are accumulated in fp32, as tensor cores do.
+ONNX Runtime's CPU has no fp16 kernels and computes such files in fp32, so its answers say nothing about a
+GPU's. onnx's reference implementation takes the types as they are written. Sums of products are accumulated
+in fp32, as tensor cores do.
 """
 
 from __future__ import annotations
@@ -22,9 +24,11 @@ SECONDS = 30.0
 
 
 def check_true_fp16(path: Path, reference: Reference, batch: int | None = None) -> ParityMetrics:
-    """Compare the fp16 file `path`, computed in true fp16, with PyTorch's logits on some images; -> what was measured.
+    """Compare the fp16 file `path`, computed in true fp16, with PyTorch's logits on some images;
+    -> what was measured.
 
-    Args: batch: the only size that the file takes, None for any. Raises CheckError where the fp16 gate does not hold.
+    Args: batch: the only size that the file takes, None for any.
+    Raises CheckError where the fp16 gate does not hold.
     """
     rows = class_balanced(reference.labels, IMAGES)
     logits, end = [], time.monotonic() + SECONDS
@@ -38,21 +42,26 @@ def check_true_fp16(path: Path, reference: Reference, batch: int | None = None) 
                 logits += list(run.run(["logits"], {"images": images})[0][: len(rows) - start])
         except Exception as error:  # the reference raises what NumPy and its operators raise
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise CheckError(f"{path.name} cannot be computed in true fp16 by onnx.reference: {reason}") from error
+            raise CheckError(
+                f"{path.name} cannot be computed in true fp16 by onnx.reference: {reason}"
+            ) from error
         if time.monotonic() > end:
             break
     metrics = compare(reference.logits[rows[: len(logits)]], np.array(logits, np.float32))
     verdict = judge({str(len(logits)): metrics}, PARITY_GATES["fp16"])
     if verdict.failed:
         raise CheckError(
-            f"{path.name} does not give PyTorch's logits where fp16 is computed in fp16, as GPUs do, although it does on this "
-            f"CPU, which computes it in fp32 ({verdict.findings[0]}). No bundle was written; use --precision bf16."
+            f"{path.name} does not give PyTorch's logits where fp16 is computed in fp16, as GPUs do, "
+            "although it does on this "
+            f"CPU, which computes it in fp32 ({verdict.findings[0]}). No bundle was written; use "
+            "--precision bf16."
         )
     return metrics
 
 
 def evaluator(path: Path) -> Any:
-    """-> onnx.reference.ReferenceEvaluator of `path`; products in fp32 by NumPy's BLAS, which has none for fp16."""
+    """-> onnx.reference.ReferenceEvaluator of `path`; products in fp32 by NumPy's BLAS,
+    which has none for fp16."""
     from onnx.reference import ReferenceEvaluator
     from onnx.reference.ops import op_conv, op_gemm, op_matmul
 
@@ -64,4 +73,6 @@ def evaluator(path: Path) -> Any:
         name = "Gemm" if base.__name__.startswith("Gemm") else base.__name__
         return type(name, (base,), {"op_domain": "", "_run": _run})
 
-    return ReferenceEvaluator(str(path), new_ops=[accumulating(one) for one in (op_conv.Conv, op_gemm.Gemm_7, op_matmul.MatMul)])
+    return ReferenceEvaluator(
+        str(path), new_ops=[accumulating(one) for one in (op_conv.Conv, op_gemm.Gemm_7, op_matmul.MatMul)]
+    )

@@ -1,1 +1,2 @@
-"""What is told about finished bundles: model card, report, Triton repository, demo Space. Nothing here imports torch at once."""
+"""What is told about finished bundles: model card, report, Triton repository, demo Space.
+Nothing here imports torch at once."""

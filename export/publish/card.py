@@ -16,7 +16,9 @@ def model_card(manifest: Manifest) -> str:
     """-> Markdown: what it is, how good, how to use it, where it comes from, what it cannot do."""
     source, shape = manifest.source, manifest.input.preprocessing
     what = _STRONG.get(manifest.target, "one sub-network, deployable alone")
-    classes = ", ".join(manifest.classes[:10]) + (f" and {len(manifest.classes) - 10} more" if len(manifest.classes) > 10 else "")
+    classes = ", ".join(manifest.classes[:10]) + (
+        f" and {len(manifest.classes) - 10} more" if len(manifest.classes) > 10 else ""
+    )
     lines = [
         f"# {manifest.target}: {' + '.join(source.branches)} on {source.data}",
         "",
@@ -24,14 +26,19 @@ def model_card(manifest: Manifest) -> str:
         "",
         f"- Input `images`: uint8, {manifest.input.layout}, RGB, {shape.height} x {shape.width} pixels "
         f"(`{shape.resize}` resize); normalisation is inside the graph."
-        + (f" Exactly {manifest.input.batch} at a time; ffl-predict fills up the last batch." if manifest.input.batch else ""),
+        + (
+            f" Exactly {manifest.input.batch} at a time; ffl-predict fills up the last batch."
+            if manifest.input.batch
+            else ""
+        ),
         f"- Outputs: {', '.join(f'`{output.name}` {output.shape}' for output in manifest.outputs)}.",
         f"- Classes ({len(manifest.classes)}): {classes}.",
         f"- Parameters: {source.parameters:,}.",
         "",
         "## Measured",
         "",
-        "| variant | file | MB | precision stored / computed | accuracy (95 % interval) | agrees with PyTorch | accuracy gate "
+        "| variant | file | MB | precision stored / computed | accuracy (95 % interval) | agrees with "
+        "PyTorch | accuracy gate "
         "| ms per image p50 / p95 | images/s (batch) |",
         "|---|---|---|---|---|---|---|---|---|",
         *(_row(variant) for variant in manifest.variants),
@@ -59,12 +66,19 @@ def model_card(manifest: Manifest) -> str:
         "",
         f"Run `{source.run}`, checkpoint `{source.checkpoint}` of epoch {source.epoch} "
         f"(weights SHA-256 `{source.checkpoint_sha256}`).",
-        f"Golden samples: {manifest.golden.count} images ({manifest.golden.origin}) with PyTorch's own logits.",
+        (
+            f"Golden samples: {manifest.golden.count} images ({manifest.golden.origin}) with PyTorch's own "
+            "logits."
+        ),
         f"Made with {', '.join(f'{name} {version}' for name, version in manifest.toolchain.items())}.",
         "",
         "## Limits",
         "",
-        f"It knows {len(manifest.classes)} classes and answers one of them for every image, even one that shows none.",
+        (
+            f"It knows {len(manifest.classes)} classes and answers one of them for every image, even one "
+            "that "
+            "shows none."
+        ),
         "The accuracy holds for images like the test images; measure it on your own before you rely on it.",
         "",
     ]
@@ -82,7 +96,10 @@ def _row(variant: Variant) -> str:
     if accuracy:
         interval = accuracy.interval
         cells += [
-            f"{100 * accuracy.value:.2f} % ({100 * interval.low:.2f} to {100 * interval.high:.2f}, n = {accuracy.n})",
+            (
+                f"{100 * accuracy.value:.2f} % ({100 * interval.low:.2f} to {100 * interval.high:.2f}, n = "
+                f"{accuracy.n})"
+            ),
             f"{100 * accuracy.top1_agreement:.2f} %",
             accuracy.verdict.summary,
         ]
@@ -103,14 +120,21 @@ def _measured_on(manifest: Manifest) -> str:
     machines = {f"{latency.threads} threads of {latency.machine}" for latency in measured}
     if not machines:
         return "Speed was not measured."
-    return f"Speed on {'; '.join(sorted(machines))}, in one short window each: time side by side before a decision hangs on it."
+    return (
+        f"Speed on {'; '.join(sorted(machines))}, in one short window each: time side by side before a "
+        "decision hangs on it."
+    )
 
 
 def _verified_on(manifest: Manifest) -> list[str]:
-    """-> the section that says which processors held the gates; nothing for a bundle that does not record it."""
+    """-> the section that says which processors held the gates;
+    nothing for a bundle that does not record it."""
     if not manifest.verified_on:
         return []
-    what = "The golden samples and training's reference images, by each variant's own gate (docs/export.md has the gates)."
+    what = (
+        "The golden samples and training's reference images, by each variant's own gate (docs/export.md has "
+        "the gates)."
+    )
     return ["## Processors", "", what, "", *markdown(manifest.verified_on), ""]
 
 

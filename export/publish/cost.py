@@ -7,7 +7,8 @@ from pathlib import Path
 
 
 def multiply_adds(path: Path) -> int:
-    """-> multiply-adds of the convolutions and matrix products of an fp32 file for one image (the rest is negligible)."""
+    """-> multiply-adds of the convolutions and matrix products of an fp32 file
+    for one image (the rest is negligible)."""
     import onnx
 
     proto = onnx.load(path, load_external_data=False)
@@ -16,7 +17,8 @@ def multiply_adds(path: Path) -> int:
     graph = onnx.shape_inference.infer_shapes(proto, data_prop=True).graph
     shapes = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
     for value in (*graph.value_info, *graph.output):
-        shapes[value.name] = [dim.dim_value or 1 for dim in value.type.tensor_type.shape.dim]  # symbolic: the batch, here 1
+        # symbolic: the batch, here 1
+        shapes[value.name] = [dim.dim_value or 1 for dim in value.type.tensor_type.shape.dim]
     for output in graph.output:  # declared, not inferred: a static graph names its own batch
         shapes[output.name][0] = 1
     total = 0

@@ -15,7 +15,8 @@ _MARKERS = {"onnxruntime": "o", "openvino": "s"}
 
 
 def draw_report(report: Report, path: Path) -> None:
-    """Draw the measured rows: colour is the target, shape the runtime, area the file's size; the front is a line."""
+    """Draw the measured rows: colour is the target, shape the runtime, area the file's size;
+    the front is a line."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -29,7 +30,9 @@ def draw_report(report: Report, path: Path) -> None:
     colours = {target: f"C{index % 10}" for index, target in enumerate(targets)}
     largest = max((row.bytes for row in rows), default=1)
     for row in rows:
-        accuracy, low, high = (100 * (value or 0) for value in (row.accuracy, row.accuracy_low, row.accuracy_high))
+        accuracy, low, high = (
+            100 * (value or 0) for value in (row.accuracy, row.accuracy_low, row.accuracy_high)
+        )
         latency = row.p50_ms or 0.0
         error = [[accuracy - low], [high - accuracy]]
         axes.errorbar(latency, accuracy, error, color=colours[row.target], alpha=0.25, zorder=1)
@@ -42,20 +45,26 @@ def draw_report(report: Report, path: Path) -> None:
         if not (row.pareto or chosen):
             continue  # labels of all points would cover each other; the table has them
         label = f"{row.name}{' (ship this)' if chosen else ''}"
-        text = axes.annotate(label, (latency, accuracy), xytext=(0, 9), textcoords="offset points", fontsize=8, ha="center")
+        text = axes.annotate(
+            label, (latency, accuracy), xytext=(0, 9), textcoords="offset points", fontsize=8, ha="center"
+        )
         text.set_path_effects([withStroke(linewidth=3, foreground="white")])  # lines may pass behind it
     front = sorted((row.p50_ms or 0, 100 * (row.accuracy or 0)) for row in rows if row.pareto)
     if front:
         axes.plot(*zip(*front, strict=True), color="gray", linestyle="--", linewidth=1, zorder=2)
     axes.set_xscale("log")
     axes.margins(x=0.15)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 8)))  # a range within one decade has labels too
+    # a range within one decade has labels too
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 8)))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("latency of one image, p50 (ms)")
     axes.set_ylabel("test accuracy (%), with its 95 % interval")
     axes.grid(alpha=0.2, which="both")
-    handles = [Line2D([], [], marker="o", linestyle="", color=colour, label=target) for target, colour in colours.items()]
+    handles = [
+        Line2D([], [], marker="o", linestyle="", color=colour, label=target)
+        for target, colour in colours.items()
+    ]
     handles.append(Line2D([], [], linestyle="--", color="gray", label="Pareto front"))
     axes.legend(handles=handles, loc="lower right", fontsize=8)
     figure.suptitle("Area: file size. Circles: ONNX Runtime, squares: OpenVINO", fontsize=9)

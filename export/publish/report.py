@@ -1,6 +1,7 @@
 """What to ship: every target and variant of an export side by side, the Pareto front, and one recommendation.
 
-Everything is read from the bundles' manifests, so a report can be written again, under other limits, without a new export.
+Everything is read from the bundles' manifests, so a report can be written again, under other limits,
+without a new export.
 """
 
 from __future__ import annotations
@@ -24,13 +25,19 @@ NEAR_BEST = 0.005
 def write_report(folder: Path, limits: Limits) -> Report:
     """Write `report.md`, `report.json` and `report.png` into `folder`, over the bundles inside it.
 
-    Raises UsageError where there is no bundle. Nothing is raised where no artefact keeps the limits: see `require`.
+    Raises UsageError where there is no bundle. Nothing is raised where no artefact keeps the limits:
+    see `require`.
     """
     bundles = [load_bundle(path.parent) for path in sorted(folder.glob(f"*/{MANIFEST}"))]
     if not bundles:
-        raise UsageError(f"{folder} holds no bundles to report on; export some first: ffl-export --target all --out {folder}")
+        raise UsageError(
+            f"{folder} holds no bundles to report on; export some first: ffl-export --target all --out "
+            f"{folder}"
+        )
     rows = mark_pareto([row for bundle in bundles for row in bundle_rows(bundle)])
-    latencies = [variant.latency for bundle in bundles for variant in bundle.manifest.variants if variant.latency]
+    latencies = [
+        variant.latency for bundle in bundles for variant in bundle.manifest.variants if variant.latency
+    ]
     machine = "; ".join(sorted({f"{latency.threads} threads of {latency.machine}" for latency in latencies}))
     report = Report(rows, limits, recommend(rows, limits), machine)
     write_json(folder / REPORT, report)
@@ -79,7 +86,8 @@ def _row(target: str, parameters: int, cost: int, variant: Variant) -> Row:
 
 
 def mark_pareto(rows: Sequence[Row]) -> list[Row]:
-    """-> the rows, those marked than which no other is both faster (p50) and at least as accurate, or the reverse."""
+    """-> the rows, those marked than which no other is both faster (p50) and at least as accurate,
+    or the reverse."""
 
     points = [(_latency(row), -_accuracy(row)) for row in rows if row.measured]  # smaller is better in both
 
@@ -108,18 +116,26 @@ def recommend(rows: Sequence[Row], limits: Limits) -> Recommendation:
     chosen = min(near, key=lambda row: (_latency(row), -_accuracy(row), row.bytes))
     under = "of those that keep the limits" if limits != Limits() else "of all"
     if chosen == best:
-        reason = f"{chosen.name} ({_facts(chosen)}) is the most accurate {under}, and none near it is faster{_caveat(chosen)}."
+        reason = (
+            f"{chosen.name} ({_facts(chosen)}) is the most accurate {under}, and none near it is "
+            f"faster{_caveat(chosen)}."
+        )
         return Recommendation(chosen.name, reason)
     faster, points = _latency(best) / _latency(chosen), 100 * (_accuracy(best) - _accuracy(chosen))
     return Recommendation(
         chosen.name,
-        f"{chosen.name} ({_facts(chosen)}) is the fastest {under} within half a point of the most accurate, {best.name} "
+        f"{chosen.name} ({_facts(chosen)}) is the fastest {under} within half a point of the most accurate, "
+        f"{best.name} "
         f"({_facts(best)}): {faster:.1f} times as fast for {points:.2f} points{_caveat(chosen)}.",
     )
 
 
 def _caveat(row: Row) -> str:
-    return f"; whether its accuracy held is {row.accuracy_gate}" if row.accuracy_gate.startswith("inconclusive") else ""
+    return (
+        f"; whether its accuracy held is {row.accuracy_gate}"
+        if row.accuracy_gate.startswith("inconclusive")
+        else ""
+    )
 
 
 def _accuracy(row: Row) -> float:
@@ -137,22 +153,34 @@ def _facts(row: Row) -> str:
 
 
 def markdown(report: Report) -> str:
-    """-> report.md: the recommendation, then the table; `*` marks the Pareto front of accuracy and latency."""
+    """-> report.md: the recommendation, then the table;
+    `*` marks the Pareto front of accuracy and latency."""
     lines = [
         "# What to ship",
         "",
-        f"{'Recommended' if report.recommendation.artefact else 'Nothing to recommend'}: {report.recommendation.reason}",
+        (
+            f"{'Recommended' if report.recommendation.artefact else 'Nothing to recommend'}: "
+            f"{report.recommendation.reason}"
+        ),
         "",
-        "The default of every bundle stays its fp32 variant on ONNX Runtime; choose another with `--variant`.",
+        (
+            "The default of every bundle stays its fp32 variant on ONNX Runtime; choose another with "
+            "`--variant`."
+        ),
         "",
-        "| target | variant (runtime) | precision stored / computed | parameters | multiply-adds | MB | accuracy (95 % interval) "
+        "| target | variant (runtime) | precision stored / computed | parameters | multiply-adds | MB | "
+        "accuracy (95 % interval) "
         "| ECE | parity | accuracy gate | p50 / p95 ms | images/s (batch) |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
         *(_markdown_row(row) for row in report.rows),
         "",
-        f"`*`: on the Pareto front of accuracy and batch-1 latency. Measured with {report.machine or 'nothing'}.",
+        (
+            "`*`: on the Pareto front of accuracy and batch-1 latency. Measured with "
+            f"{report.machine or 'nothing'}."
+        ),
         "",
-        "A latency is one window of 0.3 s: on a shared machine two identical graphs can differ by a third, so time the "
+        "A latency is one window of 0.3 s: on a shared machine two identical graphs can differ by a third, "
+        "so time the "
         "candidates again, side by side, before a decision hangs on less. "
         "The recommendation looks at accuracy on the test split.",
         "",
@@ -170,7 +198,8 @@ def _markdown_row(row: Row) -> str:
         f"{row.parameters:,}",
         f"{row.multiply_adds / 1e6:.1f} M",
         f"{row.bytes / 1e6:.2f}",
-        f"{100 * row.accuracy:.2f} % ({100 * (row.accuracy_low or 0):.2f} to {100 * (row.accuracy_high or 0):.2f})"
+        f"{100 * row.accuracy:.2f} % ({100 * (row.accuracy_low or 0):.2f} to "
+        f"{100 * (row.accuracy_high or 0):.2f})"
         if row.accuracy is not None
         else "-",
         f"{row.calibration_error:.4f}" if row.calibration_error is not None else "-",

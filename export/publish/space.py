@@ -1,8 +1,8 @@
 """Bundles -> a Hugging Face Space, in one of two forms. It runs as it is, there or here.
 
 static: the page of ffl_deploy.web, which classifies in the visitor's browser; every account can have one.
-gradio: the demo, its requirements, the bundles, the card. It carries the source of `ffl_deploy` and `serve`, so it depends on
-no published version of this project.
+gradio: the demo, its requirements, the bundles, the card. It carries the source of `ffl_deploy` and `serve`,
+so it depends on no published version of this project.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SETTINGS: dict[Sdk, tuple[str, ...]] = {
     "gradio": ("app_file: app.py", 'python_version: "3.11"'),
 }
 
-APP = '''"""The demo of this Space; the platform gives the address, a plain `python app.py` serves this machine only."""
+APP = '''"""The demo of this Space; the platform gives the address, `python app.py` serves this machine."""
 
 import os
 import sys
@@ -47,11 +47,14 @@ from serve.demo.__main__ import main
 
 bundles = [str(folder.parent) for folder in sorted(Path(__file__).parent.glob("bundles/*/bundle.json"))]
 address = "0.0.0.0" if os.environ.get("SPACE_ID") else "127.0.0.1"
-sys.exit(run_command(main, [*bundles, "--host", address, "--port", os.environ.get("PORT", "7860"), *sys.argv[1:]]))
+port = os.environ.get("PORT", "7860")
+sys.exit(run_command(main, [*bundles, "--host", address, "--port", port, *sys.argv[1:]]))
 '''
 
 
-def write_space(bundles: Sequence[Bundle], folder: Path, sdk: Sdk = "static", options: WebOptions | None = None) -> None:
+def write_space(
+    bundles: Sequence[Bundle], folder: Path, sdk: Sdk = "static", options: WebOptions | None = None
+) -> None:
     """Write the Space into `folder`, which keeps what is not part of it: git's files, a licence, pictures.
 
     Args: sdk: which of the two forms; the other one's files go. options: of the static page.
@@ -77,25 +80,38 @@ def _write_demo(bundles: Sequence[Bundle], folder: Path) -> None:
 
 
 def require_space(folder: Path) -> None:
-    """Raises UsageError unless `folder` is new, empty, a Space that was written here, or the clone of a new one."""
+    """Raises UsageError unless `folder` is new, empty, a Space that was written here,
+    or the clone of a new one."""
     if not folder.exists():
         return
     if not folder.is_dir():
         raise UsageError(f"--space {folder} is a file; give a new folder.")
     own = [path.name for path in folder.iterdir() if not path.name.startswith(".git")]
     app, readme = folder / "app.py", folder / "README.md"
-    if own == [readme.name] and re.match(r"---\n.*^sdk:.*^---", readme.read_text(errors="replace"), re.S | re.M):
+    if own == [readme.name] and re.match(
+        r"---\n.*^sdk:.*^---", readme.read_text(errors="replace"), re.S | re.M
+    ):
         return  # the platform writes a card into a new Space
-    is_demo = (folder / "bundles").is_dir() and app.is_file() and app.read_bytes().startswith(APP.splitlines()[0].encode())
+    is_demo = (
+        (folder / "bundles").is_dir()
+        and app.is_file()
+        and app.read_bytes().startswith(APP.splitlines()[0].encode())
+    )
     if own and not is_demo and not is_page(folder):
-        raise UsageError(f"--space {folder} is not empty and holds no Space that was written here; give a new folder.")
+        raise UsageError(
+            f"--space {folder} is not empty and holds no Space that was written here; give a new folder."
+        )
 
 
 def _source(package: str) -> Path:
-    """-> the folder of an installed package, found without importing it (export and serve do not know each other)."""
+    """-> the folder of an installed package, found without importing it (export
+    and serve do not know each other)."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise UsageError(f"--space needs the package {package}; install ffl-deploy completely: pip install 'ffl-deploy[all]'.")
+        raise UsageError(
+            f"--space needs the package {package}; install ffl-deploy completely: pip install "
+            "'ffl-deploy[all]'."
+        )
     return Path(next(iter(spec.submodule_search_locations)))
 
 

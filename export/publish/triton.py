@@ -23,10 +23,11 @@ VERSIONS_SERVED = 2  # the newest and the one before it, so that clients can go 
 
 
 def write_repository(bundle: Bundle, folder: Path) -> list[Path]:
-    """Add every variant that Triton can serve (see `backend_of`) to the repository `folder`; -> the models' folders.
+    """Add every variant that Triton can serve (see `backend_of`) to the repository `folder`;
+    -> the models' folders.
 
-    A model that is there already gets a further version, unless its newest one has the same content. Raises UsageError where a
-    model of the same name was not written here.
+    A model that is there already gets a further version, unless its newest one has the same content. Raises
+    UsageError where a model of the same name was not written here.
     """
     require_own_models(folder, [bundle.manifest.target])
     served = [(variant, backend_of(variant)) for variant in bundle.manifest.variants]
@@ -34,19 +35,24 @@ def write_repository(bundle: Bundle, folder: Path) -> list[Path]:
 
 
 def require_own_models(folder: Path, targets: Sequence[str]) -> None:
-    """Raise UsageError where `folder` holds a model whose name an export of `targets` may take and that was not written here."""
+    """Raise UsageError where `folder` holds a model whose name an export of `targets` may take and
+    that was not written here."""
     for target in targets:
         for model in sorted(folder.glob(f"{target}*")):
             config = model / CONFIG
             if model.name != target and not model.name.startswith(f"{target}-"):
                 continue
             if not config.is_file() or not config.read_text(errors="replace").startswith(MARK):
-                raise UsageError(f"--triton: {model} is a model that was not written here; move it away, or give another folder.")
+                raise UsageError(
+                    f"--triton: {model} is a model that was not written here; move it away, or give another "
+                    "folder."
+                )
 
 
 def backend_of(variant: Variant) -> str | None:
-    """-> Triton's backend for a variant, None where it has none: OpenVINO variants are ONNX files that are served already, or
-    bf16, which ONNX Runtime does not compute; TensorRT-RTX's engines are for GeForce and RTX, and no backend loads them."""
+    """-> Triton's backend for a variant, None where it has none: OpenVINO variants are ONNX files that are
+    served already, or bf16, which ONNX Runtime does not compute; TensorRT-RTX's engines are for GeForce and
+    RTX, and no backend loads them."""
     if variant.runtime == "onnxruntime":
         return "onnxruntime"
     is_tensorrt = variant.runtime == "tensorrt" and variant.engine.flavour == "tensorrt"
@@ -64,7 +70,8 @@ def _write_model(bundle: Bundle, variant: Variant, backend: str, folder: Path) -
     config, path = model_config(model.name, bundle.manifest, variant, backend), model / CONFIG
     names, labels = "".join(f"{name}\n" for name in bundle.classes), model / "labels.txt"
     if path.is_file() and (_signature(path.read_text()), labels.read_text()) != (_signature(config), names):
-        for version in versions:  # inputs, outputs or classes are not these: one configuration cannot serve both
+        # inputs, outputs or classes are not these: one configuration cannot serve both
+        for version in versions:
             if newest.name != str(version):
                 shutil.rmtree(model / str(version))
     with open(source, "rb") as content, replace_file(newest / file) as copy:
@@ -76,13 +83,19 @@ def _write_model(bundle: Bundle, variant: Variant, backend: str, folder: Path) -
 
 
 def model_config(name: str, manifest: Manifest, variant: Variant, backend: str) -> str:
-    """-> config.pbtxt. A dynamic graph is batched by Triton; a static one is served with its batch in the shape."""
+    """-> config.pbtxt. A dynamic graph is batched by Triton;
+    a static one is served with its batch in the shape."""
     shape, fixed = manifest.input.preprocessing, manifest.input.batch
     largest = variant.details.engine.profile["max"] if variant.details.engine else MAX_BATCH
     batch = [] if fixed is None else [fixed]
     pixels = [*batch, shape.height, shape.width, 3]
     lines = [MARK, f'name: "{name}"', f'backend: "{backend}"', f"max_batch_size: {0 if fixed else largest}"]
-    lines += ["input [", f"  {{ name: {_quoted(manifest.input.name)} data_type: TYPE_UINT8 dims: {pixels} }}", "]", "output ["]
+    lines += [
+        "input [",
+        f"  {{ name: {_quoted(manifest.input.name)} data_type: TYPE_UINT8 dims: {pixels} }}",
+        "]",
+        "output [",
+    ]
     outputs = []
     for output in manifest.outputs:
         dims = [*batch, *(-1 if isinstance(size, str) else size for size in output.shape[1:])]

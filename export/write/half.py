@@ -1,10 +1,12 @@
 """fp16 and bf16 files: the network's weights and activations in 16 bits, its ends in fp32.
 
-Normalisation stays in fp32 (a mean of 129.3 rounds to 129.25 in fp16, which is 1e-3 of a standard deviation), and so do the
-temperature and the softmax. BatchNorm is folded into the convolutions before, by the exporter, in fp32.
+Normalisation stays in fp32 (a mean of 129.3 rounds to 129.25 in fp16, which is 1e-3 of a standard deviation),
+and so do the temperature and the softmax. BatchNorm is folded into the convolutions before, by the exporter,
+in fp32.
 
-So does what fp16 cannot hold: a node around which a value comes near the end of its range (65504), as NVIDIA's ModelOpt
-chooses in its AutoCast (there: above 512). A processor that computes fp16 in fp32, as CPUs do, would never show it.
+So does what fp16 cannot hold: a node around which a value comes near the end of its range (65504), as
+NVIDIA's ModelOpt chooses in its AutoCast (there: above 512). A processor that computes fp16 in fp32, as CPUs
+do, would never show it.
 """
 
 from __future__ import annotations
@@ -27,11 +29,14 @@ HEAD_ROOM = 8
 """How much larger than on the calibration images a value may become before it leaves fp16."""
 
 
-def write_half(source: Path, path: Path, precision: str, magnitudes: Mapping[str, float] | None = None) -> HalfRecord:
-    """Convert the fp32 file `source` to `precision` ("fp16" or "bf16") and write it to `path`, checked by onnx.
+def write_half(
+    source: Path, path: Path, precision: str, magnitudes: Mapping[str, float] | None = None
+) -> HalfRecord:
+    """Convert the fp32 file `source` to `precision` ("fp16" or "bf16") and write it to `path`,
+    checked by onnx.
 
-    Args: magnitudes: fp32 tensor -> the largest |value| that it has on real images (export.write.magnitudes); fp16 needs it.
-    Raises CheckError where the graph has no normalisation to start from.
+    Args: magnitudes: fp32 tensor -> the largest |value| that it has on real images (export.write.magnitudes);
+    fp16 needs it. Raises CheckError where the graph has no normalisation to start from.
     """
     import onnx
 
@@ -51,7 +56,9 @@ def write_half(source: Path, path: Path, precision: str, magnitudes: Mapping[str
     # What stays in fp32: operators that are not defined in 16 bits, and, in fp16, what may leave its range.
     kept = []
     for node in network:
-        reason = conversion.undefined(node) or (out_of_range(node, conversion, magnitudes or {}) if precision == "fp16" else "")
+        reason = conversion.undefined(node) or (
+            out_of_range(node, conversion, magnitudes or {}) if precision == "fp16" else ""
+        )
         if reason:
             kept.append(KeptInFp32(node.name, node.op_type, reason))
     names = {entry.node for entry in kept}
@@ -78,7 +85,8 @@ def out_of_range(node: Any, conversion: _Conversion, magnitudes: Mapping[str, fl
 class _Conversion:
     """Changes nodes of a graph to 16 bits, and casts where a tensor passes between them and the others.
 
-    A tensor that is needed in both precisions keeps its name in fp32 and has the precision's as a suffix in 16 bits.
+    A tensor that is needed in both precisions keeps its name in fp32
+    and has the precision's as a suffix in 16 bits.
     """
 
     def __init__(self, proto: Any, precision: str) -> None:
@@ -90,7 +98,9 @@ class _Conversion:
         self.opset = next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
         inferred = onnx.shape_inference.infer_shapes(proto).graph
         typed = (*inferred.value_info, *inferred.output, *inferred.input)
-        self.floats = {value.name for value in typed if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT}
+        self.floats = {
+            value.name for value in typed if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+        }
         initializers = [one for one in self.graph.initializer if one.data_type == onnx.TensorProto.FLOAT]
         self.weights = {one.name: numpy_helper.to_array(one) for one in initializers}
         self.floats |= set(self.weights)
@@ -119,7 +129,8 @@ class _Conversion:
         return ""
 
     def _takes(self, node: Any) -> list[int]:
-        """-> positions of the inputs that `node` takes in 16 bits: all floats but those that are fp32 by definition (scales)."""
+        """-> positions of the inputs that `node` takes in 16 bits:
+        all floats but those that are fp32 by definition (scales)."""
         import onnx
 
         schema = onnx.defs.get_schema(node.op_type, self.opset, "")
@@ -169,11 +180,14 @@ class _Conversion:
         del self.graph.value_info[:]  # types of intermediates changed; the checker infers them anew
 
     def _weights(self, wanted: set[str], needed: set[str], inner: dict[str, str]) -> None:
-        """Round the weights that are wanted; those that are needed in fp32 too (the class activation map's) stay beside."""
+        """Round the weights that are wanted; those that are needed in fp32 too (the class activation map's)
+        stay beside."""
         for tensor in list(self.graph.initializer):
             if tensor.name in self.weights and tensor.name in wanted:
                 if tensor.name in needed:
-                    self.graph.initializer.append(self._rounded(self.weights[tensor.name], inner[tensor.name]))
+                    self.graph.initializer.append(
+                        self._rounded(self.weights[tensor.name], inner[tensor.name])
+                    )
                 else:
                     inner.pop(tensor.name, None)
                     tensor.CopyFrom(self._rounded(self.weights[tensor.name], tensor.name))
@@ -209,7 +223,9 @@ def _end_of_normalisation(nodes: list[Any]) -> int:
         if any(entry.key == SCOPES and "'normalise'" in entry.value for entry in node.metadata_props)
     ]
     if not marked:
-        raise CheckError("the fp32 file does not mark its normalisation; export it again before converting it.")
+        raise CheckError(
+            "the fp32 file does not mark its normalisation; export it again before converting it."
+        )
     return marked[-1] + 1
 
 

@@ -1,7 +1,7 @@
 """How large the values get inside a network: the largest magnitude of every float tensor, in one lean pass.
 
-The histograms of int8's calibration would tell as much, but need every activation of a batch at once; a maximum is one number,
-which the graph computes itself.
+The histograms of int8's calibration would tell as much, but need every activation of a batch at once; a
+maximum is one number, which the graph computes itself.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ CHUNK = 16  # images in one pass
 
 
 def float_tensors(proto: Any) -> list[str]:
-    """-> names of the fp32 tensors that the nodes of the graph give, in its order; their types are inferred."""
+    """-> names of the fp32 tensors that the nodes of the graph give, in its order;
+    their types are inferred."""
     import onnx
 
     graph = onnx.shape_inference.infer_shapes(proto).graph
@@ -27,9 +28,11 @@ def float_tensors(proto: Any) -> list[str]:
 
 
 def largest_magnitudes(path: Path, images: np.ndarray, batch: int | None = None) -> dict[str, float]:
-    """-> fp32 tensor of the file `path` -> the largest |value| that it has on `images`, NaN or infinite where it has such values.
+    """-> fp32 tensor of the file `path` -> the largest |value| that it has on `images`,
+    NaN or infinite where it has such values.
 
-    Args: images: uint8 [n, h, w, 3]; batch: the only size that the file takes, None for any (some images then count twice).
+    Args: images: uint8 [n, h, w, 3]; batch: the only size that the file takes,
+    None for any (some images then count twice).
     """
     import onnx
     from onnx import TensorProto, helper
@@ -40,7 +43,9 @@ def largest_magnitudes(path: Path, images: np.ndarray, batch: int | None = None)
     for index, name in enumerate(tensors):
         absolute, largest = f"absolute_{index}", f"largest_{index}"
         proto.graph.node.append(helper.make_node("Abs", [name], [absolute], name=absolute))
-        proto.graph.node.append(helper.make_node("ReduceMax", [absolute], [largest], name=largest, keepdims=0))
+        proto.graph.node.append(
+            helper.make_node("ReduceMax", [absolute], [largest], name=largest, keepdims=0)
+        )
         proto.graph.output.append(helper.make_tensor_value_info(largest, TensorProto.FLOAT, []))
     ort = import_onnxruntime()
     options = ort.SessionOptions()
@@ -49,6 +54,8 @@ def largest_magnitudes(path: Path, images: np.ndarray, batch: int | None = None)
     chunk = batch or CHUNK
     if batch:
         images = np.resize(images, (-(-len(images) // batch) * batch, *images.shape[1:]))
-    passes = [session.run(None, {"images": images[start : start + chunk]}) for start in range(0, len(images), chunk)]
+    passes = [
+        session.run(None, {"images": images[start : start + chunk]}) for start in range(0, len(images), chunk)
+    ]
     # np.max keeps NaN, where Python's max depends on the order.
     return dict(zip(tensors, np.max(np.array(passes, np.float64), axis=0).tolist(), strict=True))

@@ -1,8 +1,8 @@
 """The last thing done to every ONNX file that is written: it asks of its reader what it needs, and no more.
 
-Libraries stamp their newest IR version and every operator set they know (ONNX Runtime's quantizer: eight that nothing uses), and
-a runtime refuses a number that it does not know, although it could compute the graph. Containers for Jetson, Triton and Riva
-and browsers hold runtimes that old.
+Libraries stamp their newest IR version and every operator set they know (ONNX Runtime's quantizer: eight that
+nothing uses), and a runtime refuses a number that it does not know, although it could compute the graph.
+Containers for Jetson, Triton and Riva and browsers hold runtimes that old.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from ffl_deploy.files import write_atomically
 
 
 def save_onnx(proto: Any, path: Path) -> None:
-    """Write the ModelProto `proto` to `path`, finished and checked. Raises CheckError where onnx refuses it."""
+    """Write the ModelProto `proto` to `path`, finished and checked.
+    Raises CheckError where onnx refuses it."""
     finish(proto)
     write_atomically(path, proto.SerializeToString(deterministic=True))
     check_onnx(path)
@@ -25,7 +26,8 @@ def save_onnx(proto: Any, path: Path) -> None:
 def finish(proto: Any) -> None:
     """Leave in `proto` only operator sets that it uses, and the lowest IR version that they allow.
 
-    The metadata of nodes is younger than some of those IR versions; readers of any age pass over fields they do not know.
+    The metadata of nodes is younger than some of those IR versions;
+    readers of any age pass over fields they do not know.
     """
     from onnx import helper
 
@@ -38,7 +40,8 @@ def finish(proto: Any) -> None:
 
 
 def used_domains(proto: Any) -> set[str]:
-    """-> domains of the operators in the graph, in its subgraphs and in the model's functions; "" is ONNX's own."""
+    """-> domains of the operators in the graph, in its subgraphs and in the model's functions;
+    "" is ONNX's own."""
     functions = [node for function in proto.functions for node in function.node]
     return {_domain(node.domain) for node in all_nodes([*proto.graph.node, *functions])}
 

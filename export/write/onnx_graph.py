@@ -1,7 +1,8 @@
 """A deployable target -> one self-contained ONNX file: uint8 pixels in, logits and probabilities out.
 
-The exporter traces what PyTorch runs, but it has written wrong graphs in silence before (pytorch/pytorch #169178: 0 %
-accuracy; #157621: a batch frozen to 1). Nothing here is trusted: export/check/gates.py compares the saved file.
+The exporter traces what PyTorch runs, but it has written wrong graphs in silence before (pytorch/pytorch
+#169178: 0 % accuracy; #157621: a batch frozen to 1). Nothing here is trusted: export/check/gates.py compares
+the saved file.
 """
 
 from __future__ import annotations
@@ -22,14 +23,16 @@ from export.write.onnx_file import save_onnx
 from ffl_deploy.errors import CheckError, UsageError
 
 OPSET = 20
-"""Default ONNX opset: what the exporter writes natively, and what ONNX Runtime, OpenVINO and TensorRT all read."""
+"""Default ONNX opset: what the exporter writes natively, and what ONNX Runtime,
+OpenVINO and TensorRT all read."""
 OPSETS = range(18, 24)
 SCOPES = "pkg.torch.onnx.name_scopes"
 """The one metadata key that is kept: the module path of every node, by which a mismatch is located."""
 
 
 class Normalise(nn.Module):
-    """uint8 [n, h, w, 3] -> float32 [n, 3, h, w], (pixel - mean) / std; mean and std per channel on the 0..255 scale."""
+    """uint8 [n, h, w, 3] -> float32 [n, 3, h, w], (pixel - mean) / std;
+    mean and std per channel on the 0..255 scale."""
 
     def __init__(self, mean: tuple[float, float, float], std: tuple[float, float, float]) -> None:
         super().__init__()
@@ -39,8 +42,9 @@ class Normalise(nn.Module):
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32))
 
     def forward(self, images: Tensor) -> Tensor:
-        # The cast comes first: TensorRT takes uint8 as an input, but computes nothing on it, not even a transposition.
-        # Mean and std are repeated along a row of pixels: three values at a time cost ONNX Runtime as much as a convolution.
+        # The cast comes first: TensorRT takes uint8 as an input, but computes nothing on it, not even a
+        # transposition. Mean and std are repeated along a row of pixels: three values at a time cost ONNX
+        # Runtime as much as a convolution.
         row = (images.shape[2], 3)
         return ((images.to(torch.float32) - self.mean.expand(row)) / self.std.expand(row)).permute(0, 3, 1, 2)
 
@@ -52,10 +56,10 @@ EXTRAS = ("cam", "embedding")
 class DeployedModel(nn.Module):
     """What the ONNX file computes: pixels -> (logits, probabilities, and what `extras` names).
 
-    Args: target: normalised [n, 3, h, w] -> logits [n, classes]; temperature: probabilities = softmax(logits / temperature)
-    (Guo et al. 2017); extras: `cam`, the class activation map of the predicted class [n, h', w'] (Zhou et al. 2016, eq. 2), whose
-    spatial mean plus the class's bias is its logit; `embedding`, the pooled features [n, C].
-    Raises UsageError where extras are asked of a target with several classifiers.
+    Args: target: normalised [n, 3, h, w] -> logits [n, classes]; temperature: probabilities = softmax(logits
+    / temperature) (Guo et al. 2017); extras: `cam`, the class activation map of the predicted class
+    [n, h', w'] (Zhou et al. 2016, eq. 2), whose spatial mean plus the class's bias is its logit; `embedding`,
+    the pooled features [n, C]. Raises UsageError where extras are asked of a target with several classifiers.
     """
 
     def __init__(
@@ -93,7 +97,8 @@ class DeployedModel(nn.Module):
 
 
 def require_features(target: nn.Module, extras: Sequence[str], name: str) -> None:
-    """Raises UsageError where `target` has no single feature map and classifier that `extras` could be made from."""
+    """Raises UsageError where `target` has no single feature map and classifier
+    that `extras` could be made from."""
     if not (hasattr(target, "features") and hasattr(target, "classifier")):
         raise UsageError(
             f"--{extras[0]} needs a target with one feature map and one classifier, which {name} is not; "
@@ -112,15 +117,20 @@ class GraphOptions:
 def write_onnx(
     model: DeployedModel, path: Path, height: int, width: int, options: GraphOptions, metadata: dict[str, str]
 ) -> None:
-    """Write `model` for images of `height` x `width` to `path` and check the file; the same weights give the same bytes.
+    """Write `model` for images of `height` x `width` to `path` and check the file;
+    the same weights give the same bytes.
 
-    Raises CheckError where a module is in training mode, the exporter fails, or onnx's full check refuses the file.
+    Raises CheckError where a module is in training mode, the exporter fails,
+    or onnx's full check refuses the file.
     """
     import onnx
 
     training = [name or "the model" for name, module in model.named_modules() if module.training]
     if training:
-        raise CheckError(f"{training[0]} is in training mode, so its BatchNorm would use batch statistics; call .eval() first.")
+        raise CheckError(
+            f"{training[0]} is in training mode, so its BatchNorm would use batch statistics; call .eval() "
+            "first."
+        )
     # Traced with two images: a batch of one would be taken for a constant.
     example = torch.zeros(options.batch or 2, height, width, 3, dtype=torch.uint8)
     shapes = None if options.batch else {"images": {0: torch.export.Dim("batch", min=1, max=65536)}}
@@ -139,7 +149,9 @@ def write_onnx(
             )
     except torch.onnx.errors.OnnxExporterError as error:
         reason = str(error.__cause__ or error).strip().splitlines()[0]
-        raise CheckError(f"PyTorch {torch.__version__} cannot export this target at opset {options.opset}: {reason}") from error
+        raise CheckError(
+            f"PyTorch {torch.__version__} cannot export this target at opset {options.opset}: {reason}"
+        ) from error
     assert program is not None
     proto = program.model_proto
     _strip(proto)
@@ -166,7 +178,9 @@ def _strip(proto: object) -> None:
             del value.metadata_props[:]
             value.doc_string = ""
     del graph.metadata_props[:]
-    proto.producer_version = torch.__version__.split("+")[0]  # the build tag names the CUDA it was built for, not what it did
+    proto.producer_version = torch.__version__.split("+")[
+        0
+    ]  # the build tag names the CUDA it was built for, not what it did
 
 
 @contextlib.contextmanager

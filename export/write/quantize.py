@@ -1,15 +1,17 @@
-"""fp32 ONNX -> int8 ONNX, in the two forms that their runtimes need, from one calibration or from training's own scales.
+"""fp32 ONNX -> int8 ONNX, in the two forms that their runtimes need,
+from one calibration or from training's own scales.
 
-No single QDQ file serves both: ONNX Runtime's CPU wants uint8 activations (S8S8 leaves half the convolutions in float), TensorRT
-wants symmetric int8 ones (it refuses a zero point that is not zero).
+No single QDQ file serves both: ONNX Runtime's CPU wants uint8 activations (S8S8 leaves half the convolutions
+in float), TensorRT wants symmetric int8 ones (it refuses a zero point that is not zero).
 
-Weights are quantised such that no two products of an output channel can leave 16 bits, whatever kernel adds them up
-(ffl_deploy/saturation.py, which proves it on the written file): a processor without VNNI then computes what one with VNNI
-does, and which method is chosen does not depend on the processor that exports. The choice is made on the validation split,
-among the methods whose file holds its gate on the golden samples (the logits alone: no label is looked at).
+Weights are quantised such that no two products of an output channel can leave 16 bits, whatever kernel adds
+them up (ffl_deploy/saturation.py, which proves it on the written file): a processor without VNNI then
+computes what one with VNNI does, and which method is chosen does not depend on the processor that exports.
+The choice is made on the validation split, among the methods whose file holds its gate on the golden samples
+(the logits alone: no label is looked at).
 
-Scales that training learned go in as `Scales`: by the tensors' names in the fp32 file, used as they are; whatever they leave out
-is calibrated.
+Scales that training learned go in as `Scales`: by the tensors' names in the fp32 file, used as they are;
+whatever they leave out is calibrated.
 """
 
 from __future__ import annotations
@@ -36,8 +38,9 @@ from ffl_deploy.runtime.replay import run_in_batches
 from ffl_deploy.runtime.session import FixedBatchSession
 from ffl_deploy.saturation import PAIR, certify
 
-# Without Softmax, which stays behind the logits in fp32, and data movement, which follows its neighbours. Sigmoid and the
-# product behind it stay in float: between two convolutions they would round three times instead of once.
+# Without Softmax, which stays behind the logits in fp32, and data movement, which follows its neighbours.
+# Sigmoid and the product behind it stay in float: between two convolutions they would round three times
+# instead of once.
 OPERATORS = (
     "Conv", "Gemm", "MatMul", "Add", "Concat", "Relu", "Clip", "LeakyRelu", "MaxPool", "AveragePool",
     "GlobalAveragePool", "Flatten", "Reshape", "Resize", "Pad",
@@ -46,7 +49,8 @@ WEIGHTED = ("Conv", "Gemm", "MatMul")
 RISK = 0.5
 """Share of the KL gate from which on accuracy is at risk, so that keeping layers in float is tried."""
 BLOCKS = 48
-"""Sensitivity is measured of so many parts of a network at most: neighbouring layers of a deeper one count as one."""
+"""Sensitivity is measured of so many parts of a network at most:
+neighbouring layers of a deeper one count as one."""
 SENSITIVITY_IMAGES = 128
 TRAINED = "trained"
 """The method where training learned under the very rounding."""
@@ -54,8 +58,8 @@ TRAINED = "trained"
 
 @dataclass(frozen=True)
 class Scales:
-    """Scales to use as they are. weights: initializer -> float32 [output channels]; activations: tensor -> (scale, zero point
-    0..255), for the form that stores activations as uint8."""
+    """Scales to use as they are. weights: initializer -> float32 [output channels]; activations: tensor ->
+    (scale, zero point 0..255), for the form that stores activations as uint8."""
 
     weights: dict[str, np.ndarray] = field(default_factory=dict)
     activations: dict[str, tuple[float, int]] = field(default_factory=dict)
@@ -63,7 +67,8 @@ class Scales:
 
 @dataclass(frozen=True)
 class Held:
-    """Images uint8 [n, h, w, 3] that a quantised file is compared on, and PyTorch's logits float32 [n, classes]."""
+    """Images uint8 [n, h, w, 3] that a quantised file is compared on,
+    and PyTorch's logits float32 [n, classes]."""
 
     images: np.ndarray
     logits: np.ndarray
@@ -89,17 +94,20 @@ def quantize(
 ) -> dict[str, Form]:
     """Write `model.int8.onnx` (CPU) and `model.int8-tensorrt.onnx` into `folder`; -> form -> Form.
 
-    Args: source: the verified fp32 file; images: class-balanced training images uint8 [n, h, w, 3], the evaluation view; held:
-    validation images, which choose the method; golden: what ffl-verify will judge the files by; batch: the only size that the
-    file takes, None for any; scales: training's own, where it learned them.
-    Raises CheckError where a convolution of the CPU form stays in float that was not chosen to, or a file could saturate.
+    Args: source: the verified fp32 file; images: class-balanced training images uint8 [n, h, w, 3], the
+    evaluation view; held: validation images, which choose the method; golden: what ffl-verify will judge the
+    files by; batch: the only size that the file takes, None for any; scales: training's own, where it learned
+    them.
+    Raises CheckError where a convolution of the CPU form stays in float that was not chosen to,
+    or a file could saturate.
     """
     import onnx
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     with tempfile.TemporaryDirectory() as temporary:
         prepared = Path(temporary) / "prepared.onnx"
-        quant_pre_process(source, prepared, skip_symbolic_shape=True)  # the shapes are static but for the batch
+        # the shapes are static but for the batch
+        quant_pre_process(source, prepared, skip_symbolic_shape=True)
         proto = onnx.load(prepared)
         name_nodes(proto)
         onnx.save(proto, prepared)
@@ -118,9 +126,12 @@ def quantize(
                 return _measure(trial, held, golden, batch, method, float_layers)
 
             def ranked(method: str, write: Any = write) -> list[list[str]]:
-                return sensitive_blocks(blocks(proto), lambda layers: _divergence(write, trial, method, layers, held, batch))
+                return sensitive_blocks(
+                    blocks(proto), lambda layers: _divergence(write, trial, method, layers, held, batch)
+                )
 
-            # nothing is calibrated where training has ranges: TensorRT's form, which is symmetric, takes their larger ends
+            # nothing is calibrated where training has ranges: TensorRT's form, which is symmetric,
+            # takes their larger ends
             methods = (TRAINED,) if scales is not None and scales.activations else METHODS
             chosen, candidates = choose(measure, ranked, methods)
             path = folder / name
@@ -128,14 +139,20 @@ def quantize(
             check_onnx(path)
             certificate = certify(path)
             if not certificate.holds:
-                raise CheckError(f"{name} could saturate on processors without VNNI ({certificate}). No bundle was written.")
-            forms[form] = Form(path, Quantization(chosen, candidates, len(images), len(held.images)), certificate)
+                raise CheckError(
+                    f"{name} could saturate on processors without VNNI ({certificate}). No bundle was "
+                    "written."
+                )
+            forms[form] = Form(
+                path, Quantization(chosen, candidates, len(images), len(held.images)), certificate
+            )
     convolutions = {node.name for node in proto.graph.node if node.op_type == "Conv"}
     meant = len(convolutions & set(forms["cpu"].choice.chosen.float_layers))
     found = float_operators(operator_histogram(forms["cpu"].path))
     if found > meant:
         raise CheckError(
-            f"{found} convolutions of the int8 file run in float where {meant} were meant to. No bundle was written."
+            f"{found} convolutions of the int8 file run in float where {meant} were meant to. No bundle was "
+            "written."
         )
     return forms
 
@@ -146,7 +163,9 @@ def with_trained(ranges: Any, scales: Scales) -> Any:
     from onnxruntime.quantization.calibrate import TensorData, TensorsData
 
     known = {
-        name: TensorData(lowest=np.float32(-zero_point * scale), highest=np.float32((255 - zero_point) * scale))
+        name: TensorData(
+            lowest=np.float32(-zero_point * scale), highest=np.float32((255 - zero_point) * scale)
+        )
         for name, (scale, zero_point) in scales.activations.items()
     }
     return TensorsData(CalibrationMethod.MinMax, {**{name: ranges[name] for name in ranges.keys()}, **known})  # noqa: SIM118
@@ -157,11 +176,12 @@ def choose(
     ranked: Callable[[str], list[list[str]]],
     methods: Sequence[str] = METHODS,
 ) -> tuple[Candidate, list[Candidate]]:
-    """-> (the best candidate, all that were measured), by mean KL on the validation split, of those that can be verified.
+    """-> (the best candidate, all that were measured), by mean KL on the validation split,
+    of those that can be verified.
 
-    First the method. Where the best is at risk, blocks of layers stay in float, the most sensitive first, twice as many each
-    time, at most half of them: float layers cost speed. Last, the other methods with the same layers.
-    ranked: method -> blocks of layers by falling sensitivity; asked only then.
+    First the method. Where the best is at risk, blocks of layers stay in float, the most sensitive first,
+    twice as many each time, at most half of them: float layers cost speed. Last, the other methods with the
+    same layers. ranked: method -> blocks of layers by falling sensitivity; asked only then.
     """
     candidates = [measure(method, ()) for method in methods]
     best = min(candidates, key=lambda candidate: candidate.rank)
@@ -188,8 +208,13 @@ def sensitive_blocks(parts: list[list[str]], divergence: Callable[[list[str]], f
     divergence: layers that stay in float -> mean KL.
     """
     size = -(-len(parts) // BLOCKS)
-    joined = [[name for part in parts[start : start + size] for name in part] for start in range(0, len(parts), size)]
-    damage = [divergence([name for other in joined if other is not block for name in other]) for block in joined]
+    joined = [
+        [name for part in parts[start : start + size] for name in part]
+        for start in range(0, len(parts), size)
+    ]
+    damage = [
+        divergence([name for other in joined if other is not block for name in other]) for block in joined
+    ]
     return [joined[index] for index in np.argsort([-value for value in damage], kind="stable")]
 
 
@@ -219,7 +244,8 @@ def write_form(
     float_layers: Sequence[str] = (),
     scales: Scales | None = None,
 ) -> None:
-    """Write one quantised form of the pre-processed model `proto`; weights are int8 per output channel in both."""
+    """Write one quantised form of the pre-processed model `proto`;
+    weights are int8 per output channel in both."""
     from onnxruntime.quantization import QuantType
     from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
@@ -255,16 +281,19 @@ def write_form(
 
 
 def channel_scales(weights: np.ndarray) -> np.ndarray:
-    """-> float32 [channels]: the least scales at which no two integer weights of a channel add up to more than PAIR.
+    """-> float32 [channels]: the least scales at which no two integer weights
+    of a channel add up to more than PAIR.
 
-    weights: float [channels, ...]. At such a scale the two largest of one sign share PAIR = 128 between them: where they are
-    alike that is 7 bits, a lone large one may use the eighth.
+    weights: float [channels, ...]. At such a scale the two largest of one sign share PAIR = 128 between them:
+    where they are alike that is 7 bits, a lone large one may use the eighth.
     """
     rows = weights.reshape(len(weights), -1).astype(np.float64)
-    ordered = np.sort(np.concatenate([rows, np.zeros((len(rows), 2))], axis=1), axis=1)  # beside the last stands padding
+    # beside the last stands padding
+    ordered = np.sort(np.concatenate([rows, np.zeros((len(rows), 2))], axis=1), axis=1)
     pair = np.maximum(ordered[:, -1] + ordered[:, -2], -(ordered[:, 0] + ordered[:, 1]))
     scales = np.maximum(pair / PAIR, np.abs(rows).max(axis=1, initial=0) / 127)
-    scales = np.maximum(scales, np.finfo(np.float32).tiny * 2**23).astype(np.float32)  # of weights that are all zero
+    # of weights that are all zero
+    scales = np.maximum(scales, np.finfo(np.float32).tiny * 2**23).astype(np.float32)
     for _ in range(8):  # rounding to float32 can cost one unit
         wide = np.array([_sum_of_pair(row, scale) > PAIR for row, scale in zip(rows, scales, strict=True)])
         if not wide.any():
@@ -295,7 +324,9 @@ def _weight_overrides(proto: Any, excluded: set[str], scales: Scales) -> dict[st
         transposed = next((attribute.i for attribute in node.attribute if attribute.name == "transB"), 0)
         axis = 0 if node.op_type == "Conv" or (node.op_type == "Gemm" and transposed) else 1
         given = scales.weights.get(tensor.name)
-        chosen = channel_scales(np.moveaxis(values, axis, 0)) if given is None else np.asarray(given, np.float32)
+        chosen = (
+            channel_scales(np.moveaxis(values, axis, 0)) if given is None else np.asarray(given, np.float32)
+        )
         overrides[tensor.name] = [
             {"scale": scale, "zero_point": np.int8(0), **({"axis": axis} if index == 0 else {})}
             for index, scale in enumerate(chosen)
@@ -304,7 +335,8 @@ def _weight_overrides(proto: Any, excluded: set[str], scales: Scales) -> dict[st
 
 
 def _activation_products(proto: Any) -> list[str]:
-    """-> names of the products of two activations (attention): neither side's 8 bits could be kept from saturating."""
+    """-> names of the products of two activations (attention):
+    neither side's 8 bits could be kept from saturating."""
     initializers = {tensor.name for tensor in proto.graph.initializer}
     weighted = [node for node in proto.graph.node if node.op_type in WEIGHTED]
     return [node.name for node in weighted if not initializers & set(node.input[1:2])]
@@ -313,8 +345,9 @@ def _activation_products(proto: Any) -> list[str]:
 def _free_activation_products(quantized: Any, names: set[str]) -> None:
     """Let the products `names` read what was computed, not what was quantised for others.
 
-    A neighbour's Q/DQ (of the reshape before an attention, say) would otherwise lend both sides 8 bits, and a runtime compute
-    the product in them though it was excluded: through operators that only move a tensor, too, so these are freed as well.
+    A neighbour's Q/DQ (of the reshape before an attention, say) would otherwise lend both sides 8 bits, and a
+    runtime compute the product in them though it was excluded: through operators that only move a tensor,
+    too, so these are freed as well.
     """
     from ffl_deploy.saturation import MOVES
 
@@ -331,7 +364,9 @@ def _free_activation_products(quantized: Any, names: set[str]) -> None:
             node.input[place] = source.input[0]
             maker = makers.get(node.input[place])
         if maker is not None and maker.op_type in MOVES:
-            waiting += [(maker, index) for index in range(len(maker.input) if maker.op_type == "Concat" else 1)]
+            waiting += [
+                (maker, index) for index in range(len(maker.input) if maker.op_type == "Concat" else 1)
+            ]
     # What nobody reads any more goes: first the dequantisation, then what it read.
     for kind in ("DequantizeLinear", "QuantizeLinear") if names else ():
         read = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
@@ -354,8 +389,9 @@ def name_nodes(proto: Any) -> None:
 
 
 def _outside(proto: Any) -> list[str]:
-    """-> names of the nodes that are not the network: normalisation, and what joins classifiers, follows the logits, draws the
-    map or gives the embedding. Told by the graph: an optimiser drops what the exporter noted at the nodes."""
+    """-> names of the nodes that are not the network: normalisation, and what joins classifiers, follows the
+    logits, draws the map or gives the embedding. Told by the graph: an optimiser drops what the exporter
+    noted at the nodes."""
     initializers = {tensor.name for tensor in proto.graph.initializer}
     names = [node.name for node in _tail(proto)[1]]
     outputs = {output.name for output in proto.graph.output} - {"logits"}
@@ -374,9 +410,11 @@ def _outside(proto: Any) -> list[str]:
 
 
 def _tail(proto: Any) -> tuple[list[Any], list[Any]]:
-    """-> (the classifiers, whose matrix products come last on the ways to the logits; the nodes between them and the logits).
+    """-> (the classifiers, whose matrix products come last on the ways to the logits;
+    the nodes between them and the logits).
 
-    A mean or gate over several classifiers takes their logits as they are: in 256 levels close classes would become ties.
+    A mean or gate over several classifiers takes their logits as they are:
+    in 256 levels close classes would become ties.
     """
     makers = {name: node for node in proto.graph.node for name in node.output}
     classifiers, between, seen, open_names = [], [], set(), ["logits"]
@@ -385,7 +423,11 @@ def _tail(proto: Any) -> tuple[list[Any], list[Any]]:
         if node is None or node.name in seen:
             continue
         seen.add(node.name)
-        if node.op_type in ("Gemm", "MatMul", "Conv"):  # a convolution where no matrix product is the classifier
+        if node.op_type in (
+            "Gemm",
+            "MatMul",
+            "Conv",
+        ):  # a convolution where no matrix product is the classifier
             classifiers.append(node)
         else:
             between.append(node)
@@ -399,7 +441,9 @@ def at_risk(candidate: Candidate) -> bool:
     return low or not candidate.golden
 
 
-def _measure(path: Path, held: Held, golden: Held, batch: int | None, method: str, float_layers: Sequence[str]) -> Candidate:
+def _measure(
+    path: Path, held: Held, golden: Held, batch: int | None, method: str, float_layers: Sequence[str]
+) -> Candidate:
     metrics = _compared(path, held, batch)
     holds = not judge({"64": _compared(path, golden, batch)}, PARITY_GATES["int8"]).failed
     return Candidate(
@@ -411,15 +455,21 @@ def _measure(path: Path, held: Held, golden: Held, batch: int | None, method: st
     )
 
 
-def _divergence(write: Any, path: Path, method: str, layers: list[str], held: Held, batch: int | None) -> float:
+def _divergence(
+    write: Any, path: Path, method: str, layers: list[str], held: Held, batch: int | None
+) -> float:
     """-> mean KL with `layers` in float, on some of the images."""
     write(path, method, layers)
-    return _compared(path, Held(held.images[:SENSITIVITY_IMAGES], held.logits[:SENSITIVITY_IMAGES]), batch).mean_kl
+    return _compared(
+        path, Held(held.images[:SENSITIVITY_IMAGES], held.logits[:SENSITIVITY_IMAGES]), batch
+    ).mean_kl
 
 
 def _compared(path: Path, held: Held, batch: int | None) -> ParityMetrics:
     session: Session = OnnxRuntimeSession(path, "int8", threads=1)
     if batch:
         session = FixedBatchSession(session, batch)
-    outputs = run_in_batches(session.run, held.images.__getitem__, len(held.images), 64, callers=available_cores())
+    outputs = run_in_batches(
+        session.run, held.images.__getitem__, len(held.images), 64, callers=available_cores()
+    )
     return compare(held.logits, outputs.logits)

@@ -14,7 +14,8 @@ METHODS = ("minmax", "percentile", "entropy")
 IMAGES = 256
 PERCENTILE = 99.99
 CHUNK = 64  # images at a time, and fewer where their activations would take more than
-CHUNK_BYTES = 512 << 20  # of memory: ResNet-32's are about 1.5 MB an image of 32 pixels, ResNet-50's 110 MB of 224
+# of memory: ResNet-32's are about 1.5 MB an image of 32 pixels, ResNet-50's 110 MB of 224
+CHUNK_BYTES = 512 << 20
 
 
 def chunk_size(bytes_per_image: int) -> int:
@@ -22,17 +23,24 @@ def chunk_size(bytes_per_image: int) -> int:
     return max(1, min(CHUNK, CHUNK_BYTES // max(1, bytes_per_image)))
 
 
-def collect_ranges(model: Path, images: np.ndarray, operators: Sequence[str], batch: int | None = None) -> dict[str, Any]:
+def collect_ranges(
+    model: Path, images: np.ndarray, operators: Sequence[str], batch: int | None = None
+) -> dict[str, Any]:
     """-> method -> onnxruntime.quantization.TensorsData with the range of every tensor around `operators`.
 
-    `minmax` takes the extremes, `percentile` the central 99.99 % (2048 bins), `entropy` the range with the least
-    KL divergence between the float and the quantised histogram (128 bins, as TensorRT and MXNet do it).
+    `minmax` takes the extremes, `percentile` the central 99.99 % (2048 bins), `entropy` the range with the
+    least KL divergence between the float and the quantised histogram (128 bins, as TensorRT and MXNet do it).
 
-    Args: model: a pre-processed fp32 file; images: uint8 [n, h, w, 3], training images; batch: the only size that it takes, None
-    for any (some images then count twice, to fill the last batch).
+    Args: model: a pre-processed fp32 file; images: uint8 [n, h, w, 3], training images; batch: the only size
+    that it takes, None for any (some images then count twice, to fill the last batch).
     """
     from onnxruntime.quantization import CalibrationMethod
-    from onnxruntime.quantization.calibrate import HistogramCollector, TensorData, TensorsData, create_calibrator
+    from onnxruntime.quantization.calibrate import (
+        HistogramCollector,
+        TensorData,
+        TensorsData,
+        create_calibrator,
+    )
 
     calibrator = create_calibrator(
         model,
@@ -45,7 +53,9 @@ def collect_ranges(model: Path, images: np.ndarray, operators: Sequence[str], ba
     narrow = HistogramCollector(method="entropy", num_bins=128, num_quantized_bins=128, **common)
     names = [output.name for output in calibrator.infer_session.get_outputs()]
     wanted = set(calibrator.tensors_to_calibrate)
-    chunk = batch or chunk_size(sum(value.nbytes for value in calibrator.infer_session.run(None, {"images": images[:1]})))
+    chunk = batch or chunk_size(
+        sum(value.nbytes for value in calibrator.infer_session.run(None, {"images": images[:1]}))
+    )
     if batch:
         images = np.resize(images, (-(-len(images) // batch) * batch, *images.shape[1:]))
     with contextlib.redirect_stdout(io.StringIO()):  # the collectors print as they go

@@ -1,7 +1,7 @@
 """ONNX file -> TensorRT engine, one builder for both flavours: `tensorrt` (10.12+, 11) and `tensorrt_rtx`.
 
-Networks are strongly typed: precision is the file's, there are no fp16 or int8 switches to be ignored. `tensorrt_rtx`
-builds without a GPU, so this runs in the tests; `tensorrt` needs the GPU it builds for.
+Networks are strongly typed: precision is the file's, there are no fp16 or int8 switches to be ignored.
+`tensorrt_rtx` builds without a GPU, so this runs in the tests; `tensorrt` needs the GPU it builds for.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ from ffl_deploy.runtime.tensorrt_runtime import (
 )
 
 RTX_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")
-"""Built for by default: Ampere, Ada, Blackwell. Turing (7.5) has to be asked for: it has no fp32 matrix product."""
+"""Built for by default: Ampere, Ada, Blackwell. Turing (7.5) has to be asked for:
+it has no fp32 matrix product."""
 
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """flavour: tensorrt, tensorrt_rtx or None (the installed one); capabilities: None is the flavour's default;
-    batches: the profile's min, opt and max."""
+    """flavour: tensorrt, tensorrt_rtx or None (the installed one); capabilities: None is the flavour's
+    default; batches: the profile's min, opt and max."""
 
     flavour: str | None = None
     capabilities: tuple[str, ...] | None = None
@@ -53,8 +54,8 @@ def installed_flavour() -> str:
 def build_engine(source: Path, path: Path, height: int, width: int, options: EngineOptions) -> EngineRecord:
     """Build `path` from the ONNX file `source`, with its record beside it (`path` with suffix .json).
 
-    The source's SHA-256 is the network's name inside the engine. Raises CheckError with every message of parser and builder
-    where TensorRT refuses, UsageError where a capability is not known to it.
+    The source's SHA-256 is the network's name inside the engine. Raises CheckError with every message of
+    parser and builder where TensorRT refuses, UsageError where a capability is not known to it.
     """
     flavour = options.flavour or installed_flavour()
     trt = import_tensorrt(flavour)
@@ -67,7 +68,8 @@ def build_engine(source: Path, path: Path, height: int, width: int, options: Eng
         raise CheckError(f"TensorRT cannot read {source.name}: {_text(reasons or log.errors)}")
     network.name = f"{source.name} sha256:{sha256_of(source)}"
     config = builder.create_builder_config()
-    config.clear_flag(trt.BuilderFlag.TF32)  # on by default: fp32 files would be computed with 10-bit mantissas
+    # on by default: fp32 files would be computed with 10-bit mantissas
+    config.clear_flag(trt.BuilderFlag.TF32)
     profile = builder.create_optimization_profile()
     profile.set_shape("images", *((batch, height, width, 3) for batch in options.batches))
     if config.add_optimization_profile(profile) < 0:
@@ -78,7 +80,8 @@ def build_engine(source: Path, path: Path, height: int, width: int, options: Eng
     start = time.perf_counter()
     engine = builder.build_serialized_network(network, config)
     seconds = time.perf_counter() - start
-    # An engine is the answer: TensorRT also logs, as an error, every tactic that it tried and left out (NVIDIA/TensorRT #4028).
+    # An engine is the answer: TensorRT also logs, as an error,
+    # every tactic that it tried and left out (NVIDIA/TensorRT #4028).
     if engine is None:
         wanted = f" for compute capability {', '.join(capabilities)}" if capabilities else ""
         raise CheckError(f"{flavour} cannot build {source.name}{wanted}: {_text(log.errors)}")
@@ -106,18 +109,22 @@ def _strongly_typed(trt: Any) -> int:
 
 
 def _set_capabilities(trt: Any, config: Any, flavour: str, wanted: Sequence[str] | None) -> list[str]:
-    """Set the target GPUs; -> them as "8.9". `tensorrt` builds for the GPU of this machine unless told otherwise."""
+    """Set the target GPUs; -> them as "8.9". `tensorrt` builds for the GPU
+    of this machine unless told otherwise."""
     names = list(wanted if wanted is not None else RTX_CAPABILITIES if flavour == "tensorrt_rtx" else ())
     if not names:
         return []
     members = trt.ComputeCapability.__members__ if hasattr(trt, "ComputeCapability") else {}
     known = {f"{name[2:-1]}.{name[-1]}": member for name, member in members.items() if name.startswith("SM")}
     if not known:
-        raise UsageError(f"{flavour} {trt.__version__} builds for this machine's GPU only; leave --compute-capability out.")
+        raise UsageError(
+            f"{flavour} {trt.__version__} builds for this machine's GPU only; leave --compute-capability out."
+        )
     unknown = [name for name in names if name not in known]
     if unknown:
         raise UsageError(
-            f"{flavour} {trt.__version__} does not build for compute capability {unknown[0]}; known: {', '.join(sorted(known))}."
+            f"{flavour} {trt.__version__} does not build for compute capability {unknown[0]}; known: "
+            f"{', '.join(sorted(known))}."
         )
     config.num_compute_capabilities = len(names)
     for index, name in enumerate(names):
@@ -136,7 +143,8 @@ def this_gpu(flavour: str) -> tuple[list[str], str]:
 
 
 def _text(messages: Sequence[str]) -> str:
-    """-> the messages on one line, without repeats and without CUDA's complaint that a builder's machine has no GPU."""
+    """-> the messages on one line, without repeats and without CUDA's complaint
+    that a builder's machine has no GPU."""
     lines = [" ".join(line.split()) for message in messages for line in message.splitlines()]
     kept = [line for line in dict.fromkeys(lines) if line and "catchCudaError" not in line]
     return "; ".join(kept) or "it gave no reason"

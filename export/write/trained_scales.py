@@ -17,10 +17,11 @@ _CLIPS = ("Relu", "Clip")
 
 
 def trained_scales(quantized: QuantizedNetwork, target: str, source: Path) -> Scales:
-    """-> the scales of every weight and activation of `source` that `quantized`, whose target it is, was trained with.
+    """-> the scales of every weight and activation of `source` that `quantized`, whose target it is,
+    was trained with.
 
-    Tensors are found by the layers around them (ffl_deploy/networks/tensor_names.py). Raises CheckError where a tensor has
-    two scales, or a layer of the file none.
+    Tensors are found by the layers around them (ffl_deploy/networks/tensor_names.py). Raises CheckError where
+    a tensor has two scales, or a layer of the file none.
     """
     import onnx
 
@@ -44,17 +45,25 @@ def trained_scales(quantized: QuantizedNetwork, target: str, source: Path) -> Sc
     # activations: whatever has a name that training knows
     names = tensor_names(
         ends,
-        lambda tensor: [name for name in makers[cast(str, tensor)].input if name not in initializers] if tensor in makers else [],
+        lambda tensor: (
+            [name for name in makers[cast(str, tensor)].input if name not in initializers]
+            if tensor in makers
+            else []
+        ),
         lambda tensor: [(node.op_type, node.output[0]) for node in consumers.get(tensor, [])],
     )
     known = quantized.parameters_by_name()
     activations: dict[str, tuple[float, int]] = {}
     for name, tensor in names.items():
         if name in known and activations.setdefault(cast(str, tensor), known[name]) != known[name]:
-            raise CheckError(f"{source.name}: {tensor} was trained with two scales ({name}); leave --precision int8 out.")
+            raise CheckError(
+                f"{source.name}: {tensor} was trained with two scales ({name}); leave --precision int8 out."
+            )
     missing = [path for path, end in ends.items() if end.taken not in activations]
     if missing:
-        raise CheckError(f"{source.name}: training left no scale of what {missing[0]} takes; leave --precision int8 out.")
+        raise CheckError(
+            f"{source.name}: training left no scale of what {missing[0]} takes; leave --precision int8 out."
+        )
 
     # What a ReLU takes is on its grid too: the rounding clips as the ReLU does, and loses nothing twice.
     for node in graph.node:

@@ -35,7 +35,8 @@ def read_cifar(name: str, root: Path) -> tuple[tuple[str, ...], ArraySplit, Arra
                 f"{folder} is incomplete or damaged ({error}); remove it, then download or copy it again."
             ) from error
         raise UsageError(
-            f"{name} is not under {root} and cannot be downloaded ({error}); put torchvision's files there ({folder}), "
+            f"{name} is not under {root} and cannot be downloaded ({error}); put torchvision's files there "
+            f"({folder}), "
             "name their place with --data-root DIR, or give a folder of images with --data DIR."
         ) from error
     images = [ArraySplit(part.data, np.asarray(part.targets, np.int64)) for part in (train, test)]
@@ -43,7 +44,8 @@ def read_cifar(name: str, root: Path) -> tuple[tuple[str, ...], ArraySplit, Arra
 
 
 def _require_answer(url: str) -> None:
-    """Raise OSError unless the server of `url` answers in time: a download has no time limit, nor has a name's look-up."""
+    """Raise OSError unless the server of `url` answers in time: a download has no time limit,
+    nor has a name's look-up."""
     failure: list[Exception] = [TimeoutError(f"no answer within {PATIENCE:.0f} s")]
 
     def ask() -> None:

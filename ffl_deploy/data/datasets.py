@@ -17,13 +17,23 @@ from ffl_deploy.data.splits import ArraySplit, FileSplit, Problems, Split, read_
 from ffl_deploy.host import available_memory
 from ffl_deploy.images import Preprocessing, prepare
 
-__all__ = ["ArraySplit", "DataSpec", "FileSplit", "ImageData", "Split", "channel_statistics", "load_data", "stratified"]
+__all__ = [
+    "ArraySplit",
+    "DataSpec",
+    "FileSplit",
+    "ImageData",
+    "Split",
+    "channel_statistics",
+    "load_data",
+    "stratified",
+]
 
 Statistics = tuple[tuple[float, float, float], tuple[float, float, float]]
 """Mean and standard deviation per RGB channel, on the 0..255 scale."""
 
 CIFAR_STATISTICS: Statistics = ((129.3, 124.1, 112.4), (68.2, 65.4, 70.4))  # of FFL's official code
-IMAGENET_STATISTICS: Statistics = ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))  # what published weights expect
+# what published weights expect
+IMAGENET_STATISTICS: Statistics = ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
 LARGE = 128  # pixels; from this side on, images are photographs for ImageNet's backbones
 STATISTICS_SAMPLE = 20_000  # images
 
@@ -65,8 +75,8 @@ class ImageData:
 def load_data(spec: DataSpec, memory_limit: int | None = None) -> ImageData:
     """Read the data that `spec` names. Raises UsageError with what is wrong with it.
 
-    memory_limit: bytes; a folder whose decoded images need more stays on disk. A quarter of the available memory if not
-    given. It decides nothing but that: splits, pixels and statistics are the same either way.
+    memory_limit: bytes; a folder whose decoded images need more stays on disk. A quarter of the available
+    memory if not given. It decides nothing but that: splits, pixels and statistics are the same either way.
     """
     if spec.source == "digits":
         return _digits(spec)
@@ -76,7 +86,8 @@ def load_data(spec: DataSpec, memory_limit: int | None = None) -> ImageData:
 
 
 def _digits(spec: DataSpec) -> ImageData:
-    """1,797 handwritten digits of 8x8 pixels (UCI optical recognition), which scikit-learn ships; 20 % are the test set."""
+    """1,797 handwritten digits of 8x8 pixels (UCI optical recognition), which scikit-learn ships;
+    20 % are the test set."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -95,7 +106,11 @@ def _cifar(spec: DataSpec) -> ImageData:
 
 
 def _from_arrays(
-    spec: DataSpec, classes: tuple[str, ...], development: ArraySplit, test: ArraySplit, statistics: Statistics | None
+    spec: DataSpec,
+    classes: tuple[str, ...],
+    development: ArraySplit,
+    test: ArraySplit,
+    statistics: Statistics | None,
 ) -> ImageData:
     height, width = development.images.shape[1:3]
     preprocessing = Preprocessing(height, width)
@@ -129,13 +144,16 @@ def _folder(spec: DataSpec, memory_limit: int) -> ImageData:
 
 
 def folder_statistics(train: Split, preprocessing: Preprocessing, skip_bad_images: bool) -> Statistics:
-    """-> ImageNet's from 128 pixels on; else of the training images, of STATISTICS_SAMPLE evenly spaced ones at most.
+    """-> ImageNet's from 128 pixels on; else of the training images,
+    of STATISTICS_SAMPLE evenly spaced ones at most.
 
     Raises UsageError for what cannot be decoded, unless `skip_bad_images` leaves it out.
     """
     if preprocessing.height >= LARGE:
         return IMAGENET_STATISTICS
-    rows = np.unique(np.linspace(0, len(train) - 1, min(len(train), STATISTICS_SAMPLE)).round().astype(np.int64))
+    rows = np.unique(
+        np.linspace(0, len(train) - 1, min(len(train), STATISTICS_SAMPLE)).round().astype(np.int64)
+    )
     if not isinstance(train, FileSplit):
         return channel_statistics(train.read(rows))
     sample, problems = read_readable(train.take(rows))
@@ -145,7 +163,8 @@ def folder_statistics(train: Split, preprocessing: Preprocessing, skip_bad_image
 
 
 def channel_statistics(images: np.ndarray) -> Statistics:
-    """uint8 [n, h, w, 3] -> (mean, std) per channel, exact, on the 0..255 scale; a constant channel gets std 1."""
+    """uint8 [n, h, w, 3] -> (mean, std) per channel, exact, on the 0..255 scale;
+    a constant channel gets std 1."""
     values = np.arange(256)
     means, stds = [], []
     for channel in range(3):

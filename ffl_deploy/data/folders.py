@@ -1,4 +1,5 @@
-"""Folders of images, DIR/train/CLASS/* and DIR/test/CLASS/* (or val/): found, checked, and read or left on disk."""
+"""Folders of images, DIR/train/CLASS/* and DIR/test/CLASS/* (or val/): found, checked,
+and read or left on disk."""
 
 from __future__ import annotations
 
@@ -49,12 +50,16 @@ class FolderContent(NamedTuple):
     skipped: Problems
 
 
-def read_folder(root: Path, image_size: int | None, cut: Cut, memory_limit: int, skip_bad_images: bool) -> FolderContent:
-    """Read DIR/train/CLASS/* with test/ or val/; with both, val/ is the validation split, else it is cut from train/.
+def read_folder(
+    root: Path, image_size: int | None, cut: Cut, memory_limit: int, skip_bad_images: bool
+) -> FolderContent:
+    """Read DIR/train/CLASS/* with test/ or val/; with both, val/ is the validation split,
+    else it is cut from train/.
 
-    Where all images together, decoded, take at most `memory_limit` bytes they are read into memory. Otherwise they stay on
-    disk: then validation and test images are decoded once, so that their number is certain, and training images are checked
-    by header and end (see `check_file`). Raises UsageError for everything that is wrong, all unreadable images at once.
+    Where all images together, decoded, take at most `memory_limit` bytes they are read into memory. Otherwise
+    they stay on disk: then validation and test images are decoded once, so that their number is certain, and
+    training images are checked by header and end (see `check_file`). Raises UsageError for everything that is
+    wrong, all unreadable images at once.
     """
     parts = {name: find_images(folder) for name, folder in find_parts(root).items()}
     require_equal_classes(parts)
@@ -66,7 +71,8 @@ def read_folder(root: Path, image_size: int | None, cut: Cut, memory_limit: int,
         single = [classes[k] for k in np.flatnonzero(np.bincount(parts["train"].labels) < 2)]
         if single:
             raise UsageError(
-                f"{shown(parts['train'].folder)} has one image only of {shorten(single)}; one is held out for "
+                f"{shown(parts['train'].folder)} has one image only of {shorten(single)}; one is held out "
+                "for "
                 "validation: add some."
             )
         kept, held_out = stratified(parts["train"].labels, cut.share, cut.seed)
@@ -79,32 +85,45 @@ def read_folder(root: Path, image_size: int | None, cut: Cut, memory_limit: int,
         if in_memory:
             splits[name], problems = read_readable(FileSplit(part.paths, part.labels, preprocessing))
         else:
-            splits[name], problems = leave_on_disk(part, preprocessing, check_file if name == "train" else decode_file)
+            splits[name], problems = leave_on_disk(
+                part, preprocessing, check_file if name == "train" else decode_file
+            )
         skipped |= problems
     if skipped and not skip_bad_images:
         raise unreadable(skipped)
     if not len(splits["validation"]):
-        raise UsageError(f"{shown(parts['validation'].folder)} leaves no readable image for validation; add some.")
+        raise UsageError(
+            f"{shown(parts['validation'].folder)} leaves no readable image for validation; add some."
+        )
     for name in ("train", "test"):
-        empty = [classes[k] for k in np.flatnonzero(np.bincount(splits[name].labels, minlength=len(classes)) == 0)]
+        empty = [
+            classes[k] for k in np.flatnonzero(np.bincount(splits[name].labels, minlength=len(classes)) == 0)
+        ]
         if empty:
             raise UsageError(
-                f"{shown(parts[name].folder)} has no readable image of {shorten(empty)}; add some or remove the class."
+                f"{shown(parts[name].folder)} has no readable image of {shorten(empty)}; add some or remove "
+                "the class."
             )
-    return FolderContent(classes, preprocessing, splits["train"], splits["validation"], splits["test"], skipped)
+    return FolderContent(
+        classes, preprocessing, splits["train"], splits["validation"], splits["test"], skipped
+    )
 
 
 def find_parts(root: Path) -> dict[str, Path]:
-    """-> "train", "test" and, where the folder holds its own, "validation" -> its folder. Raises UsageError."""
+    """-> "train", "test" and, where the folder holds its own, "validation" -> its folder.
+    Raises UsageError."""
     if not root.is_dir():
         raise UsageError(
-            f"--data {shown(root)}: there is no such folder; give a folder with train/CLASS/* and test/CLASS/*, "
+            f"--data {shown(root)}: there is no such folder; give a folder with train/CLASS/* and "
+            "test/CLASS/*, "
             "or one of digits, cifar10, cifar100."
         )
     has = {name for name in ("train", "test", "val") if (root / name).is_dir()}
     if "train" not in has or not has & {"test", "val"}:
         missing = "train/" if "train" not in has else "test/ (or val/)"
-        raise UsageError(f"{shown(root)} has no {missing}; it needs train/CLASS/* and test/CLASS/* (or val/CLASS/*).")
+        raise UsageError(
+            f"{shown(root)} has no {missing}; it needs train/CLASS/* and test/CLASS/* (or val/CLASS/*)."
+        )
     if "test" not in has:
         return {"train": root / "train", "test": root / "val"}
     found = {"train": root / "train", "test": root / "test"}
@@ -114,17 +133,22 @@ def find_parts(root: Path) -> dict[str, Path]:
 def find_images(folder: Path) -> Listing:
     """-> the images in the class folders of `folder`, at any depth, sorted by class and path.
 
-    Hidden files and folders (.DS_Store, macOS's ._* files) are passed over. Raises UsageError for no class or an empty one.
+    Hidden files and folders (.DS_Store, macOS's ._* files) are passed over.
+    Raises UsageError for no class or an empty one.
     """
     with os.scandir(folder) as entries:
         classes = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
     if not classes:
-        raise UsageError(f"{shown(folder)} has no class folders; put the images of each class into {shown(folder)}/CLASS/.")
+        raise UsageError(
+            f"{shown(folder)} has no class folders; put the images of each class into {shown(folder)}/CLASS/."
+        )
     for name in classes:
         try:
             name.encode()
         except UnicodeEncodeError:
-            raise UsageError(f"{shown(folder)} has a class folder whose name is not UTF-8 ({name!a}); rename it.") from None
+            raise UsageError(
+                f"{shown(folder)} has a class folder whose name is not UTF-8 ({name!a}); rename it."
+            ) from None
     names: list[str] = []
     counts: list[int] = []
     for name in classes:
@@ -134,11 +158,14 @@ def find_images(folder: Path) -> Listing:
     empty = [name for name, count in zip(classes, counts, strict=True) if not count]
     if empty:
         raise UsageError(
-            f"{shown(folder / empty[0])} holds no images ({', '.join(SUFFIXES)}); add some or remove the folder"
+            f"{shown(folder / empty[0])} holds no images ({', '.join(SUFFIXES)}); add some or remove the "
+            "folder"
             f"{f' ({len(empty)} class folders are empty)' if len(empty) > 1 else ''}."
         )
     if len(classes) < 2:
-        raise UsageError(f"{shown(folder)} has one class only ({classes[0]}); a classifier needs at least two.")
+        raise UsageError(
+            f"{shown(folder)} has one class only ({classes[0]}); a classifier needs at least two."
+        )
     labels = np.repeat(np.arange(len(classes), dtype=np.int64), counts)
     return Listing(folder, tuple(classes), Paths.of(folder, names), labels)
 
@@ -168,7 +195,8 @@ def require_equal_classes(parts: dict[str, Listing]) -> None:
 
 
 def folder_preprocessing(size: int) -> Preprocessing:
-    """The evaluation view of a folder's images: the centre square, with ImageNet's usual border from 128 pixels on."""
+    """The evaluation view of a folder's images: the centre square,
+    with ImageNet's usual border from 128 pixels on."""
     return Preprocessing(size, size, resize="crop", crop_fraction=0.875 if size >= 128 else 1.0)
 
 
@@ -184,7 +212,9 @@ def own_size(paths: Sequence[str]) -> int:
     return int(np.clip(np.median(sides) // 8 * 8, 8, 64)) if sides else 32
 
 
-def leave_on_disk(part: Listing, preprocessing: Preprocessing, check: Callable[[str], str | None]) -> tuple[FileSplit, Problems]:
+def leave_on_disk(
+    part: Listing, preprocessing: Preprocessing, check: Callable[[str], str | None]
+) -> tuple[FileSplit, Problems]:
     """Run `check` (path -> what is wrong, or None) on every file, and keep the good ones' names."""
 
     def look(rows: range) -> list[tuple[int, str]]:
@@ -199,9 +229,9 @@ def leave_on_disk(part: Listing, preprocessing: Preprocessing, check: Callable[[
 def check_file(path: str) -> str | None:
     """-> why an image file cannot be read, or None, by its header and its end.
 
-    That finds empty files, other formats and cut-off downloads at a fraction of the cost of decoding; damage inside the
-    compressed pixels it cannot see. Where header or end look wrong, and for formats without an end marker, the image is
-    decoded after all, so a good file is never refused.
+    That finds empty files, other formats and cut-off downloads at a fraction of the cost of decoding; damage
+    inside the compressed pixels it cannot see. Where header or end look wrong, and for formats without an end
+    marker, the image is decoded after all, so a good file is never refused.
     """
     try:
         with open(path, "rb") as file:
@@ -213,7 +243,9 @@ def check_file(path: str) -> str | None:
             file.seek(0)
             if fits and _ends_well(kind, file.read(12), size, tail):
                 return None
-    except Exception:  # Pillow's plugins raise almost anything on broken headers; decoding then gives the reason
+    except (
+        Exception
+    ):  # Pillow's plugins raise almost anything on broken headers; decoding then gives the reason
         return decode_file(path)
     return decode_file(path)
 
@@ -242,7 +274,9 @@ def unreadable(problems: Problems) -> UsageError:
     listed = "; ".join(f"{shown(path)} ({reason})" for path, reason in list(problems.items())[:5])
     more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
     count, them = ("1 image", "it") if len(problems) == 1 else (f"{len(problems)} images", "them")
-    return UsageError(f"{count} cannot be read: {listed}{more}. Mend {them}, or leave {them} out with --skip-bad-images.")
+    return UsageError(
+        f"{count} cannot be read: {listed}{more}. Mend {them}, or leave {them} out with --skip-bad-images."
+    )
 
 
 def shorten(names: Sequence[str]) -> str:

@@ -28,7 +28,10 @@ class UnreadableImage(CheckError):
         self.path, self.reason = path, reason
 
     def __str__(self) -> str:
-        return f"{self.path} cannot be read ({self.reason}); mend it and go on, or start again with --skip-bad-images."
+        return (
+            f"{self.path} cannot be read ({self.reason}); mend it and go on, or start again with "
+            "--skip-bad-images."
+        )
 
 
 class Split(ABC):
@@ -49,7 +52,8 @@ class Split(ABC):
 
     @abstractmethod
     def original(self, row: int) -> Pixels:
-        """-> uint8 [any height, any width, 3]: the image before it is brought to size. Raises UnreadableImage."""
+        """-> uint8 [any height, any width, 3]: the image before it is brought to size.
+        Raises UnreadableImage."""
 
     @abstractmethod
     def take(self, rows: np.ndarray) -> Split:
@@ -58,7 +62,8 @@ class Split(ABC):
 
 @dataclass(frozen=True)
 class ArraySplit(Split):
-    """Images in memory: uint8 [n, height, width, 3]. They are kept at the network's size, so that is their original too."""
+    """Images in memory: uint8 [n, height, width, 3]. They are kept at the network's size,
+    so that is their original too."""
 
     images: np.ndarray
     labels: np.ndarray
@@ -77,7 +82,8 @@ class ArraySplit(Split):
 
 
 class Paths(Sequence[str]):
-    """Many paths below one folder as three buffers, not objects: a million take tens of MB, and forked workers share them."""
+    """Many paths below one folder as three buffers, not objects: a million take tens of MB,
+    and forked workers share them."""
 
     def __init__(self, root: str, names: bytes, starts: np.ndarray, ends: np.ndarray) -> None:
         self.root, self._names, self._starts, self._ends = root, names, starts, ends
@@ -150,7 +156,9 @@ def stratified(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray,
     """
     generator = np.random.default_rng(seed)
     held: list[np.ndarray] = []
-    for members in np.split(np.argsort(labels, kind="stable"), np.cumsum(np.unique(labels, return_counts=True)[1])[:-1]):
+    for members in np.split(
+        np.argsort(labels, kind="stable"), np.cumsum(np.unique(labels, return_counts=True)[1])[:-1]
+    ):
         if len(members) < 2:
             raise UsageError("every class needs at least 2 training images: one is held out for validation.")
         count = min(max(1, round(share * len(members))), len(members) - 1)
@@ -178,7 +186,8 @@ def read_readable(files: FileSplit) -> tuple[ArraySplit, Problems]:
 
 
 def in_threads(work: Callable[[range], Result], count: int, chunk: int = 256) -> list[Result]:
-    """-> the results of `work` on 0..count-1, cut into ranges of `chunk`. Decoders release the interpreter lock."""
+    """-> the results of `work` on 0..count-1, cut into ranges of `chunk`.
+    Decoders release the interpreter lock."""
     cuts = [range(start, min(start + chunk, count)) for start in range(0, count, chunk)]
     with ThreadPoolExecutor(available_cores()) as pool:
         return list(pool.map(work, cuts))

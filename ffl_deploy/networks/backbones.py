@@ -23,7 +23,8 @@ from ffl_deploy.networks.wide_resnet import wide_resnet
 
 @dataclass(frozen=True)
 class Backbone:
-    """`stages` in order; the first takes normalised images [n, 3, h, w], the last gives the feature map [n, C, h', w']."""
+    """`stages` in order; the first takes normalised images [n, 3, h, w],
+    the last gives the feature map [n, C, h', w']."""
 
     name: str
     stages: tuple[nn.Module, ...]
@@ -52,14 +53,16 @@ def is_library_name(name: str) -> bool:
 
 
 def build_backbone(name: str, height: int, width: int, pretrained: bool = False) -> Backbone:
-    """-> a freshly initialised backbone; `torchvision:` and `timm:` ones have their library's own initialisation.
+    """-> a freshly initialised backbone; `torchvision:`
+    and `timm:` ones have their library's own initialisation.
 
-    height, width: of the images; only networks that are built for one size (windowed attention) depend on them.
-    pretrained: start `torchvision:` and `timm:` backbones from their published weights.
-    Raises UsageError that names the known ones, or says why this one cannot be built.
+    height, width: of the images; only networks that are built for one size (windowed attention) depend on
+    them. pretrained: start `torchvision:` and `timm:` backbones from their published weights. Raises
+    UsageError that names the known ones, or says why this one cannot be built.
     """
     if is_library_name(name):
-        from ffl_deploy.networks.library import library_stages  # torchvision and timm only where they are asked for
+        # torchvision and timm only where they are asked for
+        from ffl_deploy.networks.library import library_stages
 
         return Backbone(name, tuple(library_stages(name, height, width, pretrained)))
     for pattern, (build, _) in _FAMILIES.items():
@@ -69,12 +72,14 @@ def build_backbone(name: str, height: int, width: int, pretrained: bool = False)
                 initialise(stage)
             return Backbone(name, tuple(stages))
     raise UsageError(
-        f"there is no backbone {name!r}. {choices_sentence(name, [*backbone_names(), 'torchvision:NAME', 'timm:NAME'])}"
+        f"there is no backbone {name!r}. "
+        f"{choices_sentence(name, [*backbone_names(), 'torchvision:NAME', 'timm:NAME'])}"
     )
 
 
 def initialise(module: nn.Module) -> None:
-    """He initialisation by fan-out for convolutions, ones and zeros for batch normalisation (as FFL's official code)."""
+    """He initialisation by fan-out for convolutions,
+    ones and zeros for batch normalisation (as FFL's official code)."""
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
@@ -87,15 +92,22 @@ def initialise(module: nn.Module) -> None:
 
 @torch.no_grad()
 def feature_shape(stages: nn.Module, height: int, width: int) -> tuple[int, int, int]:
-    """-> (channels, height, width) of the map that `stages` give for images of `height` x `width`. Raises UsageError."""
+    """-> (channels, height, width) of the map that `stages` give for images of `height` x `width`.
+    Raises UsageError."""
     was_training = stages.training
     stages.eval()
     try:
         shape = stages(torch.zeros(1, 3, height, width)).shape
-    except (RuntimeError, ValueError, AssertionError) as error:  # what the libraries raise for a size they cannot take
+    except (
+        RuntimeError,
+        ValueError,
+        AssertionError,
+    ) as error:  # what the libraries raise for a size they cannot take
         if out_of_memory(error):
             raise
-        raise UsageError(f"images of {height}x{width} do not suit this backbone ({error}); use a larger --image-size.") from error
+        raise UsageError(
+            f"images of {height}x{width} do not suit this backbone ({error}); use a larger --image-size."
+        ) from error
     finally:
         stages.train(was_training)
     return int(shape[1]), int(shape[2]), int(shape[3])

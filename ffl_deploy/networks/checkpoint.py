@@ -40,7 +40,9 @@ class LoadedNetwork(NamedTuple):
     sha256: str
 
 
-def save_checkpoint(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+def save_checkpoint(
+    folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
+) -> None:
     """Replace `folder` by a new checkpoint. A kill at any instant leaves the old or the new one whole."""
     with replace_folder(folder) as new:
         hashes = {}
@@ -49,7 +51,9 @@ def save_checkpoint(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], s
             contiguous = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in named.items()}
             write_atomically(new / f"{stem}.safetensors", save_tensors(contiguous))
             hashes[stem] = sha256_of(new / f"{stem}.safetensors")
-        write_atomically(new / STATE, msgspec.json.format(msgspec.json.encode({**state, "sha256": hashes}), indent=1))
+        write_atomically(
+            new / STATE, msgspec.json.format(msgspec.json.encode({**state, "sha256": hashes}), indent=1)
+        )
 
 
 def read_checkpoint(folder: Path, stems: tuple[str, ...] | None = None) -> Checkpoint:
@@ -60,15 +64,20 @@ def read_checkpoint(folder: Path, stems: tuple[str, ...] | None = None) -> Check
         for stem in stems or tuple(state["sha256"]):
             path = folder / f"{stem}.safetensors"
             if sha256_of(path) != state["sha256"][stem]:
-                raise CheckError(f"{path} is damaged (its SHA-256 differs); use another checkpoint of this run.")
+                raise CheckError(
+                    f"{path} is damaged (its SHA-256 differs); use another checkpoint of this run."
+                )
             tensors[stem] = load_tensors(path.read_bytes())
     except (OSError, KeyError, TypeError, msgspec.DecodeError, SafetensorError) as error:
-        raise CheckError(f"the checkpoint {folder} is damaged ({error}); use another checkpoint of this run.") from error
+        raise CheckError(
+            f"the checkpoint {folder} is damaged ({error}); use another checkpoint of this run."
+        ) from error
     return Checkpoint(tensors, state)
 
 
 def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> None:
-    """Load every weight of `module`, all of them and no others. Raises CheckError that names the first differences."""
+    """Load every weight of `module`, all of them and no others.
+    Raises CheckError that names the first differences."""
     own = module.state_dict()
     wrong = [f"{name} missing" for name in own if name not in tensors]
     wrong += [f"{name} unexpected" for name in tensors if name not in own]
@@ -96,7 +105,9 @@ def network_config(run: Run) -> NetworkConfig:
     try:
         return msgspec.convert(run.model.network, NetworkConfig)
     except msgspec.ValidationError as error:
-        raise CheckError(f"{run.folder}/config.json describes no valid network ({error}); train again.") from error
+        raise CheckError(
+            f"{run.folder}/config.json describes no valid network ({error}); train again."
+        ) from error
 
 
 def load_network(run: Run, checkpoint: str = "best") -> LoadedNetwork:

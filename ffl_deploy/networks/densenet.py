@@ -20,9 +20,11 @@ class DenseLayer(nn.Module):
 
 
 def densenet(depth: int, growth: int) -> list[nn.Module]:
-    """DenseNet-`depth` with growth rate `growth`: depth = 3n+4, n layers in each of three blocks, 16 channels to start.
+    """DenseNet-`depth` with growth rate `growth`: depth = 3n+4, n layers in each of three blocks,
+    16 channels to start.
 
-    -> stem, then one stage per resolution (its transition first); for DenseNet-40-12 the last map is [n, 448, h/4, w/4].
+    -> stem, then one stage per resolution (its transition first);
+    for DenseNet-40-12 the last map is [n, 448, h/4, w/4].
     """
     layers = (depth - 4) // 3
     channels = 16
@@ -30,7 +32,11 @@ def densenet(depth: int, growth: int) -> list[nn.Module]:
     for block in range(3):
         parts: list[nn.Module] = []
         if block:
-            parts += [nn.BatchNorm2d(channels), nn.ReLU(inplace=True), nn.Conv2d(channels, channels, 1, bias=False)]
+            parts += [
+                nn.BatchNorm2d(channels),
+                nn.ReLU(inplace=True),
+                nn.Conv2d(channels, channels, 1, bias=False),
+            ]
             parts += [nn.AvgPool2d(2)]
         parts += [DenseLayer(channels + index * growth, growth) for index in range(layers)]
         channels += layers * growth

@@ -1,4 +1,5 @@
-"""The fusion module (Kim et al. 2019, section III-A): the branches' last feature maps -> one fused classifier."""
+"""The fusion module (Kim et al. 2019, section III-A):
+the branches' last feature maps -> one fused classifier."""
 
 from __future__ import annotations
 
@@ -16,9 +17,11 @@ Shape = tuple[int, int, int]
 
 
 def regressor(shape: Shape, height: int, width: int) -> nn.Module:
-    """-> the convolution that brings a map of `shape` to `height` x `width` (a FitNets regressor, Romero et al. 2015).
+    """-> the convolution that brings a map of `shape` to `height` x `width` (a FitNets regressor,
+    Romero et al. 2015).
 
-    Unpadded, with the largest stride whose windows still cover the whole map: 16 -> 8 is 2x2 by 2, 8 -> 7 is 2x2 by 1.
+    Unpadded, with the largest stride whose windows still cover the whole map: 16 -> 8 is 2x2 by 2,
+    8 -> 7 is 2x2 by 1.
     """
     channels, from_height, from_width = shape
     if (from_height, from_width) == (height, width):
@@ -41,9 +44,11 @@ class Align(nn.Module):
 
 
 class FusionModule(nn.Module):
-    """Concatenation -> 3x3 depthwise -> BN -> ReLU -> 1x1 pointwise to `width` -> BN -> ReLU -> pooling -> linear.
+    """Concatenation -> 3x3 depthwise -> BN -> ReLU -> 1x1 pointwise to `width` -> BN -> ReLU -> pooling ->
+    linear.
 
-    shapes: (C, h, w) of each branch's last feature map; width: N of the paper, by default the first branch's channels.
+    shapes: (C, h, w) of each branch's last feature map; width: N of the paper,
+    by default the first branch's channels.
     """
 
     def __init__(self, shapes: Sequence[Shape], classes: int, width: int | None = None) -> None:
@@ -69,7 +74,8 @@ class FusionModule(nn.Module):
 
 
 class Combination(nn.Module):
-    """Sum (DualNet, Hou et al. 2017) or mean of the maps -> pooling -> linear: the ablations of the fusion module."""
+    """Sum (DualNet, Hou et al. 2017) or mean of the maps -> pooling -> linear:
+    the ablations of the fusion module."""
 
     def __init__(self, shapes: Sequence[Shape], classes: int, kind: str) -> None:
         super().__init__()
@@ -77,7 +83,8 @@ class Combination(nn.Module):
         if len(channels) != 1:
             raise UsageError(
                 f"{kind} fusion adds feature maps, which needs branches of equal channels, not "
-                f"{', '.join(str(shape[0]) for shape in shapes)}; use the fusion module (--method ffl) for these branches."
+                f"{', '.join(str(shape[0]) for shape in shapes)}; use the fusion module (--method ffl) for "
+                "these branches."
             )
         self.scale = 1.0 if kind == "sum" else 1.0 / len(shapes)
         self.align = Align(shapes)
@@ -92,7 +99,9 @@ class Combination(nn.Module):
         return self.classifier(pool(self.features(maps)))
 
 
-def build_fusion(kind: str, shapes: Sequence[Shape], classes: int, width: int | None = None) -> FusionModule | Combination:
+def build_fusion(
+    kind: str, shapes: Sequence[Shape], classes: int, width: int | None = None
+) -> FusionModule | Combination:
     """kind: "module", "sum" or "mean"; see the classes."""
     return FusionModule(shapes, classes, width) if kind == "module" else Combination(shapes, classes, kind)
 

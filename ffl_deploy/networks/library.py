@@ -1,9 +1,10 @@
-"""Backbones of other libraries: `torchvision:NAME` (classification models) and `timm:NAME` (models with a feature map).
+"""Backbones of other libraries: `torchvision:NAME` (classification models)
+and `timm:NAME` (models with a feature map).
 
-A model is built as its library builds it and run once on noise; the modules that were called on the way to the
-feature map become the stages, if one after the other they give the same map. timm models whose parts are joined in
-other ways become one stage. Weights keep their library's initialisation, and can be given back by name
-(plain_weights.py).
+A model is built as its library builds it and run once on noise; the modules that were called on the way to
+the feature map become the stages, if one after the other they give the same map. timm models whose parts are
+joined in other ways become one stage. Weights keep their library's initialisation, and can be given back by
+name (plain_weights.py).
 """
 
 from __future__ import annotations
@@ -16,7 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from ffl_deploy.errors import UsageError
-from ffl_deploy.networks.stages import Permute, Visit, agrees, channels_come_last, compose, group, record, units_of
+from ffl_deploy.networks.stages import (
+    Permute,
+    Visit,
+    agrees,
+    channels_come_last,
+    compose,
+    group,
+    record,
+    units_of,
+)
 
 # What torchvision calls the modules after the feature map.
 _HEADS = ("avgpool", "dropout", "classifier", "fc", "head", "heads")
@@ -33,18 +43,30 @@ def library_stages(name: str, height: int, width: int, pretrained: bool = False)
 @torch.no_grad()
 def stages_of(name: str, model: nn.Module, height: int, width: int) -> list[nn.Module]:
     """-> the stages of `model`, which `build_model` built and which is in eval mode. Raises UsageError."""
-    return torchvision_stages(name, model) if name.startswith("torchvision:") else timm_stages(name, model, height, width)
+    return (
+        torchvision_stages(name, model)
+        if name.startswith("torchvision:")
+        else timm_stages(name, model, height, width)
+    )
 
 
-def build_model(name: str, height: int, width: int, classes: int | None = None, pretrained: bool = False) -> nn.Module:
+def build_model(
+    name: str, height: int, width: int, classes: int | None = None, pretrained: bool = False
+) -> nn.Module:
     """-> the library's own model, with a classifier for `classes` where they are given. Raises UsageError."""
     library, _, model = name.partition(":")
     known = _known_names(library)
     if model.partition(".")[0] not in known:  # timm names may end in .TAG, which selects published weights
         near = get_close_matches(model, known, n=3)
-        hint = f"Did you mean {', '.join(repr(f'{library}:{other}') for other in near)}?" if near else "Check the spelling."
+        hint = (
+            f"Did you mean {', '.join(repr(f'{library}:{other}') for other in near)}?"
+            if near
+            else "Check the spelling."
+        )
         listing = "timm" if library == "timm" else "torchvision.models"
-        raise UsageError(f"{library} has no model {model!r}. {hint} ({listing}.list_models() lists all {len(known)}.)")
+        raise UsageError(
+            f"{library} has no model {model!r}. {hint} ({listing}.list_models() lists all {len(known)}.)"
+        )
     try:
         if library == "torchvision":
             return _torchvision_model(model, classes, pretrained)
@@ -57,7 +79,8 @@ def build_model(name: str, height: int, width: int, classes: int | None = None, 
                 "or train from scratch without --pretrained."
             ) from error
         raise UsageError(
-            f"{name} cannot be built for images of {height}x{width} ({reason}); try another name or --image-size."
+            f"{name} cannot be built for images of {height}x{width} ({reason}); try another name or "
+            "--image-size."
         ) from error
 
 
@@ -71,7 +94,9 @@ def _known_names(library: str) -> Sequence[str]:
 
         return timm.list_models()
     except ImportError as error:
-        raise UsageError(f"{library} is not installed; install it with: pip install 'ffl-deploy[train]'") from error
+        raise UsageError(
+            f"{library} is not installed; install it with: pip install 'ffl-deploy[train]'"
+        ) from error
 
 
 def _torchvision_model(name: str, classes: int | None, pretrained: bool) -> nn.Module:
@@ -116,7 +141,8 @@ class _HeadReachedError(Exception):
 
 
 def torchvision_stages(name: str, model: nn.Module) -> list[nn.Module]:
-    """-> the stages of a torchvision classification model: what is called before its pooling and classifier."""
+    """-> the stages of a torchvision classification model:
+    what is called before its pooling and classifier."""
 
     def stop(head: nn.Module, inputs: tuple[Any, ...]) -> None:
         raise _HeadReachedError(inputs[0])
@@ -134,7 +160,8 @@ def torchvision_stages(name: str, model: nn.Module) -> list[nn.Module]:
 
     seen = observe(name, model, features, [(side, side) for side in _PROBES])
     last = seen.visits[-1].after
-    for visits in (seen.visits, [*seen.visits, Visit(nn.ReLU(), last, last)]):  # DenseNet's last ReLU is a function
+    # DenseNet's last ReLU is a function
+    for visits in (seen.visits, [*seen.visits, Visit(nn.ReLU(), last, last)]):
         if agrees(compose(visits, seen.images), seen.features):
             return group(visits)
     raise _no_feature_map(name)
@@ -157,7 +184,8 @@ def timm_stages(name: str, model: nn.Module, height: int, width: int) -> list[nn
     used = {id(visit.unit) for visit in seen.visits}
     for child_name, child in model.named_children():
         if not any(id(unit) in used for unit in (child, *units_of(child))):
-            setattr(model, child_name, nn.Identity())  # the head, and whatever else the feature map does not need
+            # the head, and whatever else the feature map does not need
+            setattr(model, child_name, nn.Identity())
     return [nn.Sequential(whole, Permute(0, 3, 1, 2)) if channels_come_last(seen.features.shape) else whole]
 
 
@@ -169,7 +197,8 @@ class ForwardFeatures(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
-        """images: normalised [n, 3, h, w] -> what the model calls its features, [n, C, h', w'] or [n, h', w', C]."""
+        """images: normalised [n, 3, h, w] -> what the model calls its features,
+        [n, C, h', w'] or [n, h', w', C]."""
         return self.model.forward_features(images)
 
 
@@ -181,8 +210,11 @@ class Observation(NamedTuple):
     features: Tensor
 
 
-def observe(name: str, model: nn.Module, features: Callable[[Tensor], Tensor], sizes: Sequence[tuple[int, int]]) -> Observation:
-    """Run `features` on noise of the first of `sizes` that the model takes. Raises UsageError where it takes none."""
+def observe(
+    name: str, model: nn.Module, features: Callable[[Tensor], Tensor], sizes: Sequence[tuple[int, int]]
+) -> Observation:
+    """Run `features` on noise of the first of `sizes` that the model takes.
+    Raises UsageError where it takes none."""
     failure: Exception | None = None
     for height, width in sizes:
         images = torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(0))
@@ -190,11 +222,14 @@ def observe(name: str, model: nn.Module, features: Callable[[Tensor], Tensor], s
             return Observation(images, *record(model, features, images))
         except Exception as error:  # a size that the model cannot take; each one says so in its own way
             failure = error
-    raise UsageError(f"{name} takes no images of {sizes[-1][0]}x{sizes[-1][1]} ({failure}); try another --image-size.")
+    raise UsageError(
+        f"{name} takes no images of {sizes[-1][0]}x{sizes[-1][1]} ({failure}); try another --image-size."
+    )
 
 
 def _no_feature_map(name: str) -> UsageError:
     return UsageError(
-        f"{name} gives tokens, not a feature map of [n, channels, height, width], which fusion and pooling work on; "
+        f"{name} gives tokens, not a feature map of [n, channels, height, width], which fusion and pooling "
+        "work on; "
         "choose a convolutional or hierarchical network such as torchvision:resnet18 or timm:convnext_atto."
     )

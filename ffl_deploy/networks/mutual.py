@@ -41,9 +41,11 @@ class Outputs(NamedTuple):
     features: list[Tensor]  # the branches' last feature maps, [n, C_k, h_k, w_k]
 
     def classifiers(self) -> dict[str, Tensor]:
-        """-> deployable target -> its logits [n, classes]; the names of `targets.target_names`, in that order."""
+        """-> deployable target -> its logits [n, classes]; the names of `targets.target_names`,
+        in that order."""
         named = {} if self.fused is None else {"fused": self.fused}
-        if self.aggregated is not None and self.aggregated.ndim == 2:  # the gate's; attention gives targets per peer
+        # the gate's; attention gives targets per peer
+        if self.aggregated is not None and self.aggregated.ndim == 2:
             named["gated"] = self.aggregated
         if len(self.branches) > 1:
             named["ensemble"] = mean(self.branches)
@@ -53,7 +55,8 @@ class Outputs(NamedTuple):
 class MutualNetwork(nn.Module):
     """Networks that are trained together; each classifier can be deployed alone (targets.py).
 
-    pretrained: start from the libraries' published weights; a matter of initialisation, so no part of the architecture.
+    pretrained: start from the libraries' published weights; a matter of initialisation,
+    so no part of the architecture.
     """
 
     def __init__(self, config: NetworkConfig, pretrained: bool = False) -> None:
@@ -61,19 +64,31 @@ class MutualNetwork(nn.Module):
         self.config = config
         if pretrained and not any(is_library_name(name) for name in config.branches):
             raise UsageError(
-                f"there are no published weights of {', '.join(dict.fromkeys(config.branches))}: --pretrained is for "
+                f"there are no published weights of {', '.join(dict.fromkeys(config.branches))}: "
+                "--pretrained is for "
                 "torchvision:NAME and timm:NAME branches."
             )
-        backbones = [build_backbone(name, config.height, config.width, pretrained) for name in config.branches]
+        backbones = [
+            build_backbone(name, config.height, config.width, pretrained) for name in config.branches
+        ]
         shared = number_of_shared_stages(config, [len(backbone.stages) for backbone in backbones])
         self.trunk = nn.Sequential(*backbones[0].stages[:shared])
         self.branches = nn.ModuleList(nn.Sequential(*backbone.stages[shared:]) for backbone in backbones)
-        shapes = [feature_shape(nn.Sequential(self.trunk, branch), config.height, config.width) for branch in self.branches]
+        shapes = [
+            feature_shape(nn.Sequential(self.trunk, branch), config.height, config.width)
+            for branch in self.branches
+        ]
         self.heads = nn.ModuleList(nn.Linear(channels, config.classes) for channels, _, _ in shapes)
-        self.fusion = build_fusion(config.fusion, shapes, config.classes, config.fusion_width) if config.fusion else None
+        self.fusion = (
+            build_fusion(config.fusion, shapes, config.classes, config.fusion_width)
+            if config.fusion
+            else None
+        )
         trunk_channels = feature_shape(self.trunk, config.height, config.width)[0]
         self.aggregator = (
-            build_aggregator(config.aggregator, trunk_channels, [shape[0] for shape in shapes]) if config.aggregator else None
+            build_aggregator(config.aggregator, trunk_channels, [shape[0] for shape in shapes])
+            if config.aggregator
+            else None
         )
 
     def forward(self, images: Tensor) -> Outputs:
@@ -90,12 +105,15 @@ class MutualNetwork(nn.Module):
 
 
 def number_of_shared_stages(config: NetworkConfig, lengths: list[int]) -> int:
-    """-> how many stages the branches of `config` share, given each backbone's number of stages. Raises UsageError."""
+    """-> how many stages the branches of `config` share, given each backbone's number of stages.
+    Raises UsageError."""
     same = len(set(config.branches)) == 1
     if config.shared_stages is None:
         return lengths[0] - 1 if same and len(config.branches) > 1 else 0
     if config.shared_stages and not same:
-        raise UsageError("branches of different architectures share no stages; leave --shared-stages out or set it to 0.")
+        raise UsageError(
+            "branches of different architectures share no stages; leave --shared-stages out or set it to 0."
+        )
     if not 0 <= config.shared_stages < lengths[0]:
         raise UsageError(
             f"{config.branches[0]} has {lengths[0]} stages, so --shared-stages can be 0 to {lengths[0] - 1}, "

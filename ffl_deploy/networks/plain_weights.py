@@ -1,4 +1,5 @@
-"""A branch as a plain `state_dict` under the names of the library that its backbone comes from, for use elsewhere."""
+"""A branch as a plain `state_dict` under the names of the library that its backbone comes from,
+for use elsewhere."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from ffl_deploy.networks.targets import build_target
 
 
 class PlainWeights(NamedTuple):
-    """tensors: the library's name -> tensor; missing: the library's names that a branch has no weights for."""
+    """tensors: the library's name -> tensor; missing:
+    the library's names that a branch has no weights for."""
 
     tensors: dict[str, Tensor]
     missing: list[str]
@@ -25,10 +27,11 @@ class PlainWeights(NamedTuple):
 def plain_weights(network: MutualNetwork, branch: int) -> PlainWeights:
     """-> the weights of branch number `branch` (trunk, branch, head) under its library's names.
 
-    With nothing missing, `torchvision.models.NAME(num_classes=K)` or `timm.create_model(NAME, num_classes=K)` loads
-    them strictly and gives the same logits; this is tried here. Where the library's classifier is more than pooling
-    and one linear layer (VGG, MobileNetV3, ConvNeXt), it is what is missing, and the head of this project is left out.
-    Own ResNets get the names of FFL's official code and of torchvision's ResNets. Raises UsageError for other backbones.
+    With nothing missing, `torchvision.models.NAME(num_classes=K)` or `timm.create_model(NAME, num_classes=K)`
+    loads them strictly and gives the same logits; this is tried here. Where the library's classifier is more
+    than pooling and one linear layer (VGG, MobileNetV3, ConvNeXt), it is what is missing, and the head of
+    this project is left out. Own ResNets get the names of FFL's official code and of torchvision's ResNets.
+    Raises UsageError for other backbones.
     """
     if not 0 <= branch < len(network.branches):
         raise UsageError(f"this run has branches 0 to {len(network.branches) - 1}, not {branch}.")
@@ -44,13 +47,18 @@ def plain_weights(network: MutualNetwork, branch: int) -> PlainWeights:
     tensors: dict[str, Tensor] = {}
     for stage, trained in zip(stages_of(name, model, config.height, config.width), body, strict=True):
         values = trained.state_dict()
-        tensors |= {own_names[id(tensor)]: values[key] for key, tensor in stage.state_dict(keep_vars=True).items()}
+        tensors |= {
+            own_names[id(tensor)]: values[key] for key, tensor in stage.state_dict(keep_vars=True).items()
+        }
     missing = [key for key in own_names.values() if key not in tensors]
 
-    model = build_model(name, config.height, config.width, classes=config.classes).eval()  # stages_of may have taken it apart
+    # stages_of may have taken it apart
+    model = build_model(name, config.height, config.width, classes=config.classes).eval()
     classifier = {key: head.get(key.rpartition(".")[2]) for key in missing}
     shapes = {key: value.shape for key, value in model.state_dict().items()}
-    if len(missing) == 2 and all(value is not None and value.shape == shapes[key] for key, value in classifier.items()):
+    if len(missing) == 2 and all(
+        value is not None and value.shape == shapes[key] for key, value in classifier.items()
+    ):
         with_head = tensors | {key: value for key, value in classifier.items() if value is not None}
         model.load_state_dict(with_head)
         if _same_logits(model, build_target(network, f"branch{branch}"), config.height, config.width):
@@ -61,7 +69,9 @@ def plain_weights(network: MutualNetwork, branch: int) -> PlainWeights:
 def _as_resnet(stages: Sequence[nn.Module]) -> dict[str, Tensor]:
     """-> the weights of a ResNet's stages as conv1, bn1, layer1, layer2, layer3."""
     stem = {"0": "conv1", "1": "bn1"}
-    layers = [{block: f"layer{k}.{block}" for block, _ in stages[k].named_children()} for k in range(1, len(stages))]
+    layers = [
+        {block: f"layer{k}.{block}" for block, _ in stages[k].named_children()} for k in range(1, len(stages))
+    ]
     return {
         f"{new[key.partition('.')[0]]}.{key.partition('.')[2]}": value
         for stage, new in zip(stages, [stem, *layers], strict=True)

@@ -1,14 +1,17 @@
-"""A MutualNetwork as its int8 file will compute it: the same weights, folded and rounded, and uint8 activations.
+"""A MutualNetwork as its int8 file will compute it: the same weights, folded and rounded,
+and uint8 activations.
 
-What export writes for CPUs, imitated in floating point ("fake quantisation", Jacob et al. 2018): batch normalisation folded
-into the convolution before it with its running statistics; int8 weights, symmetric per output channel, such that no pair of
-products can leave 16 bits (`weight_scales`); uint8 activations with one scale and zero point per tensor; biases in steps of
-activation scale x weight scale; the logits themselves in floating point. Rounding passes its gradient on unchanged where it
-does not clip (Bengio et al. 2013). The activations' grids are those of a calibration, of least squared error; they stay while the
-weights learn (learned ones, Esser et al. 2020, left the positive numbers at a rate that suits the weights).
+What export writes for CPUs, imitated in floating point ("fake quantisation", Jacob et al. 2018): batch
+normalisation folded into the convolution before it with its running statistics; int8 weights, symmetric per
+output channel, such that no pair of products can leave 16 bits (`weight_scales`); uint8 activations with one
+scale and zero point per tensor; biases in steps of activation scale x weight scale; the logits themselves in
+floating point. Rounding passes its gradient on unchanged where it does not clip (Bengio et al. 2013). The
+activations' grids are those of a calibration, of least squared error; they stay while the weights learn
+(learned ones, Esser et al. 2020, left the positive numbers at a rate that suits the weights).
 
-A tensor is named by the layers around it, which an ONNX file of any target knows too: `trunk.1.0.conv1>` is what that
-layer gives, `trunk.1.0.conv1<` what it takes, `fusion.depthwise<1` the second thing that its input was made from.
+A tensor is named by the layers around it, which an ONNX file of any target knows too: `trunk.1.0.conv1>` is
+what that layer gives, `trunk.1.0.conv1<` what it takes, `fusion.depthwise<1` the second thing that its input
+was made from.
 """
 
 from __future__ import annotations
@@ -27,8 +30,8 @@ from ffl_deploy.networks.tracing import trace
 LEVELS = 255
 """The largest uint8."""
 PAIR = 128
-"""Largest |sum| of two weights of an output channel, in steps: twice 255 times weights is the most that x86 kernels without
-VNNI add up in 16 bits (ffl_deploy/saturation.py, which proves it of a written file)."""
+"""Largest |sum| of two weights of an output channel, in steps: twice 255 times weights is the most that x86
+kernels without VNNI add up in 16 bits (ffl_deploy/saturation.py, which proves it of a written file)."""
 _PAIR_STEP = (1 + 2**-20) / PAIR
 
 
@@ -40,12 +43,15 @@ class QuantizationParameters(NamedTuple):
 
 
 def weight_scales(weight: Tensor) -> Tensor:
-    """weight: [out, ...] -> the step of each output channel, float32 [out], with which no weight passes 127 steps and no two
-    weights of a channel 128 in sum, once rounded."""
+    """weight: [out, ...] -> the step of each output channel, float32 [out], with which no weight passes 127
+    steps and no two weights of a channel 128 in sum, once rounded."""
     rows = weight.detach().flatten(1).float()
     ends = [rows.abs().amax(dim=1) / 127]
     if rows.shape[1] > 1:
-        positive, negative = rows.clamp(min=0).topk(2, dim=1).values, rows.clamp(max=0).neg().topk(2, dim=1).values
+        positive, negative = (
+            rows.clamp(min=0).topk(2, dim=1).values,
+            rows.clamp(max=0).neg().topk(2, dim=1).values,
+        )
         # A little wider, so that two that round up to more than PAIR are more than PAIR before it.
         ends += [positive.sum(dim=1) * _PAIR_STEP, negative.sum(dim=1) * _PAIR_STEP]
     scales = torch.stack(ends).amax(dim=0)
@@ -55,7 +61,8 @@ def weight_scales(weight: Tensor) -> Tensor:
 class ActivationQuantizer(nn.Module):
     """Rounds one activation tensor, or several that share a grid, to 256 levels.
 
-    While `samples` is a list it only watches: values pass as they are, and some of them are kept for `calibrate`.
+    While `samples` is a list it only watches: values pass as they are,
+    and some of them are kept for `calibrate`.
     """
 
     SAMPLES = 16384  # values kept of each tensor of a calibration batch
@@ -85,7 +92,9 @@ class ActivationQuantizer(nn.Module):
         assert self.samples, "nothing has passed through"
         values, self.samples = torch.cat(self.samples), None
         if not torch.isfinite(values).all():
-            raise CheckError("activations are not finite, so they have no range; lower --lr or use an earlier checkpoint.")
+            raise CheckError(
+                "activations are not finite, so they have no range; lower --lr or use an earlier checkpoint."
+            )
         low, high = min(float(values.min()), 0.0), max(float(values.max()), 0.0)
         shares = [1 - 0.02 * k for k in range(35)]
         high *= min(shares, key=lambda share: _squared_error(values, low, share * high))
@@ -106,19 +115,25 @@ def _grid(low: float, high: float) -> tuple[float, int]:
 
 def _squared_error(values: Tensor, low: float, high: float) -> float:
     scale, zero_point = _grid(low, high)
-    return float((torch.fake_quantize_per_tensor_affine(values, scale, zero_point, 0, LEVELS) - values).square().sum())
+    return float(
+        (torch.fake_quantize_per_tensor_affine(values, scale, zero_point, 0, LEVELS) - values).square().sum()
+    )
 
 
 class FoldedLayer(nn.Module):
-    """A convolution, with the batch normalisation behind it, or a linear layer, in int8; the modules are the network's own.
+    """A convolution, with the batch normalisation behind it, or a linear layer, in int8;
+    the modules are the network's own.
 
     quantizer: of its input, which decides the step of the bias.
     """
 
-    def __init__(self, layer: nn.Conv2d | nn.Linear, norm: nn.BatchNorm2d | None, quantizer: ActivationQuantizer) -> None:
+    def __init__(
+        self, layer: nn.Conv2d | nn.Linear, norm: nn.BatchNorm2d | None, quantizer: ActivationQuantizer
+    ) -> None:
         super().__init__()
         self.layer, self.norm, self.quantizer = layer, norm, quantizer
-        self.written: Tensor | None = None  # the weights' steps in a file, where they are not to follow the weights
+        # the weights' steps in a file, where they are not to follow the weights
+        self.written: Tensor | None = None
 
     def factor(self) -> Tensor | None:
         """-> what batch normalisation multiplies each output channel by, [out]; None without it."""
@@ -144,7 +159,8 @@ class FoldedLayer(nn.Module):
 
     @torch.no_grad()
     def rounded(self) -> Tensor:
-        """-> the layer's own weight such that, folded, it is a whole number of steps: what int8 makes of it, in float."""
+        """-> the layer's own weight such that, folded, it is a whole number of steps: what int8 makes of it,
+        in float."""
         weight, factor, shape = self.folded()[0], self.factor(), (-1, *[1] * (self.layer.weight.ndim - 1))
         whole = (weight / self.steps().reshape(shape)).round() * self.steps().reshape(shape)
         if factor is None:
@@ -161,7 +177,9 @@ class FoldedLayer(nn.Module):
         if isinstance(self.layer, nn.Linear):
             return functional.linear(values, weight, bias)
         layer = self.layer
-        return functional.conv2d(values, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+        return functional.conv2d(
+            values, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups
+        )
 
 
 def _straight_through(values: Tensor, steps: Tensor) -> Tensor:
@@ -170,7 +188,8 @@ def _straight_through(values: Tensor, steps: Tensor) -> Tensor:
 
 
 class QuantizedNetwork(nn.Module):
-    """`network` in int8, as export writes it. Its weights are `network`'s own; what it adds are the activations' grids.
+    """`network` in int8, as export writes it. Its weights are `network`'s own;
+    what it adds are the activations' grids.
 
     Batch normalisation uses its running statistics, dropout and stochastic depth are off, in training too.
     Raises UsageError where the network's operations cannot be followed.
@@ -180,7 +199,9 @@ class QuantizedNetwork(nn.Module):
         super().__init__()
         self.network = network
         traced = trace(network)
-        self.quantizers = nn.ModuleDict({f"{index}": ActivationQuantizer() for index in range(len(traced.grids))})
+        self.quantizers = nn.ModuleDict(
+            {f"{index}": ActivationQuantizer() for index in range(len(traced.grids))}
+        )
         self.names = [sorted(names) for names in traced.grids]  # of each quantizer: all names of its tensors
         members = {node: f"{index}" for index, nodes in enumerate(traced.members) for node in nodes}
         self.layers = nn.ModuleDict()
@@ -221,7 +242,8 @@ class QuantizedNetwork(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Tensor]) -> None:
-        """Set every grid from normalised images [n, 3, h, w]. Raises CheckError where activations are not finite."""
+        """Set every grid from normalised images [n, 3, h, w].
+        Raises CheckError where activations are not finite."""
         quantizers = [cast(ActivationQuantizer, module) for module in self.quantizers.values()]
         for quantizer in quantizers:
             quantizer.samples = []
@@ -231,8 +253,8 @@ class QuantizedNetwork(nn.Module):
             quantizer.calibrate()
 
     def tensors(self) -> dict[str, Tensor]:
-        """-> what a checkpoint holds beside the weights: "TENSOR.scale" and "TENSOR.zero_point" of each grid, and
-        "LAYER.weight_scale", the steps of the weights."""
+        """-> what a checkpoint holds beside the weights: "TENSOR.scale" and "TENSOR.zero_point" of each grid,
+        and "LAYER.weight_scale", the steps of the weights."""
         grids = {
             f"{names[0]}.{key}": value.detach()
             for names, module in zip(self.names, self.quantizers.values(), strict=True)
@@ -241,11 +263,14 @@ class QuantizedNetwork(nn.Module):
         return grids | {f"{path}.weight_scale": steps for path, steps in self.weight_scales().items()}
 
     def load(self, tensors: Mapping[str, Tensor], origin: str, as_written: bool = False) -> None:
-        """The inverse of `tensors`. as_written: keep the steps of the weights too, as a file does, instead of following the
-        weights. Raises CheckError where they are of another network."""
+        """The inverse of `tensors`. as_written: keep the steps of the weights too, as a file does, instead of
+        following the weights. Raises CheckError where they are of another network."""
         odd = sorted(set(self.tensors()) ^ set(tensors))
         if odd:
-            raise CheckError(f"{origin} was quantised as another network ({odd[0]}); use it with its own run's config.json.")
+            raise CheckError(
+                f"{origin} was quantised as another network ({odd[0]}); use it with its own run's "
+                "config.json."
+            )
         for names, module in zip(self.names, self.quantizers.values(), strict=True):
             module.load_state_dict({key: tensors[f"{names[0]}.{key}"] for key in ("scale", "zero_point")})
         for key, layer in self.layers.items():
@@ -262,12 +287,13 @@ class QuantizedNetwork(nn.Module):
 
     @torch.no_grad()
     def weight_scales(self) -> dict[str, Tensor]:
-        """-> path of a convolution or linear layer -> the step of each of its output channels, float32 [out]."""
+        """-> path of a convolution or linear layer -> the step of each of its output channels,
+        float32 [out]."""
         return {self.paths[key]: cast(FoldedLayer, layer).steps() for key, layer in self.layers.items()}
 
     def rounded_weights(self) -> dict[str, Tensor]:
-        """-> `network`'s state with weights as int8 holds them: what remains between it and its int8 file is the rounding of
-        activations."""
+        """-> `network`'s state with weights as int8 holds them:
+        what remains between it and its int8 file is the rounding of activations."""
         state = dict(self.network.state_dict())
         for key, layer in self.layers.items():
             state[f"{self.paths[key]}.weight"] = cast(FoldedLayer, layer).rounded()

@@ -7,7 +7,8 @@ from torch.nn import functional
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions with a shortcut (He et al. 2016); a 1x1 convolution where shape changes, as FFL's code has it."""
+    """Two 3x3 convolutions with a shortcut (He et al. 2016); a 1x1 convolution where shape changes,
+    as FFL's code has it."""
 
     def __init__(self, channels_in: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -17,11 +18,14 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(channels)
         self.downsample: nn.Module | None = None
         if stride != 1 or channels_in != channels:
-            self.downsample = nn.Sequential(nn.Conv2d(channels_in, channels, 1, stride, bias=False), nn.BatchNorm2d(channels))
+            self.downsample = nn.Sequential(
+                nn.Conv2d(channels_in, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
-        # In place: batch normalisation keeps its input for the backward pass, not its output, so only memory traffic is lost.
+        # In place: batch normalisation keeps its input for the backward pass, not its output,
+        # so only memory traffic is lost.
         out = functional.relu(self.bn1(self.conv1(x)), inplace=True)
         return functional.relu(self.bn2(self.conv2(out)).add_(shortcut), inplace=True)
 

@@ -47,7 +47,8 @@ def units_of(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def record(model: nn.Module, run: Callable[[Tensor], Tensor], images: Tensor) -> tuple[list[Visit], Tensor]:
-    """-> (the calls of `model`'s units during `run(images)`, in the order in which they ended; what it gives)."""
+    """-> (the calls of `model`'s units during `run(images)`, in the order in which they ended;
+    what it gives)."""
     visits: list[Visit] = []
 
     def hook(unit: nn.Module, inputs: tuple[object, ...], output: object) -> None:
@@ -79,7 +80,8 @@ def compose(visits: list[Visit], images: Tensor) -> Tensor | None:
 
 
 def agrees(found: Tensor | None, wanted: Tensor) -> bool:
-    """-> whether `found` is `wanted`, which is the feature map or its global average [n, C]; rounding apart."""
+    """-> whether `found` is `wanted`, which is the feature map or its global average [n, C];
+    rounding apart."""
     if found is None or found.ndim != 4:
         return False
     if wanted.ndim == 2:
@@ -90,8 +92,8 @@ def agrees(found: Tensor | None, wanted: Tensor) -> bool:
 def group(visits: list[Visit]) -> list[nn.Module]:
     """Cut a chain where the resolution falls; -> stages, each from and to [n, C, h, w].
 
-    A unit with weights opens a stage when it lowers the resolution, or when pooling since the last weights did; so
-    that every stage has weights, and pooling ends the stage before it.
+    A unit with weights opens a stage when it lowers the resolution, or when pooling since the last weights
+    did; so that every stage has weights, and pooling ends the stage before it.
     """
     groups: list[list[Visit]] = []
     pooled = False

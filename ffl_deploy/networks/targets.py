@@ -1,4 +1,5 @@
-"""What can be deployed from a trained network: one module per target, holding only the weights that it needs."""
+"""What can be deployed from a trained network: one module per target,
+holding only the weights that it needs."""
 
 from __future__ import annotations
 
@@ -52,7 +53,9 @@ class FusedTarget(nn.Module):
 class EnsembleTarget(nn.Module):
     """All branches with their heads; their logits are averaged, or weighted by ONE's gate."""
 
-    def __init__(self, trunk: nn.Module, branches: nn.ModuleList, heads: nn.ModuleList, gate: Gate | None = None) -> None:
+    def __init__(
+        self, trunk: nn.Module, branches: nn.ModuleList, heads: nn.ModuleList, gate: Gate | None = None
+    ) -> None:
         super().__init__()
         self.trunk, self.branches, self.heads, self.gate = trunk, branches, heads, gate
 
@@ -80,7 +83,8 @@ def target_names(network: MutualNetwork) -> list[str]:
 
 
 def network_path(target: str, name: str) -> str:
-    """-> the path in a MutualNetwork of what target `target`'s ONNX file calls `name`: target.branch.0 -> branches.1.0."""
+    """-> the path in a MutualNetwork of what target `target`'s ONNX file calls `name`:
+    target.branch.0 -> branches.1.0."""
     path = name.removeprefix("target.")
     if target.startswith("branch"):
         number = target.removeprefix("branch")
@@ -90,7 +94,8 @@ def network_path(target: str, name: str) -> str:
 
 
 def build_target(network: MutualNetwork, name: str) -> Target:
-    """-> a copy of what target `name` needs, in eval mode, independent of `network`. Raises UsageError for an unknown name."""
+    """-> a copy of what target `name` needs, in eval mode, independent of `network`.
+    Raises UsageError for an unknown name."""
     known = target_names(network)
     if name not in known:
         raise UsageError(f"this run has no target {name!r}. {choices_sentence(name, known)}")

@@ -1,8 +1,10 @@
-"""Names for the tensors of a network that its layers give them, the same in PyTorch's graph and in an ONNX file's.
+"""Names for the tensors of a network that its layers give them,
+the same in PyTorch's graph and in an ONNX file's.
 
-`trunk.1.0.conv1>` is what that layer gives, `trunk.1.0.conv1<` what it takes, `fusion.depthwise<1` the second of the tensors
-that its input was made from, `trunk.1.0.conv2>Add>Relu` what became of a layer's output. A tensor has several names; that
-one file has more consumers of it, or fewer, costs it some of them only. No torch here.
+`trunk.1.0.conv1>` is what that layer gives, `trunk.1.0.conv1<` what it takes, `fusion.depthwise<1` the second
+of the tensors that its input was made from, `trunk.1.0.conv2>Add>Relu` what became of a layer's output. A
+tensor has several names; that one file has more consumers of it, or fewer, costs it some of them only. No
+torch here.
 """
 
 from __future__ import annotations
@@ -31,8 +33,8 @@ def tensor_names(
 ) -> dict[str, Hashable]:
     """-> name -> tensor.
 
-    Args: layers: path of each convolution and linear layer -> its ends; made_from: tensor -> the activations that its
-    operation takes, in order; consumers: tensor -> (kind, output) of the operations that take it.
+    Args: layers: path of each convolution and linear layer -> its ends; made_from: tensor -> the activations
+    that its operation takes, in order; consumers: tensor -> (kind, output) of the operations that take it.
     """
     names: dict[str, Hashable] = {}
     given = {ends.given for ends in layers.values()}

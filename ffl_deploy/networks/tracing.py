@@ -1,4 +1,5 @@
-"""A MutualNetwork's operations as a graph, and which of its tensors are quantised: where export puts Q/DQ pairs."""
+"""A MutualNetwork's operations as a graph, and which of its tensors are quantised:
+where export puts Q/DQ pairs."""
 
 from __future__ import annotations
 
@@ -48,7 +49,8 @@ class Traced:
 
 
 def trace(network: MutualNetwork) -> Traced:
-    """-> the network's graph, without what does nothing in evaluation, nothing written in place. Raises UsageError."""
+    """-> the network's graph, without what does nothing in evaluation, nothing written in place.
+    Raises UsageError."""
     training = [module for module in network.modules() if module.training]
     network.eval()
     try:
@@ -58,7 +60,9 @@ def trace(network: MutualNetwork) -> Traced:
         layers = _layers(graph, modules)
     except UsageError:
         raise
-    except Exception as error:  # control flow that depends on values, and whatever a foreign module does with fx's proxies
+    except (
+        Exception
+    ) as error:  # control flow that depends on values, and whatever a foreign module does with fx's proxies
         reason = str(error).strip().split("\n")[0]
         raise _refusal(network, reason) from error
     finally:
@@ -69,12 +73,15 @@ def trace(network: MutualNetwork) -> Traced:
     ends = {path: Ends(cast(fx.Node, node.args[0]), node) for node, (path, _) in layers.items()}
     names = tensor_names(
         ends,
-        lambda node: list(cast(fx.Node, node).all_input_nodes) if cast(fx.Node, node).op != "get_attr" else [],
+        lambda node: (
+            list(cast(fx.Node, node).all_input_nodes) if cast(fx.Node, node).op != "get_attr" else []
+        ),
         lambda node: [(_kind(user, modules), user) for user in cast(fx.Node, node).users],
     )
     for name, node in names.items():
         named.setdefault(node, []).append(name)
-    # A sum far from any layer (in an attention's normalisation, say) has no name that export would find it by: it stays.
+    # A sum far from any layer (in an attention's normalisation, say)
+    # has no name that export would find it by: it stays.
     members = [nodes for nodes in members if all(node in named for node in nodes)]
     grids = [sorted({name for node in nodes for name in named[node]}) for nodes in members]
     return Traced(graph, layers, members, grids, replaced)
@@ -83,13 +90,15 @@ def trace(network: MutualNetwork) -> Traced:
 def _refusal(network: MutualNetwork, reason: str) -> UsageError:
     branches = ", ".join(dict.fromkeys(network.config.branches))
     return UsageError(
-        f"--quantize-aware cannot follow the operations of {branches} ({reason}); leave it out: ffl-export --precision int8 "
+        f"--quantize-aware cannot follow the operations of {branches} ({reason}); leave it out: ffl-export "
+        "--precision int8 "
         "then quantises by calibration."
     )
 
 
 def _tidy(graph: fx.Graph, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """Take out identities; replace what works in place, since rounding keeps its input; -> modules to call instead."""
+    """Take out identities; replace what works in place, since rounding keeps its input;
+    -> modules to call instead."""
     order = {node: place for place, node in enumerate(graph.nodes)}
     replaced: dict[str, nn.Module] = {}
     for node in list(graph.nodes):
@@ -99,7 +108,12 @@ def _tidy(graph: fx.Graph, modules: dict[str, nn.Module]) -> dict[str, nn.Module
             graph.erase_node(node)
             continue
         method = node.op == "call_method" and node.target.endswith("_") and not node.target.endswith("__")
-        if not (method or node.target in _IN_PLACE or node.kwargs.get("inplace") or getattr(module, "inplace", False)):
+        if not (
+            method
+            or node.target in _IN_PLACE
+            or node.kwargs.get("inplace")
+            or getattr(module, "inplace", False)
+        ):
             continue
         if any(order[user] > order[node] for user in node.args[0].users if user in order):
             raise ValueError(f"{node.name} overwrites what is used again later")
@@ -115,8 +129,11 @@ def _tidy(graph: fx.Graph, modules: dict[str, nn.Module]) -> dict[str, nn.Module
     return replaced
 
 
-def _layers(graph: fx.Graph, modules: dict[str, nn.Module]) -> dict[fx.Node, tuple[str, nn.BatchNorm2d | None]]:
-    """Fold batch normalisation; -> the convolutions and linear layers. Raises ValueError where one is called twice."""
+def _layers(
+    graph: fx.Graph, modules: dict[str, nn.Module]
+) -> dict[fx.Node, tuple[str, nn.BatchNorm2d | None]]:
+    """Fold batch normalisation; -> the convolutions and linear layers.
+    Raises ValueError where one is called twice."""
     found: dict[fx.Node, tuple[str, nn.BatchNorm2d | None]] = {}
     for node in list(graph.nodes):
         module = modules.get(node.target) if node.op == "call_module" else None
@@ -168,7 +185,8 @@ def _in_aggregator(node: fx.Node) -> bool:
 def _grids(
     graph: fx.Graph, modules: dict[str, nn.Module], layers: dict[fx.Node, tuple[str, nn.BatchNorm2d | None]]
 ) -> list[list[fx.Node]]:
-    """-> the nodes to round, those of one grid together: what a concatenation or a maximum takes and gives share theirs."""
+    """-> the nodes to round, those of one grid together:
+    what a concatenation or a maximum takes and gives share theirs."""
     chosen: dict[fx.Node, fx.Node] = {}  # node -> another one of its grid, or itself
 
     def add(node: fx.Node) -> fx.Node:
@@ -181,7 +199,8 @@ def _grids(
         if node in layers:
             add(node.args[0])
             if isinstance(modules[node.target], nn.Conv2d):
-                add(node)  # a linear layer's result stays in floating point: 256 levels would make ties of close classes
+                # a linear layer's result stays in floating point: 256 levels would make ties of close classes
+                add(node)
         elif kind in JOINS and len(sources) > 1 and not _in_aggregator(node):
             for source in [*sources, node]:
                 add(source)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from torch import nn
 
-_CONVOLUTIONS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # output channels, by resolution
+# output channels, by resolution
+_CONVOLUTIONS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
 
 def vgg16_bn() -> list[nn.Module]:
     """-> one stage per resolution; the last map is [n, 512, h/16, w/16].
 
-    Pooling opens a stage instead of closing one, and the fifth is the classifier's global pooling: 32x32 images end
-    in 2x2 maps, which the fusion module's 3x3 convolution can still work on.
+    Pooling opens a stage instead of closing one, and the fifth is the classifier's global pooling: 32x32
+    images end in 2x2 maps, which the fusion module's 3x3 convolution can still work on.
     """
     stages: list[nn.Module] = []
     channels_in = 3

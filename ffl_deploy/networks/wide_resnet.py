@@ -7,7 +7,8 @@ from torch.nn import functional
 
 
 class PreActivationBlock(nn.Module):
-    """BN-ReLU-conv twice with a shortcut (He et al. 2016b); where shape changes, a 1x1 convolution of the activated input."""
+    """BN-ReLU-conv twice with a shortcut (He et al. 2016b); where shape changes,
+    a 1x1 convolution of the activated input."""
 
     def __init__(self, channels_in: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -28,9 +29,9 @@ class PreActivationBlock(nn.Module):
 def wide_resnet(depth: int, factor: int) -> list[nn.Module]:
     """WRN-depth-factor: three groups of n blocks with 16, 32 and 64 times `factor` channels.
 
-    The paper counts depth = 6n+4 (the shortcut convolutions included); WRN-20-8 of the distillation literature can
-    only be counted as 6n+2 (as ResNets are). Both are n = (depth - 2) // 6, so wrn20_8 is the paper's WRN-22-8.
-    -> stem, then one stage per resolution; the last map is [n, 64 factor, h/4, w/4].
+    The paper counts depth = 6n+4 (the shortcut convolutions included); WRN-20-8 of the distillation
+    literature can only be counted as 6n+2 (as ResNets are). Both are n = (depth - 2) // 6, so wrn20_8 is the
+    paper's WRN-22-8. -> stem, then one stage per resolution; the last map is [n, 64 factor, h/4, w/4].
     """
     blocks = (depth - 2) // 6
     stages: list[nn.Module] = [nn.Conv2d(3, 16, 3, padding=1, bias=False)]
@@ -38,7 +39,9 @@ def wide_resnet(depth: int, factor: int) -> list[nn.Module]:
     for width, stride in ((16, 1), (32, 2), (64, 2)):
         channels = width * factor
         first = PreActivationBlock(channels_in, channels, stride)
-        stages.append(nn.Sequential(first, *(PreActivationBlock(channels, channels, 1) for _ in range(blocks - 1))))
+        stages.append(
+            nn.Sequential(first, *(PreActivationBlock(channels, channels, 1) for _ in range(blocks - 1)))
+        )
         channels_in = channels
     stages[-1] = nn.Sequential(*stages[-1].children(), nn.BatchNorm2d(channels_in), nn.ReLU(inplace=True))
     return stages

@@ -1,8 +1,8 @@
-"""What deployment has to know of an ONNX file: which tensors lie outside it, and its graph. Reads the protobuf wire format
-directly, since deployment installs no `onnx`.
+"""What deployment has to know of an ONNX file: which tensors lie outside it, and its graph. Reads the
+protobuf wire format directly, since deployment installs no `onnx`.
 
-A model from elsewhere must not name other files: external data has let models read any file of the machine (three CVEs,
-closed in onnx 1.21).
+A model from elsewhere must not name other files: external data has let models read any file of the machine
+(three CVEs, closed in onnx 1.21).
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import numpy as np
 
 from ffl_deploy.errors import CheckError
 
-# Message -> field number -> message of that field, from onnx.proto; only the fields through which a tensor can be reached.
+# Message -> field number -> message of that field, from onnx.proto;
+# only the fields through which a tensor can be reached.
 _CHILDREN: dict[str, dict[int, str]] = {
     "model": {7: "graph", 20: "training", 25: "function"},
     "training": {1: "graph", 2: "graph"},
@@ -34,11 +35,16 @@ def refuse_external_data(path: Path) -> None:
     """Raises CheckError where the ONNX file keeps a tensor in another file, or is not an ONNX file."""
     try:
         names = list(_external_tensors(memoryview(path.read_bytes()), "model"))
-    except (IndexError, ValueError, RecursionError) as error:  # the last: messages in messages, a thousand deep
+    except (
+        IndexError,
+        ValueError,
+        RecursionError,
+    ) as error:  # the last: messages in messages, a thousand deep
         raise CheckError(f"{path} is not a readable ONNX file ({error}); export the bundle again.") from error
     if names:
         raise CheckError(
-            f"{path} keeps the tensor {names[0]!r} in another file; a bundle's models hold their own weights: "
+            f"{path} keeps the tensor {names[0]!r} in another file; a bundle's models hold their own "
+            "weights: "
             "do not use this bundle, or export it again."
         )
 
@@ -62,7 +68,8 @@ TYPES = {1: np.float32, 2: np.uint8, 3: np.int8, 6: np.int32, 7: np.int64, 10: n
 
 
 class Node(NamedTuple):
-    """integers: attribute -> its value, where that is an integer; subgraphs: whether an attribute holds a graph."""
+    """integers: attribute -> its value, where that is an integer; subgraphs:
+    whether an attribute holds a graph."""
 
     operator: str
     domain: str
@@ -74,8 +81,8 @@ class Node(NamedTuple):
 
 
 class Graph(NamedTuple):
-    """A model's main graph. tensors: initializer -> its values, None where they are of a type that TYPES does not know;
-    functions: whether the model brings operators of its own."""
+    """A model's main graph. tensors: initializer -> its values, None where they are of a type that TYPES does
+    not know; functions: whether the model brings operators of its own."""
 
     nodes: list[Node]
     tensors: dict[str, np.ndarray | None]
@@ -83,7 +90,8 @@ class Graph(NamedTuple):
 
 
 def read_graph(path: Path) -> Graph:
-    """-> the graph of an ONNX file. Raises CheckError where it is not readable, or its tensors contradict their shapes."""
+    """-> the graph of an ONNX file. Raises CheckError where it is not readable,
+    or its tensors contradict their shapes."""
     nodes: list[Node] = []
     tensors: dict[str, np.ndarray | None] = {}
     functions = False
@@ -115,7 +123,8 @@ def _node(message: memoryview) -> Node:
         if number in text:
             text[number].append(bytes(value).decode())
         elif number == 5:
-            attribute = dict(_fields(value))  # of a field that comes twice the last counts, as everywhere in protobuf
+            # of a field that comes twice the last counts, as everywhere in protobuf
+            attribute = dict(_fields(value))
             name, integer = attribute.get(1, memoryview(b"")), attribute.get(3)
             if isinstance(name, memoryview) and isinstance(integer, int):
                 integers[bytes(name).decode()] = integer - (1 << 64 if integer >> 63 else 0)
@@ -125,7 +134,8 @@ def _node(message: memoryview) -> Node:
 
 
 def _tensor(message: memoryview) -> tuple[str, np.ndarray | None]:
-    """-> (name, values). Small integers may stand as packed numbers instead of bytes; floats are written as bytes alone."""
+    """-> (name, values). Small integers may stand as packed numbers instead of bytes;
+    floats are written as bytes alone."""
     shape: list[int] = []
     name, kind, raw, numbers = "", 0, None, list[int]()
     for number, value in _fields(message):
@@ -144,7 +154,12 @@ def _tensor(message: memoryview) -> tuple[str, np.ndarray | None]:
     if raw is not None:
         array = np.frombuffer(raw, dtype)
     elif dtype.kind in "iu" and dtype.itemsize < 8:
-        array = (np.array(numbers, np.uint64) & np.uint64(0xFFFFFFFF)).astype(np.uint32).view(np.int32).astype(dtype)
+        array = (
+            (np.array(numbers, np.uint64) & np.uint64(0xFFFFFFFF))
+            .astype(np.uint32)
+            .view(np.int32)
+            .astype(dtype)
+        )
     else:
         return name, None
     if array.size != int(np.prod(shape, dtype=np.int64)):
@@ -160,7 +175,8 @@ def _packed(message: memoryview) -> Iterator[int]:
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """-> (field number, value) of one message: an integer, or the bytes of a string, packed array or message."""
+    """-> (field number, value) of one message: an integer, or the bytes of a string,
+    packed array or message."""
     position, end = 0, len(message)
     while position < end:
         key, position = _varint(message, position)

@@ -1,4 +1,5 @@
-"""OpenVINO on the CPU: the same ONNX files, often faster, and the one CPU runtime here that computes in bf16 and fp16."""
+"""OpenVINO on the CPU: the same ONNX files, often faster,
+and the one CPU runtime here that computes in bf16 and fp16."""
 
 from __future__ import annotations
 
@@ -21,14 +22,17 @@ _HEAVY = ("Convolution", "GroupConvolution", "FullyConnected", "MatMul")
 class OpenVinoSession(Session):
     """An ONNX file in OpenVINO.
 
-    Args: threads: cores to compute on (all); precision: what to compute floating-point layers in. It is always set:
-    left alone, OpenVINO takes bf16 on a processor that has it, and an fp32 file is then 1.5e-2 standard deviations off.
-    Raises UsageError where OpenVINO is not installed, CheckError where the file cannot be loaded.
+    Args: threads: cores to compute on (all); precision: what to compute floating-point layers in. It is
+    always set: left alone, OpenVINO takes bf16 on a processor that has it, and an fp32 file is then 1.5e-2
+    standard deviations off. Raises UsageError where OpenVINO is not installed, CheckError where the file
+    cannot be loaded.
     """
 
     runtime = "openvino"
 
-    def __init__(self, model: Path, variant: str, threads: int | None = None, precision: str = "fp32") -> None:
+    def __init__(
+        self, model: Path, variant: str, threads: int | None = None, precision: str = "fp32"
+    ) -> None:
         openvino = import_openvino()
         self.variant, self.version = variant, openvino.__version__
         settings = {
@@ -42,7 +46,8 @@ class OpenVinoSession(Session):
             reason = str(error).strip().splitlines()[-1].strip()
             raise CheckError(f"OpenVINO {openvino.__version__} cannot load {model}: {reason}") from error
         self.computed = self._computed_precision()
-        self._requests: SimpleQueue[Any] = SimpleQueue()  # a request serves one call at a time; as many as callers at once
+        # a request serves one call at a time; as many as callers at once
+        self._requests: SimpleQueue[Any] = SimpleQueue()
 
     def run(self, images: np.ndarray) -> Outputs:
         try:
@@ -58,7 +63,8 @@ class OpenVinoSession(Session):
             self._requests.put(request)
         # infer() copies the outputs out of the request, so the next caller cannot overwrite them.
         outputs = outputs_from({output.get_any_name(): value for output, value in values.items()})
-        if len(outputs.logits) != len(images):  # with one core it takes images of another size, and answers with nothing
+        # with one core it takes images of another size, and answers with nothing
+        if len(outputs.logits) != len(images):
             raise CheckError(
                 f"OpenVINO cannot run a batch of {len(images)} images of {list(images.shape[1:])}: "
                 f"it answered with {len(outputs.logits)} rows."
@@ -66,7 +72,8 @@ class OpenVinoSession(Session):
         return outputs
 
     def layer_precisions(self) -> dict[str, int]:
-        """-> precision -> number of convolutions and matrix products that the compiled model computes in it."""
+        """-> precision -> number of convolutions and matrix products
+        that the compiled model computes in it."""
         counts: Counter[str] = Counter()
         for operation in self._compiled.get_runtime_model().get_ordered_ops():
             info = operation.get_rt_info()

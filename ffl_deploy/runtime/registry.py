@@ -23,8 +23,8 @@ Opener = Callable[[Path, Variant, int | None], Session]
 class Runtime:
     """One way to execute a variant.
 
-    reads: the suffix of its files; extra: of ffl-deploy, which installs it; require: raises UsageError where it is not
-    installed or cannot start, before any work is done.
+    reads: the suffix of its files; extra: of ffl-deploy, which installs it; require: raises UsageError where
+    it is not installed or cannot start, before any work is done.
     """
 
     name: str
@@ -38,7 +38,9 @@ def _onnx_runtime(name: str) -> Runtime:
     def opened(model: Path, variant: Variant, threads: int | None) -> Session:
         return OnnxRuntimeSession(model, variant.name, threads, name)
 
-    return Runtime(name, ".onnx", "cpu" if name == "onnxruntime" else "gpu", opened, partial(require_provider, name))
+    return Runtime(
+        name, ".onnx", "cpu" if name == "onnxruntime" else "gpu", opened, partial(require_provider, name)
+    )
 
 
 def _openvino(model: Path, variant: Variant, threads: int | None) -> Session:
@@ -56,7 +58,8 @@ def _tensorrt(model: Path, variant: Variant, threads: int | None) -> Session:
 def _require_openvino() -> None:
     if importlib.util.find_spec("openvino") is None:
         raise UsageError(
-            "OpenVINO is not installed; run: pip install 'ffl-deploy[openvino]', or leave --runtime openvino and "
+            "OpenVINO is not installed; run: pip install 'ffl-deploy[openvino]', or leave --runtime "
+            "openvino and "
             "--precision bf16, which is verified on it, out."
         )
 
@@ -65,7 +68,9 @@ def _require_tensorrt() -> None:
     from ffl_deploy.runtime.tensorrt_runtime import EXTRAS
 
     if not any(importlib.util.find_spec(flavour) for flavour in EXTRAS):
-        raise UsageError("TensorRT is not installed; run: pip install 'ffl-deploy[tensorrt]' (or [tensorrt-rtx]).")
+        raise UsageError(
+            "TensorRT is not installed; run: pip install 'ffl-deploy[tensorrt]' (or [tensorrt-rtx])."
+        )
 
 
 RUNTIMES = {
@@ -89,10 +94,14 @@ class Files(Protocol):
         ...
 
 
-def open_session(bundle: Files, variant: Variant, runtime: str | None = None, threads: int | None = None) -> Session:
-    """Open `variant` after checking its file's hash. `runtime` defaults to the one the variant was verified with.
+def open_session(
+    bundle: Files, variant: Variant, runtime: str | None = None, threads: int | None = None
+) -> Session:
+    """Open `variant` after checking its file's hash.
+    `runtime` defaults to the one the variant was verified with.
 
-    Raises CheckError (file changed, model refused), UsageError (unknown or missing runtime, a file it does not read).
+    Raises CheckError (file changed, model refused), UsageError (unknown or missing runtime,
+    a file it does not read).
     """
     name = runtime or variant.runtime
     if name not in RUNTIMES:
@@ -100,9 +109,14 @@ def open_session(bundle: Files, variant: Variant, runtime: str | None = None, th
     model = bundle.checked_file(variant.file)
     opened_by = RUNTIMES[name]
     if model.suffix != opened_by.reads:
-        kind = "an ONNX file; TensorRT engines are separate variants" if model.suffix == ".onnx" else "a TensorRT engine"
+        kind = (
+            "an ONNX file; TensorRT engines are separate variants"
+            if model.suffix == ".onnx"
+            else "a TensorRT engine"
+        )
         raise UsageError(
-            f"variant {variant.name} of {bundle.folder} is {kind}, which {name} does not read; give another --variant."
+            f"variant {variant.name} of {bundle.folder} is {kind}, which {name} does not read; give another "
+            "--variant."
         )
     if model.suffix == ".onnx":
         refuse_external_data(model)

@@ -1,4 +1,5 @@
-"""A session on many images: batch by batch, from several callers at once, and at several batch sizes against a reference."""
+"""A session on many images: batch by batch, from several callers at once,
+and at several batch sizes against a reference."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from ffl_deploy.parity import ParityMetrics, compare
 from ffl_deploy.runtime.session import Outputs
 
 SMALL_BATCH_IMAGES = 64
-"""Images compared at batches below 64; those batches look for shape errors, which more images do not show better."""
+"""Images compared at batches below 64; those batches look for shape errors,
+which more images do not show better."""
 
 
 def measure(
@@ -41,9 +43,14 @@ def golden_batches(images: int) -> list[int]:
 
 
 def run_in_batches(
-    run: Callable[[np.ndarray], Outputs], read: Callable[[slice], np.ndarray], count: int, batch: int, callers: int = 1
+    run: Callable[[np.ndarray], Outputs],
+    read: Callable[[slice], np.ndarray],
+    count: int,
+    batch: int,
+    callers: int = 1,
 ) -> Outputs:
-    """-> logits and probabilities of the first `count` images, `batch` at a time. Raises CheckError for lost rows.
+    """-> logits and probabilities of the first `count` images, `batch` at a time.
+    Raises CheckError for lost rows.
 
     callers: threads that call `run` at the same time; the order of the answers is that of the images.
     """
@@ -52,8 +59,11 @@ def run_in_batches(
         part = read(slice(start, min(start + batch, count)))
         outputs = run(part)
         if len(outputs.logits) != len(part) or len(outputs.probabilities) != len(part):
-            raise CheckError(f"a batch of {len(part)} images came back with {len(outputs.logits)} rows of logits.")
-        return Outputs(outputs.logits, outputs.probabilities)  # maps and embeddings of a whole test set would take its memory
+            raise CheckError(
+                f"a batch of {len(part)} images came back with {len(outputs.logits)} rows of logits."
+            )
+        # maps and embeddings of a whole test set would take its memory
+        return Outputs(outputs.logits, outputs.probabilities)
 
     with ThreadPoolExecutor(callers) as pool:
         answers = list((pool.map if callers > 1 else map)(answer, range(0, count, batch)))

@@ -27,15 +27,17 @@ class Outputs(NamedTuple):
     @staticmethod
     def joined(parts: Sequence[Outputs]) -> Outputs:
         """-> the answers of consecutive batches as one."""
-        return Outputs._make(None if columns[0] is None else np.concatenate(columns) for columns in zip(*parts, strict=True))
+        return Outputs._make(
+            None if columns[0] is None else np.concatenate(columns) for columns in zip(*parts, strict=True)
+        )
 
 
 class Session(ABC):
     """An open model. `run` may be called from several threads at once.
 
-    runtime: the name it was opened by; version: of the runtime, down to the build where it tells; variant: of the bundle;
-    computed: the precision that the processor computes in, where the runtime can tell (None: not known, take the file's);
-    device: what runs it, for people.
+    runtime: the name it was opened by; version: of the runtime, down to the build where it tells; variant: of
+    the bundle; computed: the precision that the processor computes in, where the runtime can tell (None: not
+    known, take the file's); device: what runs it, for people.
     """
 
     runtime: str
@@ -46,7 +48,8 @@ class Session(ABC):
 
     @abstractmethod
     def run(self, images: np.ndarray) -> Outputs:
-        """images: uint8 [n, height, width, 3] -> Outputs with n rows. Raises CheckError where the runtime fails."""
+        """images: uint8 [n, height, width, 3] -> Outputs with n rows.
+        Raises CheckError where the runtime fails."""
 
     def close(self) -> None:  # noqa: B027  most runtimes have nothing to do
         """Give back what only this session holds; it cannot be used afterwards."""
@@ -59,12 +62,16 @@ def outputs_from(values: Mapping[str, np.ndarray]) -> Outputs:
     """
     missing = [name for name in ("logits", "probabilities") if name not in values]
     if missing:
-        raise CheckError(f"the model gives no output {missing[0]} (it gives {', '.join(values)}); export it with ffl-export.")
+        raise CheckError(
+            f"the model gives no output {missing[0]} (it gives {', '.join(values)}); export it with "
+            "ffl-export."
+        )
     return Outputs(**{name: values[name] for name in Outputs._fields if name in values})
 
 
 class FixedBatchSession(Session):
-    """A session on a graph with a static batch: takes any number of images, pads the last batch, and drops the padding."""
+    """A session on a graph with a static batch: takes any number of images, pads the last batch,
+    and drops the padding."""
 
     def __init__(self, session: Session, size: int) -> None:
         self.runtime, self.variant = session.runtime, session.variant
@@ -73,7 +80,10 @@ class FixedBatchSession(Session):
 
     def run(self, images: np.ndarray) -> Outputs:
         return Outputs.joined(
-            [self._run_padded(images[start : start + self._size]) for start in range(0, len(images), self._size)]
+            [
+                self._run_padded(images[start : start + self._size])
+                for start in range(0, len(images), self._size)
+            ]
         )
 
     def close(self) -> None:

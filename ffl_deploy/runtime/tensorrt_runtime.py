@@ -1,7 +1,9 @@
-"""A TensorRT engine on an NVIDIA GPU, in either flavour: `tensorrt` (data centre and all GPUs) or `tensorrt_rtx`.
+"""A TensorRT engine on an NVIDIA GPU, in either flavour: `tensorrt` (data centre and all GPUs)
+or `tensorrt_rtx`.
 
-Loading an engine runs native code, so it happens only after the hash check (registry.open_session), and only for an engine
-that was built by this version for this GPU. Buffers come from cuda-bindings; torch is not needed.
+Loading an engine runs native code, so it happens only after the hash check (registry.open_session), and only
+for an engine that was built by this version for this GPU. Buffers come from cuda-bindings; torch is not
+needed.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ class TensorRtSession(Session):
     """An engine, its execution context and its device buffers. Calls from several threads take turns.
 
     Buffers and stream go back to the GPU with `close`, or with the session itself where nobody closes it.
-    Raises UsageError where TensorRT or a GPU is missing, CheckError where the engine was built for something else.
+    Raises UsageError where TensorRT or a GPU is missing, CheckError where the engine was built for something
+    else.
     """
 
     runtime = "tensorrt"
@@ -44,11 +47,14 @@ class TensorRtSession(Session):
         self._engine = self._runtime.deserialize_cuda_engine(model.read_bytes())
         if self._engine is None:
             raise CheckError(
-                f"TensorRT cannot load {model}: {'; '.join(self._logger.errors) or 'no reason given'}; {_rebuild(record)}"
+                f"TensorRT cannot load {model}: {'; '.join(self._logger.errors) or 'no reason given'}; "
+                f"{_rebuild(record)}"
             )
         self._context = self._engine.create_execution_context()
         if self._context is None:
-            raise CheckError(f"TensorRT cannot prepare {model}: {'; '.join(self._logger.errors)}; free some GPU memory.")
+            raise CheckError(
+                f"TensorRT cannot prepare {model}: {'; '.join(self._logger.errors)}; free some GPU memory."
+            )
         self._max_batch = record.profile["max"]
         self._lock = Lock()
         self._buffers: dict[str, tuple[int, np.dtype[Any], bool]] = {}
@@ -62,13 +68,22 @@ class TensorRtSession(Session):
         for index in range(self._engine.num_io_tensors):
             name = self._engine.get_tensor_name(index)
             dtype = np.dtype(trt.nptype(self._engine.get_tensor_dtype(name)))
-            count = self._max_batch * math.prod(int(size) for size in tuple(self._engine.get_tensor_shape(name))[1:])
+            count = self._max_batch * math.prod(
+                int(size) for size in tuple(self._engine.get_tensor_shape(name))[1:]
+            )
             pointer = self._call(self._cuda.cudaMalloc(count * dtype.itemsize))
-            self._buffers[name] = (pointer, dtype, self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT)
+            self._buffers[name] = (
+                pointer,
+                dtype,
+                self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT,
+            )
             self._context.set_tensor_address(name, pointer)
 
     def run(self, images: np.ndarray) -> Outputs:
-        parts = [self._run(images[start : start + self._max_batch]) for start in range(0, len(images), self._max_batch)]
+        parts = [
+            self._run(images[start : start + self._max_batch])
+            for start in range(0, len(images), self._max_batch)
+        ]
         return outputs_from({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
 
     def _run(self, images: np.ndarray) -> dict[str, np.ndarray]:
@@ -77,7 +92,9 @@ class TensorRtSession(Session):
         results: dict[str, np.ndarray] = {}
         with self._lock:
             if not self._context.set_input_shape("images", pixels.shape):
-                raise CheckError(f"the engine takes no batch of shape {pixels.shape}: {'; '.join(self._logger.errors)}.")
+                raise CheckError(
+                    f"the engine takes no batch of shape {pixels.shape}: {'; '.join(self._logger.errors)}."
+                )
             for name, (pointer, dtype, is_input) in self._buffers.items():
                 if is_input:
                     copied = self._cuda.cudaMemcpyAsync(
@@ -87,7 +104,9 @@ class TensorRtSession(Session):
                 else:
                     results[name] = np.empty(tuple(self._context.get_tensor_shape(name)), dtype)
             if not self._context.execute_async_v3(int(self._stream)):
-                raise CheckError(f"TensorRT cannot run a batch of {len(images)}: {'; '.join(self._logger.errors)}.")
+                raise CheckError(
+                    f"TensorRT cannot run a batch of {len(images)}: {'; '.join(self._logger.errors)}."
+                )
             for name, value in results.items():
                 pointer = self._buffers[name][0]
                 copied = self._cuda.cudaMemcpyAsync(
@@ -115,23 +134,29 @@ def _give_back(cuda: Any, stream: Any, buffers: dict[str, tuple[int, np.dtype[An
 
 
 def check_machine(record: EngineRecord, version: str, capability: tuple[int, int], engine: Path) -> str:
-    """-> what runs it, for people. Raises OtherMachine where the engine was built for another version or GPU."""
+    """-> what runs it, for people. Raises OtherMachine
+    where the engine was built for another version or GPU."""
     if record.version != version:
         raise OtherMachine(
-            f"{engine.name} was built by {record.flavour} {record.version}, this machine has {version}, and engines do not carry "
+            f"{engine.name} was built by {record.flavour} {record.version}, this machine has {version}, and "
+            "engines do not carry "
             f"over; {_rebuild(record)}"
         )
     own = f"{capability[0]}.{capability[1]}"
     if record.compute_capabilities and own not in record.compute_capabilities:
         raise OtherMachine(
-            f"{engine.name} was built for compute capability {', '.join(record.compute_capabilities)}, this GPU has {own}; "
+            f"{engine.name} was built for compute capability {', '.join(record.compute_capabilities)}, this "
+            f"GPU has {own}; "
             f"{_rebuild(record)}"
         )
     return f"GPU {own}"
 
 
 def _rebuild(record: EngineRecord) -> str:
-    return f"run ffl-export --tensorrt on this machine, or use {record.source} with --runtime onnxruntime-tensorrt."
+    return (
+        f"run ffl-export --tensorrt on this machine, or use {record.source} with --runtime "
+        "onnxruntime-tensorrt."
+    )
 
 
 def import_tensorrt(flavour: str) -> Any:
@@ -141,7 +166,9 @@ def import_tensorrt(flavour: str) -> Any:
     try:
         return importlib.import_module(flavour)
     except ImportError as error:
-        raise UsageError(f"{flavour} is not installed; run: pip install 'ffl-deploy[{EXTRAS[flavour]}]'.") from error
+        raise UsageError(
+            f"{flavour} is not installed; run: pip install 'ffl-deploy[{EXTRAS[flavour]}]'."
+        ) from error
 
 
 def import_cuda() -> Any:
@@ -149,7 +176,9 @@ def import_cuda() -> Any:
     try:
         from cuda.bindings import runtime
     except ImportError as error:
-        raise UsageError("cuda-bindings is not installed; run: pip install 'ffl-deploy[tensorrt]'.") from error
+        raise UsageError(
+            "cuda-bindings is not installed; run: pip install 'ffl-deploy[tensorrt]'."
+        ) from error
     return runtime
 
 
@@ -157,7 +186,8 @@ ONNX_INSTEAD = "use the bundle's ONNX variants here: --variant fp32 --runtime on
 
 
 def device_capability(cuda: Any, advice: str = ONNX_INSTEAD) -> tuple[int, int]:
-    """-> compute capability of GPU 0. Raises UsageError, which ends with `advice`, where there is no usable GPU."""
+    """-> compute capability of GPU 0. Raises UsageError, which ends with `advice`,
+    where there is no usable GPU."""
     status, count = cuda.cudaGetDeviceCount()
     if int(status) != 0 or not count:
         raise UsageError(f"TensorRT engines need an NVIDIA GPU and its driver ({status.name}); {advice}.")
@@ -166,16 +196,20 @@ def device_capability(cuda: Any, advice: str = ONNX_INSTEAD) -> tuple[int, int]:
 
 
 def checked(cuda: Any, answer: tuple[Any, ...]) -> Any:
-    """cuda-bindings' (status, value...) -> value. Raises CheckError with CUDA's own name and text of the error."""
+    """cuda-bindings' (status, value...) -> value.
+    Raises CheckError with CUDA's own name and text of the error."""
     status, *values = answer
     if int(status) != 0:
         _, text = cuda.cudaGetErrorString(status)
-        raise CheckError(f"CUDA failed: {status.name} ({text.decode() if isinstance(text, bytes) else text}).")
+        raise CheckError(
+            f"CUDA failed: {status.name} ({text.decode() if isinstance(text, bytes) else text})."
+        )
     return values[0] if values else None
 
 
 def message_collector(trt: Any) -> Any:
-    """-> a TensorRT logger that keeps messages instead of printing them: `errors` and `warnings`, lists of text.
+    """-> a TensorRT logger that keeps messages instead of printing them: `errors` and `warnings`,
+    lists of text.
 
     Builder and parser return None on failure; what went wrong is only in these messages.
     """

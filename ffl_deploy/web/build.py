@@ -46,7 +46,8 @@ class WebModel:
 
 @dataclass(frozen=True)
 class WebOptions:
-    """`runtime_folder`: instead of npm; `webgpu`: the larger runtime, for GPUs; `examples`: pictures to try."""
+    """`runtime_folder`: instead of npm; `webgpu`: the larger runtime, for GPUs; `examples`:
+    pictures to try."""
 
     runtime_folder: Path | None = None
     webgpu: bool = False
@@ -80,9 +81,12 @@ class Page(msgspec.Struct, frozen=True):
 
 
 def web_models(specs: Sequence[str], variants: Sequence[str | None] = (None,)) -> list[WebModel]:
-    """`BUNDLE` or `NAME=BUNDLE` each, with each variant (None: the default one) -> models. Raises UsageError."""
+    """`BUNDLE` or `NAME=BUNDLE` each, with each variant (None: the default one) -> models.
+    Raises UsageError."""
     if AUTO in variants:
-        raise UsageError("--variant auto is found out where the model computes; name the variant that the page shows.")
+        raise UsageError(
+            "--variant auto is found out where the model computes; name the variant that the page shows."
+        )
     models = []
     for spec in specs:
         given, equals, folder = spec.partition("=")
@@ -102,7 +106,9 @@ def require_web(folder: Path, flag: str = "--out") -> None:
     if not folder.is_dir():
         raise UsageError(f"{flag} {folder} is a file; give a new folder.")
     if not is_page(folder) and any(not path.name.startswith(".git") for path in folder.iterdir()):
-        raise UsageError(f"{flag} {folder} is not empty and holds no page that was built here; give a new folder.")
+        raise UsageError(
+            f"{flag} {folder} is not empty and holds no page that was built here; give a new folder."
+        )
 
 
 def is_page(folder: Path) -> bool:
@@ -110,11 +116,14 @@ def is_page(folder: Path) -> bool:
     return page.is_file() and f'"generator": "{GENERATOR}"'.encode() in page.read_bytes()
 
 
-def write_web(models: Sequence[WebModel], folder: Path, options: WebOptions | None = None, flag: str = "--out") -> int:
+def write_web(
+    models: Sequence[WebModel], folder: Path, options: WebOptions | None = None, flag: str = "--out"
+) -> int:
     """Write the page into `folder`, which keeps what is not part of it; -> bytes of its files.
 
     Args: flag: what `folder` was given by, for the message.
-    Raises UsageError where `folder` holds something else, a model or picture cannot be used, or npm is missing.
+    Raises UsageError where `folder` holds something else, a model or picture cannot be used,
+    or npm is missing.
     """
     require_web(folder, flag)
     with replace_folder(folder) as new:
@@ -135,7 +144,11 @@ def keep_others(old: Path, new: Path, own: set[str]) -> None:
     """Copy what is not part of the page, such as git's files or a CNAME, from an earlier folder."""
     for kept in old.iterdir() if old.is_dir() else ():
         if kept.name not in own:
-            (shutil.copytree(kept, new / kept.name, symlinks=True) if kept.is_dir() else shutil.copy2(kept, new))
+            (
+                shutil.copytree(kept, new / kept.name, symlinks=True)
+                if kept.is_dir()
+                else shutil.copy2(kept, new)
+            )
 
 
 def write_page(models: Sequence[WebModel], folder: Path, options: WebOptions | None = None) -> int:
@@ -179,7 +192,9 @@ def _require_usable(models: Sequence[WebModel]) -> None:
     names = [model.name for model in models]
     for model in models:
         if names.count(model.name) > 1:
-            raise UsageError(f"two models are called {model.name}; give them names: first={model.bundle.folder} ...")
+            raise UsageError(
+                f"two models are called {model.name}; give them names: first={model.bundle.folder} ..."
+            )
         if not model.name or not NAME_CHARACTERS.issuperset(model.name) or model.name in (".", ".."):
             raise UsageError(
                 f"{model.name!r} cannot be a folder of a web page; give a name of letters, digits and -_. "
@@ -262,8 +277,14 @@ def _write_records(folder: Path) -> int:
     """Write files.json and finish the service worker, which changes with any file; -> bytes of all files."""
     names = [*own_names() - set(FOLDERS) - {WORKER, RECORDS}]
     for part in FOLDERS:
-        names += [str(PurePosixPath(path.relative_to(folder))) for path in (folder / part).rglob("*") if path.is_file()]
-    records = {name: FileRecord(sha256_of(folder / name), (folder / name).stat().st_size) for name in sorted(names)}
+        names += [
+            str(PurePosixPath(path.relative_to(folder)))
+            for path in (folder / part).rglob("*")
+            if path.is_file()
+        ]
+    records = {
+        name: FileRecord(sha256_of(folder / name), (folder / name).stat().st_size) for name in sorted(names)
+    }
     content = msgspec.json.format(msgspec.json.encode(records), indent=1) + b"\n"
     write_atomically(folder / RECORDS, content)
     listed = msgspec.json.encode(["./", RECORDS, *records]).decode()

@@ -13,13 +13,21 @@ from ffl_deploy.errors import DONE
 def parser() -> Parser:
     parser = Parser(
         prog="ffl-web",
-        description="Write bundles as a static web page: pictures are classified in the browser and stay there.",
-        epilog="Any web server can serve the folder; to look at it here: python -m http.server --directory DIR. "
-        "Exit code 1: a file of a bundle or of the runtime is not what it should be. "
-        "2: the bundles or flags cannot be used.",
+        description=(
+            "Write bundles as a static web page: pictures are classified in the browser and stay there."
+        ),
+        epilog=(
+            "Any web server can serve the folder; to look at it here: python -m http.server --directory DIR. "
+            "Exit code 1: a file of a bundle or of the runtime is not what it should be. "
+            "2: the bundles or flags cannot be used."
+        ),
     )
-    parser.add_argument("bundles", metavar="[NAME=]BUNDLE", nargs="+", help="what ffl-export wrote; shown side by side")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder, or a page to write again")
+    parser.add_argument(
+        "bundles", metavar="[NAME=]BUNDLE", nargs="+", help="what ffl-export wrote; shown side by side"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="a new folder, or a page to write again"
+    )
     parser.add_argument(
         "--variant",
         action="append",
@@ -34,7 +42,9 @@ def parser() -> Parser:
         metavar="PATH",
         help="pictures, or a folder of them, to try",
     )
-    parser.add_argument("--webgpu", action="store_true", help="a larger runtime; offers WebGPU where that keeps the gates")
+    parser.add_argument(
+        "--webgpu", action="store_true", help="a larger runtime; offers WebGPU where that keeps the gates"
+    )
     parser.add_argument(
         "--runtime-folder",
         type=Path,

@@ -1,4 +1,5 @@
-"""Small pictures whose pixels Python has written down: the page decodes them and says whether they are the same."""
+"""Small pictures whose pixels Python has written down:
+the page decodes them and says whether they are the same."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ UPRIGHT_FROM = 6  # EXIF orientation of the JPEG: turned by a quarter, as teleph
 
 
 class Probe(msgspec.Struct, frozen=True):
-    """`pixels`: base64 of uint8 RGB [height, width, 3]; `allowed`: the largest difference that is no finding."""
+    """`pixels`: base64 of uint8 RGB [height, width, 3]; `allowed`:
+    the largest difference that is no finding."""
 
     name: str
     file: str
@@ -38,14 +40,20 @@ def write_probes(folder: Path) -> list[Probe]:
     return [
         _write(folder, "PNG", "png", colors[..., :3], 0, {}),
         _write(folder, "PNG with transparency", "alpha.png", colors, 0, {}),
-        _write(folder, "JPEG, turned", "jpg", smooth, 3, {"quality": 90, "subsampling": "4:2:0", "exif": exif}),
+        _write(
+            folder, "JPEG, turned", "jpg", smooth, 3, {"quality": 90, "subsampling": "4:2:0", "exif": exif}
+        ),
     ]
 
 
-def _write(folder: Path, name: str, suffix: str, pixels: np.ndarray, allowed: int, options: dict[str, object]) -> Probe:
+def _write(
+    folder: Path, name: str, suffix: str, pixels: np.ndarray, allowed: int, options: dict[str, object]
+) -> Probe:
     encoded = io.BytesIO()
     Image.fromarray(pixels).save(encoded, "JPEG" if suffix == "jpg" else "PNG", **options)
     file = f"probes/probe.{suffix}"
     write_atomically(folder / file, encoded.getvalue())
     wanted = decode(encoded.getvalue())
-    return Probe(name, file, wanted.width, wanted.height, base64.b64encode(wanted.pixels.tobytes()).decode(), allowed)
+    return Probe(
+        name, file, wanted.width, wanted.height, base64.b64encode(wanted.pixels.tobytes()).decode(), allowed
+    )

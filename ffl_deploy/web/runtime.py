@@ -21,7 +21,8 @@ NPM_SECONDS = 300.0
 
 @dataclass(frozen=True)
 class Runtime:
-    """`module` is what the page imports, `wasm` what that loads; `sha256` of both as npm has them in VERSION."""
+    """`module` is what the page imports, `wasm` what that loads;
+    `sha256` of both as npm has them in VERSION."""
 
     module: str
     wasm: str
@@ -42,14 +43,15 @@ WEBGPU = Runtime(
     "ort-wasm-simd-threaded.asyncify.wasm",
     {
         "ort.webgpu.bundle.min.mjs": "0730816731ce2cdfb06f273da065d4a1c7091eb9d1756a83b2916c8a89d015e2",
-        "ort-wasm-simd-threaded.asyncify.wasm": "39f9f0894d478800487ed9f7dbe92618498db320cf55c8e3d89adff8dce658da",
+        "ort-wasm-simd-threaded.asyncify.wasm": "39f9f0894d478800487ed9f7dbe92618498db320cf55c8e3d89adff8dce658da",  # noqa: E501
     },
     webgpu=True,
 )
 
 
 def require_runtime(folder: Path | None = None, runtime: Runtime = WASM) -> None:
-    """Raises UsageError where neither npm nor a folder with the files is there; asked before any long work."""
+    """Raises UsageError where neither npm nor a folder with the files is there;
+    asked before any long work."""
     if folder is not None:
         _found(runtime, folder)
     else:
@@ -97,15 +99,20 @@ def _download(npm: str, folder: Path) -> Path:
         "--ignore-scripts",
     ]
     try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=NPM_SECONDS)
+        done = subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, check=False, timeout=NPM_SECONDS
+        )
     except subprocess.TimeoutExpired as error:
-        raise CheckError(f"npm did not download {PACKAGE} {VERSION} within {NPM_SECONDS:.0f} s; try again.") from error
+        raise CheckError(
+            f"npm did not download {PACKAGE} {VERSION} within {NPM_SECONDS:.0f} s; try again."
+        ) from error
     packed = sorted(folder.glob("*.tgz"))
     if done.returncode or not packed:
         lines = [line.strip() for line in done.stderr.splitlines() if "error" in line.lower()]
         reason = f" ({lines[-1]})" if lines else ""
         raise CheckError(
-            f"npm could not download {PACKAGE} {VERSION}{reason}; check the connection, or give --runtime-folder DIR."
+            f"npm could not download {PACKAGE} {VERSION}{reason}; check the connection, or give "
+            "--runtime-folder DIR."
         )
     return packed[0]
 
@@ -121,12 +128,15 @@ def _found(runtime: Runtime, folder: Path) -> Path:
         if all((place / name).is_file() for name in runtime.sha256):
             return place
     raise UsageError(
-        f"--runtime-folder {folder} does not hold {' and '.join(runtime.sha256)}; take them from {PACKAGE} {VERSION} on npm."
+        f"--runtime-folder {folder} does not hold {' and '.join(runtime.sha256)}; take them from {PACKAGE} "
+        f"{VERSION} on npm."
     )
 
 
 def _checked(runtime: Runtime, folder: Path) -> dict[str, Path]:
     for name, sha256 in runtime.sha256.items():
         if not (folder / name).is_file() or sha256_of(folder / name) != sha256:
-            raise CheckError(f"{name} is not the one of {PACKAGE} {VERSION} (SHA-256 differs); take that from npm.")
+            raise CheckError(
+                f"{name} is not the one of {PACKAGE} {VERSION} (SHA-256 differs); take that from npm."
+            )
     return {name: folder / name for name in runtime.sha256}

@@ -10,7 +10,8 @@ T = TypeVar("T")
 
 
 async def in_gradio_thread(function: Callable[..., T], *arguments: object) -> T:
-    """Run `function` in a thread whose event loop runs: where none does, each of Gradio's locks makes one and never closes it."""
+    """Run `function` in a thread whose event loop runs: where none does,
+    each of Gradio's locks makes one and never closes it."""
 
     async def with_loop() -> T:
         return function(*arguments)

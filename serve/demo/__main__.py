@@ -1,4 +1,5 @@
-"""`python -m serve.demo BUNDLE...`: the demo alone. Health and metrics stay, the inference protocol is not served."""
+"""`python -m serve.demo BUNDLE...`: the demo alone. Health and metrics stay,
+the inference protocol is not served."""
 
 from __future__ import annotations
 

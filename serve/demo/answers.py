@@ -1,4 +1,5 @@
-"""One image -> every served model's answer, as plain values; the page and the API endpoint both show these."""
+"""One image -> every served model's answer, as plain values;
+the page and the API endpoint both show these."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ class Unanswerable(Exception):
 
 @dataclass(frozen=True)
 class Answer:
-    """What one model took the image for. `top`: (label, probability), falling. `cam`: float32 [h, w], where the bundle has it."""
+    """What one model took the image for. `top`: (label, probability), falling. `cam`: float32 [h, w],
+    where the bundle has it."""
 
     model: str
     top: list[tuple[str, float]]
@@ -51,7 +53,8 @@ async def decode_upload(service: Service, data: bytes) -> Decoded:
 
 
 async def ask_all(service: Service, pixels: Pixels) -> list[Answer]:
-    """-> every model's answer to uint8 RGB [h, w, 3] of any size. One after the other, so that no latency includes another's."""
+    """-> every model's answer to uint8 RGB [h, w, 3] of any size. One after the other,
+    so that no latency includes another's."""
     return [
         await ask(model, await asyncio.to_thread(prepare, pixels, model.bundle.preprocessing))
         for model in service.models.values()
@@ -71,9 +74,11 @@ async def ask(model: ServedModel, pixels: Pixels) -> Answer:
 
 
 def overlay(pixels: Pixels, cam: np.ndarray, size: int = 320) -> Image.Image:
-    """-> the class activation map (Zhou et al. 2016) over what the network saw: evidence for the answer in warm colours.
+    """-> the class activation map (Zhou et al. 2016) over what the network saw:
+    evidence for the answer in warm colours.
 
-    pixels: uint8 [height, width, 3]; cam: float32 [h, w], smaller. Only positive evidence is shown, scaled to its maximum.
+    pixels: uint8 [height, width, 3]; cam: float32 [h, w], smaller. Only positive evidence is shown,
+    scaled to its maximum.
     """
     height, width = pixels.shape[:2]
     shown = (size * width // max(height, width), size * height // max(height, width))
@@ -82,9 +87,13 @@ def overlay(pixels: Pixels, cam: np.ndarray, size: int = 320) -> Image.Image:
     heat = Image.fromarray((scaled * 255).astype(np.uint8)).resize(shown, Image.Resampling.BICUBIC)
     strength = np.asarray(heat, dtype=np.float32)[..., None] / 255
     gray = np.asarray(
-        Image.fromarray(pixels).convert("L").convert("RGB").resize(shown, Image.Resampling.NEAREST), dtype=np.float32
+        Image.fromarray(pixels).convert("L").convert("RGB").resize(shown, Image.Resampling.NEAREST),
+        dtype=np.float32,
     )
-    # From dark violet over orange to yellow: ordered by lightness, so that it reads without colour vision too.
+    # From dark violet over orange to yellow: ordered by lightness,
+    # so that it reads without colour vision too.
     stops = np.array([[68, 1, 84], [225, 90, 50], [253, 231, 37]], np.float32)
-    colours = np.stack([np.interp(strength[..., 0], [0, 0.5, 1], stops[:, channel]) for channel in range(3)], axis=-1)
+    colours = np.stack(
+        [np.interp(strength[..., 0], [0, 0.5, 1], stops[:, channel]) for channel in range(3)], axis=-1
+    )
     return Image.fromarray((gray * (1 - 0.75 * strength) + colours * 0.75 * strength).astype(np.uint8))

@@ -1,4 +1,5 @@
-"""Many files in the demo: the rows that ffl-predict would write, with progress, through the same micro-batcher."""
+"""Many files in the demo: the rows that ffl-predict would write, with progress,
+through the same micro-batcher."""
 
 from __future__ import annotations
 
@@ -31,18 +32,22 @@ T = TypeVar("T")
 
 
 class BatcherSession(Session):
-    """A session whose runs queue behind the micro-batcher, among everybody's requests. For threads, not for the event loop."""
+    """A session whose runs queue behind the micro-batcher, among everybody's requests. For threads,
+    not for the event loop."""
 
     def __init__(self, model: ServedModel, loop: asyncio.AbstractEventLoop) -> None:
         self.runtime, self.variant = model.session.runtime, model.variant.name
         self._model, self._loop = model, loop
 
     def run(self, images: np.ndarray) -> Outputs:
-        return asyncio.run_coroutine_threadsafe(patiently(lambda: self._model.batcher.infer(images)), self._loop).result()
+        return asyncio.run_coroutine_threadsafe(
+            patiently(lambda: self._model.batcher.infer(images)), self._loop
+        ).result()
 
 
 async def patiently(attempt: Callable[[], Awaitable[T]]) -> T:
-    """A batch has time: where a single request would be refused it waits for room, up to PATIENCE_SECONDS. Raises Overloaded."""
+    """A batch has time: where a single request would be refused it waits for room, up to PATIENCE_SECONDS.
+    Raises Overloaded."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while True:
         try:
@@ -55,7 +60,8 @@ async def patiently(attempt: Callable[[], Awaitable[T]]) -> T:
 
 @dataclass(frozen=True)
 class Uncertain:
-    """An image whose answer has little probability; ordered so that the most certain one leaves a full heap first."""
+    """An image whose answer has little probability;
+    ordered so that the most certain one leaves a full heap first."""
 
     row: Row
     pixels: Pixels
@@ -106,17 +112,22 @@ def take(items: Iterator[Item], count: int) -> list[Item]:
 
 
 def read_files(paths: Sequence[str], skipped: Skipped) -> Iterator[Item]:
-    """Uploaded files and the image members of uploaded zip files -> items that show the name the person gave."""
+    """Uploaded files and the image members of uploaded zip files -> items
+    that show the name the person gave."""
     for path in paths:
         folder = f"{Path(path).parent}/"
         found = (
-            archives.members(path, frozenset(), skipped) if path.lower().endswith(archives.ZIP_SUFFIXES) else [file_item(path)]
+            archives.members(path, frozenset(), skipped)
+            if path.lower().endswith(archives.ZIP_SUFFIXES)
+            else [file_item(path)]
         )
         for item in found:
             yield item._replace(path=item.path.removeprefix(folder))
 
 
-async def classify_files(service: Service, model: ServedModel, paths: Sequence[str]) -> AsyncIterator[BatchState]:
+async def classify_files(
+    service: Service, model: ServedModel, paths: Sequence[str]
+) -> AsyncIterator[BatchState]:
     """Yield the growing state after every chunk; one row for each input, in order."""
     loop = asyncio.get_running_loop()
     classifier = Classifier(BatcherSession(model, loop), model.bundle.classes, top_k=5)

@@ -41,13 +41,17 @@ def batch_tab(service: Service) -> None:
                 height=220,
                 elem_id="files",
             )
-            model = gr.Dropdown(names, value=names[0], label="Model", visible=len(names) > 1, elem_id="batch-model")
+            model = gr.Dropdown(
+                names, value=names[0], label="Model", visible=len(names) > 1, elem_id="batch-model"
+            )
             with gr.Row():
                 start = gr.Button("Classify all", variant="primary", elem_id="start-batch")
                 stop = gr.Button("Stop", variant="stop", elem_id="stop-batch")
         with gr.Column(min_width=280, scale=2):
             status = gr.HTML(
-                sentences.status("Choose files, then press Classify all."), elem_id="batch-status", elem_classes=["status"]
+                sentences.status("Choose files, then press Classify all."),
+                elem_id="batch-status",
+                elem_classes=["status"],
             )
             with gr.Row():
                 csv = gr.DownloadButton("Download CSV", interactive=False, elem_id="csv")
@@ -120,7 +124,13 @@ def _write(state: BatchState) -> list[Path]:
 
 def _cells(rows: list[Row]) -> list[list[str]]:
     return [
-        [row.path, row.status, row.label or "", "" if row.confidence is None else f"{row.confidence:.1%}", row.error or ""]
+        [
+            row.path,
+            row.status,
+            row.label or "",
+            "" if row.confidence is None else f"{row.confidence:.1%}",
+            row.error or "",
+        ]
         for row in rows[:SHOWN_ROWS]
     ]
 
@@ -157,7 +167,9 @@ def _progress(state: BatchState, paths: list[str]) -> str:
     archives = any(path.lower().endswith(ZIP_SUFFIXES) for path in paths)
     done = len(state.rows)
     text = (
-        f"{done:,} images, {state.errors:,} errors" if archives else f"{done:,} of {len(paths):,} images, {state.errors:,} errors"
+        f"{done:,} images, {state.errors:,} errors"
+        if archives
+        else f"{done:,} of {len(paths):,} images, {state.errors:,} errors"
     )
     bar = "<progress></progress>" if archives else f'<progress value="{done}" max="{len(paths)}"></progress>'
     return f'<p role="status">{html.escape(text)}</p>{bar}'

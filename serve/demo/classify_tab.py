@@ -1,4 +1,5 @@
-"""One image, every model side by side: upload, paste, pick an example, or draw. And the endpoint for `gradio_client`."""
+"""One image, every model side by side: upload, paste, pick an example, or draw.
+And the endpoint for `gradio_client`."""
 
 from __future__ import annotations
 
@@ -44,7 +45,11 @@ def classify_tab(service: Service, examples: list[Path]) -> None:
                 placeholder=f"Drop an image here, or choose one. Up to {MAX_PIXELS // 1_000_000} megapixels.",
             )
             with gr.Column(elem_classes=crisp):
-                gr.Examples([[str(path)] for path in examples], inputs=[image], label="Examples: golden samples of the bundle")
+                gr.Examples(
+                    [[str(path)] for path in examples],
+                    inputs=[image],
+                    label="Examples: golden samples of the bundle",
+                )
         with gr.Column(min_width=280, scale=2):
             status = gr.HTML(sentences.status(WAITING), elem_id="status", elem_classes=["status"])
             panels = _panels(service)
@@ -72,7 +77,9 @@ def draw_tab(service: Service, style: DrawingStyle) -> None:
         with gr.Column(min_width=280, scale=1):
             pad = drawing_pad()
         with gr.Column(min_width=280, scale=2):
-            status = gr.HTML(sentences.status("Waiting for a drawing."), elem_id="drawing-status", elem_classes=["status"])
+            status = gr.HTML(
+                sentences.status("Waiting for a drawing."), elem_id="drawing-status", elem_classes=["status"]
+            )
             seen = gr.Image(
                 label="What the network sees",
                 height=140,
@@ -96,7 +103,11 @@ def draw_tab(service: Service, style: DrawingStyle) -> None:
         except Unanswerable as error:
             return [sentences.problem(str(error)), *empty]
         first = next(iter(service.models.values())).bundle.preprocessing
-        return [sentences.status(_verdict(answers)), prepare(framed, first), *_filled(service, panels, answers, framed)]
+        return [
+            sentences.status(_verdict(answers)),
+            prepare(framed, first),
+            *_filled(service, panels, answers, framed),
+        ]
 
     pad.submit(
         show_drawing,
@@ -131,7 +142,8 @@ def ask_endpoint(service: Service) -> None:
         [answers],
         api_name="classify",
         api_description=(
-            "Classify one image with every served model. Returns, for each model's name, label, confidence (0..1), "
+            "Classify one image with every served model. Returns, for each model's name, label, confidence "
+            "(0..1), "
             f"top ({TOP_K} objects with label and confidence, falling) and milliseconds."
         ),
         concurrency_limit=CONCURRENT,
@@ -147,7 +159,9 @@ def _panels(service: Service) -> list[Panel]:
     with gr.Row(equal_height=False):
         for model in service.models.values():
             with gr.Column(min_width=200):
-                label = gr.Label(label=model.name, num_top_classes=TOP_K, elem_classes=[f"answer-{model.name}"])
+                label = gr.Label(
+                    label=model.name, num_top_classes=TOP_K, elem_classes=[f"answer-{model.name}"]
+                )
                 note = gr.Markdown(elem_classes=["quiet"])
                 cam = None
                 if "cam" in model.signature.outputs:
@@ -185,7 +199,10 @@ def _filled(service: Service, panels: list[Panel], answers: list[Answer], pixels
     values: list[Any] = []
     for panel, answer in zip(panels, answers, strict=True):
         model = service.models[answer.model]
-        values += [dict(answer.top), f"{answer.milliseconds:.1f} ms · {model.variant.name} on {model.session.runtime}"]
+        values += [
+            dict(answer.top),
+            f"{answer.milliseconds:.1f} ms · {model.variant.name} on {model.session.runtime}",
+        ]
         if panel.cam is not None:
             assert answer.cam is not None
             values.append(overlay(prepare(pixels, model.bundle.preprocessing), answer.cam))
@@ -198,4 +215,8 @@ def _verdict(answers: list[Answer]) -> str:
         return f"{answers[0].model} says {answers[0].top[0][0]}."
     if len(labels) == 1:
         return f"{'Both' if len(answers) == 2 else f'All {len(answers)}'} models say {labels.pop()}."
-    return "The models disagree: " + ", ".join(f"{answer.model} says {answer.top[0][0]}" for answer in answers) + "."
+    return (
+        "The models disagree: "
+        + ", ".join(f"{answer.model} says {answer.top[0][0]}" for answer in answers)
+        + "."
+    )

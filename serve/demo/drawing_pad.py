@@ -1,4 +1,5 @@
-"""The pad on which digits are drawn: a plain canvas. Gradio's own wants a tool chosen first, and no keyboard reaches it."""
+"""The pad on which digits are drawn: a plain canvas. Gradio's own wants a tool chosen first,
+and no keyboard reaches it."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ HTML = """
 </div>
 """
 CSS = """
-.pad {display: flex; flex-direction: column; gap: 0.75rem; align-items: stretch; max-width: 320px; margin: 0 auto;}
+.pad {display: flex; flex-direction: column; gap: 0.75rem; align-items: stretch;
+  max-width: 320px; margin: 0 auto;}
 .paper {position: relative; line-height: 0;}
 canvas {width: 100%; border: 1px solid var(--border-color-primary); border-radius: 8px;
   touch-action: none; cursor: crosshair; background: #fff;}
@@ -29,7 +31,8 @@ canvas {width: 100%; border: 1px solid var(--border-color-primary); border-radiu
 canvas:focus-visible + .pen {visibility: visible;}
 .pen.down {background: #ea580c;}
 button {padding: 0.6rem; border: 1px solid var(--border-color-primary); border-radius: 8px;
-  background: var(--button-secondary-background-fill); color: var(--button-secondary-text-color); cursor: pointer;}
+  background: var(--button-secondary-background-fill); color: var(--button-secondary-text-color);
+  cursor: pointer;}
 """
 
 

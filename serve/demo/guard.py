@@ -1,8 +1,8 @@
 """What of Gradio a client may reach, and what its JSON may point at.
 
-Gradio has some forty routes, among them proxies that fetch a URL for the client (`/file=http...`, `/proxy=`), a code editor
-and a recorder. The demo needs those of `ROUTES`. Its JSON may name files by path or URL; the only ones a client may name are
-its uploads, so that nothing else on this machine or any other is read for it.
+Gradio has some forty routes, among them proxies that fetch a URL for the client (`/file=http...`, `/proxy=`),
+a code editor and a recorder. The demo needs those of `ROUTES`. Its JSON may name files by path or URL; the
+only ones a client may name are its uploads, so that nothing else on this machine or any other is read for it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def largest_demo_body(path: str, limits: Limits) -> int:
 
 
 class DemoGuard:
-    """What the demo is mounted behind: known routes only, files of the upload folder only, room for uploads only as agreed."""
+    """What the demo is mounted behind: known routes only, files of the upload folder only,
+    room for uploads only as agreed."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self.app, self.limits = app, service.settings.limits
@@ -69,7 +70,8 @@ class DemoGuard:
         return await self.app(scope, receive, _with_page_headers(send))
 
     async def _upload(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Gradio keeps the pieces of an upload that broke off; with no other upload in progress they are all that is left."""
+        """Gradio keeps the pieces of an upload that broke off;
+        with no other upload in progress they are all that is left."""
         self._uploads += 1
         try:
             await self.app(scope, receive, _with_page_headers(send))
@@ -82,8 +84,8 @@ class DemoGuard:
     async def _check_room(self, scope: Scope) -> None:
         """Uploads are kept for an hour; a flood of them meets this bound before it fills the disk.
 
-        The folder is measured now and then, and in between what is announced counts: walking thousands of files for every
-        upload made a flood of small ones a queue of walks.
+        The folder is measured now and then, and in between what is announced counts: walking thousands of
+        files for every upload made a flood of small ones a queue of walks.
         """
         announced = Headers(scope=scope).get("content-length", "")
         size = int(announced) if announced.isdecimal() else self.limits.upload_bytes
@@ -107,11 +109,16 @@ def upload_folder() -> Path:
 
 
 def _remove_pieces(older_than: float) -> None:
-    """Remove unfinished uploads: a finished one lies in a folder of its own. older_than: seconds since the last write."""
+    """Remove unfinished uploads: a finished one lies in a folder of its own. older_than:
+    seconds since the last write."""
     newest = time.time() - older_than
     with contextlib.suppress(FileNotFoundError):
         for entry in os.scandir(upload_folder()):
-            if entry.name.startswith("tmp") and entry.is_file(follow_symlinks=False) and entry.stat().st_mtime <= newest:
+            if (
+                entry.name.startswith("tmp")
+                and entry.is_file(follow_symlinks=False)
+                and entry.stat().st_mtime <= newest
+            ):
                 os.unlink(entry.path)
 
 
@@ -134,7 +141,8 @@ def _folder_bytes(folder: Path) -> int:
 
 
 async def _checked_json(receive: Receive) -> Receive:
-    """Read a JSON body (its size is bounded already), check what it points at; -> a receive that gives it again."""
+    """Read a JSON body (its size is bounded already), check what it points at;
+    -> a receive that gives it again."""
     pieces: list[bytes] = []
     more = True
     while more:
@@ -175,7 +183,8 @@ def _check_references(value: Any) -> None:
             _check_references(item)
 
 
-# The browser itself then refuses any request off the machine. Gradio's page needs inline scripts, workers and data images.
+# The browser itself then refuses any request off the machine. Gradio's page needs inline scripts,
+# workers and data images.
 CONTENT_SECURITY_POLICY = (
     "default-src 'self' blob: data: 'unsafe-inline' 'unsafe-eval'; frame-ancestors 'self'; "
     "base-uri 'self'; form-action 'self'; object-src 'none'"

@@ -1,4 +1,5 @@
-"""Gradio's image input with its own decoding taken out: the file reaches `ffl_deploy.images.decode` as it was sent."""
+"""Gradio's image input with its own decoding taken out:
+the file reaches `ffl_deploy.images.decode` as it was sent."""
 
 from __future__ import annotations
 

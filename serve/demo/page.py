@@ -27,14 +27,18 @@ FONT = ["system-ui", "sans-serif"]
 CSS = """
 html, body {overflow-x: clip;}
 .gradio-container {width: 100% !important; max-width: 1100px !important; margin: 0 auto !important;}
-.pixelated img {image-rendering: pixelated; width: 100% !important; height: 100% !important; object-fit: contain;}
+.pixelated img {image-rendering: pixelated; width: 100% !important; height: 100% !important;
+  object-fit: contain;}
 .pixelated .gallery-item img {object-fit: cover;}
 .status {min-height: 1.5em; margin: 0;}
 .status progress {width: 100%; height: 0.75rem; accent-color: var(--color-accent);}
 .problem {border-left: 4px solid var(--error-border-color, #dc2626); padding-left: 0.75rem;}
 .quiet {opacity: 0.8; font-size: 0.9em;}
 :focus-visible {outline: 3px solid var(--color-accent); outline-offset: 2px;}
-@media (max-width: 640px) {.gradio-container {padding: 8px !important;} .gradio-container h1 {font-size: 1.4rem;}}
+@media (max-width: 640px) {
+  .gradio-container {padding: 8px !important;}
+  .gradio-container h1 {font-size: 1.4rem;}
+}
 """
 
 
@@ -43,7 +47,9 @@ def build(service: Service) -> gr.Blocks:
     models = list(service.models.values())
     examples = write_examples(models[0].bundle, upload_folder() / "examples")
     style = drawing_style(models[0].bundle)
-    with gr.Blocks(title="ffl-deploy", analytics_enabled=False, fill_width=True, delete_cache=CACHE_SECONDS) as page:
+    with gr.Blocks(
+        title="ffl-deploy", analytics_enabled=False, fill_width=True, delete_cache=CACHE_SECONDS
+    ) as page:
         gr.HTML(_heading(service))
         if style:
             with gr.Tab("Draw", id="draw"):
@@ -85,7 +91,9 @@ def _which_model_tab(service: Service) -> None:
     )
     found = reports.reports(models)
     for report in found:
-        gr.HTML(f"<p><strong>What to ship:</strong> {html.escape(report.advice)}</p>", elem_classes=["advice"])
+        gr.HTML(
+            f"<p><strong>What to ship:</strong> {html.escape(report.advice)}</p>", elem_classes=["advice"]
+        )
         if report.picture:
             gr.Image(
                 _copied(report.picture),
@@ -100,12 +108,15 @@ def _which_model_tab(service: Service) -> None:
             headers=list(reports.REPORT_COLUMNS),
             interactive=False,
             wrap=True,
-            label=f"Export report of {report.folder.name}" + (f", measured with {report.machine}" if report.machine else ""),
+            label=f"Export report of {report.folder.name}"
+            + (f", measured with {report.machine}" if report.machine else ""),
         )
     covered = {report.folder for report in found}
     if rest := [model for model in models if model.bundle.folder.parent not in covered]:
         label = "Models and variants"
-        gr.Dataframe(reports.table(rest), headers=list(reports.COLUMNS), interactive=False, wrap=True, label=label)
+        gr.Dataframe(
+            reports.table(rest), headers=list(reports.COLUMNS), interactive=False, wrap=True, label=label
+        )
         gr.Markdown("There is no export report beside these bundles; `ffl-export --target all` writes one.")
 
 
@@ -122,7 +133,8 @@ def _copied(picture: Path) -> str:
 async def mounted(service: Service) -> AsyncIterator[FastAPI]:
     """The page as an application, its queue running; at the end its open streams are closed.
 
-    Settings: docs/serving.md. `show_error` is off so that a fault of ours shows no internals; our own messages still show.
+    Settings: docs/serving.md. `show_error` is off so that a fault of ours shows no internals;
+    our own messages still show.
     """
     page = await in_gradio_thread(build, service)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
@@ -143,7 +155,9 @@ async def mounted(service: Service) -> AsyncIterator[FastAPI]:
         css=CSS,
         app_kwargs={"docs_url": None, "redoc_url": None, "openapi_url": None},
     )
-    (page_app,) = [route.app for route in app.routes if isinstance(route, Mount) and isinstance(route.app, App)]
+    (page_app,) = [
+        route.app for route in app.routes if isinstance(route, Mount) and isinstance(route.app, App)
+    ]
     service.endless.append(page_app.stop_event.set)  # every open page holds a heartbeat stream
     async with app.router.lifespan_context(app), finished_sessions_forgotten(page):
         yield app

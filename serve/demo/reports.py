@@ -1,4 +1,5 @@
-"""Which model to ship: the exporter's report where it lies beside the bundles, else what the manifests say."""
+"""Which model to ship: the exporter's report where it lies beside the bundles,
+else what the manifests say."""
 
 from __future__ import annotations
 
@@ -16,16 +17,28 @@ from ffl_deploy.report import PICTURE, REPORT, Report, Row
 from serve.server.logs import LOGGER
 from serve.server.models import ServedModel
 
-COLUMNS = ("model", "variant", "accuracy", "of images", "ms per image", "images/s", "MB", "precision", "parity")
+COLUMNS = (
+    "model",
+    "variant",
+    "accuracy",
+    "of images",
+    "ms per image",
+    "images/s",
+    "MB",
+    "precision",
+    "parity",
+)
 REPORT_COLUMNS = (
-    "model / variant", "served as", "Pareto", "accuracy (95 % interval)", "p50 / p95 ms", "images/s (batch)", "MB",
+    "model / variant", "served as", "Pareto", "accuracy (95 % interval)", "p50 / p95 ms",
+    "images/s (batch)", "MB",
     "precision", "parity", "accuracy gate",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class ShownReport:
-    """An export's report, for people. `rows` stand under REPORT_COLUMNS; `picture`: its Pareto plot, where there is one."""
+    """An export's report, for people. `rows` stand under REPORT_COLUMNS; `picture`: its Pareto plot,
+    where there is one."""
 
     folder: Path
     advice: str
@@ -35,7 +48,8 @@ class ShownReport:
 
 
 def reports(models: Iterable[ServedModel]) -> list[ShownReport]:
-    """-> the reports beside the served bundles, each folder once; one that cannot be read is logged and left out."""
+    """-> the reports beside the served bundles, each folder once;
+    one that cannot be read is logged and left out."""
     served: dict[Path, list[ServedModel]] = {}
     for model in models:
         served.setdefault(model.bundle.folder.parent, []).append(model)
@@ -46,7 +60,13 @@ def reports(models: Iterable[ServedModel]) -> list[ShownReport]:
             picture = folder / PICTURE
             rows = [_report_row(row, inside) for row in file.rows]
             found.append(
-                ShownReport(folder, file.recommendation.reason, file.machine, rows, picture if picture.is_file() else None)
+                ShownReport(
+                    folder,
+                    file.recommendation.reason,
+                    file.machine,
+                    rows,
+                    picture if picture.is_file() else None,
+                )
             )
     return found
 
@@ -58,13 +78,19 @@ def read_report(path: Path) -> Report | None:
     except FileNotFoundError:
         return None
     except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
-        logging.getLogger(LOGGER).warning("export report left out", extra={"file": str(path), "reason": str(error)})
+        logging.getLogger(LOGGER).warning(
+            "export report left out", extra={"file": str(path), "reason": str(error)}
+        )
         return None
 
 
 def table(models: Iterable[ServedModel]) -> list[list[str]]:
     """-> one row for each variant of each served bundle, under COLUMNS; what was not measured is a dash."""
-    return [_row(model.name, model.bundle, variant) for model in models for variant in model.bundle.manifest.variants]
+    return [
+        _row(model.name, model.bundle, variant)
+        for model in models
+        for variant in model.bundle.manifest.variants
+    ]
 
 
 def card(bundle: Bundle) -> str:
@@ -74,7 +100,11 @@ def card(bundle: Bundle) -> str:
 
 
 def _report_row(row: Row, models: Iterable[ServedModel]) -> list[str]:
-    served = [model.name for model in models if (model.bundle.manifest.target, model.variant.name) == (row.target, row.variant)]
+    served = [
+        model.name
+        for model in models
+        if (model.bundle.manifest.target, model.variant.name) == (row.target, row.variant)
+    ]
     low, high = row.accuracy_low, row.accuracy_high
     interval = "" if low is None or high is None else f" ({low:.2%} to {high:.2%})"
     return [
@@ -83,7 +113,8 @@ def _report_row(row: Row, models: Iterable[ServedModel]) -> list[str]:
         "yes" if row.pareto else "",
         _number(row.accuracy, "{:.2%}") + interval,
         f"{_number(row.p50_ms, '{:.2f}')} / {_number(row.p95_ms, '{:.2f}')}",
-        _number(row.images_per_second, "{:,.0f}") + ("" if row.best_batch is None else f" ({row.best_batch})"),
+        _number(row.images_per_second, "{:,.0f}")
+        + ("" if row.best_batch is None else f" ({row.best_batch})"),
         f"{row.bytes / 1e6:.2f}",
         row.precision,
         row.parity,

@@ -36,7 +36,8 @@ def write_examples(bundle: Bundle, folder: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class DrawingStyle:
-    """How a drawing becomes what the network knows. `light_on_dark`: ink is light. `extent`: ink's longer side / image side."""
+    """How a drawing becomes what the network knows. `light_on_dark`: ink is light. `extent`:
+    ink's longer side / image side."""
 
     light_on_dark: bool
     extent: float
@@ -48,19 +49,25 @@ def drawing_style(bundle: Bundle) -> DrawingStyle | None:
     if max(images.shape[1:3]) > MAX_DRAWN_SIZE or not (images == images[..., :1]).all():
         return None
     gray = images[..., 0].astype(np.float32) / 255
-    border = np.concatenate([gray[:, 0].ravel(), gray[:, -1].ravel(), gray[:, :, 0].ravel(), gray[:, :, -1].ravel()])
+    border = np.concatenate(
+        [gray[:, 0].ravel(), gray[:, -1].ravel(), gray[:, :, 0].ravel(), gray[:, :, -1].ravel()]
+    )
     light_on_dark = bool(np.median(border) < 0.5)
     ink = gray if light_on_dark else 1 - gray
     extents = [
-        max(np.ptp(np.nonzero(mask.any(axis=axis))[0]) + 1 for axis in (0, 1)) / len(mask) for mask in ink > 0.25 if mask.any()
+        max(np.ptp(np.nonzero(mask.any(axis=axis))[0]) + 1 for axis in (0, 1)) / len(mask)
+        for mask in ink > 0.25
+        if mask.any()
     ]
     return DrawingStyle(light_on_dark, float(np.median(extents)) if extents else 1.0)
 
 
 def frame_drawing(pixels: Pixels, style: DrawingStyle) -> Pixels | None:
-    """A drawing, dark on white, uint8 RGB -> a square image in the samples' style, or None when nothing was drawn.
+    """A drawing, dark on white, uint8 RGB -> a square image in the samples' style,
+    or None when nothing was drawn.
 
-    The ink is centred and framed as large as the samples are: people draw anywhere, the network has seen one place.
+    The ink is centred and framed as large as the samples are: people draw anywhere,
+    the network has seen one place.
     """
     ink = 255 - pixels.min(axis=2)
     rows, columns = np.nonzero(ink.max(axis=1) > 64)[0], np.nonzero(ink.max(axis=0) > 64)[0]

@@ -19,8 +19,8 @@ SWEEP_SECONDS = 10.0
 def bound_states(page: gr.Blocks, count: int) -> None:
     """Keep the states of the `count` sessions that were used last. To be called before the page is mounted.
 
-    A state holds a copy of the page's configuration, 76 KB, and Gradio keeps 10,000. Nothing is lost with an old one, because
-    no component of ours has a state of its own.
+    A state holds a copy of the page's configuration, 76 KB, and Gradio keeps 10,000. Nothing is lost with an
+    old one, because no component of ours has a state of its own.
     """
     page.state_session_capacity = count
 
@@ -42,7 +42,8 @@ async def finished_sessions_forgotten(page: gr.Blocks) -> AsyncIterator[None]:
 
 
 def forget_finished(page: gr.Blocks) -> None:
-    """Drop the queues of sessions that wait for nothing, or whose answers Gradio has dropped; the next event makes new ones.
+    """Drop the queues of sessions that wait for nothing, or whose answers Gradio has dropped;
+    the next event makes new ones.
 
     Gradio never removes a session from `pending_event_ids_session` unless its client breaks off.
     """

@@ -1,4 +1,5 @@
-"""Where the demo appears once it is built. Importing Gradio takes seconds, and health has to answer meanwhile."""
+"""Where the demo appears once it is built. Importing Gradio takes seconds,
+and health has to answer meanwhile."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from serve.server.service import Service
 
 
 class DemoSlot:
-    """An application: the demo while it is there, before that (and for a server without a demo) a sentence."""
+    """An application: the demo while it is there, before that (and for a server without a demo)
+    a sentence."""
 
     def __init__(self, service: Service) -> None:
         self.service = service
@@ -33,7 +35,9 @@ class DemoSlot:
         elif scope["path"] == "/":
             response = json_response({"name": "ffl-serve", "protocol": "/v2", "metrics": "/metrics"})
         else:
-            response = json_response({"error": "there is nothing here; the inference protocol is at /v2"}, 404)
+            response = json_response(
+                {"error": "there is nothing here; the inference protocol is at /v2"}, 404
+            )
         return await response(scope, receive, send)
 
     def preload(self) -> None:
@@ -43,7 +47,8 @@ class DemoSlot:
 
     @contextlib.asynccontextmanager
     async def filled(self) -> AsyncIterator[None]:
-        """Build the demo of the service's models, which have to be loaded, and answer with it from inside the block on."""
+        """Build the demo of the service's models, which have to be loaded,
+        and answer with it from inside the block on."""
         await in_gradio_thread(_import_page)
         from serve.demo.page import mounted
 

@@ -1,4 +1,5 @@
-"""Images inside zip and tar archives, read as streams. Nothing is ever extracted, so member names cannot lead anywhere."""
+"""Images inside zip and tar archives, read as streams. Nothing is ever extracted,
+so member names cannot lead anywhere."""
 
 from __future__ import annotations
 
@@ -10,11 +11,22 @@ from functools import partial
 from pathlib import PurePosixPath
 
 from ffl_deploy.images import SUFFIXES, ImageError
-from serve.inputs.items import MAX_FILE_BYTES, METADATA, Item, Skipped, displayed, failed_item, is_metadata, label_of, refuse
+from serve.inputs.items import (
+    MAX_FILE_BYTES,
+    METADATA,
+    Item,
+    Skipped,
+    displayed,
+    failed_item,
+    is_metadata,
+    label_of,
+    refuse,
+)
 
 ZIP_SUFFIXES = (".zip",)
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
-# Photos do not compress: a stream that grows beyond this is a bomb. From FREE_BYTES on, since a few zeros are harmless.
+# Photos do not compress: a stream that grows beyond this is a bomb. From FREE_BYTES on,
+# since a few zeros are harmless.
 MAX_EXPANSION = 200
 FREE_BYTES = 2**30
 
@@ -26,15 +38,18 @@ def is_archive(path: str) -> bool:
 def members(path: str, classes: frozenset[str], skipped: Skipped) -> Iterator[Item]:
     """Yield the image members of an archive as `archive::member`, in the archive's order.
 
-    A broken archive gives the members before the break, then one item with the archive's own name and the status
-    `corrupt_archive`. Links, devices, folders and other files (nested archives too) are counted in `skipped`.
+    A broken archive gives the members before the break, then one item with the archive's own name and the
+    status `corrupt_archive`. Links, devices, folders and other files (nested archives too) are counted in
+    `skipped`.
     """
     read = _zip_members if path.lower().endswith(ZIP_SUFFIXES) else _tar_members
     try:
         yield from read(path, classes, skipped)
     except MemoryError:
         raise
-    except Exception as error:  # zipfile, tarfile and their decompressors raise almost anything on hostile bytes
+    except (
+        Exception
+    ) as error:  # zipfile, tarfile and their decompressors raise almost anything on hostile bytes
         code = "unreadable" if isinstance(error, PermissionError) else "corrupt_archive"
         yield failed_item(path, code, f"the archive cannot be read to its end ({error})")
 
@@ -42,7 +57,8 @@ def members(path: str, classes: frozenset[str], skipped: Skipped) -> Iterator[It
 def _zip_members(path: str, classes: frozenset[str], skipped: Skipped) -> Iterator[Item]:
     with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
-            if (info.filename and info.is_dir()) or _is_other(info.filename, skipped):  # is_dir() looks at the last character
+            # is_dir() looks at the last character
+            if (info.filename and info.is_dir()) or _is_other(info.filename, skipped):
                 continue
             unix_mode = info.external_attr >> 16
             if unix_mode & 0o170000 == 0o120000:
@@ -55,7 +71,9 @@ def _read_zip_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
     if info.flag_bits & 0x1:
         raise ImageError("encrypted", "the archive member is encrypted; give an archive without a password")
     if info.file_size > MAX_FILE_BYTES:
-        raise ImageError("too_large", f"the member unpacks to {info.file_size} bytes, more than {MAX_FILE_BYTES}")
+        raise ImageError(
+            "too_large", f"the member unpacks to {info.file_size} bytes, more than {MAX_FILE_BYTES}"
+        )
     try:
         with archive.open(info) as file:
             data = file.read(MAX_FILE_BYTES + 1)  # the size in the directory can lie
@@ -94,7 +112,9 @@ def _read_tar_member(archive: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
     except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
         raise ImageError("truncated", f"the archive ends inside this member ({error})") from error
     if len(data) < info.size:
-        raise ImageError("truncated", f"the archive ends inside this member ({len(data)} of {info.size} bytes)")
+        raise ImageError(
+            "truncated", f"the archive ends inside this member ({len(data)} of {info.size} bytes)"
+        )
     return data
 
 

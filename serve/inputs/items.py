@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 from ffl_deploy.images import ImageError
 
-MAX_FILE_BYTES = 256 * 2**20  # of one encoded image; 50 megapixels of incompressible 16-bit RGB PNG are 300 MB
+# of one encoded image; 50 megapixels of incompressible 16-bit RGB PNG are 300 MB
+MAX_FILE_BYTES = 256 * 2**20
 
 
 class Item(NamedTuple):
@@ -37,8 +38,12 @@ class Item(NamedTuple):
         except ImageError as error:
             read = partial(refuse, error.code, str(error))
         except MemoryError:
-            read = partial(refuse, "out_of_memory", "it does not fit into memory; classify it on a larger machine")
-        except Exception as error:  # as in the decoding threads: a fault of ours may cost this row, not those behind it
+            read = partial(
+                refuse, "out_of_memory", "it does not fit into memory; classify it on a larger machine"
+            )
+        except (
+            Exception
+        ) as error:  # as in the decoding threads: a fault of ours may cost this row, not those behind it
             read = partial(refuse, "internal_error", f"{type(error).__name__}: {error}")
         return Item(self.path, read, self.label, held=held)
 
@@ -57,13 +62,15 @@ METADATA = "files of macOS metadata"
 
 
 def is_metadata(name: str) -> bool:
-    """-> whether a file or member is what macOS adds to folders and zips beside each image (`._photo.jpg`)."""
+    """-> whether a file or member is what macOS adds to folders
+    and zips beside each image (`._photo.jpg`)."""
     parts = name.split("/")
     return parts[-1].startswith("._") or "__MACOSX" in parts
 
 
 def label_of(folders: Iterable[str], classes: frozenset[str]) -> str | None:
-    """-> the first folder name that is a class of the bundle: how a folder of class folders labels its images."""
+    """-> the first folder name that is a class of the bundle:
+    how a folder of class folders labels its images."""
     return next((displayed(name) for name in folders if name in classes), None)
 
 
@@ -81,12 +88,14 @@ def refuse(code: str, message: str) -> bytes:
 
 
 def displayed(path: str) -> str:
-    """-> `path` as valid UTF-8: bytes of a name that are not UTF-8 become \\xNN, so that every output format can hold it."""
+    """-> `path` as valid UTF-8: bytes of a name that are not UTF-8 become \\xNN,
+    so that every output format can hold it."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def read_file(path: str, limit: int = MAX_FILE_BYTES) -> bytes:
-    """-> a regular file's content; never waits on a pipe. Raises ImageError: missing, not_a_file, unreadable, too_large."""
+    """-> a regular file's content; never waits on a pipe. Raises ImageError: missing, not_a_file,
+    unreadable, too_large."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # before opening: opening a device can have effects
             raise ImageError("not_a_file", "it is a folder, a device or a pipe, not a file")
@@ -97,7 +106,8 @@ def read_file(path: str, limit: int = MAX_FILE_BYTES) -> bytes:
                 raise ImageError("not_a_file", "it is a folder, a device or a pipe, not a file")
             if status.st_size > limit:
                 raise ImageError("too_large", f"the file has {status.st_size} bytes, more than {limit}")
-            return file.read(status.st_size or limit)  # in as many pieces as the file system gives; 0: it does not say
+            # in as many pieces as the file system gives; 0: it does not say
+            return file.read(status.st_size or limit)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ImageError("missing", "there is no such file") from error
     except ValueError as error:  # a NUL inside a name that a table gave

@@ -1,7 +1,7 @@
 """What the user named -> a stream of items: files, folders, globs, archives, tables, paths on standard input.
 
-The order is the order of the arguments; inside a folder, names sorted as bytes. Nothing holds more than one folder's names
-in memory, and of a large folder not even those.
+The order is the order of the arguments; inside a folder, names sorted as bytes. Nothing holds more than one
+folder's names in memory, and of a large folder not even those.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ SPILL = 50_000  # names sorted in memory at a time, about 5 MB
 
 @dataclass(frozen=True)
 class Reading:
-    """How inputs are read. `classes`: folder names that are labels. `column`, `label_column`: of tables (None: usual ones)."""
+    """How inputs are read. `classes`: folder names that are labels. `column`, `label_column`:
+    of tables (None: usual ones)."""
 
     classes: frozenset[str] = frozenset()
     column: str | None = None
@@ -35,7 +36,8 @@ class Reading:
 
 
 def check_inputs(inputs: Iterable[str], reading: Reading) -> None:
-    """Refuse before any work what cannot be read at all. Raises UsageError for an empty pattern or a table without the column."""
+    """Refuse before any work what cannot be read at all.
+    Raises UsageError for an empty pattern or a table without the column."""
     for argument in inputs:
         if is_pattern(argument):
             found = False
@@ -50,7 +52,8 @@ def check_inputs(inputs: Iterable[str], reading: Reading) -> None:
 
 
 def read_inputs(inputs: Iterable[str], reading: Reading) -> Iterator[Item]:
-    """Yield every input once, in order. An argument that names no folder always gives at least one item or names its error."""
+    """Yield every input once, in order. An argument
+    that names no folder always gives at least one item or names its error."""
     for argument in inputs:
         if argument == STANDARD_INPUT:
             yield from _listed_on(standard_input())
@@ -68,7 +71,9 @@ def is_pattern(argument: str) -> bool:
 
 def matches(pattern: str) -> Iterator[str]:
     """-> everything but folders that `pattern` matches, hidden files too, in no order."""
-    return (path for path in glob.iglob(pattern, recursive=True, include_hidden=True) if not os.path.isdir(path))
+    return (
+        path for path in glob.iglob(pattern, recursive=True, include_hidden=True) if not os.path.isdir(path)
+    )
 
 
 def _one(path: str, reading: Reading) -> Iterator[Item]:
@@ -85,14 +90,16 @@ def _one(path: str, reading: Reading) -> Iterator[Item]:
 
 
 def _listed_on(stream: Iterable[bytes]) -> Iterator[Item]:
-    """Yield one item for each line (a path, relative to the working folder) of `stream`; empty lines are skipped."""
+    """Yield one item for each line (a path, relative to the working folder) of `stream`;
+    empty lines are skipped."""
     for line in stream:
         if name := line.rstrip(b"\r\n"):
             yield file_item(os.fsdecode(name))
 
 
 def walk(root: str, reading: Reading) -> Iterator[Item]:
-    """Yield the image files below `root`. Links to folders (which can loop) are not followed, to files on request."""
+    """Yield the image files below `root`. Links to folders (which can loop) are not followed,
+    to files on request."""
     suffixes, skipped = SUFFIXES, reading.skipped.reasons
     pending = [_entries(root)]
     folders = [root]
@@ -126,7 +133,8 @@ def walk(root: str, reading: Reading) -> Iterator[Item]:
             yield file_item(path, label_of(PurePath(path).relative_to(root).parts[:-1], reading.classes))
 
 
-# The kind of a folder entry, kept behind its name and a NUL (which sorts first): 10,000,000 tuples would need a gigabyte.
+# The kind of a folder entry, kept behind its name and a NUL (which sorts first):
+# 10,000,000 tuples would need a gigabyte.
 _FILE, _FOLDER, _LINK, _OTHER, _ERROR = "f", "d", "l", "o", "e"
 
 
@@ -151,7 +159,8 @@ def _entries(folder: str) -> Iterator[str]:
 
 
 def sorted_names(names: Iterable[str], spill: int = SPILL) -> Iterator[str]:
-    """-> `names` sorted as bytes, with at most `spill` of them in memory: more go through sorted temporary files."""
+    """-> `names` sorted as bytes, with at most `spill` of them in memory:
+    more go through sorted temporary files."""
     runs: list[Iterator[bytes]] = []
     chunk: list[bytes] = []
     for name in names:
@@ -183,7 +192,8 @@ def _spilled(names: list[bytes]) -> Iterator[bytes]:
 
 
 def count_inputs(inputs: Iterable[str], reading: Reading) -> int | None:
-    """-> how many items there are, from names and footers alone; None where only reading everything would tell."""
+    """-> how many items there are, from names and footers alone;
+    None where only reading everything would tell."""
     total = 0
     for argument in inputs:
         if argument == STANDARD_INPUT or argument.lower().endswith((*archives.TAR_SUFFIXES, ".csv")):

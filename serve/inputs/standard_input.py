@@ -17,7 +17,8 @@ def standard_input() -> BinaryIO:
     """-> standard input, from its start where it has one. Raises UsageError where it is closed."""
     if sys.stdin is None:
         raise UsageError(
-            f"standard input is closed, and {STANDARD_INPUT} reads paths from it; give it a list, or name the files."
+            f"standard input is closed, and {STANDARD_INPUT} reads paths from it; give it a list, or name "
+            "the files."
         )
     stream = sys.stdin.buffer
     if stream.seekable():
@@ -26,7 +27,8 @@ def standard_input() -> BinaryIO:
 
 
 def spool_standard_input() -> None:
-    """Keep what standard input gives in a temporary file, and put that in its place. Raises UsageError where it is closed."""
+    """Keep what standard input gives in a temporary file, and put that in its place.
+    Raises UsageError where it is closed."""
     file = tempfile.TemporaryFile()  # noqa: SIM115 it is standard input from now on
     shutil.copyfileobj(standard_input(), file)
     file.flush()  # each child would write what is still in this process's memory

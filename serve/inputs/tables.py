@@ -13,10 +13,19 @@ from ffl_deploy.images import ImageError
 from serve.inputs.items import MAX_FILE_BYTES, Item, displayed, file_item, refuse
 
 TABLE_SUFFIXES = (".csv", ".parquet")
-IMAGE_COLUMNS = ("path", "image", "file_name", "image_path", "filename", "file", "bytes")  # tried in this order
+IMAGE_COLUMNS = (
+    "path",
+    "image",
+    "file_name",
+    "image_path",
+    "filename",
+    "file",
+    "bytes",
+)  # tried in this order
 LABEL_COLUMNS = ("label", "class", "target")
 ROWS_AT_A_TIME = 32  # rows of image bytes decoded from Parquet at a time
-MAX_CHUNK_BYTES = 4 * 2**30  # of a column chunk: Parquet decodes it page by page, but a writer can make one giant page
+# of a column chunk: Parquet decodes it page by page, but a writer can make one giant page
+MAX_CHUNK_BYTES = 4 * 2**30
 
 
 def is_table(path: str) -> bool:
@@ -24,16 +33,22 @@ def is_table(path: str) -> bool:
 
 
 def check_table(path: str, column: str | None, label_column: str | None) -> None:
-    """Raise UsageError unless the table can be read, has the columns, and holds paths or bytes in the one of images."""
+    """Raise UsageError unless the table can be read, has the columns,
+    and holds paths or bytes in the one of images."""
     chosen, _ = _chosen(path, _column_names(path), column, label_column)
     if not path.lower().endswith(".csv"):
         _check_kind(path, chosen, _parquet(path).schema_arrow.field(chosen).type)
 
 
 def rows(path: str, column: str | None, label_column: str | None) -> Iterator[Item]:
-    """Yield one item for each row. Paths are relative to the table's folder; rows of bytes are named `table::row`, from 0."""
+    """Yield one item for each row. Paths are relative to the table's folder;
+    rows of bytes are named `table::row`, from 0."""
     chosen, labels = _chosen(path, _column_names(path), column, label_column)
-    yield from _csv_rows(path, chosen, labels) if path.lower().endswith(".csv") else _parquet_rows(path, chosen, labels)
+    yield from (
+        _csv_rows(path, chosen, labels)
+        if path.lower().endswith(".csv")
+        else _parquet_rows(path, chosen, labels)
+    )
 
 
 def count_rows(path: str) -> int | None:
@@ -41,15 +56,22 @@ def count_rows(path: str) -> int | None:
     return None if path.lower().endswith(".csv") else int(_parquet(path).metadata.num_rows)
 
 
-def _chosen(path: str, names: Sequence[str], column: str | None, label_column: str | None) -> tuple[str, str | None]:
+def _chosen(
+    path: str, names: Sequence[str], column: str | None, label_column: str | None
+) -> tuple[str, str | None]:
     """-> (the column of images, the column of labels or None)."""
     for wanted, flag in ((column, "--column"), (label_column, "--label-column")):
         if wanted is not None and wanted not in names:
             raise UsageError(f"{path} has no column {wanted!r}; give {flag} one of: {', '.join(names)}.")
     image = column or next((name for name in IMAGE_COLUMNS if name in names), None)
     if image is None:
-        raise UsageError(f"{path} has no column called {' or '.join(IMAGE_COLUMNS)}; give --column one of: {', '.join(names)}.")
-    return image, label_column or next((name for name in LABEL_COLUMNS if name in names and name != image), None)
+        raise UsageError(
+            f"{path} has no column called {' or '.join(IMAGE_COLUMNS)}; give --column one of: "
+            f"{', '.join(names)}."
+        )
+    return image, label_column or next(
+        (name for name in LABEL_COLUMNS if name in names and name != image), None
+    )
 
 
 def _column_names(path: str) -> list[str]:
@@ -66,7 +88,9 @@ def _column_names(path: str) -> list[str]:
 
 
 def _open_csv(path: str) -> Any:
-    return open(path, newline="", encoding="utf-8-sig", errors="surrogateescape")  # names that are not UTF-8 stay openable
+    return open(
+        path, newline="", encoding="utf-8-sig", errors="surrogateescape"
+    )  # names that are not UTF-8 stay openable
 
 
 def _csv_rows(path: str, column: str, label_column: str | None) -> Iterator[Item]:
@@ -77,7 +101,10 @@ def _csv_rows(path: str, column: str, label_column: str | None) -> Iterator[Item
             try:
                 row = next(reader, None)
             except csv.Error as error:  # a cell over csv.field_size_limit, 128 KiB: no path is that long
-                yield Item(f"{displayed(path)}::{number}", partial(refuse, "too_large", f"the row cannot be read ({error})"))
+                yield Item(
+                    f"{displayed(path)}::{number}",
+                    partial(refuse, "too_large", f"the row cannot be read ({error})"),
+                )
                 number += 1
                 continue
             if row is None:
@@ -88,7 +115,9 @@ def _csv_rows(path: str, column: str, label_column: str | None) -> Iterator[Item
 
 def _path_item(table: str, number: int, cell: str | None, label: Any) -> Item:
     if not cell:
-        return Item(f"{displayed(table)}::{number}", partial(refuse, "null", "the cell is empty"), _label(label))
+        return Item(
+            f"{displayed(table)}::{number}", partial(refuse, "null", "the cell is empty"), _label(label)
+        )
     return file_item(os.path.join(os.path.dirname(table), cell), _label(label))._replace(path=displayed(cell))
 
 
@@ -103,7 +132,9 @@ def _parquet(path: str) -> Any:
     try:
         return pq.ParquetFile(path, pre_buffer=False)
     except (pa.ArrowException, OSError) as error:
-        raise UsageError(f"{path} is not a Parquet table that can be read ({str(error).splitlines()[0]}).") from error
+        raise UsageError(
+            f"{path} is not a Parquet table that can be read ({str(error).splitlines()[0]})."
+        ) from error
 
 
 def _check_kind(path: str, column: str, kind: Any) -> None:
@@ -112,9 +143,14 @@ def _check_kind(path: str, column: str, kind: Any) -> None:
 
     if pa.types.is_struct(kind):  # Hugging Face datasets: {bytes, path}
         if kind.get_field_index("bytes") < 0:
-            raise UsageError(f"{path}: the column {column!r} holds structs without a field `bytes`; choose another --column.")
+            raise UsageError(
+                f"{path}: the column {column!r} holds structs without a field `bytes`; choose another "
+                "--column."
+            )
     elif not (is_bytes(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        raise UsageError(f"{path}: the column {column!r} holds {kind}, not paths or bytes; choose another --column.")
+        raise UsageError(
+            f"{path}: the column {column!r} holds {kind}, not paths or bytes; choose another --column."
+        )
 
 
 def _parquet_rows(path: str, column: str, label_column: str | None) -> Iterator[Item]:
@@ -127,7 +163,10 @@ def _parquet_rows(path: str, column: str, label_column: str | None) -> Iterator[
     for group in range(table.num_row_groups):
         # a group that memory could not hold
         if _chunk_bytes(table, group, column) > MAX_CHUNK_BYTES:
-            message = f"row group {group} has more than {MAX_CHUNK_BYTES >> 30} GiB; write the table with smaller row groups"
+            message = (
+                f"row group {group} has more than {MAX_CHUNK_BYTES >> 30} GiB; write the table with smaller "
+                "row groups"
+            )
             for _ in range(table.metadata.row_group(group).num_rows):
                 yield Item(f"{displayed(path)}::{number}", partial(refuse, "too_large", message))
                 number += 1
@@ -140,7 +179,9 @@ def _parquet_rows(path: str, column: str, label_column: str | None) -> Iterator[
                 labels = batch.column(batch.schema.get_field_index(label_column)) if label_column else None
                 cells = batch.column(batch.schema.get_field_index(column))
                 for index in range(len(batch)):
-                    yield _cell_item(path, number, cells[index], _value(labels[index]) if labels is not None else None)
+                    yield _cell_item(
+                        path, number, cells[index], _value(labels[index]) if labels is not None else None
+                    )
                     number += 1
         except (pa.ArrowException, OSError) as error:
             message = f"the table is corrupt here ({str(error).splitlines()[0]})"
@@ -152,14 +193,18 @@ def _parquet_rows(path: str, column: str, label_column: str | None) -> Iterator[
 def is_bytes(kind: Any) -> bool:
     import pyarrow as pa
 
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind))
+    return bool(
+        pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
+    )
 
 
 def _chunk_bytes(table: Any, group: int, column: str) -> int:
     """-> uncompressed bytes of a column (with the fields of a struct) in one row group."""
     meta = table.metadata.row_group(group)
     chunks = (meta.column(index) for index in range(meta.num_columns))
-    return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] == column)
+    return sum(
+        chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] == column
+    )
 
 
 def _cell_item(table: str, number: int, cell: Any, label: Any) -> Item:
@@ -172,12 +217,14 @@ def _cell_item(table: str, number: int, cell: Any, label: Any) -> Item:
             return _path_item(table, number, None, label)
     buffer = cell.as_buffer()
     if not is_bytes(cell.type):
-        return _path_item(table, number, os.fsdecode(buffer.to_pybytes()), label)  # text that is not UTF-8 has no as_py()
+        # text that is not UTF-8 has no as_py()
+        return _path_item(table, number, os.fsdecode(buffer.to_pybytes()), label)
     return Item(f"{displayed(table)}::{number}", partial(_cell_bytes, buffer), _label(label), True)
 
 
 def _value(cell: Any) -> Any:
-    """-> a label's pyarrow scalar as Python has it; text that is not UTF-8 is no class and becomes readable."""
+    """-> a label's pyarrow scalar as Python has it;
+    text that is not UTF-8 is no class and becomes readable."""
     try:
         return cell.as_py()
     except UnicodeDecodeError:

@@ -16,42 +16,75 @@ from serve.predict.supervise import Recovery, supervise
 DESCRIPTION = """\
 Classify images with an exported bundle: exactly one row per input, in input order.
 
-INPUT is a file, a folder (searched recursively), a quoted glob, a zip or tar archive (streamed, never unpacked), a CSV or
-Parquet table with a column of paths or image bytes, or - for paths on standard input. An image that cannot be used gets a
-row that says why, and the run goes on. Without --out the rows are printed.
+INPUT is a file, a folder (searched recursively), a quoted glob, a zip or tar archive (streamed, never
+unpacked), a CSV or Parquet table with a column of paths or image bytes, or - for paths on standard input. An
+image that cannot be used gets a row that says why, and the run goes on. Without --out the rows are printed.
 
-Exit: 0 all rows ok; 1 corrupt bundle, full disk; 2 unusable input; 3 finished, some rows have errors; 130 interrupted (--resume).
+Exit: 0 all rows ok; 1 corrupt bundle, full disk; 2 unusable input; 3 finished, some rows have errors;
+130 interrupted (--resume).
 """
 
 
 def build_parser() -> Parser:
-    parser = Parser("ffl-predict", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        "ffl-predict", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("bundle", metavar="BUNDLE", help="folder that ffl-export wrote")
     parser.add_argument("inputs", metavar="INPUT", nargs="+", help="what to classify")
-    parser.add_argument("--out", metavar="FILE", type=Path, help="where the rows go; the suffix chooses the format")
-    parser.add_argument("--format", choices=("parquet", "jsonl", "csv"), help="default: by the suffix of FILE, else parquet")
     parser.add_argument(
-        "--variant", metavar="NAME", help="of the bundle; auto: the fastest that holds on this machine (default: fp32)"
+        "--out", metavar="FILE", type=Path, help="where the rows go; the suffix chooses the format"
     )
-    parser.add_argument("--runtime", metavar="NAME", help="onnxruntime, openvino or tensorrt (default: the variant's own)")
+    parser.add_argument(
+        "--format", choices=("parquet", "jsonl", "csv"), help="default: by the suffix of FILE, else parquet"
+    )
+    parser.add_argument(
+        "--variant",
+        metavar="NAME",
+        help="of the bundle; auto: the fastest that holds on this machine (default: fp32)",
+    )
+    parser.add_argument(
+        "--runtime", metavar="NAME", help="onnxruntime, openvino or tensorrt (default: the variant's own)"
+    )
     parser.add_argument("--top-k", type=positive, default=5, metavar="K", help="labels per row (default: 5)")
     parser.add_argument("--logits", action="store_true", help="add the column logits")
-    parser.add_argument("--embedding", action="store_true", help="add the column embedding, if the bundle's graph gives one")
-    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run; the result has the same bytes")
-    parser.add_argument("--engine", choices=("local", "ray"), default="local", help="ray: Ray Data, on this machine or a cluster")
-    reading = parser.add_argument_group("reading")
-    reading.add_argument("--column", metavar="NAME", help="of tables: paths or image bytes (default: path, image, ...)")
-    reading.add_argument(
-        "--label-column", metavar="NAME", help="of tables: true classes (default: label, class or target, if there)"
+    parser.add_argument(
+        "--embedding", action="store_true", help="add the column embedding, if the bundle's graph gives one"
     )
-    reading.add_argument("--follow-links", action="store_true", help="take symbolic links to files that a folder holds")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with an interrupted run; the result has the same bytes"
+    )
+    parser.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="ray: Ray Data, on this machine or a cluster",
+    )
+    reading = parser.add_argument_group("reading")
+    reading.add_argument(
+        "--column", metavar="NAME", help="of tables: paths or image bytes (default: path, image, ...)"
+    )
+    reading.add_argument(
+        "--label-column",
+        metavar="NAME",
+        help="of tables: true classes (default: label, class or target, if there)",
+    )
+    reading.add_argument(
+        "--follow-links", action="store_true", help="take symbolic links to files that a folder holds"
+    )
     speed = parser.add_argument_group("speed (default: measured in a second at the start)")
     speed.add_argument("--batch-size", type=positive, metavar="N", help="images per inference")
     speed.add_argument("--threads", type=positive, metavar="N", help="cores to use (default: all)")
-    speed.add_argument("--shard-size", type=positive, metavar="N", help="rows per shard: what a kill can cost (default: 1024)")
+    speed.add_argument(
+        "--shard-size",
+        type=positive,
+        metavar="N",
+        help="rows per shard: what a kill can cost (default: 1024)",
+    )
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--quiet", action="store_true", help="print errors only")
-    output.add_argument("--json", action="store_true", help="progress as JSON lines on stderr, the summary as JSON on stdout")
+    output.add_argument(
+        "--json", action="store_true", help="progress as JSON lines on stderr, the summary as JSON on stdout"
+    )
     return parser
 
 
@@ -66,7 +99,10 @@ def supervised_main(argv: Sequence[str]) -> int:
     arguments = build_parser().parse_args(argv)
     if STANDARD_INPUT in arguments.inputs:
         spool_standard_input()
-    return delivered(arguments, lambda out: supervise(lambda recovery: run_command(lambda _: run(arguments, out, recovery))))
+    return delivered(
+        arguments,
+        lambda out: supervise(lambda recovery: run_command(lambda _: run(arguments, out, recovery))),
+    )
 
 
 def delivered(arguments: argparse.Namespace, job: Callable[[Path], int]) -> int:
@@ -113,7 +149,9 @@ def run(arguments: argparse.Namespace, out: Path, recovery: Recovery) -> int:
     try:
         errors = run_job(job)
     except Interrupted as stopped:
-        raise stopped if arguments.out else Interrupted("interrupted; a run with --out FILE can be resumed.") from None
+        raise (
+            stopped if arguments.out else Interrupted("interrupted; a run with --out FILE can be resumed.")
+        ) from None
     return SOME_INPUTS_FAILED if errors else DONE
 
 

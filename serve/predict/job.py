@@ -15,7 +15,8 @@ from serve.predict.supervise import Recovery
 
 @dataclass(frozen=True)
 class Job:
-    """What ffl-predict was asked to do; the fields are its flags. None: decide by the bundle, the file name or a measurement."""
+    """What ffl-predict was asked to do; the fields are its flags. None: decide by the bundle,
+    the file name or a measurement."""
 
     bundle: str
     inputs: list[str]

@@ -39,7 +39,8 @@ class LabelCounts(msgspec.Struct):
 
 
 def count_labels(rows: Sequence[Row], labels: Sequence[str | None], classes: Sequence[str]) -> LabelCounts:
-    """-> counts over the rows that have a label. A label is a class name, or a class number where no class is called so."""
+    """-> counts over the rows that have a label. A label is a class name,
+    or a class number where no class is called so."""
     known = set(classes)
     counts = LabelCounts()
     confusion: dict[str, Counter[str]] = defaultdict(Counter)
@@ -67,4 +68,6 @@ def count_labels(rows: Sequence[Row], labels: Sequence[str | None], classes: Seq
 
 def _by_number(label: str, classes: Sequence[str]) -> str | None:
     # Nine digits are more than any number of classes, and int() refuses some thousands of them.
-    return classes[int(label)] if label.isdecimal() and len(label) < 10 and int(label) < len(classes) else None
+    return (
+        classes[int(label)] if label.isdecimal() and len(label) < 10 and int(label) < len(classes) else None
+    )

@@ -39,8 +39,8 @@ class CalibrationBin(msgspec.Struct, frozen=True):
 class LabelledNumbers(msgspec.Struct, frozen=True):
     """What the summary repeats of the report. Ratios are 0..1, None where there is nothing to divide by.
 
-    `accuracy` is over the labelled rows that have a prediction, `accuracy_all` counts rows without one as wrong.
-    `expected_calibration_error` is the mean |accuracy - confidence| of 15 equal bins, weighted by rows
+    `accuracy` is over the labelled rows that have a prediction, `accuracy_all` counts rows without one as
+    wrong. `expected_calibration_error` is the mean |accuracy - confidence| of 15 equal bins, weighted by rows
     (Guo et al. 2017, arXiv:1706.04599).
     """
 
@@ -81,7 +81,9 @@ def make_report(counts: LabelCounts, classes: Sequence[str], top_k: int) -> Labe
         accuracy_all=_ratio(hits.sum(), rows + failed),
         top_k=top_k,
         top_k_accuracy=_ratio(counts.top_k, rows),
-        expected_calibration_error=_ratio(sum(abs(correct - confidence) for _, confidence, correct in sums), rows),
+        expected_calibration_error=_ratio(
+            sum(abs(correct - confidence) for _, confidence, correct in sums), rows
+        ),
         mean_confidence=_ratio(sum(counts.bin_confidence), rows),
         # each class
         classes=[
@@ -180,10 +182,13 @@ def report_screen(report: LabelledReport) -> str:
     predicted = report.labelled_rows - report.rows_without_prediction
     lines = [
         f"  accuracy {report.accuracy:.2%} over {predicted} labelled rows, "
-        f"top-{report.top_k} {report.top_k_accuracy:.2%}, calibration error {report.expected_calibration_error:.3f}"
+        f"top-{report.top_k} {report.top_k_accuracy:.2%}, calibration error "
+        f"{report.expected_calibration_error:.3f}"
     ]
     worst = sorted((c.recall, c.name, c.rows) for c in report.classes if c.recall is not None)[:5]
-    lines.append("  lowest recall: " + ", ".join(f"{name} {recall:.1%} of {rows}" for recall, name, rows in worst))
+    lines.append(
+        "  lowest recall: " + ", ".join(f"{name} {recall:.1%} of {rows}" for recall, name, rows in worst)
+    )
     if report.rows_with_unknown_label:
         lines.append(f"  {report.rows_with_unknown_label} rows have a label that is no class of the bundle")
     return "\n".join(lines)

@@ -17,7 +17,8 @@ JSON_INTERVAL = 1.0  # seconds between JSON lines
 
 
 class Progress:
-    """Counts rows; the total arrives when a thread has counted the inputs' names, and with it the estimated time of arrival."""
+    """Counts rows; the total arrives when a thread has counted the inputs' names,
+    and with it the estimated time of arrival."""
 
     def __init__(self, display: Display, count: Callable[[], int | None]) -> None:
         self._display, self._done, self._errors = display, 0, 0
@@ -57,13 +58,18 @@ class Progress:
         rate = self._done / max(self._last - self._started, 1e-9)
         left = None if self._total is None else max(self._total - self._done, 0) / max(rate, 1e-9)
         event = {"event": "progress", "done": self._done, "errors": self._errors, "total": self._total}
-        event |= {"images_per_second": round(rate, 2), "eta_seconds": None if left is None else round(left, 1)}
+        event |= {
+            "images_per_second": round(rate, 2),
+            "eta_seconds": None if left is None else round(left, 1),
+        }
         print(json.dumps(event), file=sys.stderr, flush=True)
 
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._bar is not None:
             self._bar.close()
         elif self._display == "json":

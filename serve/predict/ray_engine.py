@@ -1,7 +1,9 @@
-"""The engine `ray`: the same shards, each made by an actor of Ray Data, written by this process in the same order.
+"""The engine `ray`: the same shards, each made by an actor of Ray Data,
+written by this process in the same order.
 
-The rows, shard files and manifest are those of the engine `local`: a run begun on a cluster can be resumed on one machine.
-Ray replaces an actor that dies and makes its shard again; when the cluster gives up, the finished shards are kept.
+The rows, shard files and manifest are those of the engine `local`: a run begun on a cluster can be resumed on
+one machine. Ray replaces an actor that dies and makes its shard again; when the cluster gives up, the
+finished shards are kept.
 """
 
 from __future__ import annotations
@@ -27,14 +29,16 @@ from serve.predict.shards import ShardRecord, ShardsManifest
 from serve.rows import Row
 
 WINDOW = 1024  # shards in one Ray Data job
-WINDOW_BYTES = 256 << 20  # of them: names of files, and the images themselves where they are members of archives or tables
+# of them: names of files, and the images themselves where they are members of archives or tables
+WINDOW_BYTES = 256 << 20
 RETRIES = 2  # of a shard whose actor died; Ray Data's own default is to try for ever
 
 
 class ShardMaker:
     """An actor: opens the bundle once, which checks it on this node, then makes shards.
 
-    What the bundle is refused for travels back as data: Ray would try a constructor that fails again, and hand on its traceback.
+    What the bundle is refused for travels back as data: Ray would try a constructor that fails again,
+    and hand on its traceback.
     """
 
     def __init__(self, bundle: str, variant: str | None, runtime: str | None, manifest: bytes) -> None:
@@ -51,7 +55,8 @@ class ShardMaker:
             self.refused = Refused(f"worker on {platform.node()}: {error}", error.exit_code)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-        """batch: one shard, as `described` gives it -> its index, bytes, record and timings, or why there are none."""
+        """batch: one shard, as `described` gives it -> its index, bytes, record and timings,
+        or why there are none."""
         if self.refused is not None:
             return {"made": [msgspec.msgpack.encode(self.refused)]}
         settings = self.manifest.settings
@@ -100,7 +105,8 @@ class MadeShard(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 def plain(item: Item) -> PlainItem:
-    """-> the item without what lives in this process only. Files are read by the actors, members of streams here."""
+    """-> the item without what lives in this process only. Files are read by the actors,
+    members of streams here."""
     if item.file is not None:
         return PlainItem(item.path, item.label, file=os.fsencode(os.path.abspath(item.file)))
     try:
@@ -118,21 +124,26 @@ def item_of(plain: PlainItem) -> Item:
 
 
 def predict_shards(run: PredictRun, items: Iterator[Item]) -> None:
-    """Make every shard that is not finished yet. Raises UsageError without Ray, CheckError when the cluster gives up."""
+    """Make every shard that is not finished yet. Raises UsageError without Ray,
+    CheckError when the cluster gives up."""
     ray = start_ray()
     try:
         described = (
-            {"index": index, "items": msgspec.json.encode([plain(i) for i in shard])} for index, shard in unfinished(run, items)
+            {"index": index, "items": msgspec.json.encode([plain(i) for i in shard])}
+            for index, shard in unfinished(run, items)
         )
         while window := next_window(described):
             for finished in mapped(ray, window, run):
                 run.shards.commit(finished.index, finished.data, finished.record)
                 run.totals.add_record(finished.record, resumed=False)
                 run.totals.add_timing(finished.decode_seconds, finished.infer_seconds)
-                run.progress.advance(finished.record.rows, finished.record.rows - finished.record.statuses.get("ok", 0))
+                run.progress.advance(
+                    finished.record.rows, finished.record.rows - finished.record.statuses.get("ok", 0)
+                )
     except ray.exceptions.RayError as error:
         raise CheckError(
-            f"the cluster gave up a shard ({str(error).strip().splitlines()[0]}); the finished ones are kept: the same command "
+            f"the cluster gave up a shard ({str(error).strip().splitlines()[0]}); the finished ones are "
+            "kept: the same command "
             "with --resume goes on, and with --engine local it also finds the image that kills workers."
         ) from error
     finally:
@@ -160,11 +171,15 @@ def start_ray() -> Any:
         import ray.data
         import ray.exceptions
     except ImportError as error:
-        raise UsageError("Ray is not installed; run: pip install 'ffl-deploy[ray]', or leave --engine ray away.") from error
+        raise UsageError(
+            "Ray is not installed; run: pip install 'ffl-deploy[ray]', or leave --engine ray away."
+        ) from error
     if not ray.is_initialized():
         local: dict[str, Any] = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": False}
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **local)
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its tracebacks; the error itself is raised here
+    logging.getLogger("ray.data").setLevel(
+        logging.CRITICAL
+    )  # its tracebacks; the error itself is raised here
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
@@ -173,7 +188,8 @@ def start_ray() -> Any:
 
 
 def mapped(ray: Any, window: list[dict[str, Any]], run: PredictRun) -> Iterator[MadeShard]:
-    """Yield the shards of `window`, made, in order. Raises CheckError, UsageError where a node must not make any."""
+    """Yield the shards of `window`, made, in order. Raises CheckError,
+    UsageError where a node must not make any."""
     settings, job = run.shards.manifest.settings, run.job
     cores = settings.threads * settings.streams
     actors = max(1, min(len(window), int(ray.cluster_resources().get("CPU", 1)) // cores))

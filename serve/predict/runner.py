@@ -61,7 +61,10 @@ def run_job(job: Job) -> int:
     first, items = peek(read_inputs(job.inputs, reading), SMALL_RUN)
     if not first:
         found = f" (skipped: {reading.skipped})" if reading.skipped.reasons else ""
-        raise UsageError(f"nothing to classify in {', '.join(job.inputs)}{found}; name image files or a folder that holds some.")
+        raise UsageError(
+            f"nothing to classify in {', '.join(job.inputs)}{found}; name image files or a folder that "
+            "holds some."
+        )
     started = time.perf_counter()
 
     # the shards that are not finished yet
@@ -69,7 +72,11 @@ def run_job(job: Job) -> int:
         return choose_settings(bundle, job, small=len(first) < SMALL_RUN and not first[-1].bound)
 
     resume = job.resume or job.recovery.restarted
-    with stop_signals(job.out), full_disks(job.out), open_shards(job.out, request, settings, resume) as shards:
+    with (
+        stop_signals(job.out),
+        full_disks(job.out),
+        open_shards(job.out, request, settings, resume) as shards,
+    ):
         check_overrides(job, shards)
         totals = Totals()
         with Progress(job.display, lambda: count_inputs(job.inputs, reading)) as progress:
@@ -77,7 +84,9 @@ def run_job(job: Job) -> int:
             engine_of(job)(run, items)
 
         # one file of all shards, what it amounts to, and only then the shards may go
-        assemble((shards.data_path(index) for index in range(totals.shards)), job.out, request.format, job.columns)
+        assemble(
+            (shards.data_path(index) for index in range(totals.shards)), job.out, request.format, job.columns
+        )
         summary = summarise(totals, shards.manifest, job.out, reading.skipped, time.perf_counter() - started)
         if choice is not None:
             summary.auto = choice
@@ -96,7 +105,8 @@ def run_job(job: Job) -> int:
 
 
 def with_fastest(job: Job, bundle: Bundle) -> tuple[Job, Choice | None]:
-    """-> the job with the variant and runtime that `auto` stands for, and how they were found; a resume keeps its run's."""
+    """-> the job with the variant and runtime that `auto` stands for, and how they were found;
+    a resume keeps its run's."""
     earlier = _earlier_request(job.out) if job.resume or job.recovery.restarted else None
     if earlier is not None and earlier.bundle_sha256 == bundle.sha256:
         return replace(job, variant=earlier.variant, runtime=job.runtime or earlier.runtime), None
@@ -112,7 +122,9 @@ def with_fastest(job: Job, bundle: Bundle) -> tuple[Job, Choice | None]:
 def _earlier_request(out: Path) -> PredictRequest | None:
     """-> what the unfinished or the finished run of `out` was asked for, None where that cannot be read."""
     for path in (shards_folder(out) / MANIFEST, summary_path(out)):
-        with suppress(OSError, msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError, KeyError, TypeError):
+        with suppress(
+            OSError, msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError, KeyError, TypeError
+        ):
             return msgspec.convert(msgspec.json.decode(path.read_bytes())["request"], PredictRequest)
     return None
 
@@ -120,8 +132,15 @@ def _earlier_request(out: Path) -> PredictRequest | None:
 def check_output(job: Job) -> None:
     """Raise UsageError where writing the output would replace an input, or what is no file."""
     if job.out.exists() and not job.out.is_file():
-        raise UsageError(f"{job.out} is a device or a pipe, which a file would replace; leave --out away to print the rows.")
-    written = {os.path.realpath(path) for path in (job.out, summary_path(job.out), report_path(job.out)) if path.exists()}
+        raise UsageError(
+            f"{job.out} is a device or a pipe, which a file would replace; leave --out away to print the "
+            "rows."
+        )
+    written = {
+        os.path.realpath(path)
+        for path in (job.out, summary_path(job.out), report_path(job.out))
+        if path.exists()
+    }
     for argument in job.inputs if written else ():
         if os.path.realpath(argument) in written or (
             is_pattern(argument) and written & set(map(os.path.realpath, matches(argument)))
@@ -150,11 +169,15 @@ def check_overrides(job: Job, shards: ShardsFolder) -> None:
         asked = getattr(job, name)
         if asked is not None and asked != value:
             flag = "--" + name.replace("_", "-")
-            raise UsageError(f"{shards.folder} was computed with {flag} {value}, not {asked}; leave {flag} away to resume it.")
+            raise UsageError(
+                f"{shards.folder} was computed with {flag} {value}, not {asked}; leave {flag} away to "
+                "resume it."
+            )
 
 
 def make_request(job: Job, bundle: Bundle) -> PredictRequest:
-    """-> everything the output's bytes depend on but the settings. Raises UsageError for what the bundle cannot give."""
+    """-> everything the output's bytes depend on but the settings.
+    Raises UsageError for what the bundle cannot give."""
     variant = bundle.variant(job.variant)
     given = [output.name for output in bundle.manifest.outputs]
     for column in job.columns:
@@ -172,7 +195,11 @@ def make_request(job: Job, bundle: Bundle) -> PredictRequest:
         columns=job.columns,
         inputs=[displayed(argument) for argument in job.inputs],
         options={"column": job.column, "label_column": job.label_column, "follow_links": job.follow_links},
-        toolchain={name: found for name in ("onnxruntime", "openvino", "pillow", "pyarrow") if (found := _version(name))},
+        toolchain={
+            name: found
+            for name in ("onnxruntime", "openvino", "pillow", "pyarrow")
+            if (found := _version(name))
+        },
     )
 
 
@@ -194,7 +221,8 @@ def _already_finished(job: Job, request: PredictRequest) -> int:
         ) from None
     if summary.request != request:
         raise UsageError(
-            f"{job.out} is complete, but from another command; leave --resume away to replace it, or choose another --out."
+            f"{job.out} is complete, but from another command; leave --resume away to replace it, or choose "
+            "another --out."
         )
     if job.display == "screen":
         print(f"{job.out} is already complete.")
@@ -222,14 +250,16 @@ def full_disks(out: Path) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise CheckError(
-            f"the disk is full ({error.filename or out}); free some space and run the same command with --resume, "
+            f"the disk is full ({error.filename or out}); free some space and run the same command with "
+            "--resume, "
             "the finished part is kept."
         ) from error
 
 
 @contextmanager
 def stop_signals(out: Path) -> Iterator[None]:
-    """Inside the block SIGINT and SIGTERM raise Interrupted: finished shards are safe, a resume makes the rest."""
+    """Inside the block SIGINT and SIGTERM raise Interrupted: finished shards are safe,
+    a resume makes the rest."""
 
     stopped = False
 
@@ -238,7 +268,10 @@ def stop_signals(out: Path) -> Iterator[None]:
         if stopped:  # the first one is already unwinding
             return
         stopped = True
-        raise Interrupted(f"interrupted; the finished part is in {shards_folder(out)}: the same command with --resume goes on.")
+        raise Interrupted(
+            f"interrupted; the finished part is in {shards_folder(out)}: the same command with --resume "
+            "goes on."
+        )
 
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -1,4 +1,5 @@
-"""Without `--out` the rows go to standard output: one line per input for people, or CSV or JSON lines with `--format`."""
+"""Without `--out` the rows go to standard output: one line per input for people,
+or CSV or JSON lines with `--format`."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ from serve.rows import OK
 
 @contextlib.contextmanager
 def rows_on_screen(arguments: argparse.Namespace) -> Iterator[Path]:
-    """Let the run write into a temporary file; -> that file, whose rows `show` prints. Raises UsageError for flags of a file."""
+    """Let the run write into a temporary file; -> that file, whose rows `show` prints.
+    Raises UsageError for flags of a file."""
     if arguments.resume:
         raise UsageError("--resume goes on with an interrupted file; give its --out.")
     if arguments.json:

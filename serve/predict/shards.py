@@ -1,9 +1,11 @@
-"""The folder FILE.parts: finished shards under a manifest, so that an interrupted run goes on where it stopped.
+"""The folder FILE.parts: finished shards under a manifest,
+so that an interrupted run goes on where it stopped.
 
     FILE.parts/  manifest.json  lock  000000.parquet  000000.json  000001.parquet  000001.json ...
 
-A shard is finished when its record (the .json) is there: it is written after the rows, each through a temporary name, fsync and
-rename. The record holds a hash of the inputs' names, so a resume over changed inputs is refused instead of mixing two runs.
+A shard is finished when its record (the .json) is there: it is written after the rows, each through a
+temporary name, fsync and rename. The record holds a hash of the inputs' names, so a resume over changed
+inputs is refused instead of mixing two runs.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ LOCK_PATIENCE = 2.0  # seconds; a killed run's worker needs a moment to go
 
 
 class PredictRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What was asked for. Two runs with the same request and settings over the same files give the same bytes."""
+    """What was asked for. Two runs with the same request
+    and settings over the same files give the same bytes."""
 
     bundle_sha256: str
     variant: str
@@ -97,15 +100,20 @@ def shards_folder(out: Path) -> Path:
 
 
 @contextlib.contextmanager
-def open_shards(out: Path, request: PredictRequest, settings: Callable[[], WorkSettings], resume: bool) -> Iterator[ShardsFolder]:
+def open_shards(
+    out: Path, request: PredictRequest, settings: Callable[[], WorkSettings], resume: bool
+) -> Iterator[ShardsFolder]:
     """Lock and open FILE.parts, new or (with `resume`) as an interrupted run left it.
 
     Args: settings: called for a new run only; it may take time to measure.
-    Raises UsageError: another process has it; it holds another run, or an unfinished one and `resume` was not asked for.
+    Raises UsageError: another process has it; it holds another run,
+    or an unfinished one and `resume` was not asked for.
     """
     folder = shards_folder(out)
     with locked(folder):
-        for left in out.parent.glob(f".{glob.escape(out.name)}.*.tmp"):  # of a run that was killed while it put the rows together
+        for left in out.parent.glob(
+            f".{glob.escape(out.name)}.*.tmp"
+        ):  # of a run that was killed while it put the rows together
             left.unlink(missing_ok=True)
         try:
             manifest = _existing(folder, request, resume)
@@ -126,12 +134,15 @@ def _existing(folder: Path, request: PredictRequest, resume: bool) -> ShardsMani
         return None
     if not resume:
         raise UsageError(
-            f"{folder} holds {finished} finished shards; add --resume to go on with them, or remove the folder to start again."
+            f"{folder} holds {finished} finished shards; add --resume to go on with them, or remove the "
+            "folder to start again."
         )
     try:
         manifest = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=ShardsManifest)
     except msgspec.DecodeError as error:
-        raise CheckError(f"{folder / MANIFEST} is corrupt ({error}); remove {folder} and start again.") from error
+        raise CheckError(
+            f"{folder / MANIFEST} is corrupt ({error}); remove {folder} and start again."
+        ) from error
     for name in PredictRequest.__struct_fields__:
         before, now = getattr(manifest.request, name), getattr(request, name)
         if before != now:
@@ -144,7 +155,8 @@ def _existing(folder: Path, request: PredictRequest, resume: bool) -> ShardsMani
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold `folder`/lock, creating the folder. The lock ends with the process, however that ends. Raises UsageError."""
+    """Hold `folder`/lock, creating the folder. The lock ends with the process, however that ends.
+    Raises UsageError."""
     import fcntl
 
     deadline = time.monotonic() + LOCK_PATIENCE
@@ -159,7 +171,9 @@ def locked(folder: Path) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise UsageError(f"another process is writing {folder}; wait for it, or choose another --out.") from None
+                    raise UsageError(
+                        f"another process is writing {folder}; wait for it, or choose another --out."
+                    ) from None
                 time.sleep(0.05)
                 continue
             if (folder / "lock").exists():

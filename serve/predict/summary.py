@@ -107,11 +107,14 @@ class Summary(msgspec.Struct):
     skipped: dict[str, int]  # what folders and archives held that is no input
     request: PredictRequest
     settings: WorkSettings
-    auto: Choice | msgspec.UnsetType = msgspec.UNSET  # what --variant auto came to, if this session asked for it
+    # what --variant auto came to, if this session asked for it
+    auto: Choice | msgspec.UnsetType = msgspec.UNSET
     labelled: LabelledNumbers | msgspec.UnsetType = msgspec.UNSET  # absent unless some inputs have a label
 
 
-def summarise(totals: Totals, manifest: ShardsManifest, out: Path, skipped: Skipped, seconds: float) -> Summary:
+def summarise(
+    totals: Totals, manifest: ShardsManifest, out: Path, skipped: Skipped, seconds: float
+) -> Summary:
     """-> the summary of a run. seconds: of this session."""
     session_rows = totals.rows - totals.resumed_rows
     busy = totals.decode.total + totals.infer.total
@@ -170,7 +173,9 @@ def screen(summary: Summary) -> str:
             more = f", and {len(counts) - SHOWN_LABELS} more" if len(counts) > SHOWN_LABELS else ""
             lines.append(f"  {title}: {', '.join(shown)}{more}")
     if summary.skipped:
-        lines.append("  skipped, not inputs: " + ", ".join(f"{n} {reason}" for reason, n in summary.skipped.items()))
+        lines.append(
+            "  skipped, not inputs: " + ", ".join(f"{n} {reason}" for reason, n in summary.skipped.items())
+        )
     return "\n".join(lines)
 
 

@@ -1,8 +1,9 @@
 """A worker that dies (out of memory, a crash in a native decoder) costs at most one row, not the run.
 
-The command forks once, before anything heavy is imported: the child does the work, the parent waits. When a signal kills the
-child, a new one retries the unfinished shard. When that dies too, the next one reads the shard carefully: images are decoded on
-trial one at a time, each marked in shared memory before; the marked image of a further death gets the row `crashed`.
+The command forks once, before anything heavy is imported: the child does the work, the parent waits. When a
+signal kills the child, a new one retries the unfinished shard. When that dies too, the next one reads the
+shard carefully: images are decoded on trial one at a time, each marked in shared memory before; the marked
+image of a further death gets the row `crashed`.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ class Marker:
 
 @dataclass(frozen=True)
 class Recovery:
-    """What earlier children died of. `careful`: the shard from which on images are tried first; `quarantined`: item numbers."""
+    """What earlier children died of. `careful`: the shard from which on images are tried first;
+    `quarantined`: item numbers."""
 
     marker: Marker = field(default_factory=Marker)
     careful: int | None = None
@@ -60,7 +62,8 @@ class Recovery:
     _one_at_a_time: threading.Lock = field(default_factory=threading.Lock)
 
     def guarded(self, item: Item, shard: int, number: int) -> Item:
-        """-> `item`; refused if it is quarantined; decoded on trial when it is read, from the careful shard on."""
+        """-> `item`; refused if it is quarantined; decoded on trial when it is read,
+        from the careful shard on."""
         if number in self.quarantined:
             message = "the worker process died on this image; look at it in isolation"
             return item._replace(read=partial(refuse, "crashed", message), bound=False)
@@ -121,11 +124,13 @@ def supervise(run: Callable[[Recovery], int]) -> int:
 
 
 def _in_child(run: Callable[[], int]) -> int:
-    """-> the wait status of a child that executed `run`. Signals to this process are passed on; its death ends the child."""
+    """-> the wait status of a child that executed `run`. Signals to this process are passed on;
+    its death ends the child."""
     reading, writing = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
-    # Held back until both processes are ready for them: one that came in between would end the parent by itself.
+    # Held back until both processes are ready for them:
+    # one that came in between would end the parent by itself.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
     child = os.fork()
 
@@ -141,7 +146,9 @@ def _in_child(run: Callable[[], int]) -> int:
             code = AGAIN
         except KeyboardInterrupt:  # before `run` could make a sentence of it
             code = INTERRUPTED
-        except BaseException:  # a fault of ours, or FFL_DEBUG: nobody above prints it, since this process ends here
+        except (
+            BaseException
+        ):  # a fault of ours, or FFL_DEBUG: nobody above prints it, since this process ends here
             traceback.print_exc()
         finally:
             sys.stdout.flush()
@@ -152,7 +159,8 @@ def _in_child(run: Callable[[], int]) -> int:
     os.close(reading)
 
     def forward(number: int, frame: FrameType | None) -> None:
-        os.kill(child, number)  # the child decides what it means; of two (Ctrl-C reaches both processes) it ignores one
+        # the child decides what it means; of two (Ctrl-C reaches both processes) it ignores one
+        os.kill(child, number)
 
     before = {number: signal.signal(number, forward) for number in FORWARDED}
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)

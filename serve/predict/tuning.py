@@ -22,10 +22,17 @@ WORTH = 1.05  # a larger or split configuration must be this much faster than th
 
 
 def choose_settings(bundle: Bundle, job: Job, small: bool) -> WorkSettings:
-    """-> settings for a new run: what the flags say, and for the rest a measurement (or, for a small run, safe values)."""
-    if job.engine == "ray":  # an actor takes one core unless it was told otherwise: the cluster has as many as there are cores
+    """-> settings for a new run: what the flags say, and for the rest a measurement (or, for a small run,
+    safe values)."""
+    if (
+        job.engine == "ray"
+    ):  # an actor takes one core unless it was told otherwise: the cluster has as many as there are cores
         return WorkSettings(
-            job.batch_size or BATCH_SIZES[-1], job.shard_size or SHARD_SIZE, streams=1, threads=job.threads or 1, decoders=1
+            job.batch_size or BATCH_SIZES[-1],
+            job.shard_size or SHARD_SIZE,
+            streams=1,
+            threads=job.threads or 1,
+            decoders=1,
         )
     cores = job.threads or available_cores()
     if small or (job.batch_size is not None and cores == 1):
@@ -44,13 +51,16 @@ def choose_settings(bundle: Bundle, job: Job, small: bool) -> WorkSettings:
 def fastest(bundle: Bundle, job: Job, cores: int) -> tuple[int, int]:
     """-> (batch size, streams) with the highest rate: one stream on all cores, or one stream on each core.
 
-    Streams need no barrier between the layers of a network, threads inside one inference do; which one wins depends on the model.
+    Streams need no barrier between the layers of a network, threads inside one inference do;
+    which one wins depends on the model.
     """
     best, best_rate = (job.batch_size or SMALL_BATCH, 1), 0.0
     for streams in dict.fromkeys((1, cores)):
-        session = bundle.session(job.variant, job.runtime, threads=cores // streams, check=False)  # only its time is asked
+        # only its time is asked
+        session = bundle.session(job.variant, job.runtime, threads=cores // streams, check=False)
         for batch_size in (job.batch_size,) if job.batch_size else BATCH_SIZES:
-            if batch_size > best_rate * 2 * MEASURE_SECONDS > 0:  # so slow a model gains nothing by more images at once
+            # so slow a model gains nothing by more images at once
+            if batch_size > best_rate * 2 * MEASURE_SECONDS > 0:
                 continue
             rate = measured_rate(session, bundle, batch_size, streams)
             if rate > best_rate * WORTH:
@@ -58,10 +68,15 @@ def fastest(bundle: Bundle, job: Job, cores: int) -> tuple[int, int]:
     return best
 
 
-def measured_rate(session: Session, bundle: Bundle, batch_size: int, streams: int, seconds: float = MEASURE_SECONDS) -> float:
-    """-> images/s of `streams` concurrent callers, each with batches of seeded noise; the first batch is not timed."""
+def measured_rate(
+    session: Session, bundle: Bundle, batch_size: int, streams: int, seconds: float = MEASURE_SECONDS
+) -> float:
+    """-> images/s of `streams` concurrent callers, each with batches of seeded noise;
+    the first batch is not timed."""
     size = bundle.preprocessing
-    batch = np.random.default_rng(0).integers(0, 256, (batch_size, size.height, size.width, 3), dtype=np.uint8)
+    batch = np.random.default_rng(0).integers(
+        0, 256, (batch_size, size.height, size.width, 3), dtype=np.uint8
+    )
 
     def call() -> int:
         done = 0

@@ -1,9 +1,9 @@
 """Micro-batching: requests that arrive while the model is busy run together as its next batch.
 
-There is no timer to tune. An idle model starts at once, so a lone request pays no waiting time; under load the
-batch grows by itself to what arrived during the previous run. Several workers share what there is: one that took all
-of it would leave the others, and their cores, without work. Images come in decoded and checked, so that nothing one
-request contains can fail another's.
+There is no timer to tune. An idle model starts at once, so a lone request pays no waiting time; under load
+the batch grows by itself to what arrived during the previous run. Several workers share what there is: one
+that took all of it would leave the others, and their cores, without work. Images come in decoded and checked,
+so that nothing one request contains can fail another's.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class MicroBatcher:
 
     Args:
         run: the model.
-        max_batch: images in one run. A larger request runs in pieces of this size.
-        workers: runs at a time. Several, of sessions with one thread each, give more images per second on small models
+        max_batch: images in one run. A larger request runs in pieces of this size. workers: runs at a time.
+        Several, of sessions with one thread each, give more images per second on small models
             than one run that is split over all cores, and a lone request takes longer.
         max_queue: images that may wait; beyond it `infer` raises Overloaded at once.
     """
@@ -79,7 +79,8 @@ class MicroBatcher:
         return self._waiting_images
 
     async def infer(self, images: np.ndarray) -> Outputs:
-        """uint8 [n, height, width, 3] -> Outputs of these n images. Cancelling it frees its place in the queue.
+        """uint8 [n, height, width, 3] -> Outputs of these n images.
+        Cancelling it frees its place in the queue.
 
         Raises Overloaded, Closed, and whatever the model raises.
         """
@@ -121,14 +122,17 @@ class MicroBatcher:
                 self._running_images -= sum(len(job.images) for job in jobs)
             # All jobs of one batch nearly always share a loop: one wake-up answers them all.
             for loop in {job.loop for job in jobs}:
-                answers = [(job, result) for job, result in zip(jobs, results, strict=True) if job.loop is loop]
+                answers = [
+                    (job, result) for job, result in zip(jobs, results, strict=True) if job.loop is loop
+                ]
                 _call_in(loop, _resolve, answers)
 
     def _take(self) -> list[_Job]:
         """-> the jobs of the next batch, waiting for one; [] when closed.
 
-        At most this worker's share of all images that wait or run, rounded up: with 32 clients that each wait for their
-        answer, a worker that took all 32 would have the others wait for the next ones until it is done.
+        At most this worker's share of all images that wait or run, rounded up: with 32 clients that each wait
+        for their answer, a worker that took all 32 would have the others wait for the next ones until it is
+        done.
         """
         with self._changed:
             while not self._jobs and not self._closed:
@@ -148,9 +152,12 @@ class MicroBatcher:
             return jobs
 
     def _run_together(self, jobs: list[_Job]) -> list[Outputs | Exception]:
-        """-> one result for each job. When the batch fails each job is tried alone, so the fault stays with its owner."""
+        """-> one result for each job. When the batch fails each job is tried alone,
+        so the fault stays with its owner."""
         try:
-            outputs = self._run_in_pieces(jobs[0].images if len(jobs) == 1 else np.concatenate([job.images for job in jobs]))
+            outputs = self._run_in_pieces(
+                jobs[0].images if len(jobs) == 1 else np.concatenate([job.images for job in jobs])
+            )
         except Exception as error:
             if len(jobs) == 1:
                 return [error]

@@ -1,7 +1,8 @@
-"""What is refused before any application code sees it: foreign pages, strangers, bodies that are too large or too slow.
+"""What is refused before any application code sees it: foreign pages, strangers,
+bodies that are too large or too slow.
 
-Gradio leaves these holes when it is mounted: a POST with a foreign Origin is executed, and a `data:` URL in JSON passes
-over `max_file_size`. Both close here, for the protocol and the demo alike.
+Gradio leaves these holes when it is mounted: a POST with a foreign Origin is executed, and a `data:` URL in
+JSON passes over `max_file_size`. Both close here, for the protocol and the demo alike.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ PROBES = ("/v2/health/live", "/v2/health/ready")  # kubelets carry no token and 
 
 
 class HostAndOrigin:
-    """403 for a foreign Origin, 421 for a Host that is not ours (a foreign page's name rebound to this address).
+    """403 for a foreign Origin, 421 for a Host that is not ours
+    (a foreign page's name rebound to this address).
 
     Args: hosts: names without port that clients may use; empty: any, for servers bound to more than loopback.
     """
@@ -42,7 +44,9 @@ class HostAndOrigin:
             return await Refused(421, "this server does not answer for that Host")(scope, receive, send)
         # A page may call the server that it came from, port included, and no other page may.
         if origin is not None and origin.partition("://")[2].lower() != host.lower():
-            return await Refused(403, "requests from pages of another origin are refused")(scope, receive, send)
+            return await Refused(403, "requests from pages of another origin are refused")(
+                scope, receive, send
+            )
         return await self.app(scope, receive, send)
 
 
@@ -54,13 +58,18 @@ def _host_name(url: str) -> str | None:
 
 
 class Token:
-    """401 without the token: `Authorization: Bearer TOKEN`, or as the password of any user name (browsers ask for that)."""
+    """401 without the token: `Authorization: Bearer TOKEN`,
+    or as the password of any user name (browsers ask for that)."""
 
     def __init__(self, app: ASGIApp, token: str) -> None:
         self.app, self._token = app, token.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in PROBES or self._allowed(Headers(scope=scope).get("authorization", "")):
+        if (
+            scope["type"] != "http"
+            or scope["path"] in PROBES
+            or self._allowed(Headers(scope=scope).get("authorization", ""))
+        ):
             return await self.app(scope, receive, send)
         challenge = {"www-authenticate": 'Basic realm="ffl-serve", charset="UTF-8"'}
         return await Refused(401, "a valid token is needed", challenge)(scope, receive, send)
@@ -82,7 +91,8 @@ BUSY = Refused(503, "the server is busy with other bodies; try again", {"retry-a
 
 
 class Bodies:
-    """413 for a body over its route's limit, 408 for one that does not arrive, 503 when all bodies together are too many.
+    """413 for a body over its route's limit, 408 for one that does not arrive,
+    503 when all bodies together are too many.
 
     Args: limit_of: path -> largest body in bytes.
     """
@@ -129,7 +139,8 @@ class Bodies:
         return None
 
     def fits(self, size: int) -> bool:
-        """-> whether `size` further bytes may be held. What is announced only counts as it arrives: it may never."""
+        """-> whether `size` further bytes may be held. What is announced only counts as it arrives:
+        it may never."""
         return self._in_flight + size <= self.limits.bytes_in_flight
 
     def take(self, size: int) -> bool:

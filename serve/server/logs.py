@@ -12,7 +12,8 @@ _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", 
 
 
 class JsonFormatter(logging.Formatter):
-    """time, level, logger, message, and whatever was passed as `extra`. Text of clients is escaped, so it cannot forge a line."""
+    """time, level, logger, message, and whatever was passed as `extra`. Text of clients is escaped,
+    so it cannot forge a line."""
 
     def format(self, record: logging.LogRecord) -> str:
         milliseconds = f"{record.msecs:03.0f}Z"
@@ -33,19 +34,26 @@ class TextFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         extra = " ".join(f"{key}={value!r}" for key, value in vars(record).items() if key not in _STANDARD)
-        text = f"{time.strftime('%H:%M:%S', time.localtime(record.created))} {record.levelname.lower():7} {record.getMessage()}"
+        text = (
+            f"{time.strftime('%H:%M:%S', time.localtime(record.created))} {record.levelname.lower():7} "
+            f"{record.getMessage()}"
+        )
         text += f" ({extra})" if extra else ""
         return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
 
 
 def log_config(log_format: str) -> dict[str, Any]:
     """-> a `logging.config.dictConfig` for this server and uvicorn. log_format: `json` or `text`."""
-    formatter = {"json": "serve.server.logs.JsonFormatter", "text": "serve.server.logs.TextFormatter"}[log_format]
+    formatter = {"json": "serve.server.logs.JsonFormatter", "text": "serve.server.logs.TextFormatter"}[
+        log_format
+    ]
     return {
         "version": 1,
         "disable_existing_loggers": False,
         "formatters": {"ours": {"()": formatter}},
-        "handlers": {"stderr": {"class": "logging.StreamHandler", "stream": "ext://sys.stderr", "formatter": "ours"}},
+        "handlers": {
+            "stderr": {"class": "logging.StreamHandler", "stream": "ext://sys.stderr", "formatter": "ours"}
+        },
         "loggers": {
             LOGGER: {"handlers": ["stderr"], "level": "INFO", "propagate": False},
             "uvicorn": {"handlers": ["stderr"], "level": "WARNING", "propagate": False},

@@ -1,10 +1,19 @@
-"""Prometheus metrics of one server, in a registry of its own: no globals, so tests may run several servers."""
+"""Prometheus metrics of one server, in a registry of its own: no globals,
+so tests may run several servers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    ProcessCollector,
+    generate_latest,
+)
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
@@ -27,15 +36,21 @@ class Metrics:
             buckets=_SECONDS,
             registry=registry,
         )
-        self.in_flight = Gauge("ffl_requests_in_flight", "Requests that are being read or answered.", registry=registry)
+        self.in_flight = Gauge(
+            "ffl_requests_in_flight", "Requests that are being read or answered.", registry=registry
+        )
         self.images = Counter("ffl_images", "Images that a model has answered.", ["model"], registry=registry)
         self.batch_images = Histogram(
             "ffl_batch_images", "Images in one run.", ["model"], buckets=_BATCH_SIZES, registry=registry
         )
-        self.run_seconds = Histogram("ffl_run_seconds", "One run of a model.", ["model"], buckets=_SECONDS, registry=registry)
+        self.run_seconds = Histogram(
+            "ffl_run_seconds", "One run of a model.", ["model"], buckets=_SECONDS, registry=registry
+        )
         self.queue = Gauge("ffl_queue_images", "Images that wait for a model.", ["model"], registry=registry)
         self.ready = Gauge(
-            "ffl_ready", "1 when every bundle has loaded and verified and the server is not draining.", registry=registry
+            "ffl_ready",
+            "1 when every bundle has loaded and verified and the server is not draining.",
+            registry=registry,
         )
         self.model_info = Info("ffl_model", "What is served.", ["model"], registry=registry)
 

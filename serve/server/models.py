@@ -60,7 +60,8 @@ def _bad_rows(finite: np.ndarray) -> str:
 
 
 class Decoders:
-    """Decodes image files on a few threads; a file that cannot be decoded fails its own request before it meets a batch."""
+    """Decodes image files on a few threads; a file
+    that cannot be decoded fails its own request before it meets a batch."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
@@ -94,7 +95,8 @@ class Decoders:
 
 
 def check_specs(specs: Iterable[ModelSpec]) -> None:
-    """Refuse unusable bundles before a port is opened: manifests, variants, names. Raises UsageError, CheckError."""
+    """Refuse unusable bundles before a port is opened: manifests, variants, names. Raises UsageError,
+    CheckError."""
     names: set[str] = set()
     for spec in specs:
         bundle = load_bundle(spec.folder)
@@ -106,7 +108,8 @@ def check_specs(specs: Iterable[ModelSpec]) -> None:
 
 
 def open_model(spec: ModelSpec, settings: Settings, observe: ObserveBatch) -> ServedModel:
-    """Load and verify one bundle: every file's hash, then the golden samples through the session that will serve.
+    """Load and verify one bundle: every file's hash,
+    then the golden samples through the session that will serve.
 
     Raises CheckError, UsageError.
     """
@@ -116,7 +119,9 @@ def open_model(spec: ModelSpec, settings: Settings, observe: ObserveBatch) -> Se
     threads = settings.threads or max(1, available_cores() // workers)
     choice = bundle.fastest(settings.runtime, threads) if spec.variant == AUTO else None
     variant = bundle.variant(choice.variant if choice else spec.variant)
-    session = bundle.session(variant.name, choice.runtime if choice else settings.runtime, threads, check=False)
+    session = bundle.session(
+        variant.name, choice.runtime if choice else settings.runtime, threads, check=False
+    )
     outputs = verify(bundle, variant, session, settings.max_batch, threads)
     preprocessing = bundle.preprocessing
     shapes = {name: values.shape[1:] for name, values in outputs._asdict().items() if values is not None}
@@ -140,10 +145,14 @@ def open_model(spec: ModelSpec, settings: Settings, observe: ObserveBatch) -> Se
     return ServedModel(spec.name, bundle, variant, session, batcher, signature, choice.why if choice else "")
 
 
-def verify(bundle: Bundle, variant: Variant, session: Session, max_batch: int, threads: int | None = None) -> Outputs:
-    """Compare the session with the golden samples by the gate of the variant's precision; -> its outputs for the first one.
+def verify(
+    bundle: Bundle, variant: Variant, session: Session, max_batch: int, threads: int | None = None
+) -> Outputs:
+    """Compare the session with the golden samples by the gate of the variant's precision;
+    -> its outputs for the first one.
 
-    It also is the warm-up: the largest and the smallest batch have run before the first request. Raises CheckError.
+    It also is the warm-up: the largest and the smallest batch have run before the first request.
+    Raises CheckError.
     """
     require_golden(bundle, variant, session, threads, batches=[1, max_batch])
     return session.run(bundle.golden().images[:1])

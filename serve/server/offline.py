@@ -10,7 +10,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-# Set before the import that reads them. Where a person has set one, our value stays: none of these is a matter of taste.
+# Set before the import that reads them. Where a person has set one, our value stays:
+# none of these is a matter of taste.
 SILENCE = {
     "ORT_DISABLE_TELEMETRY": "1",
     "GRADIO_ANALYTICS_ENABLED": "False",
@@ -18,7 +19,8 @@ SILENCE = {
     "HF_HUB_OFFLINE": "1",
     "DO_NOT_TRACK": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
-    # Gradio keeps its last 10,000 events and makes a data frame of them after each one, for a dashboard that is off here.
+    # Gradio keeps its last 10,000 events and makes a data frame of them after each one,
+    # for a dashboard that is off here.
     "GRADIO_ANALYTICS_MAX_EVENTS": "1",
     "GRADIO_ANALYTICS_CACHE_FREQUENCY": str(10**9),
 }
@@ -27,7 +29,8 @@ PREFIX, LOCK = "ffl-serve-", ".lock"
 
 @contextlib.contextmanager
 def private_environment() -> Iterator[Path]:
-    """Silence telemetry and yield the folder that holds this process's temporary files; it is removed at the end."""
+    """Silence telemetry and yield the folder that holds this process's temporary files;
+    it is removed at the end."""
     os.environ.update(SILENCE)
     _remove_orphans()
     folder = Path(tempfile.mkdtemp(prefix=PREFIX))

@@ -1,7 +1,7 @@
 """Open Inference Protocol v2, apart from HTTP: bodies -> requests, results -> bodies.
 
-Source: https://github.com/kserve/open-inference-protocol (REST) with Triton's binary tensor and classification
-extensions, which `tritonclient.http` uses by default.
+Source: https://github.com/kserve/open-inference-protocol (REST) with Triton's binary tensor and
+classification extensions, which `tritonclient.http` uses by default.
 
 A request carries exactly one input:
     images    UINT8 [n, height, width, 3]: pixels that have the network's size already
@@ -48,7 +48,8 @@ class RequestedOutput(msgspec.Struct):
 
 
 class Header(msgspec.Struct):
-    """The JSON part of a request. Fields of extensions that are not known here are ignored, as the protocol asks."""
+    """The JSON part of a request. Fields of extensions that are not known here are ignored,
+    as the protocol asks."""
 
     inputs: list[Tensor]
     id: str = ""
@@ -90,7 +91,10 @@ class Signature:
             "versions": [VERSION],
             "platform": self.platform,
             "inputs": [{"name": IMAGES, "datatype": "UINT8", "shape": [-1, self.height, self.width, 3]}],
-            "outputs": [{"name": name, "datatype": "FP32", "shape": [-1, *shape]} for name, shape in self.outputs.items()],
+            "outputs": [
+                {"name": name, "datatype": "FP32", "shape": [-1, *shape]}
+                for name, shape in self.outputs.items()
+            ],
             "parameters": {
                 "max_images": self.max_images,
                 "color": "RGB",
@@ -123,7 +127,9 @@ def read_request(body: bytes, header_length: int | None, signature: Signature) -
 
     # the one input
     if len(header.inputs) != 1:
-        raise ProtocolError(f"give exactly one input, {IMAGES!r} or {ENCODED!r}; this request has {len(header.inputs)}")
+        raise ProtocolError(
+            f"give exactly one input, {IMAGES!r} or {ENCODED!r}; this request has {len(header.inputs)}"
+        )
     tensor = header.inputs[0]
     images, encoded = None, []
     if tensor.name == IMAGES:
@@ -142,13 +148,16 @@ def read_request(body: bytes, header_length: int | None, signature: Signature) -
             raise ProtocolError(f"unknown output; {signature.name} gives {', '.join(signature.outputs)}")
     if len({output.name for output in outputs}) != len(outputs):
         raise ProtocolError("an output is requested twice")
-    return InferRequest(header.id, images, encoded, outputs, bool(header.parameters.get("binary_data_output", False)))
+    return InferRequest(
+        header.id, images, encoded, outputs, bool(header.parameters.get("binary_data_output", False))
+    )
 
 
 def write_response(
     signature: Signature, request: InferRequest, results: Mapping[str, np.ndarray]
 ) -> tuple[list[bytes | memoryview], int | None]:
-    """-> (the body as buffers, header_length as in `read_request`). results: output name -> float32 [n, ...]."""
+    """-> (the body as buffers, header_length as in `read_request`). results:
+    output name -> float32 [n, ...]."""
     described: list[dict[str, Any]] = []
     raw: list[bytes | memoryview] = []
     for output in request.outputs:
@@ -179,7 +188,9 @@ def _check(tensor: Tensor, datatype: str, image_shape: list[int], signature: Sig
         wanted = ", ".join(["n", *map(str, image_shape)])
         raise ProtocolError(f"input {tensor.name!r} has to have the shape [{wanted}], n >= 1")
     if count > signature.max_images:
-        raise ProtocolError(f"{signature.name} takes at most {signature.max_images} images a request; send several requests")
+        raise ProtocolError(
+            f"{signature.name} takes at most {signature.max_images} images a request; send several requests"
+        )
 
 
 def _raw_data(tensor: Tensor, raw: memoryview | None) -> memoryview | None:
@@ -204,7 +215,9 @@ def _uint8_tensor(tensor: Tensor, raw: memoryview | None) -> np.ndarray:
     count = math.prod(tensor.shape)
     if raw is None:
         try:
-            if b"true" in (data := bytes(tensor.data)) or b"false" in data:  # numpy would take them for 1 and 0
+            if (
+                b"true" in (data := bytes(tensor.data)) or b"false" in data
+            ):  # numpy would take them for 1 and 0
                 raise ValueError
             values = np.asarray(msgspec.json.decode(data))
         except (msgspec.DecodeError, ValueError, RecursionError) as error:
@@ -213,7 +226,9 @@ def _uint8_tensor(tensor: Tensor, raw: memoryview | None) -> np.ndarray:
         if values.dtype.kind != "i" or (values.size and (values.min() < 0 or values.max() > 255)):
             raise ProtocolError(f"the data of input {tensor.name!r} has to be whole numbers from 0 to 255")
         if values.size != count or (values.ndim != 1 and list(values.shape) != tensor.shape):
-            raise ProtocolError(f"the data of input {tensor.name!r} does not have the {count} values of its shape")
+            raise ProtocolError(
+                f"the data of input {tensor.name!r} does not have the {count} values of its shape"
+            )
         return values.astype(np.uint8).reshape(tensor.shape)
     if len(raw) != count:
         raise ProtocolError(f"input {tensor.name!r} has {len(raw)} bytes, its shape needs {count}")
@@ -239,7 +254,9 @@ def _bytes_tensor(tensor: Tensor, raw: memoryview | None) -> list[bytes]:
             elements.append(bytes(raw[position + 4 : end]))
             position = end
     if len(elements) != tensor.shape[0]:
-        raise ProtocolError(f"input {tensor.name!r} has {len(elements)} elements, its shape says {tensor.shape[0]}")
+        raise ProtocolError(
+            f"input {tensor.name!r} has {len(elements)} elements, its shape says {tensor.shape[0]}"
+        )
     return elements
 
 
@@ -252,8 +269,11 @@ def _class_count(output: RequestedOutput) -> int:
     return count
 
 
-def _classification(values: np.ndarray, count: int, classes: Sequence[str]) -> tuple[list[str], np.ndarray, str]:
-    """Triton's classification extension: float32 [n, classes] -> "value:index:label" of the `count` largest, row by row."""
+def _classification(
+    values: np.ndarray, count: int, classes: Sequence[str]
+) -> tuple[list[str], np.ndarray, str]:
+    """Triton's classification extension: float32 [n, classes] -> "value:index:label" of the `count` largest,
+    row by row."""
     order = np.argsort(-values, axis=1, kind="stable")[:, :count]
     labels = [f"{values[row, i]:f}:{i}:{classes[i]}" for row in range(len(values)) for i in order[row]]
     return labels, order, "BYTES"

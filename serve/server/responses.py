@@ -1,4 +1,5 @@
-"""Answers that every part of the server gives in one form: JSON, and refusals as the inference protocol writes them."""
+"""Answers that every part of the server gives in one form: JSON,
+and refusals as the inference protocol writes them."""
 
 from __future__ import annotations
 

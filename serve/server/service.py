@@ -1,4 +1,5 @@
-"""What one server process is doing: its models, its phase, its counters. Created once and handed to every part."""
+"""What one server process is doing: its models, its phase, its counters.
+Created once and handed to every part."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ class Phase(Enum):
 
 
 class Service:
-    """`models` is complete in phase READY: a model is listed once it is verified, the service is ready once all are."""
+    """`models` is complete in phase READY: a model is listed once it is verified,
+    the service is ready once all are."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -32,20 +34,28 @@ class Service:
         self.phase = Phase.STARTING
         self.failure: Exception | None = None  # why loading ended; the command raises it
         self.url = ""  # where it listens, once it does
-        self.endless: list[Callable[[], None]] = []  # called to end the streams that would never end by themselves
+        # called to end the streams that would never end by themselves
+        self.endless: list[Callable[[], None]] = []
         self._started = time.monotonic()
         self.log = logging.getLogger(LOGGER)
 
     async def load_models(self) -> None:
-        """Open and verify every bundle, one after the other: each already uses all cores. Raises CheckError, UsageError."""
+        """Open and verify every bundle, one after the other: each already uses all cores. Raises CheckError,
+        UsageError."""
         for spec in self.settings.models:
             model = await asyncio.to_thread(open_model, spec, self.settings, self.metrics.observe_batch)
             self.models[spec.name] = model
             self.metrics.watch_queue(spec.name, lambda batcher=model.batcher: batcher.waiting_images)  # type: ignore[misc]
-            identity = {"variant": model.variant.name, "runtime": model.session.runtime, "bundle_sha256": model.bundle.sha256}
+            identity = {
+                "variant": model.variant.name,
+                "runtime": model.session.runtime,
+                "bundle_sha256": model.bundle.sha256,
+            }
             self.metrics.model_info.labels(spec.name).info(identity)
             chosen = {"why": model.why} if model.why else {}
-            self.log.info("model verified", extra={"model": spec.name, "folder": str(spec.folder), **identity, **chosen})
+            self.log.info(
+                "model verified", extra={"model": spec.name, "folder": str(spec.folder), **identity, **chosen}
+            )
 
     def become(self, phase: Phase) -> None:
         """Enter `phase`, never going back: a draining server does not become ready again."""

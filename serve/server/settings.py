@@ -14,7 +14,8 @@ NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXY
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds that keep one client, or many, from taking the machine. Beyond them: 413, 408, 429 or 503, never a longer queue."""
+    """Bounds that keep one client, or many, from taking the machine. Beyond them: 413, 408, 429 or 503,
+    never a longer queue."""
 
     body_bytes: int = 32 * MIB  # of one /v2 request
     demo_json_bytes: int = MIB  # of one JSON request to the demo; files go through its upload route
@@ -28,7 +29,8 @@ class Limits:
     queued_images: int = 1024  # that wait for one model
     queued_decodes: int = 256  # image files that wait for a decoder
     demo_queue: int = 64  # demo actions that wait
-    demo_sessions: int = 128  # open pages and API calls of which Gradio keeps a state; more than can wait or run
+    # open pages and API calls of which Gradio keeps a state; more than can wait or run
+    demo_sessions: int = 128
     connections: int = 1000
     batch_images: int = 10_000  # of one batch in the demo
 
@@ -43,13 +45,15 @@ class ModelSpec:
 
     @staticmethod
     def parse(text: str, variant: str | None = None) -> ModelSpec:
-        """`NAME=BUNDLE` or `BUNDLE` -> ModelSpec. A folder that exists is one, even with `=` in its path. Raises UsageError."""
+        """`NAME=BUNDLE` or `BUNDLE` -> ModelSpec. A folder that exists is one, even with `=` in its path.
+        Raises UsageError."""
         name, equals, folder = text.partition("=")
         if not equals or Path(text).exists():
             name, folder = Path(text).resolve().name, text
         if not name or not NAME_CHARACTERS.issuperset(name):
             raise UsageError(
-                f"{name!r} cannot be a model's name in a URL; give one of letters, digits and -_. as in cats={folder}"
+                f"{name!r} cannot be a model's name in a URL; give one of letters, digits and -_. as in "
+                f"cats={folder}"
             )
         return ModelSpec(name, Path(folder), variant)
 

@@ -1,4 +1,5 @@
-"""The outermost middleware: counts, times and logs every request, and ends connections while the server closes."""
+"""The outermost middleware: counts, times and logs every request,
+and ends connections while the server closes."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ def route_of(path: str) -> str:
 
 
 class Tracking:
-    """Every response carries `x-request-id` (the client's own, if it is short and plain), which the log lines repeat."""
+    """Every response carries `x-request-id` (the client's own, if it is short and plain),
+    which the log lines repeat."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self.app, self.service = app, service
@@ -47,7 +49,10 @@ class Tracking:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = headers = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+                message["headers"] = headers = [
+                    *message.get("headers", ()),
+                    (b"x-request-id", request_id.encode()),
+                ]
                 if self.service.phase is Phase.CLOSING:
                     headers.append((b"connection", b"close"))
             await send(message)

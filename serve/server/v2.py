@@ -18,11 +18,19 @@ import ffl_deploy
 from ffl_deploy.images import ImageError
 from serve.server.batcher import Closed, Overloaded
 from serve.server.models import NonFinite, ServedModel
-from serve.server.protocol import HEADER_LENGTH, VERSION, InferRequest, ProtocolError, read_request, write_response
+from serve.server.protocol import (
+    HEADER_LENGTH,
+    VERSION,
+    InferRequest,
+    ProtocolError,
+    read_request,
+    write_response,
+)
 from serve.server.responses import json_response
 from serve.server.service import Phase, Service
 
-# A JSON body of this size is parsed in about a millisecond; larger ones go to a thread, so that they delay nobody.
+# A JSON body of this size is parsed in about a millisecond; larger ones go to a thread,
+# so that they delay nobody.
 PARSE_INLINE_BYTES = 64 * 1024
 
 
@@ -56,7 +64,9 @@ def find_model(service: Service, name: str, version: str | None = None) -> Serve
         return service.models[name]
     if name in {spec.name for spec in service.settings.models} and version in (None, VERSION):
         raise HTTPException(503, f"{name} is still loading", {"retry-after": "1"})
-    raise HTTPException(404, f"there is no such model; this server has {', '.join(service.models) or 'none yet'}")
+    raise HTTPException(
+        404, f"there is no such model; this server has {', '.join(service.models) or 'none yet'}"
+    )
 
 
 class Descriptions:
@@ -67,7 +77,9 @@ class Descriptions:
 
     async def server(self, request: Request) -> Response:
         extensions = ["binary_tensor_data", "classification", "model_repository"]
-        return json_response({"name": "ffl-serve", "version": ffl_deploy.__version__, "extensions": extensions})
+        return json_response(
+            {"name": "ffl-serve", "version": ffl_deploy.__version__, "extensions": extensions}
+        )
 
     async def live(self, request: Request) -> Response:
         return json_response({"live": True})
@@ -87,7 +99,10 @@ class Descriptions:
     async def index(self, request: Request) -> Response:
         states = {spec.name: spec.name in self.service.models for spec in self.service.settings.models}
         return json_response(
-            [{"name": name, "version": VERSION, "state": "READY" if loaded else "LOADING"} for name, loaded in states.items()]
+            [
+                {"name": name, "version": VERSION, "state": "READY" if loaded else "LOADING"}
+                for name, loaded in states.items()
+            ]
         )
 
     def _model(self, request: Request) -> ServedModel:
@@ -172,7 +187,8 @@ async def _read_body(receive: Receive) -> bytes:
 
 @contextlib.asynccontextmanager
 async def _while_connected(receive: Receive) -> AsyncIterator[None]:
-    """Run the block until the client goes away, then raise ClientGone in it: its place in the queue becomes free."""
+    """Run the block until the client goes away, then raise ClientGone in it:
+    its place in the queue becomes free."""
     task = asyncio.current_task()
     assert task is not None
     gone = False

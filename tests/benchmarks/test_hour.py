@@ -18,7 +18,11 @@ def one(minutes: list[float], fused: list[float], hits: int) -> dict[str, object
 
 def test_the_official_rate_is_the_median_of_its_blocks(tmp_path: Path) -> None:
     path = tmp_path / "speed.json"
-    path.write_text(json.dumps({"batch": 128, "blocks": {"official": [{"seconds": s} for s in (0.5, 0.64, 9.0)], "ours": []}}))
+    path.write_text(
+        json.dumps(
+            {"batch": 128, "blocks": {"official": [{"seconds": s} for s in (0.5, 0.64, 9.0)], "ours": []}}
+        )
+    )
     assert np.isclose(official_rate(path), 200)
 
 

@@ -62,7 +62,9 @@ def test_an_endless_loader_starts_over() -> None:
     assert list(endless([1, 2, 3], 7)) == [1, 2, 3, 1, 2, 3, 1]
 
 
-def test_a_block_times_its_steps_and_nothing_else(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_block_times_its_steps_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     clock = itertools.count()
     monkeypatch.setattr("time.perf_counter", lambda: float(next(clock)))
     monkeypatch.setattr(sys, "stdin", io.StringIO("go\nstop\n"))
@@ -78,7 +80,9 @@ def test_tables_show_the_difference() -> None:
     shown = arithmetic_table({"official": [4.0, 2.0], "ours, fp32": [4.0, 2.002]})
     assert "| ours, fp32 | 4.00000 | 2.00200 | 1.0e-03 |" in shown
     accuracy = dict.fromkeys(("fused", "ensemble", "branch0", "branch1"), 0.125)
-    shown = learning_table({side: [{"loss": [4.0, 3.0], "test": [accuracy] * 2}] for side in ("official", "ours")})
+    shown = learning_table(
+        {side: [{"loss": [4.0, 3.0], "test": [accuracy] * 2}] for side in ("official", "ours")}
+    )
     assert "| 2 | ours | 0 | 3.000 | 12.50 | 12.50 | 12.50 | 12.50 |" in shown
 
 
@@ -105,6 +109,10 @@ def test_finished_runs_are_stored_at_once_and_not_repeated(tmp_path: Path) -> No
 def test_the_throughput_table_has_medians() -> None:
     blocks = {"official": [{"seconds": s, "loading": 0.01} for s in (0.9, 1.0, 1.1)]}
     blocks["ours"] = [{"seconds": s, "loading": 0.002} for s in (0.4, 0.5, 0.6)]
-    result = {"blocks": blocks, "precision": dict.fromkeys(blocks, "fp32"), "peak_mib": dict.fromkeys(blocks, 100)}
+    result = {
+        "blocks": blocks,
+        "precision": dict.fromkeys(blocks, "fp32"),
+        "peak_mib": dict.fromkeys(blocks, 100),
+    }
     assert "| official | fp32 | 1000 | 950-1050 | 128 | 1.0% | 100 MiB |" in table(result)
     assert "| ours | fp32 | 500 | 450-550 | 256 | 0.4% | 100 MiB |" in table(result)

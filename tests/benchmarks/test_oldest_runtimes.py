@@ -1,4 +1,5 @@
-"""The table of oldest runtimes says what was run, and a file whose logits are wrong does not count as read."""
+"""The table of oldest runtimes says what was run,
+and a file whose logits are wrong does not count as read."""
 
 from __future__ import annotations
 
@@ -11,9 +12,19 @@ from ffl_deploy.bundle import Bundle
 
 
 def test_the_oldest_version_that_is_right_is_named() -> None:
-    old = {"20 fp32": "right", "23 fp32": "Unsupported model IR version: 11", "20 int8": "read, but mean KL divergence is 2"}
-    results = {"onnxruntime": {"1.17.3": old, "1.22.1": {"20 fp32": "right", "23 fp32": "right", "20 int8": "right"}}}
-    assert table(results).splitlines()[2:] == ["| 20 | fp32 | 1.17.3 |", "| 23 | fp32 | 1.22.1 |", "| 20 | int8 | 1.22.1 |"]
+    old = {
+        "20 fp32": "right",
+        "23 fp32": "Unsupported model IR version: 11",
+        "20 int8": "read, but mean KL divergence is 2",
+    }
+    results = {
+        "onnxruntime": {"1.17.3": old, "1.22.1": {"20 fp32": "right", "23 fp32": "right", "20 int8": "right"}}
+    }
+    assert table(results).splitlines()[2:] == [
+        "| 20 | fp32 | 1.17.3 |",
+        "| 23 | fp32 | 1.22.1 |",
+        "| 20 | int8 | 1.22.1 |",
+    ]
     results["onnxruntime"].pop("1.22.1")
     assert table(results).splitlines()[3] == "| 23 | fp32 | none |"
 

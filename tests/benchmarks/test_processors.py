@@ -23,7 +23,9 @@ def bundle(make_bundle: Callable[..., Bundle], tmp_path: Path) -> Bundle:
     return make_bundle(tmp_path / "tiny")
 
 
-def test_native_outcomes_are_recorded_in_manifest_and_card(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+def test_native_outcomes_are_recorded_in_manifest_and_card(
+    bundle: Bundle, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert not bundle.manifest.verified_on, "a bundle made before this was recorded says nothing"
     assert "verified_on" not in json.loads((bundle.folder / "bundle.json").read_text())
     for _ in range(2):  # the second replaces the first
@@ -44,10 +46,14 @@ def test_a_failed_gate_is_recorded_and_ends_with_one(bundle: Bundle, monkeypatch
     monkeypatch.setattr(processors, "emulated_outcomes", lambda *_: failed)
     assert run_command(processors.main, [str(bundle.folder), "--processor", "Haswell", "--record"]) == 1
     assert load_bundle(bundle.folder).manifest.verified_on == [failed]
-    assert "| other (emulated by qemu) | fp32 | onnxruntime 1.0 | fp32 | failed | not finite |" in markdown([failed])
+    assert "| other (emulated by qemu) | fp32 | onnxruntime 1.0 | fp32 | failed | not finite |" in markdown(
+        [failed]
+    )
 
 
-def test_a_signed_or_changed_bundle_is_not_recorded_in(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_signed_or_changed_bundle_is_not_recorded_in(
+    bundle: Bundle, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = [str(bundle.folder), "--processor", "native", "--record"]
     signature = bundle.folder.with_name(bundle.folder.name + ".sig")
     signature.write_text("{}")
@@ -60,7 +66,9 @@ def test_a_signed_or_changed_bundle_is_not_recorded_in(bundle: Bundle, capsys: p
     assert (bundle.folder / "bundle.json").read_bytes() == before
 
 
-def test_without_the_emulator_it_says_what_to_install(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_emulator_it_says_what_to_install(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(shutil, "which", lambda _: None)
     assert run_command(processors.main, [str(bundle.folder), "--processor", "Haswell"]) == 2
 

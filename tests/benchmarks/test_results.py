@@ -20,7 +20,9 @@ def method(name: str, strong: str, **accuracy: list[float]) -> MethodResult:
     values = {key.replace("_", " "): estimate(value) for key, value in accuracy.items()}
     against = Against(estimate([0.01, 0.02]), None, [SeedPair(0, 5, 3, 0.7), SeedPair(1, 6, 2, 0.3)])
     parameters = {strong: 2, "branch0": 1, "training": 3}
-    return MethodResult(name, ["resnet8"] * 2, strong, [0, 1], values, estimate([60.0, 61.0]), parameters, against, against)
+    return MethodResult(
+        name, ["resnet8"] * 2, strong, [0, 1], values, estimate([60.0, 61.0]), parameters, against, against
+    )
 
 
 def with_seeds(result: MethodResult, count: int) -> MethodResult:
@@ -28,46 +30,79 @@ def with_seeds(result: MethodResult, count: int) -> MethodResult:
 
 
 def comparison() -> Comparison:
-    ffl = method("ffl", "fused", fused=[0.40, 0.41], ensemble=[0.39, 0.40], branch0=[0.35, 0.36], mean_branch=[0.35, 0.36])
+    ffl = method(
+        "ffl",
+        "fused",
+        fused=[0.40, 0.41],
+        ensemble=[0.39, 0.40],
+        branch0=[0.35, 0.36],
+        mean_branch=[0.35, 0.36],
+    )
     vanilla = method("vanilla", "branch0", branch0=[0.34, 0.38], mean_branch=[0.34, 0.38])
-    no_ekd = method("ffl-no-ekd", "fused", fused=[0.39, 0.39], ensemble=[0.39, 0.39], branch0=[0.3, 0.3], mean_branch=[0.3, 0.3])
+    no_ekd = method(
+        "ffl-no-ekd",
+        "fused",
+        fused=[0.39, 0.39],
+        ensemble=[0.39, 0.39],
+        branch0=[0.3, 0.3],
+        mean_branch=[0.3, 0.3],
+    )
     images = {"train": 49_000, "validation": 1_000, "test": 10_000}
     return Comparison("the command", "cifar100", 100, images, (32, 32), 4, "ffl", {}, [ffl, vanilla, no_ekd])
 
 
 def test_two_seeds_decide_no_claim() -> None:
     text = "\n".join(account(comparison()))
-    above = "- the fused classifier is above the ensemble: +1.00 [1.00, 1.00], above in 2 of 2 seeds; no claim below 6 seeds."
+    above = (
+        "- the fused classifier is above the ensemble: +1.00 [1.00, 1.00], above in 2 of 2 seeds; no claim "
+        "below 6 seeds."
+    )
     assert above in text
     assert (
-        "- the mean branch is above the same network trained alone: -0.50 [-19.56, 18.56], above in 1 of 2 seeds; no claim"
-        in text
+        "- the mean branch is above the same network trained alone: -0.50 [-19.56, 18.56], above in 1 of 2 "
+        "seeds; no claim" in text
     )
 
 
 def test_six_seeds_decide_a_claim_by_the_sign_flip_test() -> None:
     six = [0.30, 0.31, 0.32, 0.33, 0.34, 0.35]
     ffl = method("ffl", "fused", fused=[v + 0.01 for v in six], ensemble=six, branch0=six, mean_branch=six)
-    vanilla = method("vanilla", "branch0", branch0=[v + 0.02 for v in six], mean_branch=[v + 0.02 for v in six])
+    vanilla = method(
+        "vanilla", "branch0", branch0=[v + 0.02 for v in six], mean_branch=[v + 0.02 for v in six]
+    )
     found = msgspec.structs.replace(comparison(), methods=[with_seeds(ffl, 6), with_seeds(vanilla, 6)])
     text = "\n".join(account(found))
-    assert "above the ensemble: +1.00 [1.00, 1.00], above in 6 of 6 seeds; p = 0.031 (exact sign-flip): speaks for it." in text
-    assert "above the mean branch: +0.00 [0.00, 0.00], above in 0 of 6 seeds; p = 1 (exact sign-flip): undecided." in text
-    assert "alone: -2.00 [-2.00, -2.00], above in 0 of 6 seeds; p = 0.031 (exact sign-flip): speaks against it." in text
+    assert (
+        "above the ensemble: +1.00 [1.00, 1.00], above in 6 of 6 seeds; p = 0.031 (exact sign-flip): speaks "
+        "for it." in text
+    )
+    assert (
+        "above the mean branch: +0.00 [0.00, 0.00], above in 0 of 6 seeds; p = 1 (exact sign-flip): "
+        "undecided." in text
+    )
+    assert (
+        "alone: -2.00 [-2.00, -2.00], above in 0 of 6 seeds; p = 0.031 (exact sign-flip): speaks against it."
+        in text
+    )
     assert "Holm's correction for 4 claims makes 0.12 of the smallest" in text
 
 
 def test_seeds_that_were_looked_at_before_are_told_from_the_others() -> None:
     fused, ensemble = [0.42, 0.43, 0.44, 0.41, 0.42, 0.43], [0.40, 0.41, 0.42, 0.40, 0.41, 0.42]
     found = msgspec.structs.replace(
-        comparison(), methods=[with_seeds(method("ffl", "fused", fused=fused, ensemble=ensemble, mean_branch=ensemble), 6)]
+        comparison(),
+        methods=[with_seeds(method("ffl", "fused", fused=fused, ensemble=ensemble, mean_branch=ensemble), 6)],
     )
     (line,) = [line for line in account(found, before=[0, 1, 2]) if "above the ensemble" in line]
-    assert line.endswith(": +1.50 [0.93, 2.07], above in 6 of 6 seeds; p = 0.031 (exact sign-flip): speaks for it. "
-                         "The later seeds alone: +1.00 [1.00, 1.00].")  # fmt: skip
+    assert line.endswith(
+        ": +1.50 [0.93, 2.07], above in 6 of 6 seeds; p = 0.031 (exact sign-flip): speaks for it. "
+        "The later seeds alone: +1.00 [1.00, 1.00]."
+    )
 
 
-def test_the_committed_page_is_what_the_command_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_committed_page_is_what_the_command_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also the check that it needs neither the run nor the data."""
     root = Path(__file__).parents[2]
     shutil.copytree(root / "docs", tmp_path / "docs", ignore=shutil.ignore_patterns("*.png"))
@@ -107,10 +142,16 @@ def test_the_claims_are_read_from_more_seeds_of_fewer_methods(tmp_path: Path) ->
     more = msgspec.structs.replace(comparison(), methods=[ffl, one], command="the other command")
     write_json(tmp_path / "claims-cifar100.json", more)
     text = comparison_text(tmp_path)
-    assert "With 6 seeds of the methods that decide them. 2 of these seeds are those of the tables above" in text
-    assert "\n\n    the other command\n\n" in text
-    assert "seed. Not run for this page: `ffl-no-fkd`, `ffl-sum`, `ffl-mean`, `independent`, `dml`, `cl-ilr`, " in text
     assert (
-        "- the fused classifier is above the strong classifier of one: -1.00 [-1.00, -1.00], above in 0 of 6 seeds; "
+        "With 6 seeds of the methods that decide them. 2 of these seeds are those of the tables above" in text
+    )
+    assert "\n\n    the other command\n\n" in text
+    assert (
+        "seed. Not run for this page: `ffl-no-fkd`, `ffl-sum`, `ffl-mean`, `independent`, `dml`, `cl-ilr`, "
+        in text
+    )
+    assert (
+        "- the fused classifier is above the strong classifier of one: -1.00 [-1.00, -1.00], above in 0 of "
+        "6 seeds; "
         "p = 0.031 (exact sign-flip): speaks against it. The later seeds alone: -1.00 [-1.00, -1.00]."
     ) in text

@@ -16,12 +16,16 @@ HUES = {"amber": (200, 120, 10), "teal": (10, 140, 120), "violet": (120, 20, 180
 def train(*flags: str) -> None:
     from train.run import main
 
-    assert main([*flags, "--branches", "resnet20,resnet20", "--device", "cpu", "--precision", "fp32", "--quiet"]) == 0
+    assert (
+        main([*flags, "--branches", "resnet20,resnet20", "--device", "cpu", "--precision", "fp32", "--quiet"])
+        == 0
+    )
 
 
 @pytest.fixture(scope="session")
 def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """FFL on the digits, four epochs: trained well enough for int8, with a reference evaluation by the trainer."""
+    """FFL on the digits, four epochs: trained well enough for int8,
+    with a reference evaluation by the trainer."""
     folder = tmp_path_factory.mktemp("runs") / "digits"
     train("--epochs", "4", "--out", str(folder))
     return load_run(folder)
@@ -29,7 +33,8 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture(scope="session")
 def colour_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """FFL on images whose class is their hue and whose channels have unequal statistics: what gray digits cannot show."""
+    """FFL on images whose class is their hue and whose channels have unequal statistics:
+    what gray digits cannot show."""
     root = tmp_path_factory.mktemp("colours")
     generator = np.random.default_rng(0)
     for part, count in (("train", 60), ("test", 24)):
@@ -46,12 +51,26 @@ def colour_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture(scope="session")
 def exported(digits_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Bundles of `fused` (fp32, int8, all outputs) and `branch0` (fp32) of the digits run, by the command itself."""
+    """Bundles of `fused` (fp32, int8, all outputs) and `branch0` (fp32) of the digits run,
+    by the command itself."""
     from export.cli import main
 
     out = tmp_path_factory.mktemp("bundles")
     assert (
-        main([str(digits_run.folder), "--target", "fused", "--precision", "int8", "--cam", "--embedding", "--out", str(out)]) == 0
+        main(
+            [
+                str(digits_run.folder),
+                "--target",
+                "fused",
+                "--precision",
+                "int8",
+                "--cam",
+                "--embedding",
+                "--out",
+                str(out),
+            ]
+        )
+        == 0
     )
     assert main([str(digits_run.folder), "--target", "branch0", "--out", str(out)]) == 0
     return out

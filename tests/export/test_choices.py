@@ -22,7 +22,9 @@ from ffl_deploy.saturation import PAIR, largest_pair
 
 
 def measurer(
-    kl: dict[tuple[str, int], float], calls: list[tuple[str, int]], unverifiable: Sequence[tuple[str, int]] = ()
+    kl: dict[tuple[str, int], float],
+    calls: list[tuple[str, int]],
+    unverifiable: Sequence[tuple[str, int]] = (),
 ) -> Callable[..., Candidate]:
     """kl: (method, number of layers in float) -> mean KL; 1e-3 where it is not given."""
 
@@ -70,24 +72,31 @@ def test_float_layers_that_do_not_help_are_not_kept_and_at_most_half_are_tried()
     near = {(method, floats): 8e-3 for method in METHODS for floats in range(8)}
     best, candidates = choose(measurer(near, []), ranked)
     assert best.float_layers == []
-    assert max(len(candidate.float_layers) for candidate in candidates) == 3  # two blocks of six; four would be over half
+    # two blocks of six; four would be over half
+    assert max(len(candidate.float_layers) for candidate in candidates) == 3
 
 
 def test_a_method_whose_file_ffl_verify_would_refuse_is_not_taken() -> None:
-    """A percentile cuts off what an unusual golden image needs, though it is the nearest on the validation split."""
+    """A percentile cuts off what an unusual golden image needs,
+    though it is the nearest on the validation split."""
     kl = {("percentile", 0): 1e-4, ("entropy", 0): 5e-4}
     best, _ = choose(measurer(kl, [], [("percentile", 0)]), nothing_ranked)
     assert (best.method, best.float_layers) == ("entropy", [])
     none = [(method, floats) for method in METHODS for floats in (0, 2, 3)]
     best, _ = choose(measurer(kl, [], [key for key in none if key != ("entropy", 3)]), ranked)
-    assert (best.method, len(best.float_layers)) == ("entropy", 3)  # every method is tried with the float layers
+    assert (best.method, len(best.float_layers)) == (
+        "entropy",
+        3,
+    )  # every method is tried with the float layers
     best, candidates = choose(measurer(kl, [], none), ranked)
     assert (best.method, best.golden, len(candidates)) == ("percentile", False, 7)
 
 
 def test_blocks_are_ranked_by_the_damage_that_they_do_alone() -> None:
     harm = {"a": 1.0, "b": 3.0, "c": 2.0}
-    order = sensitive_blocks([["a"], ["b", "b2"], ["c"]], lambda floats: sum(harm[name] for name in harm if name not in floats))
+    order = sensitive_blocks(
+        [["a"], ["b", "b2"], ["c"]], lambda floats: sum(harm[name] for name in harm if name not in floats)
+    )
     assert order == [["b", "b2"], ["c"], ["a"]]
     many = sensitive_blocks([[str(index)] for index in range(100)], lambda floats: -float(len(floats)))
     assert len(many) <= BLOCKS
@@ -124,7 +133,9 @@ def test_calibration_takes_as_many_images_as_their_activations_leave_room_for() 
     assert chunk_size(2_000_000_000) == 1
 
 
-def row(target: str, variant: str, accuracy: float | None, p50: float | None, size: int, gate: str = "passed") -> Row:
+def row(
+    target: str, variant: str, accuracy: float | None, p50: float | None, size: int, gate: str = "passed"
+) -> Row:
     measured = (accuracy, accuracy, accuracy, 0.0, "passed", gate, p50, p50, 1.0, 1)
     return Row(target, variant, "onnxruntime", "f", size, "fp32 / fp32", 1, 1, *measured)
 
@@ -159,7 +170,9 @@ def test_the_recommendation_keeps_the_limits(limits: Limits, artefact: str | Non
     recommendation = recommend(ROWS, limits)
     assert recommendation.artefact == artefact
     if artefact is None:
-        assert "branch0/int8 comes nearest" in recommendation.reason  # 1.6 % short of the accuracy, where fused is 60 % too slow
+        assert (
+            "branch0/int8 comes nearest" in recommendation.reason
+        )  # 1.6 % short of the accuracy, where fused is 60 % too slow
         assert "--min-accuracy 0.95" in recommendation.reason
 
 
@@ -175,7 +188,9 @@ def test_multiply_adds_are_counted_from_the_shapes(tmp_path: Path) -> None:
 
     weights = {"conv": (8, 2, 3, 3), "tokens": (64, 16), "head": (5, 1024)}  # two groups; head is transposed
     nodes = [
-        helper.make_node("Conv", ["images", "conv"], ["maps"], group=2, pads=[1, 1, 1, 1]),  # 8 x 8 x 8 values of 2 x 9 products
+        helper.make_node(
+            "Conv", ["images", "conv"], ["maps"], group=2, pads=[1, 1, 1, 1]
+        ),  # 8 x 8 x 8 values of 2 x 9 products
         helper.make_node("Reshape", ["maps", "shape"], ["sequence"]),
         helper.make_node("MatMul", ["sequence", "tokens"], ["mixed"]),  # 8 tokens x 16 values of 64 products
         helper.make_node("Concat", ["mixed"] * 8, ["wide"], axis=2),
@@ -184,7 +199,9 @@ def test_multiply_adds_are_counted_from_the_shapes(tmp_path: Path) -> None:
     ]
     tensors = [numpy_helper.from_array(np.zeros(shape, np.float32), name) for name, shape in weights.items()]
     tensors.append(numpy_helper.from_array(np.array([-1, 8, 64]), "shape"))
-    graph = helper.make_graph(nodes, "g", [info("images", ["batch", 4, 8, 8])], [info("logits", ["batch", 5])], tensors)
+    graph = helper.make_graph(
+        nodes, "g", [info("images", ["batch", 4, 8, 8])], [info("logits", ["batch", 5])], tensors
+    )
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]), tmp_path / "model.onnx")
     assert multiply_adds(tmp_path / "model.onnx") == 8 * 64 * 18 + 8 * 16 * 64 + 5 * 1024
 

@@ -1,4 +1,5 @@
-"""What the command writes: self-contained, reproducible graphs that give training's logits, and bundles that say so."""
+"""What the command writes: self-contained, reproducible graphs that give training's logits,
+and bundles that say so."""
 
 from __future__ import annotations
 
@@ -76,8 +77,19 @@ def test_a_target_holds_no_other_branch(exported: Path) -> None:
     assert branch.variants[0].bytes < fused.variants[0].bytes
 
 
-def test_the_same_checkpoint_gives_the_same_bytes_in_another_process(digits_run: Run, exported: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "export.cli", str(digits_run.folder), "--target", "branch0", "--out", str(tmp_path)]
+def test_the_same_checkpoint_gives_the_same_bytes_in_another_process(
+    digits_run: Run, exported: Path, tmp_path: Path
+) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "export.cli",
+        str(digits_run.folder),
+        "--target",
+        "branch0",
+        "--out",
+        str(tmp_path),
+    ]
     subprocess.run(command, check=True, capture_output=True)
     for name in ("model.onnx", "golden.npz"):
         assert (tmp_path / "branch0" / name).read_bytes() == (exported / "branch0" / name).read_bytes()
@@ -114,7 +126,9 @@ def test_every_bundle_verifies_and_tells_what_was_measured(exported: Path) -> No
     assert bundle.variant().name == "fp32"
     assert set(manifest.variants[0].parity.batches) == {"1", "2", "7", "64", "256"}
     assert manifest.variants[0].accuracy.verdict.status == "passed"
-    assert manifest.variants[1].accuracy.verdict.note == f"inconclusive (n = {manifest.variants[1].accuracy.n})"
+    assert (
+        manifest.variants[1].accuracy.verdict.note == f"inconclusive (n = {manifest.variants[1].accuracy.n})"
+    )
     assert manifest.golden.count == 64
     assert manifest.calibration.temperature != 1
     card = (exported / "fused" / "README.md").read_text()
@@ -129,14 +143,20 @@ def test_the_temperature_is_in_the_probabilities_and_not_in_the_logits(exported:
     assert outputs.probabilities == pytest.approx(scaled / scaled.sum(axis=1, keepdims=True), abs=1e-5)
 
 
-def test_the_class_activation_map_and_the_embedding_lead_to_the_logits(exported: Path, model: DeployedModel) -> None:
+def test_the_class_activation_map_and_the_embedding_lead_to_the_logits(
+    exported: Path, model: DeployedModel
+) -> None:
     """Zhou et al. 2016: pooling the map of a class and adding its bias is the class's logit."""
     bundle = load_bundle(exported / "fused")
     outputs = bundle.session().run(bundle.golden().images)
     head = model.target.classifier
     bias, predicted = head.bias.numpy(), outputs.logits.argmax(axis=1)
-    assert outputs.embedding @ head.weight.numpy().T + head.bias.numpy() == pytest.approx(outputs.logits, rel=1e-3, abs=1e-3)
-    assert outputs.cam.mean(axis=(1, 2)) + bias[predicted] == pytest.approx(outputs.logits.max(axis=1), rel=1e-4, abs=1e-4)
+    assert outputs.embedding @ head.weight.numpy().T + head.bias.numpy() == pytest.approx(
+        outputs.logits, rel=1e-3, abs=1e-3
+    )
+    assert outputs.cam.mean(axis=(1, 2)) + bias[predicted] == pytest.approx(
+        outputs.logits.max(axis=1), rel=1e-4, abs=1e-4
+    )
 
 
 def test_int8_leaves_no_convolution_in_float_unless_it_was_chosen(exported: Path) -> None:
@@ -144,12 +164,19 @@ def test_int8_leaves_no_convolution_in_float_unless_it_was_chosen(exported: Path
     cpu, tensorrt = (bundle.variant(name) for name in ("int8", "int8-tensorrt"))
     histogram = operator_histogram(bundle.folder / cpu.file)
     chosen = cpu.details.quantisation.chosen
-    convolutions = {node.name for node in onnx.load(bundle.folder / cpu.file).graph.node if node.op_type == "Conv"}
-    kept = len(convolutions & set(chosen.float_layers))  # the others are classifiers, and what follows a convolution
+    convolutions = {
+        node.name for node in onnx.load(bundle.folder / cpu.file).graph.node if node.op_type == "Conv"
+    }
+    # the others are classifiers, and what follows a convolution
+    kept = len(convolutions & set(chosen.float_layers))
     assert float_operators(histogram) == kept
     assert histogram["QLinearConv"] == 30 - kept, "14 shared, 7 in each branch, 2 of fusion"
     assert cpu.precision == msgspec.convert({"stored": "int8", "computed": "int8"}, type(cpu.precision))
-    assert {candidate.method for candidate in cpu.details.quantisation.candidates} == {"minmax", "percentile", "entropy"}
+    assert {candidate.method for candidate in cpu.details.quantisation.candidates} == {
+        "minmax",
+        "percentile",
+        "entropy",
+    }
     assert chosen.mean_kl == min(one.mean_kl for one in cpu.details.quantisation.candidates if one.golden)
     zero_points = quantisation_zero_points(onnx.load(bundle.folder / tensorrt.file))
     assert set(zero_points) == {("int8", 0)}, "TensorRT takes symmetric int8 only"
@@ -185,7 +212,9 @@ def test_fp16_stores_sixteen_bits_and_onnx_runtime_computes_in_thirty_two(
 
 
 @pytest.mark.parametrize("target", ["fused", "branch0"])
-def test_second_opinions_agree(exported: Path, target: str, record_property: Callable[[str, object], None]) -> None:
+def test_second_opinions_agree(
+    exported: Path, target: str, record_property: Callable[[str, object], None]
+) -> None:
     """onnx's reference evaluator and OpenVINO give what ONNX Runtime gives, within fp32 rounding."""
     from onnx.reference import ReferenceEvaluator
 
@@ -216,10 +245,14 @@ def test_bf16_is_verified_in_openvino(exported: Path, digits_run: Run, tmp_path:
     if session.computed != "bf16":
         pytest.skip(f"this processor computes bf16 files in {session.computed}")
     images, _, logits = digits_run.reference("best", "branch0")
-    assert judge({"256": compare(logits, session.run(images).logits)}, PARITY_GATES["bf16"]).status == "passed"
+    assert (
+        judge({"256": compare(logits, session.run(images).logits)}, PARITY_GATES["bf16"]).status == "passed"
+    )
 
 
-def test_bad_input_is_one_sentence(digits_run: Run, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_is_one_sentence(
+    digits_run: Run, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     other = tmp_path / "other"
     shutil.copytree(digits_run.folder, other)
     text = (other / "config.json").read_text()
@@ -229,7 +262,9 @@ def test_bad_input_is_one_sentence(digits_run: Run, exported: Path, tmp_path: Pa
     (no_reference / "eval_reference.npz").unlink()
     shutil.copytree(digits_run.folder, no_checkpoint)
     shutil.rmtree(no_checkpoint / "checkpoints")
-    damaged, other_images, other_labels = (tmp_path / name for name in ("damaged", "other_images", "other_labels"))
+    damaged, other_images, other_labels = (
+        tmp_path / name for name in ("damaged", "other_images", "other_labels")
+    )
     shutil.copytree(digits_run.folder, other_labels)
     shutil.copytree(digits_run.folder, damaged)
     os.truncate(damaged / "eval_reference.npz", 1000)
@@ -292,8 +327,11 @@ def test_golden_images_may_come_from_a_folder(digits_run: Run, model: DeployedMo
     assert samples.logits == pytest.approx(logits[:3], abs=1e-4 * float(logits.std()))
 
 
-def test_variants_are_held_to_the_golden_samples_as_ffl_verify_will(tmp_path: Path, make_bundle: Callable[..., Bundle]) -> None:
-    """That they passed on the reference images says nothing about a user's own; the image that breaks the gate is named."""
+def test_variants_are_held_to_the_golden_samples_as_ffl_verify_will(
+    tmp_path: Path, make_bundle: Callable[..., Bundle]
+) -> None:
+    """That they passed on the reference images says nothing about a user's own;
+    the image that breaks the gate is named."""
     bundle = make_bundle(tmp_path / "bundle", golden_count=4)
     golden, session = bundle.golden(), bundle.session()
     check_golden(session, golden, (), "int8", bundle.temperature)
@@ -313,7 +351,9 @@ def test_class_balanced_takes_every_class_and_follows_the_seed() -> None:
     assert rows.tolist() == class_balanced(labels, 21).tolist() != class_balanced(labels, 21, seed=1).tolist()
 
 
-def test_the_report_recommends_under_limits(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_report_recommends_under_limits(
+    exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "bundles"
     shutil.copytree(exported, out)
     assert run_command(main, ["--report-only", "--out", str(out)]) == 0
@@ -339,5 +379,7 @@ def test_no_torch_is_needed_to_verify(exported: Path) -> None:
         "import sys; from ffl_deploy.verify import main; main(sys.argv[1:]); "
         "print([m for m in ('torch', 'onnx', 'scipy', 'sklearn', 'gradio') if m in sys.modules])"
     )
-    run = subprocess.run([sys.executable, "-c", code, str(exported / "fused")], check=True, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(exported / "fused")], check=True, capture_output=True, text=True
+    )
     assert run.stdout.splitlines()[-1] == "[]"

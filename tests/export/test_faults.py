@@ -1,4 +1,5 @@
-"""Each way in which an export can be wrong is put in on purpose, and must be caught by the gate that is there for it."""
+"""Each way in which an export can be wrong is put in on purpose,
+and must be caught by the gate that is there for it."""
 
 from __future__ import annotations
 
@@ -29,22 +30,31 @@ Fault = Callable[[Path], None]
 
 @pytest.fixture(scope="module")
 def model(colour_run: Run) -> DeployedModel:
-    return DeployedModel(build_target(load_network(colour_run).network, "fused"), colour_run.mean, colour_run.std).eval()
+    return DeployedModel(
+        build_target(load_network(colour_run).network, "fused"), colour_run.mean, colour_run.std
+    ).eval()
 
 
 @pytest.fixture(scope="module")
 def clean(colour_run: Run, model: DeployedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The fused target of the colour run as a file without a fault."""
     path = tmp_path_factory.mktemp("clean") / "model.onnx"
-    write_onnx(model, path, colour_run.preprocessing.height, colour_run.preprocessing.width, GraphOptions(), {})
+    write_onnx(
+        model, path, colour_run.preprocessing.height, colour_run.preprocessing.width, GraphOptions(), {}
+    )
     return path
 
 
 @pytest.fixture
 def export_with(
-    colour_run: Run, clean: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    colour_run: Run,
+    clean: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> Callable[[Fault], tuple[int, str]]:
-    """-> run ffl-export with a fault put into the file that it writes; (exit code, what it said on stderr)."""
+    """-> run ffl-export with a fault put into the file that it writes; (exit code,
+    what it said on stderr)."""
 
     def export(fault: Fault) -> tuple[int, str]:
         def write(_model: DeployedModel, path: Path, *_: object) -> None:
@@ -53,7 +63,9 @@ def export_with(
 
         monkeypatch.setattr("export.formats.write_onnx", write)
         monkeypatch.setattr("export.pipeline.fit_temperature", lambda *_: 1.0)  # the clean file has none
-        code = run_command(main, [str(colour_run.folder), "--target", "fused", "--out", str(tmp_path / "out")])
+        code = run_command(
+            main, [str(colour_run.folder), "--target", "fused", "--out", str(tmp_path / "out")]
+        )
         left = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
         assert (code == 0) == bool(left), "a failed gate leaves no file behind, a good export does"
         return code, capsys.readouterr().err
@@ -81,7 +93,8 @@ def constant_of(proto: onnx.ModelProto, kind: str) -> str:
 
 
 def swapped_channels(proto: onnx.ModelProto) -> None:
-    """The graph reads BGR: a reversed first convolution, mean and std do to RGB pixels what RGB layers do to BGR ones."""
+    """The graph reads BGR: a reversed first convolution,
+    mean and std do to RGB pixels what RGB layers do to BGR ones."""
     for kind in ("Conv", "Sub", "Div"):  # weights [o, 3, h, w]; mean and std, repeated along a row: [w, 3]
         tensor = weight(proto, constant_of(proto, kind))
         replace(tensor, np.flip(numpy_helper.to_array(tensor), axis=1))
@@ -98,17 +111,22 @@ def frozen_batch(proto: onnx.ModelProto) -> None:
 
 def effect(proto: onnx.ModelProto, images: np.ndarray, logits: np.ndarray) -> float:
     """-> how far the file's logits are from `logits`, in the unit of the gate."""
-    session = import_onnxruntime().InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = import_onnxruntime().InferenceSession(
+        proto.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
     return compare(logits, session.run(["logits"], {"images": images})[0]).scaled_max_diff
 
 
 @pytest.fixture
 def perturbed_weight(colour_run: Run) -> Callable[[onnx.ModelProto], None]:
-    """One weight of one convolution is changed by as much as it takes to pass the gate tenfold, whatever training gave."""
+    """One weight of one convolution is changed by as much as it takes to pass the gate tenfold,
+    whatever training gave."""
     images, _, logits = colour_run.reference("best", "fused")
 
     def perturb(proto: onnx.ModelProto) -> None:
-        tensor = next(tensor for tensor in proto.graph.initializer if "branches.1.0.1.conv2.weight" in tensor.name)
+        tensor = next(
+            tensor for tensor in proto.graph.initializer if "branches.1.0.1.conv2.weight" in tensor.name
+        )
         values = numpy_helper.to_array(tensor)
         largest = np.argsort(-np.abs(values), axis=None)[:16]  # of channels that training used
         for amount in 0.05 * 2.0 ** np.arange(8):
@@ -183,15 +201,20 @@ def test_a_truncated_file_is_caught(export_with: Callable[[Fault], tuple[int, st
     assert "model.onnx" in error
 
 
-def test_a_batch_frozen_inside_the_graph_is_caught_by_the_batch_sizes(export_with: Callable[[Fault], tuple[int, str]]) -> None:
-    """The declared shape is dynamic, but a reshape inside holds the traced batch of two: only other batches show it."""
+def test_a_batch_frozen_inside_the_graph_is_caught_by_the_batch_sizes(
+    export_with: Callable[[Fault], tuple[int, str]],
+) -> None:
+    """The declared shape is dynamic, but a reshape inside holds the traced batch of two:
+    only other batches show it."""
 
     def fault(proto: onnx.ModelProto) -> None:
         logits = next(node for node in proto.graph.node if "logits" in node.output)
         logits.output[0] = "flat"
         proto.graph.initializer.append(numpy_helper.from_array(np.array([2, 3], np.int64), "frozen_shape"))
         index = list(proto.graph.node).index(logits)
-        proto.graph.node.insert(index + 1, onnx.helper.make_node("Reshape", ["flat", "frozen_shape"], ["logits"], name="frozen"))
+        proto.graph.node.insert(
+            index + 1, onnx.helper.make_node("Reshape", ["flat", "frozen_shape"], ["logits"], name="frozen")
+        )
 
     code, error = export_with(lambda path: edit(path, fault))
     assert code == 1
@@ -201,7 +224,9 @@ def test_a_batch_frozen_inside_the_graph_is_caught_by_the_batch_sizes(export_wit
 def test_batch_normalisation_in_training_mode_is_refused_and_would_be_caught(
     colour_run: Run, model: DeployedModel, export_with: Callable[[Fault], tuple[int, str]], tmp_path: Path
 ) -> None:
-    bad = DeployedModel(build_target(load_network(colour_run).network, "fused"), colour_run.mean, colour_run.std).eval()
+    bad = DeployedModel(
+        build_target(load_network(colour_run).network, "fused"), colour_run.mean, colour_run.std
+    ).eval()
     bad.target.fusion.bn1.train()
     path = tmp_path / "bad.onnx"
     with pytest.raises(CheckError, match=r"target\.fusion\.bn1 is in training mode"):
@@ -246,4 +271,6 @@ def test_agreeing_layers_are_said_to_agree(model: DeployedModel, clean: Path, co
     images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
     sentence = first_difference(clean, model, images)
     assert sentence.startswith("all ")
-    assert int(sentence.split()[1]) > 40, "normalisation, 27 convolutions with their BatchNorm, 13 blocks, fusion, classifier"
+    assert int(sentence.split()[1]) > 40, (
+        "normalisation, 27 convolutions with their BatchNorm, 13 blocks, fusion, classifier"
+    )

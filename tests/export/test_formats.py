@@ -1,4 +1,5 @@
-"""Precisions and runtimes are rows of tables: what is in the table is offered, opened and refused without another change."""
+"""Precisions and runtimes are rows of tables: what is in the table is offered,
+opened and refused without another change."""
 
 from __future__ import annotations
 
@@ -21,7 +22,9 @@ def test_every_precision_is_written_and_judged() -> None:
     assert {"fp32", *FORMATS} == set(PRECISIONS) == set(ACCURACY_GATES)
 
 
-def test_a_runtime_is_a_row(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_runtime_is_a_row(
+    tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     opened = []
 
     def slow(model: Path, variant: Variant, threads: int | None) -> Session:
@@ -47,7 +50,9 @@ def test_what_is_needed_and_not_there_is_said_before_any_work(monkeypatch: pytes
     def absent() -> None:
         raise UsageError("no beads; buy some.")
 
-    monkeypatch.setitem(RUNTIMES, "abacus", dataclasses.replace(RUNTIMES["onnxruntime"], name="abacus", require=absent))
+    monkeypatch.setitem(
+        RUNTIMES, "abacus", dataclasses.replace(RUNTIMES["onnxruntime"], name="abacus", require=absent)
+    )
     monkeypatch.setitem(FORMATS, "int4", Format("int4", FORMATS["int8"].write, needs=("abacus",)))
     check_runtimes(VariantOptions(precisions=("fp32",)))
     with pytest.raises(UsageError, match="no beads"):

@@ -1,4 +1,5 @@
-"""The flags of ffl-export together, as a user gives them: other precisions, runtimes, engines, Triton, Space, signature."""
+"""The flags of ffl-export together, as a user gives them: other precisions, runtimes, engines, Triton,
+Space, signature."""
 
 from __future__ import annotations
 
@@ -46,11 +47,23 @@ def key(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def forms(digits_run: Run, key: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """branch0 in every form that this machine can make, by one command; -> the folder with bundles/, triton/ and space/."""
+    """branch0 in every form that this machine can make, by one command; -> the folder with bundles/,
+    triton/ and space/."""
     pytest.importorskip("openvino", reason=f"OpenVINO {REASON}")
     pytest.importorskip("tensorrt_rtx", reason=f"tensorrt_rtx {REASON}")
     root = tmp_path_factory.mktemp("forms")
-    flags = ["--target", "branch0", "--precision", "fp16", "--precision", "bf16", "--runtime", "openvino", "--opset", "22"]
+    flags = [
+        "--target",
+        "branch0",
+        "--precision",
+        "fp16",
+        "--precision",
+        "bf16",
+        "--runtime",
+        "openvino",
+        "--opset",
+        "22",
+    ]
     flags += [
         "--tensorrt",
         "--compute-capability",
@@ -80,7 +93,10 @@ def test_every_form_is_in_the_bundle_with_what_it_computes(forms: Path) -> None:
         "bf16",
         "bf16-engine",
     ]
-    assert (variants["fp32-openvino"].precision.stored, variants["fp32-openvino"].precision.computed) == ("fp32", "fp32")
+    assert (variants["fp32-openvino"].precision.stored, variants["fp32-openvino"].precision.computed) == (
+        "fp32",
+        "fp32",
+    )
     assert variants["fp16"].precision.computed == "fp32", "ONNX Runtime's CPU has no fp16 convolution"
     assert variants["bf16"].runtime == "openvino"
     for name in ("fp32", "fp32-openvino", "fp16", "fp16-openvino", "bf16"):
@@ -92,10 +108,14 @@ def test_every_form_is_in_the_bundle_with_what_it_computes(forms: Path) -> None:
         assert proto.ir_version == 10, "the lowest that opset 22 allows"
     report = json.loads((forms / "bundles" / "report.json").read_text())
     assert len(report["rows"]) == len(variants)
-    assert not [row for row in report["rows"] if row["variant"].endswith("-engine") and row["p50_ms"] is not None]
+    assert not [
+        row for row in report["rows"] if row["variant"].endswith("-engine") and row["p50_ms"] is not None
+    ]
 
 
-def test_the_bundle_verifies_and_says_what_could_not_run(forms: Path, key: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_bundle_verifies_and_says_what_could_not_run(
+    forms: Path, key: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = [str(forms / "bundles" / "branch0"), "--public-key", str(key.with_name("public.pem"))]
     assert run_command(verify_main, arguments) == 0
     said = capsys.readouterr().out
@@ -113,7 +133,9 @@ def test_a_changed_engine_is_refused_before_tensorrt_sees_it(
     content = bytearray(engine.read_bytes())
     content[len(content) // 2] ^= 1
     engine.write_bytes(content)
-    monkeypatch.setattr("ffl_deploy.runtime.tensorrt_runtime.import_tensorrt", lambda *_: pytest.fail("it was opened"))
+    monkeypatch.setattr(
+        "ffl_deploy.runtime.tensorrt_runtime.import_tensorrt", lambda *_: pytest.fail("it was opened")
+    )
     with pytest.raises(CheckError, match=r"fp32\.engine was changed since export"):
         load_bundle(bundle).session("fp32-engine")
     assert run_command(verify_main, [str(bundle)]) == 1
@@ -127,7 +149,16 @@ def test_triton_gets_what_it_has_a_backend_for(forms: Path) -> None:
 
 
 def test_a_static_batch_with_int8(digits_run: Run, tmp_path: Path) -> None:
-    flags = ["--target", "branch0", "--batch", "3", "--precision", "int8", "--triton", str(tmp_path / "triton")]
+    flags = [
+        "--target",
+        "branch0",
+        "--batch",
+        "3",
+        "--precision",
+        "int8",
+        "--triton",
+        str(tmp_path / "triton"),
+    ]
     assert run_command(main, [str(digits_run.folder), *flags, "--out", str(tmp_path / "out")]) == 0
     assert run_command(main, ["--report-only", "--out", str(tmp_path / "out")]) == 0
     bundle = load_bundle(tmp_path / "out" / "branch0")
@@ -143,7 +174,9 @@ def test_a_static_batch_with_int8(digits_run: Run, tmp_path: Path) -> None:
     parsed = pytest.importorskip("tritonclient.grpc.model_config_pb2", reason=f"tritonclient {REASON}")
     from google.protobuf import text_format
 
-    config = text_format.Parse((tmp_path / "triton" / "branch0" / "config.pbtxt").read_text(), parsed.ModelConfig())
+    config = text_format.Parse(
+        (tmp_path / "triton" / "branch0" / "config.pbtxt").read_text(), parsed.ModelConfig()
+    )
     assert config.max_batch_size == 0
     assert list(config.input[0].dims) == [3, 8, 8, 3]
     assert not config.HasField("dynamic_batching")
@@ -173,8 +206,11 @@ def test_a_fault_in_a_static_file_is_located(
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_a_fault_in_a_half_precision_file_is_located(digits_run: Run, forms: Path, tmp_path: Path, precision: str) -> None:
-    """Every layer is off by some rounding there; the one where the error grows most is named, and that is the faulty one."""
+def test_a_fault_in_a_half_precision_file_is_located(
+    digits_run: Run, forms: Path, tmp_path: Path, precision: str
+) -> None:
+    """Every layer is off by some rounding there; the one where the error grows most is named,
+    and that is the faulty one."""
     bundle = load_bundle(forms / "bundles" / "branch0")
     proto = onnx.load(bundle.folder / f"model.{precision}.onnx")
     tensor = next(one for one in proto.graph.initializer if one.name == "target.branch.0.1.conv2.weight")
@@ -189,13 +225,16 @@ def test_a_fault_in_a_half_precision_file_is_located(digits_run: Run, forms: Pat
     sentence = first_difference(broken, model, images, precision, bundle.folder / "model.onnx")
     assert sentence.startswith("the error grows most at target.")
     assert sentence.split()[5].startswith("target.branch.0.1"), sentence
-    whole = layer_differences(bundle.folder / broken.name, model, images, bundle.folder / "model.onnx", precision)
+    whole = layer_differences(
+        bundle.folder / broken.name, model, images, bundle.folder / "model.onnx", precision
+    )
     assert len(whole) > 20
     assert max(layer.rms for layer in whole) < 0.05
 
 
 def test_int8_joins_classifiers_in_float(digits_run: Run, tmp_path: Path) -> None:
-    """The ensemble's mean takes its branches' logits as they are; their classifiers are what may be kept in float."""
+    """The ensemble's mean takes its branches' logits as they are;
+    their classifiers are what may be kept in float."""
     flags = ["--target", "ensemble", "--precision", "int8", "--out", str(tmp_path)]
     assert run_command(main, [str(digits_run.folder), *flags]) == 0
     bundle = load_bundle(tmp_path / "ensemble")
@@ -239,7 +278,10 @@ def test_one_image_without_a_finite_answer_fails_the_accuracy_gate() -> None:
     images, labels, logits = answers(6000)
     held = HeldOut(ArraySplit(images, labels), logits)
     probabilities = np.full_like(logits, 1 / 3)
-    assert measure_accuracy(FixedAnswers(Outputs(logits, probabilities)), held, "fp16").verdict.status == "passed"
+    assert (
+        measure_accuracy(FixedAnswers(Outputs(logits, probabilities)), held, "fp16").verdict.status
+        == "passed"
+    )
     broken = logits.copy()
     broken[17] = np.nan
     record = measure_accuracy(FixedAnswers(Outputs(broken, probabilities)), held, "fp16")
@@ -280,7 +322,9 @@ def test_a_wrong_map_is_caught_although_the_logits_are_right() -> None:
     assert found is not None
     assert found["cam"] == pytest.approx(EXTRA_GATES["fp32"] / 2, rel=0.01)
     with pytest.raises(CheckError, match="its output cam is off"):
-        check_extras(FixedAnswers(Outputs(logits, logits, cam=maps[:, ::-1])), reference, {"cam": maps}, "fp32")
+        check_extras(
+            FixedAnswers(Outputs(logits, logits, cam=maps[:, ::-1])), reference, {"cam": maps}, "fp32"
+        )
     with pytest.raises(CheckError, match="gives no output cam"):
         check_extras(FixedAnswers(Outputs(logits, logits)), reference, {"cam": maps}, "fp32")
     assert check_extras(right, reference, {}, "fp32") is None
@@ -304,7 +348,9 @@ def test_places_and_keys_are_looked_at_before_any_work(
     assert (project / "app.py").read_text() == "from flask import Flask\n"
 
 
-def test_a_folder_that_is_no_bundle_is_not_replaced(digits_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_is_no_bundle_is_not_replaced(
+    digits_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "branch0").mkdir()
     (tmp_path / "branch0" / "thesis.tex").write_text("years of work")
     assert run_command(main, [str(digits_run.folder), "--target", "branch0", "--out", str(tmp_path)]) == 2

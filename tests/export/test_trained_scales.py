@@ -27,7 +27,10 @@ def trained(digits_run: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     from train.run import main as train
 
     folder, out = tmp_path_factory.mktemp("runs") / "int8", tmp_path_factory.mktemp("bundles")
-    assert train(["--quantize-aware", str(digits_run.folder), "--epochs", "1", "--quiet", "--out", str(folder)]) == 0
+    assert (
+        train(["--quantize-aware", str(digits_run.folder), "--epochs", "1", "--quiet", "--out", str(folder)])
+        == 0
+    )
     targets = [flag for target in TARGETS for flag in ("--target", target)]
     assert main([str(folder), *targets, "--precision", "int8", "--out", str(out)]) == 0
     return load_run(folder), out
@@ -50,8 +53,8 @@ def test_the_file_computes_what_training_computed(trained: tuple[Run, Path], tar
     expected, exact = outputs[target].numpy(), plain[target].numpy()
     found = load_bundle(out / target).session("int8").run(images).logits
     difference = np.abs(found - expected).max(axis=1) / exact.std()
-    # Sums in another order may round an activation to the next level in some image, seldom; rounding as such is a hundred times
-    # as far from the network without it.
+    # Sums in another order may round an activation to the next level in some image, seldom; rounding as such
+    # is a hundred times as far from the network without it.
     assert np.median(difference) < 1e-4
     assert np.mean(difference < 1e-3) > 0.95
     assert np.median(np.abs(exact - expected).max(axis=1) / exact.std()) > 5e-3
@@ -79,13 +82,21 @@ def test_its_scales_are_training_s(trained: tuple[Run, Path], target: str) -> No
 
 def test_the_fp32_file_has_the_very_weights(trained: tuple[Run, Path]) -> None:
     _, out = trained
-    whole = {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(out / "fused/model.int8.onnx").graph.initializer}
-    plain = {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(out / "fused/model.onnx").graph.initializer}
+    whole = {
+        tensor.name: numpy_helper.to_array(tensor)
+        for tensor in onnx.load(out / "fused/model.int8.onnx").graph.initializer
+    }
+    plain = {
+        tensor.name: numpy_helper.to_array(tensor)
+        for tensor in onnx.load(out / "fused/model.onnx").graph.initializer
+    }
     layers = [name for name in plain if name.endswith(".weight")]
     assert len(layers) > 20
     for name in layers:
         scale = whole[f"{name}_scale"].reshape(-1, *[1] * (plain[name].ndim - 1))
-        assert np.allclose(plain[name], whole[f"{name}_quantized"] * scale, rtol=1e-4, atol=1e-6 * np.abs(plain[name]).max())
+        assert np.allclose(
+            plain[name], whole[f"{name}_quantized"] * scale, rtol=1e-4, atol=1e-6 * np.abs(plain[name]).max()
+        )
 
 
 def test_a_run_without_it_is_calibrated(digits_run: Run) -> None:

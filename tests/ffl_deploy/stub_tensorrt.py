@@ -28,7 +28,8 @@ class Failure(Status):
 
 
 class Cuda:
-    """cuda.bindings.runtime. live: pointer -> bytes that were allocated and not freed; fail_after: so many allocations work."""
+    """cuda.bindings.runtime. live: pointer -> bytes that were allocated and not freed; fail_after:
+    so many allocations work."""
 
     cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)
 
@@ -70,14 +71,17 @@ class Cuda:
         return Status(0), 1
 
     def cudaGetDeviceProperties(self, index: int) -> tuple[Any, ...]:
-        return Status(0), SimpleNamespace(major=self.capability[0], minor=self.capability[1], name=b"NVIDIA Stub")
+        return Status(0), SimpleNamespace(
+            major=self.capability[0], minor=self.capability[1], name=b"NVIDIA Stub"
+        )
 
     def cudaGetErrorString(self, status: int) -> tuple[Any, ...]:
         return Status(0), b"out of memory"
 
 
 def tensorrt(version: str = "10.13.3.9", complaint: str = "", builds: bool = True) -> ModuleType:
-    """-> a module `tensorrt`. complaint: what the builder logs as an error; builds: whether it returns an engine all the same."""
+    """-> a module `tensorrt`. complaint: what the builder logs as an error; builds:
+    whether it returns an engine all the same."""
     module: Any = ModuleType("tensorrt")
     module.__version__ = version
 

@@ -18,7 +18,17 @@ from ffl_deploy.verify import check_files, check_parity
 
 ROOT = Path(__file__).parents[2]
 BEFORE = ROOT / "tests" / "fixtures" / "before"
-TABLES = {"files", "toolchain", "batches", "images_per_second", "operators", "layers", "extras", "profile", "preprocessing"}
+TABLES = {
+    "files",
+    "toolchain",
+    "batches",
+    "images_per_second",
+    "operators",
+    "layers",
+    "extras",
+    "profile",
+    "preprocessing",
+}
 MANIFESTS = sorted([*BEFORE.rglob("*.json"), *ROOT.glob(f"examples/cifar100/*/{MANIFEST}")])
 
 
@@ -58,8 +68,8 @@ def test_a_bundle_from_before_verifies_and_predicts() -> None:
 
 
 def test_what_a_newer_version_says_besides_is_left_out() -> None:
-    """Every object of a manifest gets a field that this version does not know. Preprocessing is the exception: an answer that
-    leaves a step of it out is wrong."""
+    """Every object of a manifest gets a field that this version does not know. Preprocessing is the
+    exception: an answer that leaves a step of it out is wrong."""
     path = BEFORE / "bundle" / MANIFEST
     newer = msgspec.json.encode(widened(msgspec.json.decode(path.read_bytes())))
     assert newer.count(b"of a newer version") > 50

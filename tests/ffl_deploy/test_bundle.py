@@ -35,7 +35,8 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 
 def relist(folder: Path, golden: bytes | None = None) -> Bundle:
-    """-> the bundle with its hashes as the files are now, so that only what is inside them can be found wrong."""
+    """-> the bundle with its hashes as the files are now,
+    so that only what is inside them can be found wrong."""
     if golden is not None:
         (folder / "golden.npz").write_bytes(golden)
     manifest = load_bundle(folder).manifest
@@ -43,7 +44,9 @@ def relist(folder: Path, golden: bytes | None = None) -> Bundle:
     variants = [msgspec.structs.replace(v, sha256=records[v.file].sha256) for v in manifest.variants]
     sha256 = records["golden.npz"].sha256
     samples = msgspec.structs.replace(manifest.golden, sha256=sha256)
-    write_manifest(folder, msgspec.structs.replace(manifest, files=records, variants=variants, golden=samples))
+    write_manifest(
+        folder, msgspec.structs.replace(manifest, files=records, variants=variants, golden=samples)
+    )
     return load_bundle(folder)
 
 
@@ -65,7 +68,9 @@ def test_the_manifest_lists_every_file_but_itself_with_hash_and_size(folder: Pat
         assert (record.sha256, record.bytes) == (sha256_of(folder / name), (folder / name).stat().st_size)
 
 
-def test_equal_contents_are_equal_bytes(tiny_bundle: Bundle, make_bundle: Callable[..., Bundle], tmp_path: Path) -> None:
+def test_equal_contents_are_equal_bytes(
+    tiny_bundle: Bundle, make_bundle: Callable[..., Bundle], tmp_path: Path
+) -> None:
     again = make_bundle(tmp_path / "tiny")
     for name in (MANIFEST, *tiny_bundle.manifest.files):
         assert (again.folder / name).read_bytes() == (tiny_bundle.folder / name).read_bytes(), name
@@ -154,7 +159,9 @@ def put(value: object, *path: str | int) -> Callable[[dict[str, Any]], None]:
         (put("fp8", "variants", 0, "precision", "stored"), "not a valid manifest"),
     ],
 )
-def test_a_manifest_that_contradicts_itself_is_refused(folder: Path, change: Callable[[dict[str, Any]], None], says: str) -> None:
+def test_a_manifest_that_contradicts_itself_is_refused(
+    folder: Path, change: Callable[[dict[str, Any]], None], says: str
+) -> None:
     rewrite(folder, change)
     assert says in complaint(folder)
 
@@ -201,7 +208,9 @@ def test_a_file_is_checked_before_it_is_opened(folder: Path, damage: str) -> Non
 
 def test_external_data_is_refused_although_every_hash_is_right(folder: Path) -> None:
     model = onnx.load(folder / "model.onnx")
-    onnx.save(model, folder / "model.onnx", save_as_external_data=True, location="weights.bin", size_threshold=0)
+    onnx.save(
+        model, folder / "model.onnx", save_as_external_data=True, location="weights.bin", size_threshold=0
+    )
     bundle = relist(folder)
     assert "weights.bin" in bundle.manifest.files
     with pytest.raises(CheckError, match="in another file"):
@@ -209,7 +218,8 @@ def test_external_data_is_refused_although_every_hash_is_right(folder: Path) -> 
 
 
 def test_a_model_nested_without_end_is_refused(folder: Path) -> None:
-    """A graph in an attribute of a node of a graph, two thousand times: the reader of the wire format is recursive."""
+    """A graph in an attribute of a node of a graph, two thousand times:
+    the reader of the wire format is recursive."""
 
     def field(number: int, content: bytes) -> bytes:
         length, size = bytearray(), len(content)
@@ -238,7 +248,11 @@ def lone_array() -> bytes:
     return file.getvalue()
 
 
-IMAGES, LABELS, LOGITS = np.zeros((2, 32, 32, 3), np.uint8), np.zeros(2, np.int64), np.zeros((2, 3), np.float32)
+IMAGES, LABELS, LOGITS = (
+    np.zeros((2, 32, 32, 3), np.uint8),
+    np.zeros(2, np.int64),
+    np.zeros((2, 3), np.float32),
+)
 
 
 @pytest.mark.parametrize(
@@ -258,7 +272,9 @@ IMAGES, LABELS, LOGITS = np.zeros((2, 32, 32, 3), np.uint8), np.zeros(2, np.int6
         (archive(images=np.float32(1), labels=np.float32(1), logits=np.float32(1)), "does not hold samples"),
     ],
 )
-def test_golden_samples_that_are_none_are_refused_although_their_hash_is_right(folder: Path, content: bytes, says: str) -> None:
+def test_golden_samples_that_are_none_are_refused_although_their_hash_is_right(
+    folder: Path, content: bytes, says: str
+) -> None:
     bundle = relist(folder, content)
     with pytest.raises(CheckError, match=says) as caught:
         bundle.golden()
@@ -266,7 +282,9 @@ def test_golden_samples_that_are_none_are_refused_although_their_hash_is_right(f
 
 
 @pytest.mark.parametrize(("calibration", "temperature"), [(None, 1.0), ({}, 1.0), ({"temperature": 2}, 2.0)])
-def test_the_temperature_is_one_unless_it_was_fitted(folder: Path, calibration: Any, temperature: float) -> None:
+def test_the_temperature_is_one_unless_it_was_fitted(
+    folder: Path, calibration: Any, temperature: float
+) -> None:
     rewrite(folder, put(calibration, "calibration"))
     assert load_bundle(folder).temperature == temperature
 
@@ -283,7 +301,10 @@ def test_the_variant_is_fp32_unless_another_is_asked_for_or_the_only_one(tiny_bu
         return Variant(name, "onnxruntime", "model.onnx", "0", 1, Precision("fp32", "fp32"))
 
     def bundle(*names: str) -> Bundle:
-        return Bundle(tiny_bundle.folder, msgspec.structs.replace(tiny_bundle.manifest, variants=[variant(n) for n in names]))
+        return Bundle(
+            tiny_bundle.folder,
+            msgspec.structs.replace(tiny_bundle.manifest, variants=[variant(n) for n in names]),
+        )
 
     assert bundle("int8", "fp32").variant().name == "fp32"
     assert bundle("int8", "fp32").variant("int8").name == "int8"

@@ -110,6 +110,10 @@ heavy = ("torch", "torchvision", "scipy.stats", "sklearn", "gradio", "pyarrow", 
 print([name for name in heavy if name in sys.modules])
 """
     run = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parents[2], check=True
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        check=True,
     )
     assert run.stdout.strip() == "[]"

@@ -1,4 +1,5 @@
-"""Available memory is the machine's or the container's, whichever is less; freed memory stays, in huge pages."""
+"""Available memory is the machine's or the container's, whichever is less; freed memory stays,
+in huge pages."""
 
 from __future__ import annotations
 
@@ -42,10 +43,13 @@ def test_freed_memory_is_used_again_without_page_faults() -> None:
     for _ in range(times):
         torch.ones(size, dtype=torch.uint8)
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-    assert faults < times // 2 * (size // page)  # returned to the system each time, it would be `times` as many
+    # returned to the system each time, it would be `times` as many
+    assert faults < times // 2 * (size // page)
 
 
-@pytest.mark.skipif(not HUGE_PAGES.is_file() or "[never]" in HUGE_PAGES.read_text(), reason="no huge pages on this system")
+@pytest.mark.skipif(
+    not HUGE_PAGES.is_file() or "[never]" in HUGE_PAGES.read_text(), reason="no huge pages on this system"
+)
 def test_memory_comes_in_huge_pages_where_the_system_gives_them() -> None:
     script = """
 import torch

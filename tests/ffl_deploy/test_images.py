@@ -1,4 +1,5 @@
-"""The decoder: Pillow's exact pixels, one error code per kind of broken file, the same orientation everywhere."""
+"""The decoder: Pillow's exact pixels, one error code per kind of broken file,
+the same orientation everywhere."""
 
 from __future__ import annotations
 
@@ -67,7 +68,9 @@ def test_gray_and_odd_sized_jpeg_pixels_are_pillows(photo: Image.Image, size: tu
         np.testing.assert_array_equal(decode(data).pixels, pillow_rgb(data))
 
 
-def test_the_fast_decoder_is_used_and_changes_nothing(photo: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fast_decoder_is_used_and_changes_nothing(
+    photo: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = encoded(photo, "JPEG")
     pixels = images._decode_jpeg(data, Image.open(io.BytesIO(data)))
     assert pixels is not None, "simplejpeg is installed, yet not used"
@@ -85,7 +88,9 @@ def test_other_formats_are_pillows(photo: Image.Image, format: str) -> None:
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_applied_in_every_format(photo: Image.Image, format: str, orientation: int) -> None:
+def test_exif_orientation_is_applied_in_every_format(
+    photo: Image.Image, format: str, orientation: int
+) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     options = {"lossless": True} if format == "WEBP" else {}
@@ -110,7 +115,13 @@ def test_cmyk_jpeg_is_converted_like_pillow(photo: Image.Image) -> None:
 def test_sixteen_bit_gray_is_scaled_not_clipped() -> None:
     values = np.array([[0, 255, 256, 32768, 65535]], np.uint16)
     for format in ("PNG", "TIFF"):
-        assert decode(encoded(Image.fromarray(values), format)).pixels[0, :, 0].tolist() == [0, 0, 1, 128, 255]
+        assert decode(encoded(Image.fromarray(values), format)).pixels[0, :, 0].tolist() == [
+            0,
+            0,
+            1,
+            128,
+            255,
+        ]
 
 
 def test_float_and_unbounded_integer_tiffs_are_refused() -> None:
@@ -127,7 +138,12 @@ def test_transparency_is_composited_on_the_background() -> None:
     palette = Image.new("P", (4, 3), 0)
     palette.putpalette([200, 0, 0, 0, 200, 0])
     assert decode(encoded(palette, "PNG", transparency=0)).pixels[0, 0].tolist() == list(BACKGROUND)
-    assert decode(encoded(Image.new("RGB", (4, 3), (9, 9, 9)), "PNG", transparency=(9, 9, 9))).pixels[0, 0].tolist() == [255] * 3
+    assert (
+        decode(encoded(Image.new("RGB", (4, 3), (9, 9, 9)), "PNG", transparency=(9, 9, 9)))
+        .pixels[0, 0]
+        .tolist()
+        == [255] * 3
+    )
 
 
 @pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG"])
@@ -189,7 +205,9 @@ def png_header(width: int, height: int) -> bytes:
 
 
 @pytest.mark.parametrize("size", [(7072, 7072), (50_000_001, 1), (20_000, 20_000), (2**31 - 1, 2**31 - 1)])
-def test_too_many_pixels_are_refused_by_the_header(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_pixels_are_refused_by_the_header(
+    size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("a pixel was decoded"))
     assert refused(png_header(*size)) == "too_large"
 
@@ -236,7 +254,8 @@ def test_crop_fraction_takes_the_middle_of_the_middle(photo: Image.Image) -> Non
     image = photo.resize((80, 64))
     wanted = image.crop((24, 16, 56, 48)).resize((16, 16), Image.Resampling.BILINEAR)
     got = prepare(np.asarray(image), Preprocessing(16, 16, resize="crop", crop_fraction=0.5))
-    # Outside its box the one-step resize sees the true neighbours, the two steps repeat the border: compare inside.
+    # Outside its box the one-step resize sees the true neighbours, the two steps repeat the border:
+    # compare inside.
     np.testing.assert_array_equal(got[2:-2, 2:-2], np.asarray(wanted)[2:-2, 2:-2])
 
 

@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 
 from ffl_deploy.errors import CheckError
-from ffl_deploy.parity import ACCURACY_GATES, PARITY_GATES, ParityRecord, compare, gate_precision, judge, judge_accuracy
+from ffl_deploy.parity import (
+    ACCURACY_GATES,
+    PARITY_GATES,
+    ParityRecord,
+    compare,
+    gate_precision,
+    judge,
+    judge_accuracy,
+)
 from ffl_deploy.runtime import Outputs
 from ffl_deploy.runtime.replay import measure
 from ffl_deploy.statistics import paired_difference
@@ -45,7 +53,8 @@ def test_metrics_of_a_known_difference() -> None:
 
 
 def test_the_cosine_is_that_of_logits_with_a_direction() -> None:
-    """Rounding turns the logits of an image that is equally like all classes; that is no damage. Anything else counts."""
+    """Rounding turns the logits of an image that is equally like all classes; that is no damage.
+    Anything else counts."""
     reference = logits()
     norms = np.linalg.norm(reference, axis=1, keepdims=True)
     reference = reference / norms * 10
@@ -61,7 +70,9 @@ def test_the_cosine_is_that_of_logits_with_a_direction() -> None:
     halved = reference.copy()
     halved[:, 0] = -halved[:, 0]
     row = reference[1:].astype(np.float64)
-    assert compare(reference, halved).cosine_min == pytest.approx((1 - 2 * row[:, 0] ** 2 / 100).min(), abs=1e-6)
+    assert compare(reference, halved).cosine_min == pytest.approx(
+        (1 - 2 * row[:, 0] ** 2 / 100).min(), abs=1e-6
+    )
 
 
 @pytest.mark.parametrize(("share", "status"), [(0.9e-4, "passed"), (1.2e-4, "failed")])
@@ -83,7 +94,9 @@ def test_nan_and_infinity_fail_first_and_alone(bad: float) -> None:
     broken[3, 2] = bad
     for gate in PARITY_GATES.values():
         verdict = judge({"1": compare(z, broken)}, gate)
-        assert [finding.metric for finding in verdict.findings] == ["number of images with NaN or infinite logits"]
+        assert [finding.metric for finding in verdict.findings] == [
+            "number of images with NaN or infinite logits"
+        ]
     all_bad = compare(z, np.full_like(z, bad))
     assert all_bad.non_finite == len(z)
     with pytest.raises(CheckError, match="reference"):

@@ -58,7 +58,9 @@ def read(text: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
     return processor.cpuinfo()
 
 
-def test_cpuinfo_says_what_it_is_and_not_how_fast_it_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_cpuinfo_says_what_it_is_and_not_how_fast_it_runs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     vnni = read(X86.format(speed=2100, flags="avx512_vnni"), monkeypatch, tmp_path)
     assert vnni.splitlines()[0] == "vendor_id: GenuineIntel"
     assert vnni.splitlines()[-1] == "flags: fpu avx2 avx512_vnni"
@@ -103,13 +105,17 @@ def test_the_product_is_computed_by_the_int8_kernels() -> None:
     assert kernels("onnxruntime") == {**(kernels("openvino") or {}), "pair_sum": processor.pair_sum()}
 
 
-def test_a_gpu_is_described_by_its_driver_or_not_at_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_gpu_is_described_by_its_driver_or_not_at_all(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(processor, "NVIDIA", tmp_path)
     assert [kernels(name) for name in ("tensorrt", "onnxruntime-cuda", "onnxruntime-tensorrt")] == [None] * 3
     (tmp_path / "version").write_text("NVRM version: 570.1\n")
     assert kernels("tensorrt") is None, "a driver without a GPU"
     (tmp_path / "gpus" / "0000:01:00.0").mkdir(parents=True)
-    (tmp_path / "gpus" / "0000:01:00.0" / "information").write_text("Model: \t\t H100\nIRQ:   \t\t 7\nGPU UUID: \t GPU-1\n")
+    (tmp_path / "gpus" / "0000:01:00.0" / "information").write_text(
+        "Model: \t\t H100\nIRQ:   \t\t 7\nGPU UUID: \t GPU-1\n"
+    )
     described = kernels("tensorrt")
     assert described is not None
     assert described["gpu"].splitlines() == ["NVRM version: 570.1", "Model: \t\t H100", "GPU UUID: \t GPU-1"]
@@ -121,7 +127,9 @@ def test_an_emulated_processor_is_another_one() -> None:
     qemu = shutil.which("qemu-x86_64")
     if qemu is None or platform.machine() != "x86_64":
         pytest.skip("qemu-user is not installed, or this Python is none that it runs")
-    script = "import json; from ffl_deploy.processor import kernels; print(json.dumps(kernels('onnxruntime')))"
+    script = (
+        "import json; from ffl_deploy.processor import kernels; print(json.dumps(kernels('onnxruntime')))"
+    )
     found = []
     for cpu in ("Nehalem", "Haswell"):
         command = [qemu, "-cpu", cpu, sys.executable, "-c", script]

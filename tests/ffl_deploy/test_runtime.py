@@ -45,7 +45,8 @@ def test_a_session_serves_several_threads_at_once(tiny_bundle: Bundle, runtime: 
 
 
 def test_openvino_computes_an_fp32_file_in_fp32(tiny_bundle: Bundle) -> None:
-    """Left alone it takes bf16 where the processor has it, which breaks the fp32 gate a hundred times over."""
+    """Left alone it takes bf16 where the processor has it,
+    which breaks the fp32 gate a hundred times over."""
     openvino = pytest.importorskip("ffl_deploy.runtime.openvino_runtime")
     pytest.importorskip("openvino")
     model = tiny_bundle.folder / "model.onnx"
@@ -54,7 +55,9 @@ def test_openvino_computes_an_fp32_file_in_fp32(tiny_bundle: Bundle) -> None:
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
-def test_what_cannot_be_loaded_or_run_is_one_sentence(tiny_bundle: Bundle, runtime: str, tmp_path: Path) -> None:
+def test_what_cannot_be_loaded_or_run_is_one_sentence(
+    tiny_bundle: Bundle, runtime: str, tmp_path: Path
+) -> None:
     pytest.importorskip(runtime)
     broken = tmp_path / "model.onnx"
     broken.write_bytes((tiny_bundle.folder / "model.onnx").read_bytes()[:200])
@@ -66,7 +69,9 @@ def test_what_cannot_be_loaded_or_run_is_one_sentence(tiny_bundle: Bundle, runti
     assert "\n" not in str(caught.value)
 
 
-def test_a_provider_that_falls_back_silently_is_an_error(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_provider_that_falls_back_silently_is_an_error(
+    tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """onnxruntime-gpu without a working GPU opens the session on the CPU and says nothing."""
     import onnxruntime
 
@@ -90,12 +95,14 @@ def test_a_provider_that_falls_back_silently_is_an_error(tiny_bundle: Bundle, mo
 
 
 @pytest.mark.parametrize(
-    ("providers", "loads"), [(["CUDAExecutionProvider", "CPUExecutionProvider"], 1), (["CPUExecutionProvider"], 0)]
+    ("providers", "loads"),
+    [(["CUDAExecutionProvider", "CPUExecutionProvider"], 1), (["CPUExecutionProvider"], 0)],
 )
 def test_cuda_libraries_are_loaded_from_their_wheels_once(
     providers: list[str], loads: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """They lie where no loader looks; onnxruntime-gpu does not look for them by itself, and prints when it is told to."""
+    """They lie where no loader looks; onnxruntime-gpu does not look for them by itself,
+    and prints when it is told to."""
     calls = []
 
     def preload_dlls() -> None:

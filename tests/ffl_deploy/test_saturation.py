@@ -22,7 +22,9 @@ def replay(weights: np.ndarray, activations: np.ndarray) -> tuple[int, int]:
 
     Products side by side are added in 16 bits, saturating, and these sums in 32 bits.
     """
-    products = np.resize(weights.astype(np.int64) * activations.astype(np.int64), len(weights) + len(weights) % 2)
+    products = np.resize(
+        weights.astype(np.int64) * activations.astype(np.int64), len(weights) + len(weights) % 2
+    )
     if len(weights) % 2:
         products[-1] = 0
     pairs = products.reshape(-1, 2).sum(axis=1)
@@ -30,7 +32,8 @@ def replay(weights: np.ndarray, activations: np.ndarray) -> tuple[int, int]:
 
 
 def saturates(weights: np.ndarray) -> bool:
-    """-> whether some order of a channel's weights and some activations give another sum than the true one; [channels, n]."""
+    """-> whether some order of a channel's weights and some activations give another sum than the true one;
+    [channels, n]."""
     for row in weights.reshape(len(weights), -1).astype(np.int64):
         ordered = np.sort(row)
         for side in (ordered, ordered[::-1]):  # the extremes stand side by side, the others get no activation
@@ -44,9 +47,13 @@ def saturates(weights: np.ndarray) -> bool:
 
 @pytest.fixture(scope="module")
 def model() -> onnx.ModelProto:
-    """A convolution, a depthwise one, a transposed matrix product and a plain one, in 8 bits as export writes them."""
+    """A convolution, a depthwise one, a transposed matrix product and a plain one,
+    in 8 bits as export writes them."""
     generator = np.random.default_rng(0)
-    nodes, tensors = [], [numpy_helper.from_array(np.float32(0.02), "scale"), numpy_helper.from_array(np.uint8(3), "zero")]
+    nodes, tensors = (
+        [],
+        [numpy_helper.from_array(np.float32(0.02), "scale"), numpy_helper.from_array(np.uint8(3), "zero")],
+    )
 
     def back(name: str, source: str) -> None:
         nodes.append(helper.make_node("QuantizeLinear", [source, "scale", "zero"], [f"{name}_q"]))
@@ -63,7 +70,9 @@ def model() -> onnx.ModelProto:
     back("conv", "pixels")
     nodes.append(helper.make_node("Conv", ["conv_in", "conv_w"], ["a"], name="first", pads=[1] * 4))
     back("depthwise", "a")
-    nodes.append(helper.make_node("Conv", ["depthwise_in", "depthwise_w"], ["b"], name="second", pads=[1] * 4, group=4))
+    nodes.append(
+        helper.make_node("Conv", ["depthwise_in", "depthwise_w"], ["b"], name="second", pads=[1] * 4, group=4)
+    )
     nodes.append(helper.make_node("Flatten", ["b"], ["flat"]))
     back("head", "flat")
     nodes.append(helper.make_node("Gemm", ["head_in", "head_w"], ["c"], name="third", transB=1))
@@ -87,16 +96,22 @@ def edited(model: onnx.ModelProto, path: Path, edit: Callable[[onnx.ModelProto],
 
 
 def put(proto: onnx.ModelProto, name: str, values: np.ndarray) -> None:
-    next(tensor for tensor in proto.graph.initializer if tensor.name == name).CopyFrom(numpy_helper.from_array(values, name))
+    next(tensor for tensor in proto.graph.initializer if tensor.name == name).CopyFrom(
+        numpy_helper.from_array(values, name)
+    )
 
 
 def values_of(proto: onnx.ModelProto, name: str) -> np.ndarray:
-    return numpy_helper.to_array(next(tensor for tensor in proto.graph.initializer if tensor.name == name)).copy()
+    return numpy_helper.to_array(
+        next(tensor for tensor in proto.graph.initializer if tensor.name == name)
+    ).copy()
 
 
 def channels_of(name: str, values: np.ndarray) -> np.ndarray:
     """-> [output channels, n]"""
-    return np.moveaxis(values, 1 if name == "mixer" else 0, 0).reshape(LAYERS[name][1 if name == "mixer" else 0], -1)
+    return np.moveaxis(values, 1 if name == "mixer" else 0, 0).reshape(
+        LAYERS[name][1 if name == "mixer" else 0], -1
+    )
 
 
 @pytest.mark.parametrize(
@@ -111,7 +126,9 @@ def channels_of(name: str, values: np.ndarray) -> np.ndarray:
         ([[0, 0, 0]], 0),
     ],
 )
-def test_the_largest_pair_is_of_two_weights_of_one_channel_and_one_sign(weights: list[list[int]], pair: int) -> None:
+def test_the_largest_pair_is_of_two_weights_of_one_channel_and_one_sign(
+    weights: list[list[int]], pair: int
+) -> None:
     assert largest_pair(np.array(weights, np.int8), 0) == pair
     assert largest_pair(np.array(weights, np.int8).T, 1) == pair
 
@@ -129,13 +146,17 @@ def test_a_certificate_says_what_the_file_holds(model: onnx.ModelProto, tmp_path
         check_certificate(path, Certificate(7, LIMIT, 4))
 
 
-@pytest.mark.parametrize(("layer", "node"), [("conv", "first"), ("depthwise", "second"), ("head", "third"), ("mixer", "fourth")])
+@pytest.mark.parametrize(
+    ("layer", "node"), [("conv", "first"), ("depthwise", "second"), ("head", "third"), ("mixer", "fourth")]
+)
 def test_one_pair_too_large_is_found_in_every_kind_of_layer(
     model: onnx.ModelProto, tmp_path: Path, layer: str, node: str
 ) -> None:
     def fault(proto: onnx.ModelProto) -> None:
         values = values_of(proto, layer)
-        rows = np.moveaxis(values, 1 if layer == "mixer" else 0, 0)  # a view: the last channel's first and last weight
+        rows = np.moveaxis(
+            values, 1 if layer == "mixer" else 0, 0
+        )  # a view: the last channel's first and last weight
         rows[-1].flat[0], rows[-1].flat[-1] = 65, 64
         put(proto, layer, values)
 
@@ -145,15 +166,20 @@ def test_one_pair_too_large_is_found_in_every_kind_of_layer(
 
 
 def not_plain(proto: onnx.ModelProto, what: str) -> None:
-    """Weights in 8 bits that are no plain initializer of the graph, or operators that compute with them otherwise."""
+    """Weights in 8 bits that are no plain initializer of the graph,
+    or operators that compute with them otherwise."""
     graph = proto.graph
     nodes = {node.name: node for node in graph.node if node.name}
     if what == "zero point":
         put(proto, "conv_zero", np.full(4, 7, np.int8))
     elif what == "made in the graph":
         node = next(node for node in graph.node if node.output[0] == "conv_w")
-        graph.initializer.append(numpy_helper.from_array(np.ones(LAYERS["conv"], np.float32), "float_weights"))
-        graph.node.insert(0, helper.make_node("QuantizeLinear", ["float_weights", "scale", "conv_zero1"], ["made"]))
+        graph.initializer.append(
+            numpy_helper.from_array(np.ones(LAYERS["conv"], np.float32), "float_weights")
+        )
+        graph.node.insert(
+            0, helper.make_node("QuantizeLinear", ["float_weights", "scale", "conv_zero1"], ["made"])
+        )
         graph.initializer.append(numpy_helper.from_array(np.int8(0), "conv_zero1"))
         node.input[0] = "made"
     elif what == "an input":
@@ -167,7 +193,9 @@ def not_plain(proto: onnx.ModelProto, what: str) -> None:
         nodes["third"].domain = "com.microsoft"
     elif what == "subgraph":
         branch = helper.make_graph([], "branch", [], [])
-        graph.node.append(helper.make_node("If", ["zero"], ["chosen"], then_branch=branch, else_branch=branch))
+        graph.node.append(
+            helper.make_node("If", ["zero"], ["chosen"], then_branch=branch, else_branch=branch)
+        )
     elif what == "a constant factor behind":
         graph.initializer.append(numpy_helper.from_array(np.full(LAYERS["mixer"], 0.5, np.float32), "halves"))
         graph.node.append(helper.make_node("Mul", ["mixer_w", "halves"], ["scaled"]))
@@ -182,7 +210,9 @@ def not_plain(proto: onnx.ModelProto, what: str) -> None:
         nodes["fourth"].op_type = "Einsum"
     elif what == "another domain alone":
         del graph.node[:]
-        graph.node.append(helper.make_node("DynamicQuantizeMatMul", ["x", "mixer"], ["y"], domain="com.microsoft"))
+        graph.node.append(
+            helper.make_node("DynamicQuantizeMatMul", ["x", "mixer"], ["y"], domain="com.microsoft")
+        )
     elif what == "function":
         proto.functions.append(helper.make_function("own", "f", [], [], [], [helper.make_opsetid("", 20)]))
 
@@ -223,11 +253,14 @@ def test_moved_weights_count_any_two_as_neighbours(model: onnx.ModelProto, tmp_p
 
 
 def test_two_tensors_of_one_name_are_refused(model: onnx.ModelProto, tmp_path: Path) -> None:
-    """Readers differ in which of the two they take: the check would look at one, the runtime compute with the other."""
+    """Readers differ in which of the two they take: the check would look at one,
+    the runtime compute with the other."""
     path = edited(
         model,
         tmp_path / "m.onnx",
-        lambda proto: proto.graph.initializer.append(numpy_helper.from_array(np.zeros(LAYERS["conv"], np.int8), "conv")),
+        lambda proto: proto.graph.initializer.append(
+            numpy_helper.from_array(np.zeros(LAYERS["conv"], np.int8), "conv")
+        ),
     )
     with pytest.raises(CheckError, match="two tensors are called 'conv'"):
         certify(path)
@@ -246,12 +279,22 @@ def mutate(proto: onnx.ModelProto, generator: np.random.Generator) -> None:
         elif kind == 1:
             put(proto, name, generator.integers(-128, 128, LAYERS[name]).astype(np.int8))
         elif kind == 2:
-            put(proto, f"{name}_scale", values_of(proto, f"{name}_scale") * np.float32(generator.uniform(0, 1000)))
+            put(
+                proto,
+                f"{name}_scale",
+                values_of(proto, f"{name}_scale") * np.float32(generator.uniform(0, 1000)),
+            )
         elif kind == 3:
-            put(proto, f"{name}_zero", generator.integers(-1, 2, len(values_of(proto, f"{name}_zero"))).astype(np.int8))
+            put(
+                proto,
+                f"{name}_zero",
+                generator.integers(-1, 2, len(values_of(proto, f"{name}_zero"))).astype(np.int8),
+            )
         elif kind == 4:
             tensor.data_type = generator.choice([TensorProto.UINT8, TensorProto.INT8, TensorProto.INT32])
-        elif tensor.raw_data and tensor.data_type != TensorProto.INT32:  # the same numbers, one by one instead of as bytes
+        elif (
+            tensor.raw_data and tensor.data_type != TensorProto.INT32
+        ):  # the same numbers, one by one instead of as bytes
             numbers = values_of(proto, name).astype(np.int32).ravel().tolist()
             tensor.ClearField("raw_data")
             tensor.int32_data.extend(numbers)

@@ -1,4 +1,5 @@
-"""A session answers only where it gives PyTorch's logits of the golden samples; a verdict is asked for once."""
+"""A session answers only where it gives PyTorch's logits of the golden samples;
+a verdict is asked for once."""
 
 from __future__ import annotations
 
@@ -69,7 +70,9 @@ def test_a_wrong_session_is_refused_with_one_that_holds(bundle: Bundle, runs: li
         assert sentence.endswith("; use --variant fp32, which holds here.")
     assert ("int8", 1) in runs
     assert bundle.predict([IMAGE])[0].label in bundle.classes
-    assert bundle.session("int8", check=False).run(bundle.golden().images).logits.shape == (4, 3), "who judges for himself may"
+    assert bundle.session("int8", check=False).run(bundle.golden().images).logits.shape == (4, 3), (
+        "who judges for himself may"
+    )
 
 
 def test_where_none_holds_the_sentence_says_so(bundle: Bundle) -> None:
@@ -94,7 +97,9 @@ def test_damaged_samples_are_the_bundles_fault(bundle: Bundle) -> None:
         bundle.session()
 
 
-def test_a_session_that_cannot_run_its_samples_is_refused(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_session_that_cannot_run_its_samples_is_refused(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = OnnxRuntimeSession.run
 
     def run(self: OnnxRuntimeSession, images: np.ndarray) -> Outputs:
@@ -103,11 +108,15 @@ def test_a_session_that_cannot_run_its_samples_is_refused(bundle: Bundle, monkey
         return real(self, images)
 
     monkeypatch.setattr(OnnxRuntimeSession, "run", run)
-    with pytest.raises(CheckError, match=r"\(ONNX Runtime cannot run a batch of 1: no kernel\); use --variant fp32"):
+    with pytest.raises(
+        CheckError, match=r"\(ONNX Runtime cannot run a batch of 1: no kernel\); use --variant fp32"
+    ):
         bundle.session("int8")
 
 
-def test_what_holds_on_the_own_runtime_alone_is_named_with_it(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_holds_on_the_own_runtime_alone_is_named_with_it(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("openvino", reason="OpenVINO is not installed")
     from ffl_deploy.runtime.openvino_runtime import OpenVinoSession
 
@@ -134,7 +143,9 @@ def test_the_samples_are_run_once(bundle: Bundle, runs: list[tuple[str, int]], e
     assert msgspec.json.decode(entry.read_bytes())["answer"] == "passed"
 
 
-def test_a_refusal_is_found_anew_each_time(bundle: Bundle, runs: list[tuple[str, int]], empty_cache: Path) -> None:
+def test_a_refusal_is_found_anew_each_time(
+    bundle: Bundle, runs: list[tuple[str, int]], empty_cache: Path
+) -> None:
     """A driver or a library may be mended without a trace in its version."""
     for _ in range(2):
         runs.clear()
@@ -157,7 +168,9 @@ CHANGES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "processor": lambda patch: patch.setattr(processor, "cpuinfo", lambda: "model name: another"),
     "kernels": lambda patch: patch.setattr(processor, "pair_sum", lambda: "1"),
     "switch": lambda patch: patch.setenv("DNNL_MAX_CPU_ISA", "AVX2"),
-    "gate": lambda patch: patch.setitem(PARITY_GATES, "fp32", msgspec.structs.replace(PARITY_GATES["fp32"], mean_kl=2e-6)),
+    "gate": lambda patch: patch.setitem(
+        PARITY_GATES, "fp32", msgspec.structs.replace(PARITY_GATES["fp32"], mean_kl=2e-6)
+    ),
     "check": lambda patch: patch.setattr(selfcheck, "VERSION", selfcheck.VERSION + 1),
 }
 
@@ -201,7 +214,10 @@ def test_a_file_that_was_changed_is_refused_whatever_is_remembered(bundle: Bundl
 
 
 def test_without_a_cache_the_samples_run_each_time(
-    bundle: Bundle, runs: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    bundle: Bundle,
+    runs: list[tuple[str, int]],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(verdicts, "cache_home", lambda: None)
     for _ in range(2):
@@ -223,7 +239,9 @@ def test_a_runtime_that_cannot_be_described_is_asked_each_time(
     assert not list(empty_cache.rglob("*.json"))
 
 
-def test_a_servers_batches_run_whatever_is_remembered(bundle: Bundle, runs: list[tuple[str, int]], empty_cache: Path) -> None:
+def test_a_servers_batches_run_whatever_is_remembered(
+    bundle: Bundle, runs: list[tuple[str, int]], empty_cache: Path
+) -> None:
     session = bundle.session()
     remembered = list(empty_cache.rglob("*.json"))
     runs.clear()
@@ -237,7 +255,9 @@ def test_a_batch_that_is_fixed_is_checked_too(
 ) -> None:
     """Padded to the only size that the graph takes."""
     bundle = make_bundle(tmp_path / "fixed", variants=("fp32", "int8"), wrong=("int8",))
-    manifest = msgspec.structs.replace(bundle.manifest, input=msgspec.structs.replace(bundle.manifest.input, batch=2))
+    manifest = msgspec.structs.replace(
+        bundle.manifest, input=msgspec.structs.replace(bundle.manifest.input, batch=2)
+    )
     write_manifest(bundle.folder, manifest)
     fixed = load_bundle(bundle.folder)
     fixed.session()
@@ -257,7 +277,9 @@ def test_a_refused_session_gives_back_what_it_holds(bundle: Bundle, monkeypatch:
     assert sorted(closed) == ["fp32", "int8"], "the one that was tried in its place too"
 
 
-def test_more_samples_than_a_batch(make_bundle: Callable[..., Bundle], tmp_path: Path, runs: list[Any]) -> None:
+def test_more_samples_than_a_batch(
+    make_bundle: Callable[..., Bundle], tmp_path: Path, runs: list[Any]
+) -> None:
     bundle = make_bundle(tmp_path / "many", golden_count=70)
     bundle.session()
     assert sorted({images for _, images in runs}) == [1, 7, 70]

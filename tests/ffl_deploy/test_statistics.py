@@ -33,7 +33,8 @@ def test_wilson_interval_gives_newcombes_published_values() -> None:
 
 
 def test_tango_interval_gives_the_published_value() -> None:
-    # Fagerland, Lydersen and Laake 2014 (Statistics in Medicine 33:2850), Bentur's table 1/1/7/12: Tango's row.
+    # Fagerland, Lydersen and Laake 2014 (Statistics in Medicine 33:2850), Bentur's table 1/1/7/12:
+    # Tango's row.
     interval = tango_interval(1, 7, 21)
     assert (interval.low, interval.high) == pytest.approx((-0.517, -0.026), abs=5e-4)
 
@@ -42,7 +43,8 @@ def test_tango_interval_gives_the_published_value() -> None:
     ("gained", "lost", "n"), [(0, 0, 360), (1, 1, 360), (7, 19, 10_000), (0, 30, 5000), (3, 0, 3), (0, 4, 4)]
 )
 def test_tango_interval_inverts_the_constrained_score_test(gained: int, lost: int, n: int) -> None:
-    """At a limit, the score statistic with a numerically found constrained maximum-likelihood estimate is 1.96."""
+    """At a limit, the score statistic with a numerically found constrained maximum-likelihood estimate
+    is 1.96."""
     interval = tango_interval(gained, lost, n)
     assert -1 <= interval.low < interval.high <= 1
     for limit in (interval.low, interval.high):
@@ -52,7 +54,9 @@ def test_tango_interval_inverts_the_constrained_score_test(gained: int, lost: in
         gained_share = lost_share + limit
         with np.errstate(divide="ignore", invalid="ignore"):
             likelihood = (n - gained - lost) * np.log(1 - lost_share - gained_share)
-            likelihood += (gained * np.log(gained_share) if gained else 0) + (lost * np.log(lost_share) if lost else 0)
+            likelihood += (gained * np.log(gained_share) if gained else 0) + (
+                lost * np.log(lost_share) if lost else 0
+            )
         best = lost_share[np.nanargmax(likelihood)]
         statistic = (gained - lost - n * limit) / math.sqrt(n * (2 * best + limit * (1 - limit)))
         assert abs(statistic) == pytest.approx(1.959964, rel=2e-2)

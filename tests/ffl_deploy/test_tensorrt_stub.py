@@ -1,4 +1,5 @@
-"""What TensorRtSession does with a GPU's memory, and what the engine builder makes of TensorRT's messages, without a GPU."""
+"""What TensorRtSession does with a GPU's memory, and what the engine builder makes of TensorRT's messages,
+without a GPU."""
 
 from __future__ import annotations
 
@@ -44,7 +45,9 @@ def engine(tmp_path: Path) -> Path:
 
 def variant(**changes: object) -> Variant:
     details = Details(engine=msgspec.convert({**RECORD, **changes}, EngineRecord))
-    return Variant("fp32-engine", "tensorrt", "fp32.engine", "0", 9, Precision("fp32", "fp32"), details=details)
+    return Variant(
+        "fp32-engine", "tensorrt", "fp32.engine", "0", 9, Precision("fp32", "fp32"), details=details
+    )
 
 
 @pytest.mark.parametrize("how", ["closed", "closed twice", "forgotten"])
@@ -76,16 +79,23 @@ def test_an_engine_of_another_gpu_does_not_run_here(cuda: Cuda, engine: Path) ->
     assert cuda.live == {}
 
 
-def test_an_engine_is_built_although_tactics_were_skipped(cuda: Cuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """TensorRT 10 logs each tactic that it cannot use as an error and builds the engine without it (NVIDIA/TensorRT #4028)."""
-    complaint = "Error Code: 9: Skipping tactic 0xfe80445f7bb61a99 due to exception Assertion vol == GK failed."
+def test_an_engine_is_built_although_tactics_were_skipped(
+    cuda: Cuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT 10 logs each tactic that it cannot use as an error and builds the engine without it
+    (NVIDIA/TensorRT #4028)."""
+    complaint = (
+        "Error Code: 9: Skipping tactic 0xfe80445f7bb61a99 due to exception Assertion vol == GK failed."
+    )
     monkeypatch.setitem(sys.modules, "tensorrt", tensorrt(VERSION, complaint))
     source = tmp_path / "model.onnx"
     source.write_bytes(b"a model")
     record = build_engine(source, tmp_path / "fp32.engine", 32, 32, EngineOptions("tensorrt"))
     assert (tmp_path / "fp32.engine").read_bytes() == b"an engine"
     assert record.log == [complaint]
-    assert (record.compute_capabilities, record.gpu) == (["9.0"], "NVIDIA Stub"), "the GPU that it was built on, and for"
+    assert (record.compute_capabilities, record.gpu) == (["9.0"], "NVIDIA Stub"), (
+        "the GPU that it was built on, and for"
+    )
 
 
 def test_what_the_builder_cannot_build_is_refused_with_its_reason(
@@ -94,7 +104,9 @@ def test_what_the_builder_cannot_build_is_refused_with_its_reason(
     monkeypatch.setitem(sys.modules, "tensorrt", tensorrt(VERSION, "no kernel for this layer", builds=False))
     source = tmp_path / "model.onnx"
     source.write_bytes(b"a model")
-    with pytest.raises(CheckError, match=r"tensorrt cannot build model\.onnx for compute capability 9\.0: no kernel"):
+    with pytest.raises(
+        CheckError, match=r"tensorrt cannot build model\.onnx for compute capability 9\.0: no kernel"
+    ):
         build_engine(source, tmp_path / "fp32.engine", 32, 32, EngineOptions("tensorrt"))
     assert not (tmp_path / "fp32.engine").exists()
 
@@ -102,5 +114,7 @@ def test_what_the_builder_cannot_build_is_refused_with_its_reason(
 def test_a_capability_is_refused_where_tensorrt_takes_none(cuda: Cuda, tmp_path: Path) -> None:
     source = tmp_path / "model.onnx"
     source.write_bytes(b"a model")
-    with pytest.raises(UsageError, match="builds for this machine's GPU only; leave --compute-capability out"):
+    with pytest.raises(
+        UsageError, match="builds for this machine's GPU only; leave --compute-capability out"
+    ):
         build_engine(source, tmp_path / "fp32.engine", 32, 32, EngineOptions("tensorrt", ("9.0",)))

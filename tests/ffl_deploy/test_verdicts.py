@@ -42,7 +42,9 @@ def test_an_answer_is_found_again_for_the_same_question_alone(home: Path) -> Non
     assert recall(QUESTION) is None
     assert not any(home.iterdir()), "asking makes nothing"
     remember(QUESTION, {"variant": "int8", "rates": {"a": 1.5}})
-    assert recall(dict(reversed(QUESTION.items()))) == {"variant": "int8", "rates": {"a": 1.5}}, "the order of keys says nothing"
+    assert recall(dict(reversed(QUESTION.items()))) == {"variant": "int8", "rates": {"a": 1.5}}, (
+        "the order of keys says nothing"
+    )
     for name in QUESTION:
         assert recall(QUESTION | {name: "another"}) is None
     remember(QUESTION, "passed")
@@ -51,7 +53,9 @@ def test_an_answer_is_found_again_for_the_same_question_alone(home: Path) -> Non
 
 @posix
 def test_nobody_else_reads_or_writes_what_is_made(entry: Path) -> None:
-    modes = [path.stat().st_mode & 0o777 for path in (entry, entry.parent, entry.parent.parent, entry.parents[2])]
+    modes = [
+        path.stat().st_mode & 0o777 for path in (entry, entry.parent, entry.parent.parent, entry.parents[2])
+    ]
     assert modes == [0o600, 0o700, 0o700, 0o700]
 
 
@@ -118,7 +122,9 @@ def test_what_is_no_private_file_is_not_read(entry: Path, kind: str, tmp_path: P
 @posix
 @pytest.mark.parametrize("level", [1, 2])
 @pytest.mark.parametrize("kind", ["group writes", "link"])
-def test_a_folder_that_others_can_change_is_not_used(entry: Path, level: int, kind: str, tmp_path: Path) -> None:
+def test_a_folder_that_others_can_change_is_not_used(
+    entry: Path, level: int, kind: str, tmp_path: Path
+) -> None:
     folder = entry.parents[level - 1]
     if kind == "link":
         folder.rename(tmp_path / "moved")
@@ -132,7 +138,8 @@ def test_a_folder_that_others_can_change_is_not_used(entry: Path, level: int, ki
 
 @posix
 def test_another_users_entries_are_not_read(entry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under sudo HOME may still be the user's: nothing of theirs is trusted, and no folder is made there that locks them out."""
+    """Under sudo HOME may still be the user's: nothing of theirs is trusted,
+    and no folder is made there that locks them out."""
     user = os.geteuid()
     monkeypatch.setattr(os, "geteuid", lambda: user + 1)
     assert recall(QUESTION) is None
@@ -202,7 +209,8 @@ for turn in range(150):
     assert recall({"asks": own}) == own, turn
 """
     processes = [
-        subprocess.Popen([sys.executable, "-c", script, str(number)], cwd=Path(__file__).parents[2]) for number in range(4)
+        subprocess.Popen([sys.executable, "-c", script, str(number)], cwd=Path(__file__).parents[2])
+        for number in range(4)
     ]
     assert [process.wait(120) for process in processes] == [0] * 4
     names = [path.name for path in (home / ".cache/ffl-deploy/verdicts").iterdir()]

@@ -48,7 +48,10 @@ def relist(folder: Path) -> None:
     """Write the manifest anew so that it lists what the folder holds now: hashes alone then find nothing."""
     manifest = load_bundle(folder).manifest
     records = file_records(folder)
-    variants = [msgspec.structs.replace(v, sha256=records[v.file].sha256, bytes=records[v.file].bytes) for v in manifest.variants]
+    variants = [
+        msgspec.structs.replace(v, sha256=records[v.file].sha256, bytes=records[v.file].bytes)
+        for v in manifest.variants
+    ]
     golden = msgspec.structs.replace(manifest.golden, sha256=records[manifest.golden.file].sha256)
     write_manifest(folder, msgspec.structs.replace(manifest, files=records, variants=variants, golden=golden))
 
@@ -77,9 +80,13 @@ def test_an_engine_of_another_machine_is_said_not_to_have_run(
     manifest = load_bundle(bundle).manifest
     (bundle / "x.engine").write_bytes(b"native code")
     record = {"sha256": sha256_of(bundle / "x.engine"), "bytes": 11}
-    engine = msgspec.structs.replace(manifest.variants[0], name="fp32-engine", runtime="tensorrt", file="x.engine", **record)
+    engine = msgspec.structs.replace(
+        manifest.variants[0], name="fp32-engine", runtime="tensorrt", file="x.engine", **record
+    )
     files = {**manifest.files, **file_records(bundle)}
-    write_manifest(bundle, msgspec.structs.replace(manifest, variants=[*manifest.variants, engine], files=files))
+    write_manifest(
+        bundle, msgspec.structs.replace(manifest, variants=[*manifest.variants, engine], files=files)
+    )
 
     def elsewhere(*_: object) -> None:
         raise OtherMachine("x.engine was built for compute capability 8.9, this GPU has 9.0; rebuild it.")
@@ -101,7 +108,12 @@ def test_a_variant_that_is_listed_twice_is_refused(bundle: Path, verify: Verify)
 
 def test_golden_samples_of_another_type_are_refused(bundle: Path, verify: Verify) -> None:
     with np.load(bundle / "golden.npz") as arrays:
-        np.savez(bundle / "golden.npz", images=arrays["images"], labels=arrays["labels"], logits=arrays["logits"].astype(str))
+        np.savez(
+            bundle / "golden.npz",
+            images=arrays["images"],
+            labels=arrays["labels"],
+            logits=arrays["logits"].astype(str),
+        )
     relist(bundle)
     code, _, err = verify(bundle)
     assert (code, "does not hold samples of this bundle" in err) == (1, True)
@@ -142,7 +154,12 @@ def test_an_extra_file_is_found(bundle: Path, verify: Verify, kind: str, tmp_pat
 def test_a_manifest_that_leaves_the_folder_is_refused(bundle: Path, verify: Verify, tmp_path: Path) -> None:
     (tmp_path / "outside.npz").write_bytes((bundle / "golden.npz").read_bytes())
     text = (bundle / MANIFEST).read_text()
-    for escape in ("../outside.npz", str(tmp_path / "outside.npz"), "a/../../outside.npz", "..\\\\outside.npz"):
+    for escape in (
+        "../outside.npz",
+        str(tmp_path / "outside.npz"),
+        "a/../../outside.npz",
+        "..\\\\outside.npz",
+    ):
         (bundle / MANIFEST).write_text(text.replace("golden.npz", escape))
         code, _, err = verify(bundle)
         assert code == 1, escape
@@ -151,7 +168,9 @@ def test_a_manifest_that_leaves_the_folder_is_refused(bundle: Path, verify: Veri
 
 def test_external_data_is_refused_even_where_every_hash_is_right(bundle: Path, verify: Verify) -> None:
     model = onnx.load(bundle / "model.onnx")
-    onnx.save(model, bundle / "model.onnx", save_as_external_data=True, location="weights.bin", size_threshold=0)
+    onnx.save(
+        model, bundle / "model.onnx", save_as_external_data=True, location="weights.bin", size_threshold=0
+    )
     relist(bundle)
     code, _, err = verify(bundle)
     assert code == 1
@@ -166,7 +185,9 @@ def test_external_data_is_found_wherever_a_tensor_can_hide(tmp_path: Path) -> No
     branch = onnx.helper.make_graph([inside], "branch", [], [onnx.helper.make_tensor_value_info("y", 1, [1])])
     node = onnx.helper.make_node("If", ["c"], ["y"], then_branch=branch, else_branch=branch)
     condition = onnx.helper.make_tensor_value_info("c", onnx.TensorProto.BOOL, [])
-    graph = onnx.helper.make_graph([node], "graph", [condition], [onnx.helper.make_tensor_value_info("y", 1, [1])])
+    graph = onnx.helper.make_graph(
+        [node], "graph", [condition], [onnx.helper.make_tensor_value_info("y", 1, [1])]
+    )
     path = tmp_path / "model.onnx"
     onnx.save(onnx.helper.make_model(graph), path)
     refuse_external_data(path)  # nothing external yet
@@ -207,7 +228,10 @@ def test_broken_manifests_and_wrong_folders(bundle: Path, verify: Verify, tmp_pa
     assert code == 2
     assert "bundle" in err  # it names the bundle inside
     text = (bundle / MANIFEST).read_text()
-    for broken, says in [("{", "not a valid manifest"), (text.replace('"schema": 1', '"schema": 99'), "schema 99")]:
+    for broken, says in [
+        ("{", "not a valid manifest"),
+        (text.replace('"schema": 1', '"schema": 99'), "schema 99"),
+    ]:
         (bundle / MANIFEST).write_text(broken)
         code, _, err = verify(bundle)
         assert code == 1
@@ -240,7 +264,9 @@ def test_a_signature_tells_whose_bundle_it_is(bundle: Path, verify: Verify, tmp_
         private, public = tmp_path / f"{name}.pem", tmp_path / f"{name}.pub"
         pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
         private.write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain))
-        public.write_bytes(key.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo))
+        public.write_bytes(
+            key.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo)
+        )
         return private, public
 
     private, public = keys("ours")

@@ -49,11 +49,18 @@ class Run:
         return found
 
 
-def photo_bytes(seed: int, format: str = "JPEG", size: tuple[int, int] = (48, 40), **options: object) -> bytes:
-    """-> a seeded image: smooth colours with some noise, so that JPEG has something to do. size: width, height."""
+def photo_bytes(
+    seed: int, format: str = "JPEG", size: tuple[int, int] = (48, 40), **options: object
+) -> bytes:
+    """-> a seeded image: smooth colours with some noise, so that JPEG has something to do. size: width,
+    height."""
     rng = np.random.default_rng(seed)
-    coarse = Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
-    pixels = np.clip(np.asarray(coarse, np.int16) + rng.integers(-8, 9, (size[1], size[0], 3)), 0, 255).astype(np.uint8)
+    coarse = Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)).resize(
+        size, Image.Resampling.BICUBIC
+    )
+    pixels = np.clip(
+        np.asarray(coarse, np.int16) + rng.integers(-8, 9, (size[1], size[0], 3)), 0, 255
+    ).astype(np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, format, **options)
     return file.getvalue()
@@ -77,9 +84,15 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def predict(tiny_bundle: Bundle, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., Run]:
-    """`predict(input, ..., flags=[...], out="p.jsonl", bundle=None) -> Run`, in this process, through the command's own entry."""
+    """`predict(input, ..., flags=[...], out="p.jsonl", bundle=None) -> Run`, in this process,
+    through the command's own entry."""
 
-    def run(*inputs: object, flags: Sequence[str] = (), out: str = "predictions.jsonl", bundle: Bundle | None = None) -> Run:
+    def run(
+        *inputs: object,
+        flags: Sequence[str] = (),
+        out: str = "predictions.jsonl",
+        bundle: Bundle | None = None,
+    ) -> Run:
         path = tmp_path / "out" / out
         folder = str((bundle or tiny_bundle).folder)
         capfd.readouterr()
@@ -109,7 +122,8 @@ class Running:
 
 @pytest.fixture(scope="session", autouse=True)
 def patient_clients() -> Iterator[None]:
-    """httpx gives up after 5 s unless told otherwise; a busy machine may take longer, and no test is about that."""
+    """httpx gives up after 5 s unless told otherwise; a busy machine may take longer,
+    and no test is about that."""
     default = inspect.signature(httpx.get).parameters["timeout"].default
     with pytest.MonkeyPatch.context() as patch:
         for part in ("connect", "read", "write", "pool"):
@@ -118,7 +132,9 @@ def patient_clients() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def two_bundles(make_bundle: Callable[..., Bundle], tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, Bundle]:
+def two_bundles(
+    make_bundle: Callable[..., Bundle], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Bundle, Bundle]:
     """`fused` and `branch0`: two models of one run, 32 x 32, in one folder."""
     folder = tmp_path_factory.mktemp("run")
     return make_bundle(folder / "fused"), make_bundle(folder / "branch0", seed=1)
@@ -135,7 +151,9 @@ def serve_in_thread(settings: Settings) -> Iterator[Running]:
         app = create_app(replace(settings, port=port.getsockname()[1]))
         service = app.state.service
         service.url = f"http://127.0.0.1:{port.getsockname()[1]}"
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="on", timeout_graceful_shutdown=5))
+        server = uvicorn.Server(
+            uvicorn.Config(app, log_level="warning", lifespan="on", timeout_graceful_shutdown=5)
+        )
         thread = threading.Thread(target=server.run, kwargs={"sockets": [port]})
         thread.start()
         try:
@@ -170,7 +188,8 @@ def start_process(*arguments: str, env: dict[str, str] | None = None) -> Iterato
     process = subprocess.Popen(command, stderr=log, text=True, env=env, cwd=Path(__file__).parents[2])
 
     def read_log() -> str:
-        return os.pread(log.fileno(), 1 << 24, 0).decode()  # leaves the position, which the process shares, where it is
+        # leaves the position, which the process shares, where it is
+        return os.pread(log.fileno(), 1 << 24, 0).decode()
 
     try:
         deadline = time.monotonic() + 120
@@ -188,5 +207,6 @@ def start_process(*arguments: str, env: dict[str, str] | None = None) -> Iterato
 
 @pytest.fixture(scope="session")
 def serve_process() -> Callable[..., contextlib.AbstractContextManager[Running]]:
-    """`serve_process(*arguments)`: ffl-serve as a process of its own on a free port; ready when the block starts."""
+    """`serve_process(*arguments)`: ffl-serve as a process of its own on a free port;
+    ready when the block starts."""
     return start_process

@@ -44,7 +44,12 @@ def pixels_of(bundle: Bundle, count: int) -> np.ndarray:
 
 
 def json_request(images: np.ndarray, **fields: Any) -> dict[str, Any]:
-    return {"inputs": [{"name": "images", "shape": list(images.shape), "datatype": "UINT8", "data": images.tolist()}], **fields}
+    return {
+        "inputs": [
+            {"name": "images", "shape": list(images.shape), "datatype": "UINT8", "data": images.tolist()}
+        ],
+        **fields,
+    }
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
@@ -59,8 +64,11 @@ def session_of(server: Any, bundle: Bundle) -> Session:
     return server.service.models[bundle.name].session  # type: ignore[no-any-return]
 
 
-def test_tritonclient_speaks_to_it_and_gets_the_bits_of_the_session(server: Any, two_bundles: tuple[Bundle, Bundle]) -> None:
-    """The official client, with its defaults (binary tensors, no JSON content type), for every model and batch size."""
+def test_tritonclient_speaks_to_it_and_gets_the_bits_of_the_session(
+    server: Any, two_bundles: tuple[Bundle, Bundle]
+) -> None:
+    """The official client, with its defaults (binary tensors, no JSON content type),
+    for every model and batch size."""
     from tritonclient import http as triton
 
     with contextlib.closing(triton.InferenceServerClient(server.address)) as client:
@@ -82,7 +90,9 @@ def test_tritonclient_speaks_to_it_and_gets_the_bits_of_the_session(server: Any,
                 assert result.get_response()["id"] == "r1"
                 assert result.as_numpy("logits").tobytes() == expected.logits.tobytes()
                 assert result.as_numpy("probabilities").tobytes() == expected.probabilities.tobytes()
-                np.testing.assert_allclose(expected.logits, independent.run(images).logits, rtol=1e-4, atol=1e-5)
+                np.testing.assert_allclose(
+                    expected.logits, independent.run(images).logits, rtol=1e-4, atol=1e-5
+                )
         wanted = [triton.InferRequestedOutput("probabilities", class_count=2)]
         labels = client.infer("fused", [tensor], outputs=wanted).as_numpy("probabilities")
         best = two_bundles[0].classes[int(two_bundles[0].session().run(images).probabilities[0].argmax())]
@@ -90,14 +100,20 @@ def test_tritonclient_speaks_to_it_and_gets_the_bits_of_the_session(server: Any,
         assert labels[0, 0].decode().endswith(f":{best}")
 
 
-def test_encoded_files_are_decoded_as_ffl_predict_decodes_them(server: Any, two_bundles: tuple[Bundle, Bundle]) -> None:
+def test_encoded_files_are_decoded_as_ffl_predict_decodes_them(
+    server: Any, two_bundles: tuple[Bundle, Bundle]
+) -> None:
     from tritonclient import http as triton
 
     files = [png(1), png(2, (200, 100))]
     bundle = two_bundles[0]
-    expected = session_of(server, bundle).run(np.stack([prepare(decode(file).pixels, bundle.preprocessing) for file in files]))
+    expected = session_of(server, bundle).run(
+        np.stack([prepare(decode(file).pixels, bundle.preprocessing) for file in files])
+    )
     with contextlib.closing(triton.InferenceServerClient(server.address)) as client:
-        tensor = triton.InferInput("encoded", [2], "BYTES").set_data_from_numpy(np.array(files, dtype=np.object_))
+        tensor = triton.InferInput("encoded", [2], "BYTES").set_data_from_numpy(
+            np.array(files, dtype=np.object_)
+        )
         result = client.infer("fused", [tensor])
     assert result.as_numpy("logits").tobytes() == expected.logits.tobytes()
 
@@ -149,18 +165,27 @@ def test_every_refusal_is_json_with_its_reason(
     ],
 )
 def test_a_bad_image_is_refused_with_its_code(server: Any, file: bytes, code: str) -> None:
-    tensor = {"name": "encoded", "shape": [2], "datatype": "BYTES", "data": [base64.b64encode(f).decode() for f in (png(), file)]}
+    tensor = {
+        "name": "encoded",
+        "shape": [2],
+        "datatype": "BYTES",
+        "data": [base64.b64encode(f).decode() for f in (png(), file)],
+    }
     response = httpx.post(f"{server.url}/v2/models/fused/infer", json={"inputs": [tensor]})
     assert (response.status_code, response.json()["code"]) == (400, code)
 
 
-def test_bad_images_leave_the_good_ones_beside_them_unharmed(server: Any, two_bundles: tuple[Bundle, Bundle]) -> None:
+def test_bad_images_leave_the_good_ones_beside_them_unharmed(
+    server: Any, two_bundles: tuple[Bundle, Bundle]
+) -> None:
     """Bad input 35."""
     from tritonclient import http as triton
 
     images = pixels_of(two_bundles[0], 1)
     good = triton.InferInput("images", [1, 32, 32, 3], "UINT8").set_data_from_numpy(images)
-    bad = triton.InferInput("encoded", [1], "BYTES").set_data_from_numpy(np.array([b"not an image"], dtype=np.object_))
+    bad = triton.InferInput("encoded", [1], "BYTES").set_data_from_numpy(
+        np.array([b"not an image"], dtype=np.object_)
+    )
     expected = two_bundles[0].session().run(images).logits
     with contextlib.closing(triton.InferenceServerClient(server.address, concurrency=8)) as client:
         pending = [client.async_infer("fused", [bad if i % 2 else good]) for i in range(16)]
@@ -177,12 +202,18 @@ def test_nan_logits_are_an_error_of_their_request_only(
 ) -> None:
     bundle = make_bundle(tmp_path / "nan", nonfinite_above=200.0)
     dark, white = np.zeros((1, 32, 32, 3), np.uint8), np.full((1, 32, 32, 3), 255, np.uint8)
-    with start_server(Settings((ModelSpec("nan", bundle.folder),), demo=False)) as running, httpx.Client() as client:
+    with (
+        start_server(Settings((ModelSpec("nan", bundle.folder),), demo=False)) as running,
+        httpx.Client() as client,
+    ):
         url = f"{running.url}/v2/models/nan/infer"
         assert client.post(url, json=json_request(dark)).status_code == 200
         response = client.post(url, json=json_request(np.concatenate([dark, white])))
         assert response.status_code == 500
-        assert response.json() == {"error": "nan gave NaN or infinite values for image 1", "code": "nonfinite"}
+        assert response.json() == {
+            "error": "nan gave NaN or infinite values for image 1",
+            "code": "nonfinite",
+        }
         assert client.post(url, json=json_request(dark)).status_code == 200
 
 
@@ -205,10 +236,13 @@ def test_metrics_count_images_batches_and_refusals(server: Any, two_bundles: tup
 def test_overload_is_refused_at_once_with_exact_counts(
     two_bundles: tuple[Bundle, Bundle], start_server: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One request runs, two wait, the queue is then full: of eleven exactly eight are refused, and none of them waits."""
+    """One request runs, two wait, the queue is then full: of eleven exactly eight are refused,
+    and none of them waits."""
     bundle = two_bundles[0]
     limits = Limits(queued_images=2)
-    with start_server(Settings((ModelSpec("fused", bundle.folder),), demo=False, workers=1, limits=limits)) as running:
+    with start_server(
+        Settings((ModelSpec("fused", bundle.folder),), demo=False, workers=1, limits=limits)
+    ) as running:
         model = running.service.models["fused"]
         release, entered = threading.Event(), threading.Event()
         run = model.batcher._run
@@ -262,14 +296,19 @@ def test_a_client_that_goes_away_frees_its_place(
         monkeypatch.setattr(batcher, "_run", held)
         url = f"{running.url}/v2/models/fused/infer"
         first = threading.Thread(
-            target=httpx.post, args=(url,), kwargs={"json": json_request(pixels_of(bundle, 1)), "timeout": 120}
+            target=httpx.post,
+            args=(url,),
+            kwargs={"json": json_request(pixels_of(bundle, 1)), "timeout": 120},
         )
         first.start()
         assert entered.wait(60)
         body = json.dumps(json_request(pixels_of(bundle, 9))).encode()
         host, port = running.address.split(":")
         with socket.create_connection((host, int(port))) as connection:
-            head = f"POST /v2/models/fused/infer HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n\r\n"
+            head = (
+                "POST /v2/models/fused/infer HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: "
+                f"{len(body)}\r\n\r\n"
+            )
             connection.sendall(head.encode() + body)
             wait_until(lambda: batcher.waiting_images == 9)
         wait_until(lambda: batcher.waiting_images == 0)
@@ -352,7 +391,16 @@ def test_a_corrupt_bundle_ends_the_server_with_code_1_and_one_sentence(
         (bad.folder / "bundle.json").write_text(json.dumps(manifest))
     else:
         (bad.folder / "bundle.json").write_text("{")
-    command = [sys.executable, "-m", "serve.command", str(good.folder), str(bad.folder), "--port", "0", "--no-demo"]
+    command = [
+        sys.executable,
+        "-m",
+        "serve.command",
+        str(good.folder),
+        str(bad.folder),
+        "--port",
+        "0",
+        "--no-demo",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
@@ -380,7 +428,11 @@ def test_a_corrupt_bundle_ends_the_server_with_code_1_and_one_sentence(
     ],
 )
 def test_unusable_arguments_are_one_sentence_and_code_2(
-    two_bundles: tuple[Bundle, Bundle], tmp_path: Path, arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+    two_bundles: tuple[Bundle, Bundle],
+    tmp_path: Path,
+    arguments: list[str],
+    says: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     from ffl_deploy.command import run_command
     from serve.command import main
@@ -416,21 +468,32 @@ def test_names(tmp_path: Path) -> None:
 
 def test_sigterm_drains_and_exits_0(two_bundles: tuple[Bundle, Bundle], serve_process: Start) -> None:
     """The first signal drains for as long as it was told to, a second one ends that."""
-    with serve_process(str(two_bundles[0].folder), "--no-demo", "--drain", "200") as running, httpx.Client() as client:
+    with (
+        serve_process(str(two_bundles[0].folder), "--no-demo", "--drain", "200") as running,
+        httpx.Client() as client,
+    ):
         assert client.get(f"{running.url}/v2/health/ready").status_code == 200
         running.process.send_signal(signal.SIGTERM)
         wait_until(lambda: client.get(f"{running.url}/v2/health/ready").status_code != 200)
         draining = client.get(f"{running.url}/v2/health/ready")
         assert (draining.status_code, draining.json()["phase"]) == (503, "draining")
-        answered = client.post(f"{running.url}/v2/models/fused/infer", json=json_request(pixels_of(two_bundles[0], 1)))
+        answered = client.post(
+            f"{running.url}/v2/models/fused/infer", json=json_request(pixels_of(two_bundles[0], 1))
+        )
         assert answered.status_code == 200
         running.process.send_signal(signal.SIGTERM)
         assert running.process.wait(60) == 0
         log = [json.loads(line) for line in running.read_log().splitlines()]
-        assert [entry["message"] for entry in log if entry["level"] == "info"] == ["model verified", "ready", "draining"]
+        assert [entry["message"] for entry in log if entry["level"] == "info"] == [
+            "model verified",
+            "ready",
+            "draining",
+        ]
 
 
-def test_an_open_page_does_not_hold_up_the_end(two_bundles: tuple[Bundle, Bundle], serve_process: Start) -> None:
+def test_an_open_page_does_not_hold_up_the_end(
+    two_bundles: tuple[Bundle, Bundle], serve_process: Start
+) -> None:
     """Every page of the demo holds a stream that never ends by itself."""
     with serve_process(str(two_bundles[0].folder), "--drain", "0", "--shutdown", "200") as running:
         with httpx.stream("GET", f"{running.url}/gradio_api/heartbeat/x", timeout=60) as stream:
@@ -440,9 +503,14 @@ def test_an_open_page_does_not_hold_up_the_end(two_bundles: tuple[Bundle, Bundle
         assert "Traceback" not in running.read_log()
 
 
-def test_a_bundle_whose_golden_answers_differ_is_refused(make_bundle: Callable[..., Bundle], tmp_path: Path) -> None:
+def test_a_bundle_whose_golden_answers_differ_is_refused(
+    make_bundle: Callable[..., Bundle], tmp_path: Path
+) -> None:
     from serve.server.models import verify
 
     bundle, other = make_bundle(tmp_path / "a"), make_bundle(tmp_path / "b", seed=3)
-    with pytest.raises(CheckError, match=r"variant fp32 of .* does not give PyTorch.s logits on this processor with onnxruntime"):
+    with pytest.raises(
+        CheckError,
+        match=r"variant fp32 of .* does not give PyTorch.s logits on this processor with onnxruntime",
+    ):
         verify(bundle, bundle.variant(), other.session(), 4)

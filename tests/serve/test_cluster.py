@@ -1,4 +1,5 @@
-"""Ray Serve on this machine: two replicas, the same answers, a bounded queue, a rolling update without a failed request."""
+"""Ray Serve on this machine: two replicas, the same answers, a bounded queue,
+a rolling update without a failed request."""
 
 from __future__ import annotations
 
@@ -23,7 +24,9 @@ pytestmark = [
     pytest.mark.slow,
     # Looked for, not imported: collecting the fast suite neither waits for Ray nor fails with it.
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray[serve]"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"),
+    pytest.mark.filterwarnings(
+        "ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"
+    ),
 ]
 
 
@@ -37,7 +40,12 @@ def cluster() -> Iterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     root = str(Path(__file__).parents[2])
-    ray.init(num_cpus=6, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": root}})
+    ray.init(
+        num_cpus=6,
+        include_dashboard=False,
+        log_to_driver=False,
+        runtime_env={"env_vars": {"PYTHONPATH": root}},
+    )
     ray_serve.start(http_options={"host": "127.0.0.1", "port": port})
     try:
         yield f"http://127.0.0.1:{port}"
@@ -56,11 +64,17 @@ def run(**arguments: Any) -> None:
 
 
 def request(image: np.ndarray) -> dict[str, Any]:
-    return {"inputs": [{"name": "images", "shape": list(image.shape), "datatype": "UINT8", "data": image.tolist()}]}
+    return {
+        "inputs": [
+            {"name": "images", "shape": list(image.shape), "datatype": "UINT8", "data": image.tolist()}
+        ]
+    }
 
 
 def logits(response: httpx.Response) -> np.ndarray:
-    return np.float32(next(output["data"] for output in response.json()["outputs"] if output["name"] == "logits"))
+    return np.float32(
+        next(output["data"] for output in response.json()["outputs"] if output["name"] == "logits")
+    )
 
 
 def test_two_replicas_answer_as_the_bundle_and_a_rolling_update_fails_no_request(
@@ -118,7 +132,9 @@ def test_a_full_queue_is_503(cluster: str, make_bundle: Callable[..., Bundle], t
 
     def client() -> None:
         with contextlib.suppress(httpx.TransportError):
-            statuses[httpx.post(f"{cluster}/v2/models/fused/infer", json=request(images), timeout=60).status_code] += 1
+            statuses[
+                httpx.post(f"{cluster}/v2/models/fused/infer", json=request(images), timeout=60).status_code
+            ] += 1
 
     threads = [threading.Thread(target=client) for _ in range(24)]
     for thread in threads:
@@ -128,7 +144,9 @@ def test_a_full_queue_is_503(cluster: str, make_bundle: Callable[..., Bundle], t
     assert set(statuses) == {200, 503}, statuses
 
 
-def test_a_corrupt_bundle_never_takes_over(cluster: str, make_bundle: Callable[..., Bundle], tmp_path: Path) -> None:
+def test_a_corrupt_bundle_never_takes_over(
+    cluster: str, make_bundle: Callable[..., Bundle], tmp_path: Path
+) -> None:
     """The deployment fails with its reason; an old replica answers all the while and afterwards."""
     good, bad = make_bundle(tmp_path / "good"), make_bundle(tmp_path / "bad")
     (bad.folder / "model.onnx").write_bytes(b"broken")

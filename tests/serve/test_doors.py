@@ -74,7 +74,15 @@ def test_ffl_predict_writes_no_row(predict: Predict, half_wrong: Bundle, folder:
 
 def test_the_command_prints_no_row(half_wrong: Bundle, folder: Path) -> None:
     """As it is typed: a child process under supervision, rows on the screen."""
-    command = [sys.executable, "-m", "serve.predict", str(half_wrong.folder), str(folder / "a.jpg"), "--variant", "int8"]
+    command = [
+        sys.executable,
+        "-m",
+        "serve.predict",
+        str(half_wrong.folder),
+        str(folder / "a.jpg"),
+        "--variant",
+        "int8",
+    ]
     run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert (run.returncode, run.stdout) == (1, "")
     assert run.stderr.endswith(ADVICE + "\n")
@@ -84,7 +92,8 @@ def test_the_command_prints_no_row(half_wrong: Bundle, folder: Path) -> None:
 def test_a_verdict_is_kept_between_commands(
     predict: Predict, half_wrong: Bundle, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One run of the network for the folder's three images, and for the golden samples only the first time."""
+    """One run of the network for the folder's three images,
+    and for the golden samples only the first time."""
     runs: list[int] = []
     real = OnnxRuntimeSession.run
 
@@ -128,7 +137,11 @@ def test_readiness_answers_no_and_nothing_is_inferred(half_wrong: Bundle) -> Non
             while not failed.is_set():
                 assert time.monotonic() < deadline
                 await asyncio.sleep(0.01)
-            request = {"inputs": [{"name": "images", "shape": [1, 32, 32, 3], "datatype": "UINT8", "data": [0] * 3072}]}
+            request = {
+                "inputs": [
+                    {"name": "images", "shape": [1, 32, 32, 3], "datatype": "UINT8", "data": [0] * 3072}
+                ]
+            }
             answers = [
                 await client.get("/v2/health/live"),
                 await client.get("/v2/health/ready"),
@@ -151,7 +164,9 @@ def shard_manifest(bundle: Bundle, variant: str, out: Path) -> bytes:
     from serve.predict.runner import make_request
 
     request = make_request(Job(str(bundle.folder), ["in"], out, variant=variant), bundle)
-    return msgspec.json.encode(ShardsManifest(request, WorkSettings(32, 50, streams=1, threads=1, decoders=1)))
+    return msgspec.json.encode(
+        ShardsManifest(request, WorkSettings(32, 50, streams=1, threads=1, decoders=1))
+    )
 
 
 def test_a_ray_worker_sends_back_why_it_does_not_answer(half_wrong: Bundle, tmp_path: Path) -> None:
@@ -179,7 +194,12 @@ def test_a_ray_job_ends_with_the_workers_sentence(predict: Predict, half_wrong: 
     flags = ["--variant", "int8", "--engine", "ray", "--out", str(out), "--quiet"]
     command = [sys.executable, "-m", "serve.predict", str(half_wrong.folder), str(folder), *flags]
     run = subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=500
+        command,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        timeout=500,
     )
     assert run.returncode == 1, run.stderr
     assert SENTENCE in run.stderr
@@ -189,12 +209,19 @@ def test_a_ray_job_ends_with_the_workers_sentence(predict: Predict, half_wrong: 
     assert not shards_folder(out).exists()
 
 
-def test_predict_auto_says_which_and_why(predict: Predict, half_wrong: Bundle, folder: Path, stopwatch: dict[str, float]) -> None:
+def test_predict_auto_says_which_and_why(
+    predict: Predict, half_wrong: Bundle, folder: Path, stopwatch: dict[str, float]
+) -> None:
     run = predict(folder, flags=["--variant", "auto"], bundle=half_wrong)
-    why = "small on onnxruntime is the fastest that holds its gate here: 160 images/s at batch 32, fp32 on onnxruntime 80; "
+    why = (
+        "small on onnxruntime is the fastest that holds its gate here: 160 images/s at batch 32, fp32 on "
+        "onnxruntime 80; "
+    )
     assert run.code == 0
     assert run.stderr.startswith(f"ffl-predict: {why}")
-    assert run.rows == predict(folder, flags=["--variant", "small"], bundle=half_wrong, out="named.jsonl").rows
+    assert (
+        run.rows == predict(folder, flags=["--variant", "small"], bundle=half_wrong, out="named.jsonl").rows
+    )
     summary = json.loads(run.out.with_name("predictions.jsonl.summary.json").read_text())
     assert (summary["request"]["variant"], summary["request"]["runtime"]) == ("small", "onnxruntime")
     assert summary["auto"]["why"].startswith(why)
@@ -252,7 +279,12 @@ def test_a_server_takes_the_fastest_of_each_bundle(
     models = (ModelSpec("a", half_wrong.folder, "auto"), ModelSpec("b", two_bundles[1].folder, "auto"))
     with start_server(Settings(models, demo=False)) as running:
         served = running.service.models
-        assert [(model.variant.name, model.session.variant) for model in served.values()] == [("small",) * 2, ("fp32",) * 2]
-        assert served["a"].why.startswith("small on onnxruntime is the fastest that holds its gate here: 160 images/s")
+        assert [(model.variant.name, model.session.variant) for model in served.values()] == [
+            ("small",) * 2,
+            ("fp32",) * 2,
+        ]
+        assert served["a"].why.startswith(
+            "small on onnxruntime is the fastest that holds its gate here: 160 images/s"
+        )
         metadata = httpx.get(f"{running.url}/v2/models/a").json()
         assert metadata["platform"] == "onnxruntime_fp32"

@@ -1,4 +1,5 @@
-"""Served bundles against the other commands: what `ffl-export` really wrote, and the answers that `ffl-predict` writes."""
+"""Served bundles against the other commands: what `ffl-export` really wrote,
+and the answers that `ffl-predict` writes."""
 
 from __future__ import annotations
 
@@ -23,12 +24,23 @@ Start = Callable[..., contextlib.AbstractContextManager[Any]]
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> list[Bundle]:
-    """`fused` and `branch0` of a short run on the digits, exported with --cam by the command, and a report over both."""
+    """`fused` and `branch0` of a short run on the digits, exported with --cam by the command,
+    and a report over both."""
     from export.cli import main as export
     from train.run import main as train
 
     run, out = tmp_path_factory.mktemp("runs") / "digits", tmp_path_factory.mktemp("bundles")
-    flags = ["--epochs", "2", "--branches", "resnet20,resnet20", "--device", "cpu", "--precision", "fp32", "--quiet"]
+    flags = [
+        "--epochs",
+        "2",
+        "--branches",
+        "resnet20,resnet20",
+        "--device",
+        "cpu",
+        "--precision",
+        "fp32",
+        "--quiet",
+    ]
     assert train([*flags, "--out", str(run)]) == 0
     assert export([str(run), "--target", "fused", "--target", "branch0", "--cam", "--out", str(out)]) == 0
     assert export(["--report-only", "--out", str(out)]) == 0
@@ -49,8 +61,11 @@ def png(pixels: np.ndarray) -> bytes:
 
 
 @pytest.mark.slow
-def test_the_demo_shows_each_image_its_own_map_where_the_network_saw_evidence(exported: list[Bundle], running: Any) -> None:
-    """What the panels receive for four images at once, which share batches, is each image's own map, at its own place."""
+def test_the_demo_shows_each_image_its_own_map_where_the_network_saw_evidence(
+    exported: list[Bundle], running: Any
+) -> None:
+    """What the panels receive for four images at once, which share batches, is each image's own map,
+    at its own place."""
     import gradio as gr
 
     from serve.demo.answers import ask_all
@@ -63,7 +78,9 @@ def test_the_demo_shows_each_image_its_own_map_where_the_network_saw_evidence(ex
             panels = _panels(running.service)
         assert [panel.cam is not None for panel in panels] == [True, True]
         answers = await asyncio.gather(*[ask_all(running.service, pixels) for pixels in images])
-        return answers, await asyncio.gather(*[_shown(running.service, panels, png(pixels)) for pixels in images])
+        return answers, await asyncio.gather(
+            *[_shown(running.service, panels, png(pixels)) for pixels in images]
+        )
 
     answers, shown = asyncio.run(ask())
     for number, bundle in enumerate(exported):
@@ -80,7 +97,8 @@ def test_the_demo_shows_each_image_its_own_map_where_the_network_saw_evidence(ex
 
 
 def warmest(picture: Image.Image, shape: tuple[int, ...]) -> int:
-    """-> the cell of a grid of `shape` where the picture is warmest (most red over blue) at the cell's centre, as flat index."""
+    """-> the cell of a grid of `shape` where the picture is warmest (most red over blue)
+    at the cell's centre, as flat index."""
     pixels = np.asarray(picture, dtype=np.float32)
     warmth = pixels[..., 0] - pixels[..., 2]
     rows = ((np.arange(shape[0]) + 0.5) * warmth.shape[0] / shape[0]).astype(int)
@@ -96,7 +114,9 @@ def test_the_map_is_an_output_of_the_protocol(exported: list[Bundle], running: A
     expected = exported[0].session(threads=1).run(images)
     assert expected.cam is not None
     with contextlib.closing(triton.InferenceServerClient(running.address)) as client:
-        (described,) = [output for output in client.get_model_metadata("fused")["outputs"] if output["name"] == "cam"]
+        (described,) = [
+            output for output in client.get_model_metadata("fused")["outputs"] if output["name"] == "cam"
+        ]
         assert described["shape"] == [-1, *expected.cam.shape[1:]]
         tensor = triton.InferInput("images", list(images.shape), "UINT8").set_data_from_numpy(images)
         assert client.infer("fused", [tensor]).as_numpy("cam").tobytes() == expected.cam.tobytes()
@@ -131,10 +151,11 @@ def test_tritonclient_gets_the_bits_that_ffl_predict_writes(
 
 
 def check_against_ffl_predict(bundle: Bundle, running: Any, folder: Path) -> None:
-    """20 images of several sizes through `ffl-predict --logits` and through `/v2`, as files and as pixels: equal to the last bit.
+    """20 images of several sizes through `ffl-predict --logits` and through `/v2`, as files and as pixels:
+    equal to the last bit.
 
-    In the same batches of 8, 8 and 4 and with one thread on both sides: runtimes choose their kernels by batch size and
-    threads, so that another batch may differ in the last bits.
+    In the same batches of 8, 8 and 4 and with one thread on both sides: runtimes choose their kernels by
+    batch size and threads, so that another batch may differ in the last bits.
     """
     from tritonclient import http as triton
 
@@ -157,6 +178,8 @@ def check_against_ffl_predict(bundle: Bundle, running: Any, folder: Path) -> Non
             tensor = triton.InferInput("encoded", [len(files)], "BYTES").set_data_from_numpy(files)
             logits = client.infer(bundle.name, [tensor]).as_numpy("logits")
             assert logits.tobytes() == expected[start : start + batch].tobytes()
-        pixels = np.stack([prepare(np.asarray(Image.open(path)), bundle.preprocessing) for path in paths[:batch]])
+        pixels = np.stack(
+            [prepare(np.asarray(Image.open(path)), bundle.preprocessing) for path in paths[:batch]]
+        )
         tensor = triton.InferInput("images", list(pixels.shape), "UINT8").set_data_from_numpy(pixels)
         assert client.infer(bundle.name, [tensor]).as_numpy("logits").tobytes() == expected[:batch].tobytes()

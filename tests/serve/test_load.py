@@ -52,8 +52,11 @@ class Answers:
         return bool(np.allclose(logits, self.logits, rtol=1e-4, atol=1e-5))
 
 
-def test_sigterm_under_load_loses_no_accepted_request(two_bundles: tuple[Bundle, Bundle], serve_process: Start) -> None:
-    """16 clients that never pause: every request sent on an established connection is answered, and the exit code is 0."""
+def test_sigterm_under_load_loses_no_accepted_request(
+    two_bundles: tuple[Bundle, Bundle], serve_process: Start
+) -> None:
+    """16 clients that never pause: every request sent on an established connection is answered,
+    and the exit code is 0."""
     answers = Answers(two_bundles[0])
     counts: Counter[str] = Counter()
     with serve_process(str(two_bundles[0].folder), "--no-demo", "--drain", "3") as running:
@@ -69,7 +72,11 @@ def test_sigterm_under_load_loses_no_accepted_request(two_bundles: tuple[Bundle,
                     except httpx.TransportError as error:
                         counts[f"lost: {error!r}"] += 1
                         return
-                    counts["right" if response.status_code == 200 and answers.right(response) else str(response.status_code)] += 1
+                    counts[
+                        "right"
+                        if response.status_code == 200 and answers.right(response)
+                        else str(response.status_code)
+                    ] += 1
 
         threads = [threading.Thread(target=client) for _ in range(16)]
         for thread in threads:
@@ -88,7 +95,8 @@ def test_sigterm_under_load_loses_no_accepted_request(two_bundles: tuple[Bundle,
 
 @pytest.mark.slow
 def test_two_bundles_are_ready_in_time(two_bundles: tuple[Bundle, Bundle], serve_process: Start) -> None:
-    """The promise is 8 s on a quiet machine (`-s` prints the time); three times that is allowed here, where others may use it."""
+    """The promise is 8 s on a quiet machine (`-s` prints the time); three times that is allowed here,
+    where others may use it."""
     began = time.monotonic()
     with serve_process(*[str(bundle.folder) for bundle in two_bundles]):
         seconds = time.monotonic() - began
@@ -107,26 +115,38 @@ def resident_mib(process: int) -> float:
 
 @pytest.mark.soak
 @pytest.mark.timeout(1200)
-def test_ten_minutes_of_everything(two_bundles: tuple[Bundle, Bundle], serve_process: Start, tmp_path: Path) -> None:
-    """Good, bad, oversized and disconnecting clients, uploads and demo calls, mixed. FFL_SOAK_SECONDS shortens it.
+def test_ten_minutes_of_everything(
+    two_bundles: tuple[Bundle, Bundle], serve_process: Start, tmp_path: Path
+) -> None:
+    """Good, bad, oversized and disconnecting clients, uploads and demo calls, mixed.
+    FFL_SOAK_SECONDS shortens it.
 
-    No error on a good request, no file left behind, and flat memory: the median of the last minute is less than 2 % above
-    that of the minute after two minutes of warm-up. A shortened run warms up too little for that and is allowed 10 %.
+    No error on a good request, no file left behind, and flat memory: the median of the last minute is less
+    than 2 % above that of the minute after two minutes of warm-up. A shortened run warms up too little for
+    that and is allowed 10 %.
     """
     seconds = float(os.environ.get("FFL_SOAK_SECONDS", "600"))
     answers = Answers(two_bundles[0])
     counts: Counter[str] = Counter()
     latencies: list[float] = []
     photo = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (400, 600, 3), dtype=np.uint8)).save(photo, "JPEG")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (400, 600, 3), dtype=np.uint8)).save(
+        photo, "JPEG"
+    )
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    with serve_process(*[str(bundle.folder) for bundle in two_bundles], "--max-body-mib", "1", env=environment) as running:
+    with serve_process(
+        *[str(bundle.folder) for bundle in two_bundles], "--max-body-mib", "1", env=environment
+    ) as running:
         url = f"{running.url}/v2/models/fused/infer"
         host, port = running.address.split(":")
         end = time.monotonic() + seconds
 
         def expect(kind: str, response: httpx.Response, status: int) -> None:
-            counts[kind if response.status_code == status else f"{kind}: {response.status_code} {response.text[:80]}"] += 1
+            counts[
+                kind
+                if response.status_code == status
+                else f"{kind}: {response.status_code} {response.text[:80]}"
+            ] += 1
 
         def good(http: httpx.Client, chance: random.Random) -> None:
             began = time.perf_counter()
@@ -147,8 +167,14 @@ def test_ten_minutes_of_everything(two_bundles: tuple[Bundle, Bundle], serve_pro
 
         def gone(http: httpx.Client, chance: random.Random) -> None:
             with socket.create_connection((host, int(port))) as connection:
-                head = f"POST /v2/models/fused/infer HTTP/1.1\r\nHost: x\r\nContent-Length: {len(answers.body)}\r\n"
-                rest = f"Inference-Header-Content-Length: {answers.headers['inference-header-content-length']}\r\n\r\n"
+                head = (
+                    "POST /v2/models/fused/infer HTTP/1.1\r\nHost: x\r\nContent-Length: "
+                    f"{len(answers.body)}\r\n"
+                )
+                rest = (
+                    "Inference-Header-Content-Length: "
+                    f"{answers.headers['inference-header-content-length']}\r\n\r\n"
+                )
                 whole = (head.replace("Host: x", "Host: 127.0.0.1") + rest).encode() + answers.body
                 connection.sendall(whole[: chance.choice([20, len(whole) // 2, len(whole)])])
             counts["gone"] += 1
@@ -161,12 +187,22 @@ def test_ten_minutes_of_everything(two_bundles: tuple[Bundle, Bundle], serve_pro
             call = http.post(f"{running.url}/gradio_api/call/classify", json={"data": [reference]})
             expect("call", call, 200)
             result = http.get(f"{running.url}/gradio_api/call/classify/{call.json()['event_id']}").text
-            counts["demo" if ("event: complete" in result) == (content == photo.getvalue()) else f"demo: {result[:80]}"] += 1
+            counts[
+                "demo"
+                if ("event: complete" in result) == (content == photo.getvalue())
+                else f"demo: {result[:80]}"
+            ] += 1
 
         def broken_upload(http: httpx.Client, chance: random.Random) -> None:
             with socket.create_connection((host, int(port))) as connection:
-                head = "POST /gradio_api/upload HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: multipart/form-data; boundary=b\r\n"
-                part = b'--b\r\nContent-Disposition: form-data; name="files"; filename="x.png"\r\n\r\n' + b"x" * 100_000
+                head = (
+                    "POST /gradio_api/upload HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: "
+                    "multipart/form-data; boundary=b\r\n"
+                )
+                part = (
+                    b'--b\r\nContent-Disposition: form-data; name="files"; filename="x.png"\r\n\r\n'
+                    + b"x" * 100_000
+                )
                 connection.sendall(f"{head}Content-Length: 900000\r\n\r\n".encode() + part)
             counts["broken upload"] += 1
 
@@ -192,7 +228,9 @@ def test_ten_minutes_of_everything(two_bundles: tuple[Bundle, Bundle], serve_pro
         for thread in threads:
             thread.join()
         ended = time.monotonic()
-        while (pieces := [path for path in tmp_path.rglob("tmp*") if path.is_file()]) and time.monotonic() < ended + 60:
+        while (
+            pieces := [path for path in tmp_path.rglob("tmp*") if path.is_file()]
+        ) and time.monotonic() < ended + 60:
             time.sleep(0.5)  # uploads that broke off at the end are still being noticed
         files = open_files(running.process.pid)
         running.process.terminate()
@@ -201,9 +239,15 @@ def test_ten_minutes_of_everything(two_bundles: tuple[Bundle, Bundle], serve_pro
     early, late = np.median(memory[2 * minute : 3 * minute]), np.median(memory[-minute:])
     p50, p99 = np.percentile(latencies, [50, 99]) * 1000
     clean = f"{files} open files, clean and ended after {time.monotonic() - ended:.1f} s"
-    course = ", ".join(f"{np.median(memory[start : start + minute]):.0f}" for start in range(0, MEMORY_SAMPLES, minute))
-    print(f"\n{dict(counts)}\np50 {p50:.1f} ms, p99 {p99:.1f} ms, {clean}\nMiB resident in each tenth: {course}")
-    assert set(counts) == {"good", "bad", "oversized", "gone", "upload", "call", "demo", "broken upload"}, counts
+    course = ", ".join(
+        f"{np.median(memory[start : start + minute]):.0f}" for start in range(0, MEMORY_SAMPLES, minute)
+    )
+    print(
+        f"\n{dict(counts)}\np50 {p50:.1f} ms, p99 {p99:.1f} ms, {clean}\nMiB resident in each tenth: {course}"
+    )
+    assert set(counts) == {"good", "bad", "oversized", "gone", "upload", "call", "demo", "broken upload"}, (
+        counts
+    )
     assert late < early * (1.02 if seconds >= 600 else 1.1)
     assert files < 80
     assert pieces == []

@@ -1,4 +1,5 @@
-"""Two steps of training on fake CUDA tensors: which copies between CPU and GPU the CPU would have to wait for.
+"""Two steps of training on fake CUDA tensors:
+which copies between CPU and GPU the CPU would have to wait for.
 
     python -m tests.train.gpu_waits METHOD PRECISION
 
@@ -34,7 +35,8 @@ from train.methods import build_method
 
 
 class Copies(TorchDispatchMode):
-    """Notes every copy between CPU and GPU for which the CPU would have to wait, with the line that asks for it."""
+    """Notes every copy between CPU and GPU for which the CPU would have to wait,
+    with the line that asks for it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,12 +49,16 @@ class Copies(TorchDispatchMode):
         if not self.watching or name not in ("_to_copy", "copy_", "_local_scalar_dense"):
             return result
         leaves = torch.utils._pytree.tree_leaves
-        devices = {value.device.type for value in leaves((args, kwargs, result)) if isinstance(value, torch.Tensor)}
+        devices = {
+            value.device.type for value in leaves((args, kwargs, result)) if isinstance(value, torch.Tensor)
+        }
         if len(devices) > 1 or name == "_local_scalar_dense":
             if kwargs.get("non_blocking", args[2] if name == "copy_" and len(args) > 2 else False):
                 self.free += 1
             else:
-                ours = [frame for frame in traceback.extract_stack() if f"{os.sep}train{os.sep}" in frame.filename]
+                ours = [
+                    frame for frame in traceback.extract_stack() if f"{os.sep}train{os.sep}" in frame.filename
+                ]
                 self.blocking.append(f"{Path(ours[-1].filename).name}:{ours[-1].lineno} {ours[-1].line}")
         return result
 
@@ -61,7 +67,9 @@ def on_fake_gpu(network: nn.Module, device: torch.device) -> None:
     for module in network.modules():
         for name, value in list(module._parameters.items()):
             if value is not None:
-                module._parameters[name] = nn.Parameter(torch.empty(value.shape, dtype=value.dtype, device=device))
+                module._parameters[name] = nn.Parameter(
+                    torch.empty(value.shape, dtype=value.dtype, device=device)
+                )
         for name, buffer in list(module._buffers.items()):
             if buffer is not None:
                 module._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype, device=device)

@@ -1,4 +1,5 @@
-"""Branches of different architectures, channels and resolutions, from the command line to a loaded checkpoint."""
+"""Branches of different architectures, channels and resolutions,
+from the command line to a loaded checkpoint."""
 
 from __future__ import annotations
 
@@ -24,8 +25,15 @@ Train = Callable[..., Path]
     [
         ("resnet20,wrn16_2", 16, [(64, 4, 4), (128, 4, 4)]),
         ("torchvision:shufflenet_v2_x0_5,timm:mobilenetv3_small_050", 32, [(1024, 1, 1), (288, 1, 1)]),
-        pytest.param("timm:mobilenetv3_small_050,resnet20", 32, [(288, 1, 1), (64, 8, 8)], marks=pytest.mark.slow),
-        pytest.param("torchvision:resnet18,timm:mobilenetv3_small_100", 32, [(512, 1, 1), (576, 1, 1)], marks=pytest.mark.slow),
+        pytest.param(
+            "timm:mobilenetv3_small_050,resnet20", 32, [(288, 1, 1), (64, 8, 8)], marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "torchvision:resnet18,timm:mobilenetv3_small_100",
+            32,
+            [(512, 1, 1), (576, 1, 1)],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_any_mix_of_branches_trains_is_saved_and_loaded(
@@ -35,9 +43,9 @@ def test_any_mix_of_branches_trains_is_saved_and_loaded(
     network = load_network(run, "best").network
     assert len(network.trunk) == 0
     images = run.reference("best", "fused")[0]
-    normalised = (torch.from_numpy(images).permute(0, 3, 1, 2).float() - torch.tensor(run.mean)[:, None, None]) / (
-        torch.tensor(run.std)[:, None, None]
-    )
+    normalised = (
+        torch.from_numpy(images).permute(0, 3, 1, 2).float() - torch.tensor(run.mean)[:, None, None]
+    ) / (torch.tensor(run.std)[:, None, None])
     with torch.no_grad():
         outputs = network(normalised)
         assert [tuple(feature_map.shape[1:]) for feature_map in outputs.features] == shapes
@@ -53,7 +61,12 @@ def test_methods_that_cannot_mix_say_so_and_leave_nothing(
     method: str, tiny_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "never"
-    assert run_command(main, [*tiny_flags, "--branches", "resnet20,wrn16_2", "--method", method, "--out", str(out)]) == 2
+    assert (
+        run_command(
+            main, [*tiny_flags, "--branches", "resnet20,wrn16_2", "--method", method, "--out", str(out)]
+        )
+        == 2
+    )
     message = capsys.readouterr().err
     assert message.count("\n") == 1
     assert ("one architecture" if method == "one" else "equal channels, not 64, 128") in message
@@ -78,7 +91,9 @@ def test_a_branch_of_a_run_loads_into_torchvisions_model(
     assert metadata["classes"] == '["blue","green","red"]'
     run = load_run(folder)
     images, _, wanted = run.reference("best", "branch0")
-    mean, std = (torch.tensor([float(v) for v in metadata[key].strip("[]").split(",")]) for key in ("mean", "std"))
+    mean, std = (
+        torch.tensor([float(v) for v in metadata[key].strip("[]").split(",")]) for key in ("mean", "std")
+    )
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
     with torch.no_grad():
         found = model((pixels - mean[:, None, None]) / std[:, None, None]).numpy()

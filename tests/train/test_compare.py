@@ -23,7 +23,10 @@ def test_t_interval_of_five_seeds() -> None:
     assert value.mean == pytest.approx(0.93)
     assert value.std == pytest.approx(0.0158114, abs=1e-7)
     half = 2.776445 * 0.0158114 / 5**0.5  # t of 4 degrees of freedom at 97.5 %, from the tables
-    assert (value.low, value.high) == (pytest.approx(0.93 - half, abs=1e-6), pytest.approx(0.93 + half, abs=1e-6))
+    assert (value.low, value.high) == (
+        pytest.approx(0.93 - half, abs=1e-6),
+        pytest.approx(0.93 + half, abs=1e-6),
+    )
 
 
 def test_one_seed_has_no_spread() -> None:
@@ -31,7 +34,9 @@ def test_one_seed_has_no_spread() -> None:
     assert (value.mean, value.std, value.low, value.high) == (0.5, None, None, None)
 
 
-@pytest.mark.parametrize("differences", [[0.1, 0.2, -0.05, 0.3, 0.1, 0.02], [0.01] * 6, [1.0, -1.0, 2.0, 0.0, 0.5, -0.2, 0.1]])
+@pytest.mark.parametrize(
+    "differences", [[0.1, 0.2, -0.05, 0.3, 0.1, 0.02], [0.01] * 6, [1.0, -1.0, 2.0, 0.0, 0.5, -0.2, 0.1]]
+)
 def test_sign_flip_test_counts_all_signs(differences: list[float]) -> None:
     sums = [
         abs(sum(s * d for s, d in zip(signs, differences, strict=True)))
@@ -103,7 +108,10 @@ def test_every_method_gets_as_many_branches_as_it_trains(flags: list[str], expec
         (["--seed", "3"], "--seed belongs to python -m train.run"),
         (["--method=ffl"], "--method belongs to"),
         (["--epochs", "0"], "--epochs must be at least 1"),
-        (["--methods", "ffl,one", "--branches", "resnet20,resnet32"], "ONE needs branches of one architecture"),
+        (
+            ["--methods", "ffl,one", "--branches", "resnet20,resnet32"],
+            "ONE needs branches of one architecture",
+        ),
     ],
 )
 def test_flags_that_no_comparison_can_use(flags: list[str], sentence: str, tmp_path: Path) -> None:
@@ -118,7 +126,8 @@ def arguments(image_folder: Callable[..., Path], tmp_path: Path) -> list[str]:
     folder = image_folder(classes=("a", "b"), train=10, test=6, size=(8, 8))
     return [
         "--data", str(folder), "--branches", "resnet20,resnet20", "--epochs", "1", "--batch-size", "8",
-        "--methods", "vanilla,ffl", "--seeds", "2", "--device", "cpu", "--precision", "fp32", "--out", str(tmp_path / "cmp"),
+        "--methods", "vanilla,ffl", "--seeds", "2", "--device", "cpu", "--precision", "fp32", "--out",
+        str(tmp_path / "cmp"),
     ]  # fmt: skip
 
 
@@ -160,15 +169,21 @@ def test_from_flags_to_tables_and_again_without_training(
     vanilla, ffl = report["methods"]
     for method in (vanilla, ffl):
         for seed, value in enumerate(method["accuracy"][method["strong"]]["values"]):
-            with np.load(out / f"{method['method']}-seed{seed}" / "test_predictions.npz", allow_pickle=False) as arrays:
+            with np.load(
+                out / f"{method['method']}-seed{seed}" / "test_predictions.npz", allow_pickle=False
+            ) as arrays:
                 assert value == pytest.approx(np.mean(arrays[method["strong"]] == arrays["labels"]), abs=1e-6)
                 assert arrays["labels"].tolist() == [0] * 6 + [1] * 6
     assert ffl["against"] is None
     pairs = vanilla["against"]["pairs"]
-    assert [(p["gained"] - p["lost"]) / 12 for p in pairs] == pytest.approx(vanilla["against"]["difference"]["values"])
+    assert [(p["gained"] - p["lost"]) / 12 for p in pairs] == pytest.approx(
+        vanilla["against"]["difference"]["values"]
+    )
     assert vanilla["alone"] is None
     branch0 = [method["accuracy"]["branch0"]["values"] for method in (vanilla, ffl)]
-    assert ffl["alone"]["difference"]["values"] == pytest.approx(np.subtract(*reversed(branch0)).tolist(), abs=1e-6)
+    assert ffl["alone"]["difference"]["values"] == pytest.approx(
+        np.subtract(*reversed(branch0)).tolist(), abs=1e-6
+    )
     assert ffl["parameters"]["branch0"] == vanilla["parameters"]["branch0"] < ffl["parameters"]["fused"]
     assert (out / "cmp.png").read_bytes().startswith(b"\x89PNG")
     text = (out / "cmp.md").read_text()
@@ -181,15 +196,21 @@ def test_from_flags_to_tables_and_again_without_training(
 def test_other_flags_than_the_finished_runs_had_are_refused(arguments: list[str]) -> None:
     few = [*arguments, "--methods", "vanilla", "--seeds", "1"]
     assert command.main(few) == 0
-    with pytest.raises(UsageError, match=r"vanilla-seed0 was trained with other flags \(--epochs is 2 now and was 1\)"):
+    with pytest.raises(
+        UsageError, match=r"vanilla-seed0 was trained with other flags \(--epochs is 2 now and was 1\)"
+    ):
         command.main([*few, "--epochs", "2"])
 
 
 @pytest.mark.parametrize(
-    "error", [CheckError("the loss is not finite at step 3."), UsageError("ffl needs branches of equal channels.")]
+    "error",
+    [CheckError("the loss is not finite at step 3."), UsageError("ffl needs branches of equal channels.")],
 )
 def test_a_run_that_fails_is_named_and_the_others_go_on(
-    error: Exception, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    error: Exception,
+    arguments: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     import train.session
 

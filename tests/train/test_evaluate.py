@@ -27,7 +27,11 @@ class Last(World):
     """The last of four processes; the others had 3 images, of which 2, 1, 0, 3 were right."""
 
     def sum(self, values: Tensor) -> Tensor:
-        return values + (torch.tensor([3, 2, 1, 0, 3]) if values.ndim == 1 and len(values) == 5 else torch.tensor([7, 8, 9]))
+        return values + (
+            torch.tensor([3, 2, 1, 0, 3])
+            if values.ndim == 1 and len(values) == 5
+            else torch.tensor([7, 8, 9])
+        )
 
 
 def test_a_process_without_images_takes_part() -> None:

@@ -50,7 +50,10 @@ def test_the_namespace_is_what_was_typed(argv: str, expected: dict[str, Any]) ->
         ("--epochs 3.5", "Error parsing --epochs: '3.5' is not a whole number. See train --help."),
         (
             "--augment crops",
-            "Error parsing --augment: there is no 'crops'. Did you mean 'crop'? Known: none, crop, resized-crop.",
+            (
+                "Error parsing --augment: there is no 'crops'. Did you mean 'crop'? Known: none, crop, "
+                "resized-crop."
+            ),
         ),
     ],
 )

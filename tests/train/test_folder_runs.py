@@ -1,4 +1,5 @@
-"""Whole runs on image folders: in memory or streamed, small or in ImageNet's layout; and what is refused before training."""
+"""Whole runs on image folders: in memory or streamed, small or in ImageNet's layout;
+and what is refused before training."""
 
 from __future__ import annotations
 
@@ -51,7 +52,10 @@ def test_a_streamed_run_ends_with_the_weights_of_a_run_in_memory(
     assert weights(held) == weights(streamed)
     one, other = (json.loads((run / "summary.json").read_text())["accuracy"] for run in (held, streamed))
     assert one == other
-    assert (load_run(held).config.split["in_memory"], load_run(streamed).config.split["in_memory"]) == (True, False)
+    assert (load_run(held).config.split["in_memory"], load_run(streamed).config.split["in_memory"]) == (
+        True,
+        False,
+    )
 
 
 def test_a_run_may_go_on_with_another_memory_limit_and_other_workers(
@@ -91,7 +95,10 @@ def test_imagenets_recipe_on_imagenets_layout(image_folder: Callable[..., Path],
     (folder / "test").rename(folder / "val")
     out = tmp_path / "run"
     small = ["--image-size", "32", "--branches", "resnet20,resnet20", "--batch-size", "8", "--epochs", "1"]
-    assert main(["--recipe", "imagenet-resnet34", "--data", str(folder), "--out", str(out), "--quiet", *small]) == 0
+    assert (
+        main(["--recipe", "imagenet-resnet34", "--data", str(folder), "--out", str(out), "--quiet", *small])
+        == 0
+    )
     config = load_run(out).config
     assert config.options["data"]["augment"] == "resized-crop"
     assert {part: sum(counts) for part, counts in config.split["images_per_class"].items()} == {
@@ -120,14 +127,28 @@ def spoil(folder: Path) -> None:
 
 
 def run(folder: Path, out: Path, *flags: str) -> int:
-    common = ["--data", str(folder), "--out", str(out), "--epochs", "1", "--branches", "resnet20,resnet20", "--batch-size", "8"]
+    common = [
+        "--data",
+        str(folder),
+        "--out",
+        str(out),
+        "--epochs",
+        "1",
+        "--branches",
+        "resnet20,resnet20",
+        "--batch-size",
+        "8",
+    ]
     common += ["--precision", "fp32"]  # `auto` measures a busy machine, and two runs are compared
     return run_command(main, [*common, "--quiet", *flags])
 
 
 @pytest.mark.parametrize("flags", [(), ("--memory-limit", "0")], ids=["memory", "disk"])
 def test_unreadable_images_end_it_with_2_before_a_run_directory_exists(
-    image_folder: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...]
+    image_folder: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    flags: tuple[str, ...],
 ) -> None:
     folder = image_folder()
     spoil(folder)
@@ -139,7 +160,9 @@ def test_unreadable_images_end_it_with_2_before_a_run_directory_exists(
     assert not (tmp_path / "run" / "config.json").exists()
 
 
-def test_skip_bad_images_trains_and_records_what_was_left_out(image_folder: Callable[..., Path], tmp_path: Path) -> None:
+def test_skip_bad_images_trains_and_records_what_was_left_out(
+    image_folder: Callable[..., Path], tmp_path: Path
+) -> None:
     folder = image_folder()
     spoil(folder)
     assert run(folder, tmp_path / "run", "--skip-bad-images") == 0
@@ -148,7 +171,10 @@ def test_skip_bad_images_trains_and_records_what_was_left_out(image_folder: Call
 
 
 def test_a_bad_image_in_mid_training_ends_it_with_1_by_name(
-    image_folder: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    image_folder: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = image_folder()
     original = FileSplit.original
@@ -159,7 +185,9 @@ def test_a_bad_image_in_mid_training_ends_it_with_1_by_name(
             path.unlink(missing_ok=True)  # after the check, as on a failing disk
         return original(split, row)
 
-    monkeypatch.setattr("ffl_deploy.data.datasets.folder_statistics", lambda *arguments: ((1.0,) * 3, (1.0,) * 3))
+    monkeypatch.setattr(
+        "ffl_deploy.data.datasets.folder_statistics", lambda *arguments: ((1.0,) * 3, (1.0,) * 3)
+    )
     monkeypatch.setattr(FileSplit, "original", vanished)
     assert run(folder, tmp_path / "run", "--memory-limit", "0", "--workers", "1", "--validation", "0.01") == 1
     error = capsys.readouterr().err
@@ -173,18 +201,27 @@ def test_a_bad_image_in_mid_training_ends_it_with_1_by_name(
         (("--crop-padding", "16"), "--crop-padding 16 is too wide for images of 16x16 pixels"),
         (("--workers", "-1"), "--workers must be 0"),
         (("--memory-limit", "-1"), "--memory-limit must be 0"),
-        (("--accumulate", "4", "--batch-size", "8", "--validation", "0.9"), "cannot be dealt out to 4 micro-batches"),
+        (
+            ("--accumulate", "4", "--batch-size", "8", "--validation", "0.9"),
+            "cannot be dealt out to 4 micro-batches",
+        ),
     ],
 )
 def test_values_that_no_folder_can_use(
-    image_folder: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], sentence: str
+    image_folder: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    flags: tuple[str, ...],
+    sentence: str,
 ) -> None:
     assert run(image_folder(), tmp_path / "run", *flags) == 2
     assert sentence in capsys.readouterr().err
     assert not (tmp_path / "run" / "config.json").exists()
 
 
-def test_the_same_images_as_folder_and_as_prepared_arrays(image_folder: Callable[..., Path], tmp_path: Path) -> None:
+def test_the_same_images_as_folder_and_as_prepared_arrays(
+    image_folder: Callable[..., Path], tmp_path: Path
+) -> None:
     """Another format of the same pixels gives the same run: nothing depends on how an image was stored."""
     folder, copy = image_folder(), tmp_path / "copy"
     shutil.copytree(folder, copy)

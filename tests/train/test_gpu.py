@@ -37,7 +37,8 @@ def test_gpu_and_cpu_see_the_same_batches(train_tiny: Callable[..., Path]) -> No
 def test_resume_with_loss_scaling_continues_the_scale(
     train_tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """GradScaler counts steps without overflow; a scaler that starts anew would count those since the resume."""
+    """GradScaler counts steps without overflow; a scaler
+    that starts anew would count those since the resume."""
     import train.loop
 
     original = train.loop.Recorder.epoch
@@ -64,10 +65,30 @@ def scaler_of(run: Path) -> dict[str, float]:
 
 def test_sync_batchnorm_under_torchrun(tiny_flags: list[str], tmp_path: Path) -> None:
     processes = min(torch.cuda.device_count(), 2)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(processes),
+    ]
     done = subprocess.run(
-        [*launcher, "-m", "train.run", *tiny_flags, "--device", "cuda", "--sync-batchnorm", "--out", str(tmp_path / "run")],
-        env=dict(os.environ), capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [
+            *launcher,
+            "-m",
+            "train.run",
+            *tiny_flags,
+            "--device",
+            "cuda",
+            "--sync-batchnorm",
+            "--out",
+            str(tmp_path / "run"),
+        ],
+        env=dict(os.environ),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "summary.json").is_file()

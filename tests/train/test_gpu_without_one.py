@@ -1,4 +1,5 @@
-"""What a GPU run does, as far as a CPU can show it: on fake tensors, with switches read back, with errors put in."""
+"""What a GPU run does, as far as a CPU can show it: on fake tensors, with switches read back,
+with errors put in."""
 
 from __future__ import annotations
 
@@ -65,7 +66,8 @@ def test_full_precision_is_without_tf32_and_ends_with_the_block() -> None:
 def test_the_test_set_is_read_without_tf32_and_the_reference_on_the_cpu(
     train_tiny: TrainTiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With TF32, logits are 1e-3 of their standard deviation off, and a run of a GPU could not be exported: the gate is 1e-4."""
+    """With TF32, logits are 1e-3 of their standard deviation off, and a run of a GPU could not be exported:
+    the gate is 1e-4."""
     seen: dict[str, Any] = {}
     predictions, logits_of = train.finish.predictions, train.finish.logits_of
 
@@ -112,11 +114,23 @@ def test_a_conversion_that_changes_the_network_is_refused(monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("error", "sentence"),
     [
-        (torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors"), "out of memory (CUDA error: out of memory)"),
-        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "smaller --batch-size"),
+        (
+            torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors"),
+            "out of memory (CUDA error: out of memory)",
+        ),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+            "smaller --batch-size",
+        ),
         (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "smaller --batch-size"),
-        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nmore"), "the GPU failed (CUDA error: an"),
-        (torch.AcceleratorError("CUDA error: no kernel image is available for execution"), "--resume, or with --device cpu"),
+        (
+            torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nmore"),
+            "the GPU failed (CUDA error: an",
+        ),
+        (
+            torch.AcceleratorError("CUDA error: no kernel image is available for execution"),
+            "--resume, or with --device cpu",
+        ),
         (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), "the GPU failed (cuDNN error"),
     ],
 )
@@ -147,7 +161,9 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 9), (9, 0), (12, 0)])
-def test_a_gpu_that_this_torch_has_code_for_is_taken(pretended: Callable[..., None], capability: tuple[int, int]) -> None:
+def test_a_gpu_that_this_torch_has_code_for_is_taken(
+    pretended: Callable[..., None], capability: tuple[int, int]
+) -> None:
     pretended(True, capability)
     precision = torch.get_float32_matmul_precision()
     try:
@@ -159,7 +175,10 @@ def test_a_gpu_that_this_torch_has_code_for_is_taken(pretended: Callable[..., No
 @pytest.mark.parametrize(
     ("machine", "reason"),
     [
-        ({"available": True, "capability": (7, 0)}, "has no code for this GPU's compute capability 7.0 (it has sm_75"),
+        (
+            {"available": True, "capability": (7, 0)},
+            "has no code for this GPU's compute capability 7.0 (it has sm_75",
+        ),
         ({"available": True, "capability": (6, 0)}, "has no code for this GPU's compute capability 6.0"),
         ({"available": False}, "the NVIDIA driver is too old for the CUDA"),
         ({"available": False, "built": False}, "this torch is built without CUDA"),
@@ -179,7 +198,9 @@ def test_a_gpu_that_cannot_be_used_is_told_and_auto_takes_the_cpu(
 def test_images_on_a_gpu_are_counted_as_they_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
     """Padded by 4 pixels, images of 32 take 1.56 times their bytes."""
     split = ArraySplit(np.zeros((100, 32, 32, 3), np.uint8), np.zeros(100, np.int64))
-    data = ImageData("noise", ("a", "b"), Preprocessing(32, 32), (128.0,) * 3, (64.0,) * 3, split, split, split)
+    data = ImageData(
+        "noise", ("a", "b"), Preprocessing(32, 32), (128.0,) * 3, (64.0,) * 3, split, split, split
+    )
     config = TrainConfig(data=DataOptions(augment="crop", crop_padding=4))
     place = Place(torch.device("cuda", 0), "fp32")
     for free, held in ((4 * 100 * 3 * 40 * 40, True), (4 * 100 * 3 * 40 * 40 - 4, False)):
@@ -231,14 +252,25 @@ sys.exit(run_command(main, sys.argv[1:]))
 def test_machines_without_a_common_disk_test_the_best_weights_and_refuse_to_resume_apart(
     tiny_flags: list[str], tmp_path: Path
 ) -> None:
-    """Only the main process writes checkpoints. The others used to go on with their last weights, in silence."""
+    """Only the main process writes checkpoints. The others used to go on with their last weights,
+    in silence."""
     script = tmp_path / "node.py"
     script.write_text(NODE)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(script),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
 
     def launch(*flags: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([*launcher, *flags], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+        return subprocess.run(
+            [*launcher, *flags], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+        )
 
     flags = [flag if not Path(flag).exists() else str(Path(flag).resolve()) for flag in tiny_flags]
     done = launch(*flags, "--epochs", "3", "--lr", "0.5", "--out", "run")

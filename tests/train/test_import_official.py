@@ -1,4 +1,5 @@
-"""Checkpoints laid out as FFL's official code saves them become a run: the same weights bit for bit, the same outputs."""
+"""Checkpoints laid out as FFL's official code saves them become a run: the same weights bit for bit,
+the same outputs."""
 
 from __future__ import annotations
 
@@ -42,7 +43,12 @@ def official_weights(blocks: int = 3) -> tuple[Weights, Weights]:
 
     convolution(model, "conv1", 16, 3, 3, 3)
     norm(model, "bn1", 16)
-    for layer, before, channels in (("layer1", 16, 16), ("layer2", 16, 32), ("layer3_1", 32, 64), ("layer3_2", 32, 64)):
+    for layer, before, channels in (
+        ("layer1", 16, 16),
+        ("layer2", 16, 32),
+        ("layer3_1", 32, 64),
+        ("layer3_2", 32, 64),
+    ):
         for block in range(blocks):
             inputs = before if block == 0 else channels
             convolution(model, f"{layer}.{block}.conv1", channels, inputs, 3, 3)
@@ -64,10 +70,13 @@ def official_weights(blocks: int = 3) -> tuple[Weights, Weights]:
 
 
 def official_outputs(model: Weights, fusion: Weights, images: Tensor) -> dict[str, Tensor]:
-    """The official forward pass, written as functions of the weights by their names. images: normalised [n, 3, 32, 32]."""
+    """The official forward pass, written as functions of the weights by their names. images:
+    normalised [n, 3, 32, 32]."""
 
     def norm(weights: Weights, name: str, x: Tensor) -> Tensor:
-        mean, var, weight, bias = (weights[f"{name}.{part}"] for part in ("running_mean", "running_var", "weight", "bias"))
+        mean, var, weight, bias = (
+            weights[f"{name}.{part}"] for part in ("running_mean", "running_var", "weight", "bias")
+        )
         return functional.batch_norm(x, mean, var, weight, bias)
 
     def layer(name: str, x: Tensor) -> Tensor:
@@ -75,18 +84,29 @@ def official_outputs(model: Weights, fusion: Weights, images: Tensor) -> dict[st
         while f"{name}.{block}.conv1.weight" in model:
             own, stride = f"{name}.{block}", 2 if block == 0 and name != "layer1" else 1
             out = functional.conv2d(x, model[f"{own}.conv1.weight"], stride=stride, padding=1)
-            out = functional.conv2d(norm(model, f"{own}.bn1", out).relu(), model[f"{own}.conv2.weight"], padding=1)
+            out = functional.conv2d(
+                norm(model, f"{own}.bn1", out).relu(), model[f"{own}.conv2.weight"], padding=1
+            )
             if f"{own}.downsample.0.weight" in model:
-                x = norm(model, f"{own}.downsample.1", functional.conv2d(x, model[f"{own}.downsample.0.weight"], stride=stride))
+                x = norm(
+                    model,
+                    f"{own}.downsample.1",
+                    functional.conv2d(x, model[f"{own}.downsample.0.weight"], stride=stride),
+                )
             x = (norm(model, f"{own}.bn2", out) + x).relu()
             block += 1
         return x
 
     def classify(weights: Weights, name: str, x: Tensor) -> Tensor:
-        return functional.linear(functional.avg_pool2d(x, 8).flatten(1), weights[f"{name}.weight"], weights[f"{name}.bias"])
+        return functional.linear(
+            functional.avg_pool2d(x, 8).flatten(1), weights[f"{name}.weight"], weights[f"{name}.bias"]
+        )
 
     shared = layer(
-        "layer2", layer("layer1", norm(model, "bn1", functional.conv2d(images, model["conv1.weight"], padding=1)).relu())
+        "layer2",
+        layer(
+            "layer1", norm(model, "bn1", functional.conv2d(images, model["conv1.weight"], padding=1)).relu()
+        ),
     )
     first, second = layer("layer3_1", shared), layer("layer3_2", shared)
     x = functional.conv2d(torch.cat([first, second], 1), fusion["conv1.weight"], padding=1, groups=128)
@@ -104,7 +124,11 @@ def save_official(tmp_path: Path) -> Callable[..., list[str]]:
 
     def save(model: Weights, fusion: Weights, **extra: Any) -> list[str]:
         for name, weights in (("Model", model), ("Module", fusion)):
-            content = {"epoch": 299, "state_dict": weights, "optimizer": {"state": {}, "param_groups": [{"lr": 0.001}]}} | extra
+            content = {
+                "epoch": 299,
+                "state_dict": weights,
+                "optimizer": {"state": {}, "param_groups": [{"lr": 0.001}]},
+            } | extra
             torch.save(content, tmp_path / f"{name}_299.pth")
         return [str(tmp_path / "Model_299.pth"), str(tmp_path / "Module_299.pth")]
 
@@ -113,7 +137,11 @@ def save_official(tmp_path: Path) -> Callable[..., list[str]]:
 
 @pytest.mark.parametrize("blocks", [3, 5])
 def test_an_official_checkpoint_becomes_a_run(
-    blocks: int, save_official: Callable[..., list[str]], hues: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    blocks: int,
+    save_official: Callable[..., list[str]],
+    hues: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     model, fusion = official_weights(blocks)
     out = tmp_path / "imported"
@@ -127,7 +155,9 @@ def test_an_official_checkpoint_becomes_a_run(
     own = network.state_dict()
     values = sorted([*model.values(), *fusion.values()], key=lambda value: value.flatten().tolist())
     assert len(own) == len(values)
-    for found, wanted in zip(sorted(own.values(), key=lambda value: value.flatten().tolist()), values, strict=True):
+    for found, wanted in zip(
+        sorted(own.values(), key=lambda value: value.flatten().tolist()), values, strict=True
+    ):
         assert torch.equal(found, wanted)
 
     images, labels, fused = run.reference("best", "fused")
@@ -171,7 +201,9 @@ def test_what_does_not_fit_is_one_sentence_and_leaves_nothing(
     (tmp_path / "noise.pth").write_bytes(b"not a checkpoint")
     assert "can be read without executing code" in complaint(str(tmp_path / "noise.pth"), paths[1])
     assert "can be read without executing code" in complaint(*save_official(model, fusion, hook=Path))
-    assert "a weight 'layer4.0.bias'" in complaint(*save_official({**model, "layer4.0.bias": torch.ones(1)}, fusion))
+    assert "a weight 'layer4.0.bias'" in complaint(
+        *save_official({**model, "layer4.0.bias": torch.ones(1)}, fusion)
+    )
     lacking = {name: value for name, value in model.items() if name != "layer2.1.bn2.running_var"}
     assert "trunk.2.1.bn2.running_var missing" in complaint(*save_official(lacking, fusion), code=1)
     assert "no backbone 'resnet26'" in complaint(*save_official(*official_weights(4)))

@@ -36,7 +36,10 @@ def weights(run: Path, checkpoint: str = "last") -> dict[str, torch.Tensor]:
 
 
 def without_rate(run: Path) -> list[dict[str, object]]:
-    return [{name: value for name, value in line.items() if name != "images_per_second"} for line in read_metrics(run)]
+    return [
+        {name: value for name, value in line.items() if name != "images_per_second"}
+        for line in read_metrics(run)
+    ]
 
 
 def assert_same_run(found: Path, expected: Path) -> None:
@@ -97,7 +100,14 @@ def test_a_run_directory_holds_what_the_contract_says(train_tiny: TrainTiny) -> 
     lines = read_metrics(folder)
     assert [line["epoch"] for line in lines] == [0, 1]
     assert lines[0]["loss"] == pytest.approx(sum(lines[0]["parts"].values()))
-    assert set(lines[0]["parts"]) == {"ce/branch0", "ce/branch1", "ce/fused", "ekd/fused", "fkd/branch0", "fkd/branch1"}
+    assert set(lines[0]["parts"]) == {
+        "ce/branch0",
+        "ce/branch1",
+        "ce/fused",
+        "ekd/fused",
+        "fkd/branch0",
+        "fkd/branch1",
+    }
     assert set(lines[0]["ema"]) == set(lines[0]["validation"])
 
 
@@ -119,7 +129,9 @@ def test_splits_are_disjoint_and_recorded(train_tiny: TrainTiny) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_resume_in_mid_epoch_is_bit_identical(method: str, train_tiny: TrainTiny, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_in_mid_epoch_is_bit_identical(
+    method: str, train_tiny: TrainTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
     flags = ["--method", method]
     expected = train_tiny("uninterrupted", *flags)
     folder = expected.parent / "stopped"
@@ -138,7 +150,18 @@ def test_resume_in_mid_epoch_is_bit_identical(method: str, train_tiny: TrainTiny
     "flags",
     [
         ["--ema", "0.9", "--clip", "0.5", "--accumulate", "2", "--optimizer", "adamw", "--lr", "0.001"],
-        ["--mixup", "0.2", "--cutmix", "1.0", "--label-smoothing", "0.1", "--schedule", "cosine", "--precision", "fp32"],
+        [
+            "--mixup",
+            "0.2",
+            "--cutmix",
+            "1.0",
+            "--label-smoothing",
+            "0.1",
+            "--schedule",
+            "cosine",
+            "--precision",
+            "fp32",
+        ],
         ["--precision", "bf16", "--small-size", "6"],
     ],
 )
@@ -157,7 +180,9 @@ def test_resume_is_bit_identical_with_every_option(
 
 
 def test_seeds_decide_the_result(train_tiny: TrainTiny) -> None:
-    a, b, c = (weights(train_tiny(name, "--seed", seed)) for name, seed in (("a", "0"), ("b", "0"), ("c", "1")))
+    a, b, c = (
+        weights(train_tiny(name, "--seed", seed)) for name, seed in (("a", "0"), ("b", "0"), ("c", "1"))
+    )
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert not torch.equal(a["heads.0.weight"], c["heads.0.weight"])
 
@@ -169,13 +194,17 @@ def test_a_finished_run_is_not_repeated(train_tiny: TrainTiny) -> None:
     assert (folder / "summary.json").read_bytes() == before
 
 
-def test_a_run_is_never_overwritten(train_tiny: TrainTiny, hues: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_is_never_overwritten(
+    train_tiny: TrainTiny, hues: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = train_tiny("run")
     assert run_command(main, ["--data", str(hues), "--out", str(folder)]) == 2
     assert "--resume" in capsys.readouterr().err
 
 
-def test_changed_configuration_on_resume_says_what_differs(train_tiny: TrainTiny, capsys: pytest.CaptureFixture[str]) -> None:
+def test_changed_configuration_on_resume_says_what_differs(
+    train_tiny: TrainTiny, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = train_tiny("run")
     assert run_command(main, ["--resume", str(folder), "--lr", "0.7", "--epochs", "9"]) == 2
     error = capsys.readouterr().err
@@ -226,7 +255,9 @@ def test_a_full_disk_ends_with_1_and_keeps_the_old_checkpoint(
 def test_weight_decay_groups_are_the_papers(train_tiny: TrainTiny) -> None:
     network = MutualNetwork(NetworkConfig(("resnet20", "resnet20"), 3, 8, 8))
     optimiser = build_optimizer(network, RECIPES["cifar100-resnet32-paper"].optimisation)
-    sizes = {group["weight_decay"]: sum(p.numel() for p in group["params"]) for group in optimiser.param_groups}
+    sizes = {
+        group["weight_decay"]: sum(p.numel() for p in group["params"]) for group in optimiser.param_groups
+    }
     fusion = sum(p.numel() for p in network.fusion.parameters())
     assert sizes == {1e-5: fusion, 1e-4: sum(p.numel() for p in network.parameters()) - fusion}
     assert all(group["nesterov"] and group["momentum"] == 0.9 for group in optimiser.param_groups)
@@ -248,13 +279,16 @@ def test_dualnet_leaves_the_frozen_extractor_alone(
 
 
 def test_optimiser_state_takes_the_strides_of_its_parameters(train_tiny: TrainTiny) -> None:
-    """A fused step walks parameter and momentum in memory order: other strides would pair the wrong elements."""
+    """A fused step walks parameter and momentum in memory order:
+    other strides would pair the wrong elements."""
     network = build_network(load_run(train_tiny("run"))).to(memory_format=torch.channels_last)
     optimiser = build_optimizer(network, RECIPES["digits"].optimisation)
     network(torch.ones(2, 3, 8, 8)).fused.sum().backward()
     optimiser.step()
     fresh = build_optimizer(network, RECIPES["digits"].optimisation)
-    load_optimizer_tensors(fresh, {name: value.contiguous() for name, value in optimizer_tensors(optimiser).items()})
+    load_optimizer_tensors(
+        fresh, {name: value.contiguous() for name, value in optimizer_tensors(optimiser).items()}
+    )
     for parameter, state in fresh.state.items():
         assert state["momentum_buffer"].stride() == parameter.stride()
         assert torch.equal(state["momentum_buffer"], optimiser.state[parameter]["momentum_buffer"])
@@ -263,5 +297,8 @@ def test_optimiser_state_takes_the_strides_of_its_parameters(train_tiny: TrainTi
 @pytest.mark.slow
 def test_compile_computes_the_same_losses(train_tiny: TrainTiny) -> None:
     flags = ["--precision", "fp32", "--epochs", "1"]
-    eager, compiled = read_metrics(train_tiny("eager", *flags)), read_metrics(train_tiny("compiled", *flags, "--compile"))
+    eager, compiled = (
+        read_metrics(train_tiny("eager", *flags)),
+        read_metrics(train_tiny("compiled", *flags, "--compile")),
+    )
     assert compiled[0]["loss"] == pytest.approx(eager[0]["loss"], rel=1e-3)

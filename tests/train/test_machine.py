@@ -23,8 +23,12 @@ from train.machine import Place, bf16_speed_up, choose_place, resources_in_one_s
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize(("speed_up", "expected"), [(0.0, "fp32"), (0.6, "fp32"), (1.1, "fp32"), (1.3, "bf16"), (5.0, "bf16")])
-def test_a_cpu_trains_in_bf16_where_that_is_faster(speed_up: float, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("speed_up", "expected"), [(0.0, "fp32"), (0.6, "fp32"), (1.1, "fp32"), (1.3, "bf16"), (5.0, "bf16")]
+)
+def test_a_cpu_trains_in_bf16_where_that_is_faster(
+    speed_up: float, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(train.machine, "bf16_speed_up", lambda: speed_up)
     assert choose_place("auto", CPU, World()).precision == expected
 
@@ -51,7 +55,9 @@ def test_measuring_leaves_the_random_numbers_alone(monkeypatch: pytest.MonkeyPat
     assert torch.equal(torch.rand(4), expected)
 
 
-def test_a_resumed_run_keeps_its_precision(train_tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_keeps_its_precision(
+    train_tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = train_tiny("run", "--epochs", "1", "--precision", "auto")
     content = json.loads((folder / CONFIG).read_text())
     content["toolchain"]["precision"] = "bf16"
@@ -60,7 +66,9 @@ def test_a_resumed_run_keeps_its_precision(train_tiny: Callable[..., Path], monk
     (folder / "summary.json").unlink()
     used = []
     run = train.session.Trainer.run
-    monkeypatch.setattr(train.session.Trainer, "run", lambda trainer: used.append(trainer.place.precision) or run(trainer))
+    monkeypatch.setattr(
+        train.session.Trainer, "run", lambda trainer: used.append(trainer.place.precision) or run(trainer)
+    )
     monkeypatch.setattr(train.machine, "bf16_speed_up", lambda: 0.0)
     train_tiny("run", "--resume", str(folder))
     assert used == ["bf16"]
@@ -79,9 +87,18 @@ def test_a_size_that_the_network_cannot_take_is_refused() -> None:
 @pytest.mark.parametrize(
     ("error", "sentence"),
     [
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."), "out of memory (CUDA out of memory."),
-        (RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"), "--accumulate 2"),
-        (torch._dynamo.exc.TorchDynamoException("InvalidCxxCompiler: none found"), "--compile failed (InvalidCxxCompiler"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
+            "out of memory (CUDA out of memory.",
+        ),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"),
+            "--accumulate 2",
+        ),
+        (
+            torch._dynamo.exc.TorchDynamoException("InvalidCxxCompiler: none found"),
+            "--compile failed (InvalidCxxCompiler",
+        ),
     ],
 )
 def test_missing_memory_or_compiler_is_one_sentence(error: Exception, sentence: str) -> None:

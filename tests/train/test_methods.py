@@ -10,7 +10,20 @@ import torch
 
 from ffl_deploy.errors import UsageError
 from ffl_deploy.networks.mutual import MutualNetwork, NetworkConfig, Outputs
-from train.methods import CLILR, DML, FFL, METHODS, ONE, DualNet, Independent, Method, OKDDip, Vanilla, build_method, distill
+from train.methods import (
+    CLILR,
+    DML,
+    FFL,
+    METHODS,
+    ONE,
+    DualNet,
+    Independent,
+    Method,
+    OKDDip,
+    Vanilla,
+    build_method,
+    distill,
+)
 
 LABELS = np.array([0, 3, 1, 2, 4, 4])
 
@@ -35,7 +48,9 @@ def z() -> list[np.ndarray]:
     return list(np.random.default_rng(7).normal(scale=4, size=(5, 6, 5)))
 
 
-def outputs(branches: list[np.ndarray], fused: np.ndarray | None = None, aggregated: np.ndarray | None = None) -> Outputs:
+def outputs(
+    branches: list[np.ndarray], fused: np.ndarray | None = None, aggregated: np.ndarray | None = None
+) -> Outputs:
     def leaf(values: np.ndarray | None) -> torch.Tensor | None:
         return None if values is None else torch.tensor(values, dtype=torch.float32, requires_grad=True)
 
@@ -109,9 +124,15 @@ def ffl_of(student: list[np.ndarray], teacher: list[np.ndarray], ramp: float) ->
 
 
 def okddip_of(student: list[np.ndarray], teacher: list[np.ndarray], ramp: float) -> float:
-    """OKDDip's loss of (leader, peer 1, peer 2, target 1, target 2): the targets are attached, the peers' mean is not."""
+    """OKDDip's loss of (leader, peer 1, peer 2, target 1, target 2): the targets are attached,
+    the peers' mean is not."""
     leader, p1, p2, t1, t2 = student
-    return ce(leader) + ce(p1) + ce(p2) + ramp * (kl(p1, t1, 3) + kl(p2, t2, 3) + kl(leader, (teacher[1] + teacher[2]) / 2, 3))
+    return (
+        ce(leader)
+        + ce(p1)
+        + ce(p2)
+        + ramp * (kl(p1, t1, 3) + kl(p2, t2, 3) + kl(leader, (teacher[1] + teacher[2]) / 2, 3))
+    )
 
 
 @pytest.mark.parametrize(("name", "reference"), [("ffl", ffl_of), ("okddip", okddip_of)])
@@ -147,7 +168,9 @@ def test_gradients_match_finite_differences_with_detached_teachers(
 
 def test_vanilla_and_independent_are_cross_entropy_alone(z: list[np.ndarray]) -> None:
     assert values(Vanilla(), outputs(z[:1])) == pytest.approx({"ce/branch0": ce(z[0])}, rel=1e-5)
-    assert values(Independent(), outputs(z[:2])) == pytest.approx({"ce/branch0": ce(z[0]), "ce/branch1": ce(z[1])}, rel=1e-5)
+    assert values(Independent(), outputs(z[:2])) == pytest.approx(
+        {"ce/branch0": ce(z[0]), "ce/branch1": ce(z[1])}, rel=1e-5
+    )
 
 
 def test_dml_averages_over_the_peers_at_temperature_1_without_ramp_up(z: list[np.ndarray]) -> None:
@@ -183,7 +206,9 @@ def test_okddip_leader_learns_from_the_peers_mean(z: list[np.ndarray]) -> None:
 
 def test_dualnet_weighs_the_auxiliary_classifiers_by_0_3(z: list[np.ndarray]) -> None:
     found = values(DualNet(), outputs(z[:2], z[2]))
-    assert found == pytest.approx({"ce/fused": ce(z[2]), "ce/branch0": 0.3 * ce(z[0]), "ce/branch1": 0.3 * ce(z[1])}, rel=1e-5)
+    assert found == pytest.approx(
+        {"ce/fused": ce(z[2]), "ce/branch0": 0.3 * ce(z[0]), "ce/branch1": 0.3 * ce(z[1])}, rel=1e-5
+    )
 
 
 def test_dualnet_alternates_and_ends_with_the_classifiers_alone() -> None:
@@ -203,7 +228,9 @@ def test_soft_labels_are_accepted_by_every_cross_entropy(z: list[np.ndarray]) ->
 def test_cl_ilr_divides_the_trunk_gradient_by_the_number_of_branches() -> None:
     def trunk_gradient(scale: bool) -> torch.Tensor:
         torch.manual_seed(0)
-        network = MutualNetwork(NetworkConfig(("resnet20",) * 2, 3, 8, 8, fusion=None, scale_trunk_gradient=scale))
+        network = MutualNetwork(
+            NetworkConfig(("resnet20",) * 2, 3, 8, 8, fusion=None, scale_trunk_gradient=scale)
+        )
         out = network(torch.ones(4, 3, 8, 8) * torch.arange(4).view(4, 1, 1, 1))
         sum(logits.square().sum() for logits in out.branches).backward()
         return torch.cat([p.grad.flatten() for p in network.trunk.parameters()])
@@ -230,6 +257,8 @@ def test_every_method_name_of_the_command_line_exists() -> None:
         ("okddip", ("resnet20", "resnet20"), "at least 3"),
     ],
 )
-def test_branches_that_a_method_cannot_train_are_refused(method: str, branches: tuple[str, ...], words: str) -> None:
+def test_branches_that_a_method_cannot_train_are_refused(
+    method: str, branches: tuple[str, ...], words: str
+) -> None:
     with pytest.raises(UsageError, match=words):
         build_method(method).check(branches)

@@ -25,12 +25,21 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 def command(*arguments: str, processes: int = 1) -> list[str]:
     if processes == 1:
         return [sys.executable, "-m", "train.run", *arguments]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(processes),
+    ]
     return [*launcher, "-m", "train.run", *arguments]
 
 
 def run(*arguments: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*arguments, processes=processes), env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        command(*arguments, processes=processes), env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -48,7 +57,17 @@ def test_two_processes_compute_what_one_accumulates(
     accumulate: int, tiny_flags: list[str], train_tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
     """The same micro-batches per step, once on two gloo processes, once one after the other."""
-    flags = [*tiny_flags, "--precision", "fp32", "--mixup", "0.2", "--batch-size", "16", "--lr", "0.01"]  # rounding must not grow
+    flags = [
+        *tiny_flags,
+        "--precision",
+        "fp32",
+        "--mixup",
+        "0.2",
+        "--batch-size",
+        "16",
+        "--lr",
+        "0.01",
+    ]  # rounding must not grow
     done = run(*flags, "--accumulate", str(accumulate), "--out", str(tmp_path / "two"), processes=2)
     assert done.returncode == 0, done.stderr
     one = train_tiny("one", *flags, "--accumulate", str(2 * accumulate))
@@ -62,13 +81,17 @@ def test_two_processes_compute_what_one_accumulates(
     for name in learned:
         torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-4)
     summary = json.loads((tmp_path / "two" / "summary.json").read_text())
-    assert all(round(value * 18) == pytest.approx(value * 18, abs=1e-3) for value in summary["accuracy"].values())  # exact counts
+    assert all(
+        round(value * 18) == pytest.approx(value * 18, abs=1e-3) for value in summary["accuracy"].values()
+    )  # exact counts
 
 
 def test_the_group_ends_before_the_process() -> None:
     """A gloo thread that still lets go of a tensor while Python shuts down aborts a run that has finished."""
     place = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    done = subprocess.run([sys.executable, "-c", GROUP], env=ENVIRONMENT | place, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", GROUP], env=ENVIRONMENT | place, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     inside, after = (line.split() for line in done.stdout.splitlines())
     assert any("gloo" in name for name in inside)
@@ -110,8 +133,8 @@ def test_sigterm_saves_exits_130_and_resumes_to_the_same_weights(
     assert_same_weights(tmp_path / "stopped", train_tiny("whole", *flags))
 
 
-# A run that says when it has recorded its second epoch, and goes on once its standard input is closed: the signal comes
-# neither before training nor after it, however fast the machine is.
+# A run that says when it has recorded its second epoch, and goes on once its standard input is closed: the
+# signal comes neither before training nor after it, however fast the machine is.
 WAITING = """
 import sys
 from train import loop
@@ -148,7 +171,10 @@ def test_killed_at_random_moments_the_result_is_the_same(
     arguments = [*flags, "--out", str(killed)]
     for _ in range(6):
         process = subprocess.Popen(
-            command(*arguments, processes=processes), env=ENVIRONMENT, stderr=subprocess.DEVNULL, start_new_session=True
+            command(*arguments, processes=processes),
+            env=ENVIRONMENT,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
         )
         wait_for(killed / "config.json")
         try:

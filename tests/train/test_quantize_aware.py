@@ -58,13 +58,16 @@ def test_it_leaves_a_new_run_with_scales_and_the_weights_as_int8_has_them(finish
     # `last` goes on from weights between the steps
     latent = QuantizedNetwork(load_network(run, "last").network)
     spread = max(
-        (layer.folded()[0].flatten(1) / layer.steps()[:, None]).frac().abs().max().item() for layer in latent.layers.values()
+        (layer.folded()[0].flatten(1) / layer.steps()[:, None]).frac().abs().max().item()
+        for layer in latent.layers.values()
     )
     assert spread > 0.3
     # what summary.json says is what the deployed fp32 weights answer
     with np.load(run.folder / "test_predictions.npz") as answers:
         fused = float(np.mean(answers["fused"] == answers["labels"]))
-    assert json.loads((run.folder / "summary.json").read_text())["accuracy"]["fused"] == pytest.approx(fused, abs=1e-6)
+    assert json.loads((run.folder / "summary.json").read_text())["accuracy"]["fused"] == pytest.approx(
+        fused, abs=1e-6
+    )
 
 
 def test_stopped_in_an_epoch_and_resumed_without_its_origin_it_is_the_same_run(
@@ -91,7 +94,10 @@ def test_weights_learn_and_the_grids_of_activations_stay(finished: Path) -> None
     assert len(grids) > 20
     assert all(torch.equal(after[name], best[name]) for name in grids)
     moved = [name for name in teacher if not torch.equal(teacher[name], last[name])]
-    assert {name.rpartition(".")[2] for name in moved} == {"weight", "bias"}  # statistics of batch normalisation stay
+    assert {name.rpartition(".")[2] for name in moved} == {
+        "weight",
+        "bias",
+    }  # statistics of batch normalisation stay
 
 
 def test_the_teacher_s_term_is_ffl_s_distillation() -> None:
@@ -102,7 +108,9 @@ def test_the_teacher_s_term_is_ffl_s_distillation() -> None:
     outputs, labels = Outputs(z[:2], z[2], None, []), torch.tensor([0, 1, 2, 0])
     ffl = FFL()
     plain = ffl.losses(outputs, labels, 1.0)
-    parts = Taught(ffl.temperature, strong="fused", method=ffl).losses(TaughtOutputs(outputs, z[3]), labels, 1.0)
+    parts = Taught(ffl.temperature, strong="fused", method=ffl).losses(
+        TaughtOutputs(outputs, z[3]), labels, 1.0
+    )
     assert {name: parts[name] for name in plain} == plain
     for name, logits in (("branch0", z[0]), ("branch1", z[1]), ("fused", z[2])):
         assert torch.equal(parts[f"qkd/{name}"], distill(logits, z[3], 3.0))
@@ -147,7 +155,8 @@ def test_an_unfinished_or_missing_run_is_refused(finished: Path) -> None:
 
 
 def test_two_processes_compute_what_one_accumulates(finished: Path) -> None:
-    """The same micro-batches per step, once on two gloo processes, once one after the other; the grids are the same ones."""
+    """The same micro-batches per step, once on two gloo processes, once one after the other;
+    the grids are the same ones."""
     flags = ["--epochs", "2", "--batch-size", "16"]
     one = fine_tune(finished, "one", *flags, "--accumulate", "2")
     two = finished.parent / "two"
@@ -158,4 +167,6 @@ def test_two_processes_compute_what_one_accumulates(finished: Path) -> None:
     a, b = tensors(two, "last", "model"), tensors(one, "last", "model")
     assert a.keys() == b.keys()
     for name in a:  # gradients are added in another order, and a weight may then round to the next step
-        assert torch.allclose(a[name].float(), b[name].float(), rtol=0, atol=1e-3 * float(b[name].float().abs().max())), name
+        assert torch.allclose(
+            a[name].float(), b[name].float(), rtol=0, atol=1e-3 * float(b[name].float().abs().max())
+        ), name

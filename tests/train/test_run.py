@@ -29,7 +29,10 @@ def test_flags_override_the_recipe_and_the_recipe_follows_the_data() -> None:
 def test_the_number_of_branches_follows_the_method_unless_given() -> None:
     assert parse(["--method", "vanilla"]).model.branches == ("resnet20",)
     assert parse(["--method", "okddip"]).model.branches == ("resnet20",) * 3
-    assert parse(["--method=okddip", "--branches", "resnet32,resnet32,resnet32,resnet32"]).model.branches == ("resnet32",) * 4
+    assert (
+        parse(["--method=okddip", "--branches", "resnet32,resnet32,resnet32,resnet32"]).model.branches
+        == ("resnet32",) * 4
+    )
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -77,7 +80,11 @@ def test_recipes_are_printable(capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(
-    arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    arguments: list[str],
+    words: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert run_command(main, arguments) == 2
@@ -104,8 +111,12 @@ def test_help_shows_every_option_with_what_it_means(capsys: pytest.CaptureFixtur
     assert stopped.value.code == 0
     shown = capsys.readouterr().out
     named = {"source": "data", "root": "data-root"}
-    groups = [field.default_factory for field in fields(TrainConfig) if isinstance(field.default_factory, type)]
-    flags = [named.get(field.name, field.name.replace("_", "-")) for group in groups for field in fields(group)]
+    groups = [
+        field.default_factory for field in fields(TrainConfig) if isinstance(field.default_factory, type)
+    ]
+    flags = [
+        named.get(field.name, field.name.replace("_", "-")) for group in groups for field in fields(group)
+    ]
     assert len(flags) > 30
     assert [flag for flag in flags if f"--{flag} " not in shown and f"--{flag}," not in shown] == []
     assert "What the networks learn from each other" in shown

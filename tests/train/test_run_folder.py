@@ -33,7 +33,9 @@ def test_two_processes_do_not_share_a_folder(tmp_path: Path) -> None:
         resumed = replace(named, output=OutputOptions(resume=tmp_path / "run"))
         with pytest.raises(UsageError, match="another process trains in"):
             claim(tmp_path / "run", resumed, World(), second)
-        assert claim(tmp_path / "run", TrainConfig(), World(), second) == tmp_path / "run-2"  # a name that was made up
+        assert (
+            claim(tmp_path / "run", TrainConfig(), World(), second) == tmp_path / "run-2"
+        )  # a name that was made up
     with ExitStack() as third:
         assert claim(tmp_path / "run", named, World(), third) == tmp_path / "run"
 
@@ -57,23 +59,40 @@ def test_a_run_does_not_go_on_with_other_images(
     change: str, image_folder: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data, run = image_folder(), tmp_path / "run"
-    flags = ["--data", str(data), "--recipe", "digits", "--epochs", "1", "--batch-size", "8", "--precision", "fp32", "--quiet"]
+    flags = [
+        "--data",
+        str(data),
+        "--recipe",
+        "digits",
+        "--epochs",
+        "1",
+        "--batch-size",
+        "8",
+        "--precision",
+        "fp32",
+        "--quiet",
+    ]
     assert run_command(main, [*flags, "--branches", "resnet8,resnet8", "--out", str(run)]) == 0
     before = (begun(run) / "config.json").read_bytes()
     where = data / "train" / "cat" / ("999.png" if change == "more" else "000.png")
     Image.new("RGB", (20, 16), "white").save(where)
     assert run_command(main, ["--resume", str(run), "--quiet"]) == 2
     error = capsys.readouterr().err
-    assert ("its train images" if change == "more" else "the mean or standard deviation of its pixels") in error
+    assert (
+        "its train images" if change == "more" else "the mean or standard deviation of its pixels"
+    ) in error
     assert "Give it back as it was" in error
     assert (run / "config.json").read_bytes() == before
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
-    [(["--recipe", "folder"], "--recipe is 'folder' now and was 'digits'"), (["--out", "elsewhere"], "--out is 'elsewhere'"),
-     (["--lr", "5"], "--lr is 5.0 now and was 0.1")],
-)  # fmt: skip
+    [
+        (["--recipe", "folder"], "--recipe is 'folder' now and was 'digits'"),
+        (["--out", "elsewhere"], "--out is 'elsewhere'"),
+        (["--lr", "5"], "--lr is 5.0 now and was 0.1"),
+    ],
+)
 def test_flags_that_would_change_a_resumed_run_are_refused(
     flags: list[str], words: str, train_tiny: TrainTiny, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -98,7 +117,9 @@ def test_a_resumed_run_keeps_its_threads(train_tiny: TrainTiny) -> None:
 
 
 @pytest.mark.parametrize("state", ['"epoch": "x"', '"epoch": null', '"epoch": 1, "nonsense": 2'])
-def test_a_damaged_state_is_one_sentence(state: str, train_tiny: TrainTiny, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_state_is_one_sentence(
+    state: str, train_tiny: TrainTiny, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = begun(train_tiny("run", "--epochs", "1"))
     path = run / "checkpoints" / "last" / "state.json"
     path.write_text(path.read_text().replace('"epoch": 1', state, 1))
@@ -106,7 +127,9 @@ def test_a_damaged_state_is_one_sentence(state: str, train_tiny: TrainTiny, caps
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_a_missing_moving_average_is_one_sentence(train_tiny: TrainTiny, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_moving_average_is_one_sentence(
+    train_tiny: TrainTiny, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = begun(train_tiny("run", "--epochs", "1", "--ema", "0.9"))
     state = run / "checkpoints" / "last" / "state.json"
     content = json.loads(state.read_text())

@@ -38,8 +38,17 @@ def test_an_interrupted_run_resumes_where_it_stood_and_finishes(runs: Path) -> N
     assert [line["epoch"] for line in read_metrics(folder)] == [0, 1]
     after = json.loads((folder / "checkpoints" / "last" / "state.json").read_text())
     counts = load_run(folder).config.split["images_per_class"]["train"]
-    assert (after["epoch"], after["step"], after["images"]) == (2, 0, 2 * sum(counts))  # the epoch's images are counted once
-    assert set(json.loads((folder / "summary.json").read_text())["accuracy"]) == {"fused", "ensemble", "branch0", "branch1"}
+    assert (after["epoch"], after["step"], after["images"]) == (
+        2,
+        0,
+        2 * sum(counts),
+    )  # the epoch's images are counted once
+    assert set(json.loads((folder / "summary.json").read_text())["accuracy"]) == {
+        "fused",
+        "ensemble",
+        "branch0",
+        "branch1",
+    }
 
 
 def test_a_finished_run_gives_the_logits_that_it_stored(runs: Path) -> None:

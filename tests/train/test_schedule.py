@@ -17,7 +17,10 @@ PLAIN = OptimisationOptions(lr=0.1, warmup=0.0)
 def test_paper_recipe_drops_at_150_and_225_of_300_epochs() -> None:
     options = RECIPES["cifar100-resnet32-paper"].optimisation
     steps_per_epoch = 391
-    rates = [learning_rate(epoch * steps_per_epoch, 300 * steps_per_epoch, options) for epoch in (0, 149, 150, 224, 225, 299)]
+    rates = [
+        learning_rate(epoch * steps_per_epoch, 300 * steps_per_epoch, options)
+        for epoch in (0, 149, 150, 224, 225, 299)
+    ]
     assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
 
 

@@ -26,7 +26,11 @@ def test_the_files_are_the_split_and_are_replaced(hues: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize("existing", ["a/thesis.txt", "notes.md", "a/b/000000.png", ""])
 def test_what_it_did_not_write_is_not_deleted(
-    existing: str, hues: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    existing: str,
+    hues: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out = tmp_path / "precious"
     kept = out / existing if existing else out  # a file where the folder should be

@@ -21,13 +21,17 @@ MOST_SEEDS = 20  # the exact test over seeds looks at 2^seeds cases
 class CompareOptions:
     """Train methods with several seeds each and compare them on the same test images.
 
-    All other flags (--data, --epochs, --branches, ...) are those of python -m train.run and go to every run alike.
-    A method that trains another number of branches takes the first ones, or repeats them.
+    All other flags (--data, --epochs, --branches, ...) are those of python -m train.run and go to every run
+    alike. A method that trains another number of branches takes the first ones, or repeats them.
     """
 
     methods: Names = option(
         ("ffl", "vanilla", "independent", "dml", "one", "cl-ilr", "okddip", "dualnet"),
-        "Methods to train; the others are compared with ffl, or with the first one where ffl is not among them.",
+        (
+            "Methods to train; the others are compared with ffl, or with the first one where ffl is not "
+            "among "
+            "them."
+        ),
     )
     seeds: int = option(
         5,
@@ -51,7 +55,8 @@ class PlannedRun:
 
 
 def plan(options: CompareOptions, others: Typed) -> list[PlannedRun]:
-    """-> all runs, seed by seed, so that an interrupted comparison has equally many of each method. Raises UsageError."""
+    """-> all runs, seed by seed, so that an interrupted comparison has equally many of each method.
+    Raises UsageError."""
     for name in options.methods:
         if name not in METHODS:
             raise UsageError(f"there is no method {name!r}. {choices_sentence(name, list(METHODS))}")
@@ -61,7 +66,9 @@ def plan(options: CompareOptions, others: Typed) -> list[PlannedRun]:
         raise UsageError(f"--seeds must be from 1 to {MOST_SEEDS}.")
     for flag, name in (("--method", "model.method"), ("--seed", "seed"), ("--resume", "output.resume")):
         if name in others:
-            raise UsageError(f"{flag} belongs to python -m train.run; train.compare sets it itself (--methods, --seeds).")
+            raise UsageError(
+                f"{flag} belongs to python -m train.run; train.compare sets it itself (--methods, --seeds)."
+            )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("train.compare is one process; start it without torchrun.")
     configs = {method: method_config(method, others) for method in options.methods}
@@ -81,14 +88,16 @@ def method_config(method: str, others: Typed) -> TrainConfig:
 
 
 def planned_run(method: str, seed: int, config: TrainConfig, out: Path) -> PlannedRun:
-    """-> the run, or its continuation where it was begun. Raises UsageError where its folder holds another one."""
+    """-> the run, or its continuation where it was begun.
+    Raises UsageError where its folder holds another one."""
     folder = out / f"{method}-seed{seed}"
     config = replace(config, seed=seed, output=replace(config.output, out=folder, quiet=True))
     if (folder / CONFIG).is_file():
         changed = differences(options_from_json(load_run(folder).config.options), config)
         if changed:
             raise UsageError(
-                f"{folder} was trained with other flags ({'; '.join(changed)}): repeat them, or choose another --out."
+                f"{folder} was trained with other flags ({'; '.join(changed)}): repeat them, or choose "
+                "another --out."
             )
         config = replace(config, output=replace(config.output, resume=folder))
     return PlannedRun(method, seed, folder, config)

@@ -35,7 +35,8 @@ def markdown(comparison: Comparison, picture: str) -> str:
         "",
         f"{c.classes} classes, {c.size[0]}x{c.size[1]} pixels; {images} images; {c.epochs} epochs; "
         f"{counted(seeds, 'seed')} per method ({tools}).",
-        "Test accuracy in %, of the epoch with the best validation accuracy: mean ± standard deviation over seeds, and the "
+        "Test accuracy in %, of the epoch with the best validation accuracy: mean ± standard deviation over "
+        "seeds, and the "
         "95 % t-interval of the mean.",
         "",
         f"![accuracy by method]({picture})",
@@ -44,16 +45,19 @@ def markdown(comparison: Comparison, picture: str) -> str:
         "",
         f"## Against {c.reference}",
         "",
-        "Strong classifier against strong classifier, seed by seed on the same test images. Points: difference of accuracy, with "
+        "Strong classifier against strong classifier, seed by seed on the same test images. Points: "
+        "difference of accuracy, with "
         "its 95 % t-interval over seeds. Images: classified correctly by this method only / by "
-        f"{c.reference} only, summed over seeds. p: exact McNemar test of each seed, two-sided, not corrected for their number.",
+        f"{c.reference} only, summed over seeds. p: exact McNemar test of each seed, two-sided, not "
+        "corrected for their number.",
         "",
         *difference_table([(m.method, m.against) for m in c.methods]),
         "",
         *alone_section(c),
         "## Cost",
         "",
-        "Seconds: training of one run, without validation and test. Parameters: held by a deployed target, and by all "
+        "Seconds: training of one run, without validation and test. Parameters: held by a deployed target, "
+        "and by all "
         "that is trained.",
         "",
         *cost_table(c),
@@ -69,9 +73,14 @@ def accuracy_table(c: Comparison) -> list[str]:
     rows = []
     for m in c.methods:
         cells = [_percent(m.accuracy[m.strong]), _interval(m.accuracy[m.strong])]
-        cells += [_percent(m.accuracy[name]) if name in m.accuracy else "" for name in ("ensemble", "mean branch")]
+        cells += [
+            _percent(m.accuracy[name]) if name in m.accuracy else "" for name in ("ensemble", "mean branch")
+        ]
         rows.append([m.method, " + ".join(m.branches), m.strong, *cells])
-    return _table(["method", "branches", "strong classifier", "strong", "95 % interval", "ensemble", "mean branch"], rows)
+    return _table(
+        ["method", "branches", "strong classifier", "strong", "95 % interval", "ensemble", "mean branch"],
+        rows,
+    )
 
 
 def difference_table(compared: list[tuple[str, Against | None]]) -> list[str]:
@@ -79,8 +88,12 @@ def difference_table(compared: list[tuple[str, Against | None]]) -> list[str]:
     for method, against in compared:
         if against is not None:
             gained, lost = (sum(getattr(pair, name) for pair in against.pairs) for name in ("gained", "lost"))
-            p_values = ", ".join(f"{pair.p:.2g}" if pair.p else "< 1e-300" for pair in against.pairs)  # 0 is an underflow
-            rows.append([method, points(against.difference), seed_verdict(against), f"{gained} / {lost}", p_values])
+            p_values = ", ".join(
+                f"{pair.p:.2g}" if pair.p else "< 1e-300" for pair in against.pairs
+            )  # 0 is an underflow
+            rows.append(
+                [method, points(against.difference), seed_verdict(against), f"{gained} / {lost}", p_values]
+            )
     return _table(["method", "points", "over seeds", "images", "McNemar p by seed"], rows)
 
 
@@ -96,7 +109,8 @@ def alone_section(c: Comparison) -> list[str]:
     return [
         "## One network alone, against vanilla",
         "",
-        "The same small network as deployed by itself: `branch0` of each method against the one that was trained alone, seed by "
+        "The same small network as deployed by itself: `branch0` of each method against the one that was "
+        "trained alone, seed by "
         "seed; read like the table above.",
         "",
         *difference_table([(m.method, m.alone) for m in c.methods]),
@@ -121,29 +135,42 @@ def cost_table(c: Comparison) -> list[str]:
         return f"{value.mean:.1f}" + (f" ± {value.std:.1f}" if value.std is not None else "")
 
     rows = [
-        [m.method, seconds(m.seconds), f"{m.parameters[m.strong]:,} ({m.strong})", f"{m.parameters['branch0']:,}",
-         f"{m.parameters['training']:,}"]
+        [
+            m.method,
+            seconds(m.seconds),
+            f"{m.parameters[m.strong]:,} ({m.strong})",
+            f"{m.parameters['branch0']:,}",
+            f"{m.parameters['training']:,}",
+        ]
         for m in c.methods
-    ]  # fmt: skip
-    return _table(["method", "seconds", "parameters, strong", "parameters, branch0", "parameters, training"], rows)
+    ]
+    return _table(
+        ["method", "seconds", "parameters, strong", "parameters, branch0", "parameters, training"], rows
+    )
 
 
 def limits(c: Comparison, seeds: int) -> str:
     """-> what a reader may not conclude."""
     image = 100 / c.images["test"]
     few = (
-        f"{counted(seeds, 'seed')} cannot carry a claim of significance between methods (a sign-flip test needs "
+        f"{counted(seeds, 'seed')} cannot carry a claim of significance between methods (a sign-flip test "
+        "needs "
         f"{SEEDS_FOR_A_CLAIM} to reach 5 %), and the intervals are wide for that reason. "
         if seeds < SEEDS_FOR_A_CLAIM
-        else "The p values are not corrected for the number of methods; the smallest that a sign-flip test of "
-        f"{seeds} seeds can give is {2 / 2**seeds:.2g}, and a correction would multiply it by up to {len(c.methods) - 1}. "
+        else "The p values are not corrected for the number of methods; the smallest that a sign-flip test "
+        f"{seeds} seeds can give is {2 / 2**seeds:.2g}, and a correction would multiply it by up to "
+        f"{len(c.methods) - 1}. "
     )
     return (
-        f"One data set, one schedule of {c.epochs} epochs and no tuning: each method runs with its publication's own weights and "
+        f"One data set, one schedule of {c.epochs} epochs and no tuning: each method runs with its "
+        "publication's own weights and "
         f"temperature under the same optimiser, so this is no ranking of the methods at their best. {few}"
-        f"The test set has {c.images['test']:,} images (one is {image:.2f} points) and is the same for all seeds, so a seed's "
-        "McNemar test speaks about these two trained networks on images like these, not about the methods. Methods differ in "
-        "the number of their branches and in what their strong classifier costs (see above). Seconds include whatever else the "
+        f"The test set has {c.images['test']:,} images (one is {image:.2f} points) and is the same for all "
+        "seeds, so a seed's "
+        "McNemar test speaks about these two trained networks on images like these, not about the methods. "
+        "Methods differ in "
+        "the number of their branches and in what their strong classifier costs (see above). Seconds "
+        "include whatever else the "
         "machine was doing."
     )
 
@@ -162,7 +189,14 @@ def draw(c: Comparison, path: Path) -> None:
             if value is None:
                 continue
             height, colour = row + 0.25 * (shift - 1), f"C{shift}"
-            axes.plot([100 * v for v in value.values], [height] * len(value.values), "|", color="black", markersize=7, zorder=3)
+            axes.plot(
+                [100 * v for v in value.values],
+                [height] * len(value.values),
+                "|",
+                color="black",
+                markersize=7,
+                zorder=3,
+            )
             spread = None
             if value.low is not None and value.high is not None:
                 spread = [[100 * (value.mean - value.low)], [100 * (value.high - value.mean)]]
@@ -173,7 +207,9 @@ def draw(c: Comparison, path: Path) -> None:
             )  # fmt: skip
     axes.set_yticks(range(len(c.methods)), [m.method for m in c.methods])
     axes.invert_yaxis()
-    axes.set(xlabel="test accuracy, % (mean, 95 % t-interval; ticks: seeds)", title=f"{c.data}, {c.epochs} epochs")
+    axes.set(
+        xlabel="test accuracy, % (mean, 95 % t-interval; ticks: seeds)", title=f"{c.data}, {c.epochs} epochs"
+    )
     axes.grid(axis="x", alpha=0.3)
     axes.legend(fontsize=8)
     with replace_file(path) as file:
@@ -185,7 +221,9 @@ def _percent(value: Estimate) -> str:
 
 
 def _interval(value: Estimate) -> str:
-    return "" if value.low is None or value.high is None else f"[{100 * value.low:.2f}, {100 * value.high:.2f}]"
+    return (
+        "" if value.low is None or value.high is None else f"[{100 * value.low:.2f}, {100 * value.high:.2f}]"
+    )
 
 
 def _table(header: list[str], rows: list[list[str]]) -> list[str]:

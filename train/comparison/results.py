@@ -24,7 +24,8 @@ CONFIDENCE = 0.95
 
 
 class Estimate(msgspec.Struct, frozen=True):
-    """Values of several seeds. std: of the sample (n - 1); low and high: 95 % t-interval of the mean; None for one seed."""
+    """Values of several seeds. std: of the sample (n - 1); low and high: 95 % t-interval of the mean;
+    None for one seed."""
 
     values: list[float]
     mean: float
@@ -57,7 +58,8 @@ class Against(msgspec.Struct, frozen=True):
 
 
 class MethodResult(msgspec.Struct, frozen=True):
-    """One method. Accuracies are shares of 1; seconds: training time of a run; parameters: by deployable target."""
+    """One method. Accuracies are shares of 1; seconds: training time of a run; parameters:
+    by deployable target."""
 
     method: str
     branches: list[str]
@@ -113,7 +115,8 @@ def compare(planned: Sequence[PlannedRun], reference: str, command: str) -> Comp
         reference=reference,
         toolchain=config.toolchain | {"precision": " and ".join(sorted(precisions))},
         methods=[
-            result_of(name, runs, by_method.get(reference, []), by_method.get("vanilla", [])) for name, runs in by_method.items()
+            result_of(name, runs, by_method.get(reference, []), by_method.get("vanilla", []))
+            for name, runs in by_method.items()
         ],
     )
 
@@ -125,12 +128,20 @@ def read_finished(planned: PlannedRun) -> Finished:
     return Finished(planned.seed, load_run(planned.folder), summary["accuracy"], summary["seconds"], right)
 
 
-def result_of(name: str, runs: Sequence[Finished], references: Sequence[Finished], vanilla: Sequence[Finished]) -> MethodResult:
-    """-> one method's runs together, and against the runs of the reference, and vanilla's, with the same seeds."""
+def result_of(
+    name: str, runs: Sequence[Finished], references: Sequence[Finished], vanilla: Sequence[Finished]
+) -> MethodResult:
+    """-> one method's runs together, and against the runs of the reference, and vanilla's,
+    with the same seeds."""
     model = runs[0].run.config.model
-    accuracy = {classifier: estimate([run.accuracy[classifier] for run in runs]) for classifier in runs[0].accuracy}
+    accuracy = {
+        classifier: estimate([run.accuracy[classifier] for run in runs]) for classifier in runs[0].accuracy
+    }
     accuracy["mean branch"] = estimate(
-        [float(np.mean([value for key, value in run.accuracy.items() if key.startswith("branch")])) for run in runs]
+        [
+            float(np.mean([value for key, value in run.accuracy.items() if key.startswith("branch")]))
+            for run in runs
+        ]
     )
     return MethodResult(
         method=name,
@@ -145,8 +156,11 @@ def result_of(name: str, runs: Sequence[Finished], references: Sequence[Finished
     )
 
 
-def against(runs: Sequence[Finished], references: Sequence[Finished], classifier: str | None = None) -> Against | None:
-    """-> the strong classifiers, or `classifier` of both, compared; None where the two methods have no seed in common."""
+def against(
+    runs: Sequence[Finished], references: Sequence[Finished], classifier: str | None = None
+) -> Against | None:
+    """-> the strong classifiers, or `classifier` of both, compared;
+    None where the two methods have no seed in common."""
     partner = {run.seed: run for run in references}
     differences, pairs = [], []
     for run in runs:
@@ -157,7 +171,9 @@ def against(runs: Sequence[Finished], references: Sequence[Finished], classifier
             pairs.append(SeedPair(run.seed, paired.gained, paired.lost, paired.p_different))
     if not pairs:
         return None
-    return Against(estimate(differences), sign_flip_p(differences) if len(pairs) >= SEEDS_FOR_A_CLAIM else None, pairs)
+    return Against(
+        estimate(differences), sign_flip_p(differences) if len(pairs) >= SEEDS_FOR_A_CLAIM else None, pairs
+    )
 
 
 def estimate(values: Sequence[float]) -> Estimate:
@@ -171,7 +187,8 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def sign_flip_p(differences: Sequence[float]) -> float:
-    """-> exact two-sided p of Fisher's sign-flip test: how often random signs give a mean at least as far from 0."""
+    """-> exact two-sided p of Fisher's sign-flip test:
+    how often random signs give a mean at least as far from 0."""
     values = np.asarray(differences)
     signs = 1 - 2 * ((np.arange(2 ** len(values))[:, None] >> np.arange(len(values))) & 1).astype(np.int8)
     return float(np.mean(np.abs(signs @ values) >= abs(values.sum()) - 1e-12))
@@ -181,6 +198,7 @@ def parameters_by_target(run: Run) -> dict[str, int]:
     """-> deployable target -> number of parameters that it holds; "training" -> of all that is trained."""
     network = build_network(run)
     counts = {
-        name: sum(parameter.numel() for parameter in build_target(network, name).parameters()) for name in target_names(network)
+        name: sum(parameter.numel() for parameter in build_target(network, name).parameters())
+        for name in target_names(network)
     }
     return counts | {"training": sum(parameter.numel() for parameter in network.parameters())}

@@ -1,4 +1,5 @@
-"""Training views of images: cut, mirrored, mixed; and soft labels. Every draw comes from a generator that is handed in."""
+"""Training views of images: cut, mirrored, mixed; and soft labels.
+Every draw comes from a generator that is handed in."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from train.config import DataOptions
 
 
 class CropDraws(NamedTuple):
-    """Where each image of a batch is cut, and whether it is mirrored. top, left: int64 [b] in 0..2p; mirrored: bool [b]."""
+    """Where each image of a batch is cut, and whether it is mirrored. top, left: int64 [b] in 0..2p;
+    mirrored: bool [b]."""
 
     top: Tensor
     left: Tensor
@@ -39,32 +41,39 @@ def crop_one(image: np.ndarray, padding: int, top: int, left: int, mirrored: boo
 class RandomCrops:
     """`crop_one` for whole batches on the device that trains, by indexing (Kim et al. 2019, section IV-A).
 
-    images: uint8 [n, 3, h, w], held padded in memory; a view of all (2p+1)^2 windows costs nothing, so a batch is
-    one gather and no image is touched twice.
+    images: uint8 [n, 3, h, w], held padded in memory; a view of all (2p+1)^2 windows costs nothing, so a
+    batch is one gather and no image is touched twice.
     """
 
     def __init__(self, images: Tensor, padding: int, flip: bool) -> None:
         height, width = images.shape[2:]
         self.padding, self.flip = padding, flip
         if padding:
-            # Reflection needs float; a chunk at a time, into its place: beside the images there is the padded copy alone.
+            # Reflection needs float; a chunk at a time, into its place:
+            # beside the images there is the padded copy alone.
             shape = (len(images), 3, height + 2 * padding, width + 2 * padding)
-            padded = torch.empty(shape, dtype=torch.uint8, device=images.device, memory_format=torch.channels_last)
+            padded = torch.empty(
+                shape, dtype=torch.uint8, device=images.device, memory_format=torch.channels_last
+            )
             for chunk, place in zip(images.split(1024), padded.split(1024), strict=True):
                 place.copy_(functional.pad(chunk.float(), [padding] * 4, mode="reflect"))
             images = padded
-        self.windows = images.unfold(2, height, 1).unfold(3, width, 1)  # [n, 3, choices, choices, h, w], a view
+        # [n, 3, choices, choices, h, w], a view
+        self.windows = images.unfold(2, height, 1).unfold(3, width, 1)
 
     def __call__(self, indices: Tensor, draws: torch.Generator) -> Tensor:
         """indices: int64 [b], on the device of the images -> uint8 [b, 3, h, w]."""
-        drawn = torch.stack([values.long() for values in draw_crops(len(indices), self.padding, self.flip, draws)])
+        drawn = torch.stack(
+            [values.long() for values in draw_crops(len(indices), self.padding, self.flip, draws)]
+        )
         top, left, mirrored = send(drawn, self.windows.device)
         batch = self.windows[indices, :, top, left]
         return torch.where(mirrored.bool()[:, None, None, None], batch.flip(3), batch) if self.flip else batch
 
 
 def send(values: Tensor, device: torch.device) -> Tensor:
-    """-> `values` of the CPU on `device`, without waiting for what a GPU still does: from pinned memory, in its own order."""
+    """-> `values` of the CPU on `device`, without waiting for what a GPU still does: from pinned memory,
+    in its own order."""
     if device.type == "cpu":
         return values
     return (values.pin_memory() if torch.cuda.is_available() else values).to(device, non_blocking=True)
@@ -79,12 +88,16 @@ def shrink(images: Tensor, size: int) -> Tensor:
 
 
 def soften(labels: Tensor, classes: int, smoothing: float) -> Tensor:
-    """int64 [n] -> float [n, classes]: 1 - smoothing on the label, smoothing / classes everywhere (Szegedy et al. 2016)."""
+    """int64 [n] -> float [n, classes]: 1 - smoothing on the label,
+    smoothing / classes everywhere (Szegedy et al. 2016)."""
     return functional.one_hot(labels, classes).float() * (1 - smoothing) + smoothing / classes
 
 
-def mix(images: Tensor, soft_labels: Tensor, options: DataOptions, draws: torch.Generator) -> tuple[Tensor, Tensor]:
-    """mixup or CutMix of a batch with itself in another order; images [n, 3, h, w] float, soft_labels float [n, classes]."""
+def mix(
+    images: Tensor, soft_labels: Tensor, options: DataOptions, draws: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """mixup or CutMix of a batch with itself in another order; images [n, 3, h, w] float,
+    soft_labels float [n, classes]."""
     kinds = [name for name, alpha in (("mixup", options.mixup), ("cutmix", options.cutmix)) if alpha > 0]
     kind = kinds[int(torch.randint(len(kinds), (), generator=draws))]
     alpha = options.mixup if kind == "mixup" else options.cutmix
@@ -101,5 +114,6 @@ def mix(images: Tensor, soft_labels: Tensor, options: DataOptions, draws: torch.
         left, right = (int(np.clip(column + sign * cut * width / 2, 0, width)) for sign in (-1, 1))
         images = images.clone()
         images[:, :, top:bottom, left:right] = images[order, :, top:bottom, left:right]
-        share = 1 - (bottom - top) * (right - left) / (height * width)  # what was really pasted, after clipping
+        # what was really pasted, after clipping
+        share = 1 - (bottom - top) * (right - left) / (height * width)
     return images, soft_labels * share + soft_labels[order] * (1 - share)

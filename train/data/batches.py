@@ -1,7 +1,8 @@
 """Batches for training and evaluation: what every source of them shares, and the source for images in memory.
 
-A data set that fits is one uint8 tensor on the training device; others are streamed (streaming.py). Which images make up
-step s, and how they are cut, depends on (seed, epoch, step) only; each process takes its share of the same batch.
+A data set that fits is one uint8 tensor on the training device; others are streamed (streaming.py). Which
+images make up step s, and how they are cut, depends on (seed, epoch, step) only; each process takes its share
+of the same batch.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ class Shares(NamedTuple):
 class Plan:
     """How steps are made of images, whatever their source.
 
-    batch_size: images per step of all processes; small_epochs: so many epochs are trained at options.small_size.
+    batch_size: images per step of all processes; small_epochs:
+    so many epochs are trained at options.small_size.
     """
 
     options: DataOptions
@@ -90,11 +92,13 @@ class Collate:
         self.scale = 1 / torch.tensor(data.std, device=device).view(1, 3, 1, 1)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """uint8 [n, 3, h, w] -> float channels_last, mean 0 and standard deviation 1 on the training images."""
+        """uint8 [n, 3, h, w] -> float channels_last,
+        mean 0 and standard deviation 1 on the training images."""
         return (images.float() - self.mean).mul_(self.scale).contiguous(memory_format=torch.channels_last)
 
     def __call__(self, images: Tensor, labels: Tensor, epoch: int, draw: int) -> Batch:
-        """images: uint8 [n, 3, h, w]; draw: number of this micro-batch within the run, which decides its mixing."""
+        """images: uint8 [n, 3, h, w]; draw: number of this micro-batch within the run,
+        which decides its mixing."""
         if self.options.small_size and epoch < self.plan.small_epochs:
             images = shrink(images, self.options.small_size)
         normalised, soft_labels = self.normalize(images), labels
@@ -102,12 +106,15 @@ class Collate:
         if self.plan.label_smoothing or mixes:
             soft_labels = soften(labels, self.classes, self.plan.label_smoothing)
         if mixes:
-            normalised, soft_labels = mix(normalised, soft_labels, self.options, generator(self.plan.seed, "mix", draw))
+            normalised, soft_labels = mix(
+                normalised, soft_labels, self.options, generator(self.plan.seed, "mix", draw)
+            )
         return Batch(normalised, labels, soft_labels)
 
 
 def epoch_order(images: int, batch_size: int, shares: int, seed: int, epoch: int) -> list[Tensor]:
-    """-> the indices of each step of `epoch`. A last batch too small for batch statistics in every share is left out."""
+    """-> the indices of each step of `epoch`. A last batch too small
+    for batch statistics in every share is left out."""
     order = torch.randperm(images, generator=generator(seed, "order", epoch))
     return [chunk for chunk in order.split(batch_size) if len(chunk) >= 2 * shares]
 
@@ -141,8 +148,12 @@ class InMemoryBatches:
             number = epoch * self.steps_per_epoch + step
             rows = send(order[step], self.plan.device)
             images, labels = self.crops(rows, generator(self.plan.seed, "augment", number)), self.labels[rows]
-            cuts = list(zip(images.tensor_split(shares.total), labels.tensor_split(shares.total), strict=True))
-            yield [self.collate(*cuts[share], epoch, draw=number * shares.total + share) for share in shares.mine]
+            cuts = list(
+                zip(images.tensor_split(shares.total), labels.tensor_split(shares.total), strict=True)
+            )
+            yield [
+                self.collate(*cuts[share], epoch, draw=number * shares.total + share) for share in shares.mine
+            ]
 
     def evaluation(self, split: str) -> Iterator[tuple[Tensor, Tensor]]:
         held, world, device = self.held_out[split], self.plan.shares.world, self.plan.device

@@ -1,7 +1,9 @@
-"""Batches from images that do not fit into memory, or whose training views need the original pixels: worker processes read.
+"""Batches from images that do not fit into memory, or whose training views need the original pixels:
+worker processes read.
 
-A worker makes whole steps. What a step contains is a function of (seed, epoch, position) alone, as in batches.py: any number
-of workers gives the same batches, `crop` gives those of images in memory, and a resumed epoch reads nothing it skips.
+A worker makes whole steps. What a step contains is a function of (seed, epoch, position) alone, as in
+batches.py: any number of workers gives the same batches, `crop` gives those of images in memory, and a
+resumed epoch reads nothing it skips.
 """
 
 from __future__ import annotations
@@ -42,14 +44,16 @@ class Pieces(NamedTuple):
 
 
 GRACE = 60
-"""Seconds that a worker lives on after SIGTERM, which service managers send to all processes of a run at once."""
+"""Seconds that a worker lives on after SIGTERM,
+which service managers send to all processes of a run at once."""
 
 
 TO_THE_GROUP = {signal.SIGINT, signal.SIGTERM}
 
 
 def _leave_signals_to_parent(worker: int) -> None:
-    """The parent still needs the batches of the step that it finishes and saves; it ends its workers afterwards."""
+    """The parent still needs the batches of the step that it finishes and saves;
+    it ends its workers afterwards."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, TO_THE_GROUP)
@@ -57,7 +61,8 @@ def _leave_signals_to_parent(worker: int) -> None:
 
 @contextmanager
 def _held_signals() -> Iterator[None]:
-    """Children made inside start with Ctrl-C and SIGTERM held back, so that neither can end one before it is set up."""
+    """Children made inside start with Ctrl-C and SIGTERM held back,
+    so that neither can end one before it is set up."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, TO_THE_GROUP)
     try:
         yield
@@ -66,7 +71,8 @@ def _held_signals() -> Iterator[None]:
 
 
 class TrainingSteps(Dataset[Pieces | UnreadableImage]):
-    """One epoch: step -> this process's pieces of it. An error is an answer too, since an exception would lose its type."""
+    """One epoch: step -> this process's pieces of it. An error is an answer too,
+    since an exception would lose its type."""
 
     def __init__(
         self,
@@ -98,11 +104,13 @@ class TrainingSteps(Dataset[Pieces | UnreadableImage]):
             return error
         return pieces
 
-    def read(self, rows: list[int], places: list[int], view: View, replaced: list[UnreadableImage]) -> tuple[Tensor, Tensor]:
+    def read(
+        self, rows: list[int], places: list[int], view: View, replaced: list[UnreadableImage]
+    ) -> tuple[Tensor, Tensor]:
         """-> images and labels of these places of a step.
 
-        With --skip-bad-images the place of an unreadable image is taken by the next readable one of the step, together with
-        its label: shapes stay as they are, and nothing is labelled as what it is not.
+        With --skip-bad-images the place of an unreadable image is taken by the next readable one of the step,
+        together with its label: shapes stay as they are, and nothing is labelled as what it is not.
         """
         images = np.empty((len(places), *self.size, 3), np.uint8)
         labels = np.empty(len(places), np.int64)
@@ -125,9 +133,12 @@ class TrainingSteps(Dataset[Pieces | UnreadableImage]):
         padding = crop_padding(self.options)
         draws = generator(self.seed, "augment", self.epoch * len(self.order) + step)
         top, left, mirrored = (
-            values.tolist() for values in draw_crops(len(self.order[step]), padding, flips(self.options), draws)
+            values.tolist()
+            for values in draw_crops(len(self.order[step]), padding, flips(self.options), draws)
         )
-        return lambda row, place: crop_one(self.split.prepared(row), padding, top[place], left[place], mirrored[place])
+        return lambda row, place: crop_one(
+            self.split.prepared(row), padding, top[place], left[place], mirrored[place]
+        )
 
     def resized_crops(self, step: int) -> View:
         """`resized-crop`: a random part of the original, resized (Szegedy et al. 2015), and mirrored."""
@@ -138,7 +149,8 @@ class TrainingSteps(Dataset[Pieces | UnreadableImage]):
         first = self.epoch * len(self.split) + step * len(self.order[0])
 
         def view(row: int, place: int) -> Pixels:
-            image = torch.from_numpy(self.split.original(row).copy()).permute(2, 0, 1)  # torch takes no read-only arrays
+            # torch takes no read-only arrays
+            image = torch.from_numpy(self.split.original(row).copy()).permute(2, 0, 1)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(derived_seed(self.seed, "augment", first + place))
                 pixels: Pixels = transform(image).permute(1, 2, 0).numpy()
@@ -162,15 +174,22 @@ class EvaluationBatches(Dataset[tuple[Tensor, Tensor] | UnreadableImage]):
             images = np.stack([self.split.prepared(row) for row in rows])
         except UnreadableImage as error:
             return error
-        return torch.from_numpy(images), torch.from_numpy(self.split.labels[rows.start : rows.stop : rows.step])
+        return torch.from_numpy(images), torch.from_numpy(
+            self.split.labels[rows.start : rows.stop : rows.step]
+        )
 
 
 class StreamedBatches:
-    """Batches of an ImageData read by `workers` processes (one per core if None; with 0 this process reads)."""
+    """Batches of an ImageData read by `workers` processes (one per core if None;
+    with 0 this process reads)."""
 
-    def __init__(self, data: ImageData, plan: Plan, workers: int | None = None, evaluation_batch: int = 128) -> None:
+    def __init__(
+        self, data: ImageData, plan: Plan, workers: int | None = None, evaluation_batch: int = 128
+    ) -> None:
         self.data, self.plan, self.evaluation_batch = data, plan, evaluation_batch
-        beside = int(os.environ.get("LOCAL_WORLD_SIZE", plan.shares.world.size))  # processes on this machine, says torchrun
+        beside = int(
+            os.environ.get("LOCAL_WORLD_SIZE", plan.shares.world.size)
+        )  # processes on this machine, says torchrun
         self.workers = max(1, available_cores() // beside) if workers is None else workers
         self.collate = Collate(data, plan)
         self.normalize = self.collate.normalize
@@ -185,14 +204,25 @@ class StreamedBatches:
             self.report(pieces.replaced)
             draw = (epoch * self.steps_per_epoch + step) * shares.total
             yield [
-                self.collate(self.to_device(images), labels.to(self.plan.device, non_blocking=True), epoch, draw + share)
+                self.collate(
+                    self.to_device(images),
+                    labels.to(self.plan.device, non_blocking=True),
+                    epoch,
+                    draw + share,
+                )
                 for images, labels, share in zip(pieces.images, pieces.labels, shares.mine, strict=True)
             ]
 
     def evaluation(self, split: str) -> Iterator[tuple[Tensor, Tensor]]:
-        held, world = {"validation": self.data.validation, "test": self.data.test}[split], self.plan.shares.world
+        held, world = (
+            {"validation": self.data.validation, "test": self.data.test}[split],
+            self.plan.shares.world,
+        )
         mine = range(world.rank, len(held), world.size)
-        rows = [mine[start : start + self.evaluation_batch] for start in range(0, len(mine), self.evaluation_batch)]
+        rows = [
+            mine[start : start + self.evaluation_batch]
+            for start in range(0, len(mine), self.evaluation_batch)
+        ]
         for images, labels in self.load(EvaluationBatches(held, rows), range(len(rows))):
             yield self.normalize(self.to_device(images)), labels.to(self.plan.device, non_blocking=True)
 
@@ -201,7 +231,8 @@ class StreamedBatches:
         return images.to(self.plan.device, non_blocking=True).permute(0, 3, 1, 2)
 
     def load(self, dataset: Dataset[Any], indices: range) -> Iterator[Any]:
-        """Yield the answers of `dataset` for `indices`, in order, read ahead by the workers. Raises CheckError."""
+        """Yield the answers of `dataset` for `indices`, in order, read ahead by the workers.
+        Raises CheckError."""
         if not indices:
             return
         loader = DataLoader(
@@ -211,7 +242,8 @@ class StreamedBatches:
             num_workers=min(self.workers, len(indices)),
             worker_init_fn=_leave_signals_to_parent,
             pin_memory=self.plan.device.type == "cuda",
-            generator=torch.Generator(),  # the loader draws a seed for its workers, which must not be the run's
+            # the loader draws a seed for its workers, which must not be the run's
+            generator=torch.Generator(),
         )
         with _held_signals():
             answers = iter(loader)
@@ -225,7 +257,8 @@ class StreamedBatches:
             if "DataLoader worker" not in str(error):
                 raise
             raise CheckError(
-                "a process that decodes images was killed, probably for want of memory; go on with --resume and fewer --workers."
+                "a process that decodes images was killed, probably for want of memory; go on with --resume "
+                "and fewer --workers."
             ) from error
         finally:
             del answers  # ends the workers; an error's traceback would keep them, waiting for more work
@@ -235,4 +268,6 @@ class StreamedBatches:
         for error in replaced:
             if error.path not in self.reported:
                 self.reported.add(error.path)
-                tqdm.write(f"left out {error.path} ({error.reason}); another image takes its place", file=sys.stderr)
+                tqdm.write(
+                    f"left out {error.path} ({error.reason}); another image takes its place", file=sys.stderr
+                )

@@ -8,7 +8,8 @@ from export.check.localize import dequantised
 
 
 def test_layers_are_compared_as_the_next_one_reads_them() -> None:
-    """The CPU form has no ReLU: the lower end of uint8 levels is one. What the convolution gives before is no layer's output."""
+    """The CPU form has no ReLU: the lower end of uint8 levels is one.
+    What the convolution gives before is no layer's output."""
     nodes = [
         helper.make_node("Conv", ["x", "w"], ["relu"]),
         helper.make_node("QuantizeLinear", ["relu", "scale", "zero"], ["relu_levels"]),

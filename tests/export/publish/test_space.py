@@ -40,7 +40,9 @@ def test_a_space_holds_what_it_needs(exported: Path, tmp_path: Path) -> None:
     (space / ".git" / "HEAD").write_text("ref: refs/heads/main")
     (space / "assets").mkdir()
     (space / "assets" / "logo.svg").write_text("<svg/>")
-    write_space([load_bundle(exported / "branch0")], space, "gradio")  # a Space may be written again, and stays a clone
+    write_space(
+        [load_bundle(exported / "branch0")], space, "gradio"
+    )  # a Space may be written again, and stays a clone
     assert (space / ".git" / "HEAD").is_file()
     assert (space / "assets" / "logo.svg").read_text() == "<svg/>"
     assert [path.name for path in (space / "bundles").iterdir()] == ["branch0"]
@@ -50,8 +52,12 @@ def test_a_space_holds_what_it_needs(exported: Path, tmp_path: Path) -> None:
         write_space([load_bundle(exported / "fused")], tmp_path / "photos")
 
 
-def test_a_static_space_is_the_page_with_its_settings(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "WASM", Runtime("module.mjs", "code.wasm", {}))  # the runtime has tests of its own
+def test_a_static_space_is_the_page_with_its_settings(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        build, "WASM", Runtime("module.mjs", "code.wasm", {})
+    )  # the runtime has tests of its own
     space, options = tmp_path / "space", WebOptions(runtime_folder=tmp_path)
     write_space([load_bundle(exported / "fused")], space, "gradio")
     (space / ".git").mkdir()
@@ -59,7 +65,10 @@ def test_a_static_space_is_the_page_with_its_settings(exported: Path, tmp_path: 
     assert not (space / "app.py").exists()  # the other form's files are gone, git's are not
     assert (space / ".git").is_dir()
     head = (space / "README.md").read_text().split("---")[1]
-    assert "sdk: static\napp_file: index.html\ncustom_headers:\n  cross-origin-embedder-policy: require-corp\n" in head
+    assert (
+        "sdk: static\napp_file: index.html\ncustom_headers:\n  cross-origin-embedder-policy: require-corp\n"
+        in head
+    )
     assert sorted(path.name for path in (space / "models").iterdir()) == ["branch0", "fused"]
     assert "README.md" not in json.loads((space / "files.json").read_text())
     write_space([load_bundle(exported / "branch0")], space, "gradio")
@@ -84,7 +93,9 @@ def test_a_space_starts(exported: Path, tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "SPACE_ID")}
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "SPACE_ID")
+    }
     process = subprocess.Popen(
         [sys.executable, "app.py"], cwd=space, env={**environment, "PORT": str(port)}, stderr=subprocess.PIPE
     )

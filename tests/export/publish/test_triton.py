@@ -16,7 +16,9 @@ TYPES = {"TYPE_UINT8": onnx.TensorProto.UINT8, "TYPE_FP32": onnx.TensorProto.FLO
 
 
 def test_configurations_describe_the_graphs(exported: Path, tmp_path: Path) -> None:
-    model_config = pytest.importorskip("tritonclient.grpc.model_config_pb2", reason="Triton's protobuf is not installed")
+    model_config = pytest.importorskip(
+        "tritonclient.grpc.model_config_pb2", reason="Triton's protobuf is not installed"
+    )
     from google.protobuf import text_format
 
     bundle = load_bundle(exported / "fused")
@@ -51,15 +53,21 @@ def test_a_new_export_becomes_a_new_version_and_the_same_one_does_not(exported: 
     assert (model / "2" / "model.onnx").read_bytes() == (bundle.folder / "model.onnx").read_bytes()
 
 
-def test_other_classes_do_not_share_labels_with_an_older_version(make_bundle: Callable[..., Bundle], tmp_path: Path) -> None:
+def test_other_classes_do_not_share_labels_with_an_older_version(
+    make_bundle: Callable[..., Bundle], tmp_path: Path
+) -> None:
     """labels.txt is one for all versions, and two of them are served."""
-    (model,) = write_repository(make_bundle(tmp_path / "a", classes=("cat", "dog", "frog")), tmp_path / "models")
+    (model,) = write_repository(
+        make_bundle(tmp_path / "a", classes=("cat", "dog", "frog")), tmp_path / "models"
+    )
     write_repository(make_bundle(tmp_path / "b", classes=("frog", "dog", "cat"), seed=1), tmp_path / "models")
     assert [path.name for path in model.iterdir() if path.is_dir()] == ["2"]
     assert (model / "labels.txt").read_text().split() == ["frog", "dog", "cat"]
 
 
-def test_a_model_that_was_not_written_here_is_left_alone(make_bundle: Callable[..., Bundle], tmp_path: Path) -> None:
+def test_a_model_that_was_not_written_here_is_left_alone(
+    make_bundle: Callable[..., Bundle], tmp_path: Path
+) -> None:
     bundle = make_bundle(tmp_path / "bundle")
     foreign = tmp_path / "models" / bundle.manifest.target
     (foreign / "1").mkdir(parents=True)

@@ -1,4 +1,5 @@
-"""16-bit files: what fp16 cannot hold stays in fp32, integers stay integers, and what GPUs compute is looked at."""
+"""16-bit files: what fp16 cannot hold stays in fp32, integers stay integers,
+and what GPUs compute is looked at."""
 
 from __future__ import annotations
 
@@ -30,8 +31,11 @@ def weight(name: str, shape: tuple[int, ...], scale: float = 0.5) -> onnx.Tensor
     return numpy_helper.from_array(values.astype(np.float32), name)
 
 
-def network(path: Path, middle: list[onnx.NodeProto], weights: list[onnx.TensorProto], opset: int = 20) -> Path:
-    """Write uint8 images -> normalised -> 1x1 convolution `a` -> `middle`, which gives `b` [n, 8, 4, 4] -> logits."""
+def network(
+    path: Path, middle: list[onnx.NodeProto], weights: list[onnx.TensorProto], opset: int = 20
+) -> Path:
+    """Write uint8 images -> normalised -> 1x1 convolution `a` -> `middle`,
+    which gives `b` [n, 8, 4, 4] -> logits."""
     node = helper.make_node
     cast = node("Cast", ["images"], ["float"], name="float", to=TensorProto.FLOAT)
     normalise = node("Transpose", ["float"], ["x"], name="x", perm=[0, 3, 1, 2])
@@ -48,7 +52,10 @@ def network(path: Path, middle: list[onnx.NodeProto], weights: list[onnx.TensorP
     weights = [weight("wa", (CHANNELS, 3, 1, 1)), weight("wf", (CHANNELS, CLASSES)), *weights]
     weights.append(numpy_helper.from_array(np.array(1 / 64, np.float32), "small"))
     images = helper.make_tensor_value_info("images", TensorProto.UINT8, ["batch", 4, 4, 3])
-    outputs = [helper.make_tensor_value_info(one, TensorProto.FLOAT, ["batch", CLASSES]) for one in ("logits", "probabilities")]
+    outputs = [
+        helper.make_tensor_value_info(one, TensorProto.FLOAT, ["batch", CLASSES])
+        for one in ("logits", "probabilities")
+    ]
     graph = helper.make_graph(nodes, "g", [images], outputs, weights)
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=9), path)
     return path
@@ -81,13 +88,17 @@ def overflowing(tmp_path: Path) -> Path:
         node("Conv", ["r", "down"], ["b"], name="conv_down"),
     ]
     shape = (CHANNELS, CHANNELS, 1, 1)
-    return network(tmp_path / "model.onnx", middle, [weight("up", shape, 2e4), weight("down", shape, 1 / 2e4)])
+    return network(
+        tmp_path / "model.onnx", middle, [weight("up", shape, 2e4), weight("down", shape, 1 / 2e4)]
+    )
 
 
 def test_magnitudes_are_those_of_the_tensors(overflowing: Path) -> None:
     proto = onnx.load(overflowing)
     proto.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in "au")
-    session = import_onnxruntime().InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = import_onnxruntime().InferenceSession(
+        proto.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
     a, u = session.run(["a", "u"], {"images": IMAGES})
     found = largest_magnitudes(overflowing, IMAGES)
     assert found["a"] == pytest.approx(np.abs(a).max(), rel=1e-5)
@@ -103,10 +114,14 @@ def test_magnitudes_keep_what_is_not_finite(tmp_path: Path) -> None:
     assert not np.isfinite(found["b"])
 
 
-def test_an_fp16_file_without_ranges_passes_on_this_cpu_and_is_caught_in_true_fp16(overflowing: Path, tmp_path: Path) -> None:
+def test_an_fp16_file_without_ranges_passes_on_this_cpu_and_is_caught_in_true_fp16(
+    overflowing: Path, tmp_path: Path
+) -> None:
     path = tmp_path / "model.fp16.onnx"
     write_half(overflowing, path, "fp16")
-    assert np.abs(logits_of(path) - logits_of(overflowing)).max() < 0.02 * logits_of(overflowing).std(), "the hole"
+    assert np.abs(logits_of(path) - logits_of(overflowing)).max() < 0.02 * logits_of(overflowing).std(), (
+        "the hole"
+    )
     with pytest.raises(CheckError, match=r"model\.fp16\.onnx does not give .* NaN or infinite"):
         check_true_fp16(path, reference_of(overflowing))
 
@@ -130,8 +145,15 @@ def test_what_passes_the_limit_stays_in_fp32_and_is_named(overflowing: Path, tmp
 def test_the_head_room_counts(overflowing: Path, tmp_path: Path) -> None:
     """A value just below the limit is converted, one just above is not; one that is not finite never is."""
     found = dict.fromkeys(largest_magnitudes(overflowing, IMAGES), 1.0)
-    for value, kept in ((0.99, []), (1.01, ["conv_up", "relu"]), (np.inf, ["conv_up", "relu"]), (np.nan, ["conv_up", "relu"])):
-        record = write_half(overflowing, tmp_path / "h.onnx", "fp16", {**found, "u": value * FP16_MAX / HEAD_ROOM})
+    for value, kept in (
+        (0.99, []),
+        (1.01, ["conv_up", "relu"]),
+        (np.inf, ["conv_up", "relu"]),
+        (np.nan, ["conv_up", "relu"]),
+    ):
+        record = write_half(
+            overflowing, tmp_path / "h.onnx", "fp16", {**found, "u": value * FP16_MAX / HEAD_ROOM}
+        )
         assert [entry.node for entry in record.kept_in_fp32 if "u reaches" in entry.reason] == kept, value
 
 
@@ -140,16 +162,24 @@ def test_a_weight_beyond_fp16_stays_in_fp32(tmp_path: Path) -> None:
         helper.make_node("Conv", ["a", "huge"], ["c"], name="huge"),
         helper.make_node("Mul", ["c", "tiny"], ["b"], name="m"),
     ]
-    weights = [weight("huge", (CHANNELS, CHANNELS, 1, 1), 1e5), numpy_helper.from_array(np.array(1e-5, np.float32), "tiny")]
+    weights = [
+        weight("huge", (CHANNELS, CHANNELS, 1, 1), 1e5),
+        numpy_helper.from_array(np.array(1e-5, np.float32), "tiny"),
+    ]
     source, path = network(tmp_path / "model.onnx", middle, weights), tmp_path / "model.fp16.onnx"
     record = write_half(source, path, "fp16", {})
-    assert [(entry.node, "its weight huge reaches" in entry.reason) for entry in record.kept_in_fp32] == [("huge", True)]
-    assert {tensor.name: tensor.data_type for tensor in onnx.load(path).graph.initializer}["huge"] == TensorProto.FLOAT
+    assert [(entry.node, "its weight huge reaches" in entry.reason) for entry in record.kept_in_fp32] == [
+        ("huge", True)
+    ]
+    assert {tensor.name: tensor.data_type for tensor in onnx.load(path).graph.initializer}[
+        "huge"
+    ] == TensorProto.FLOAT
     assert not write_half(source, tmp_path / "model.bf16.onnx", "bf16").kept_in_fp32, "bf16 has fp32's range"
 
 
 def integer_shapes() -> list[onnx.NodeProto]:
-    """A reshape to [batch, -1, 16] by the batch that is read from the input's shape, and back: as attention does."""
+    """A reshape to [batch, -1, 16] by the batch that is read from the input's shape, and back:
+    as attention does."""
     node = helper.make_node
     return [
         node("Shape", ["images"], ["n"], name="n", start=0, end=1),
@@ -196,8 +226,13 @@ EXTRA = [
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 @pytest.mark.parametrize("middle", [integer_shapes, einsum, resize, constants])
-def test_only_floats_become_halves(middle: Callable[[], list[onnx.NodeProto]], precision: str, tmp_path: Path) -> None:
-    source, path = network(tmp_path / "model.onnx", middle(), EXTRA, opset=22), tmp_path / f"model.{precision}.onnx"
+def test_only_floats_become_halves(
+    middle: Callable[[], list[onnx.NodeProto]], precision: str, tmp_path: Path
+) -> None:
+    source, path = (
+        network(tmp_path / "model.onnx", middle(), EXTRA, opset=22),
+        tmp_path / f"model.{precision}.onnx",
+    )
     record = write_half(source, path, precision, {})
     kept = ["einsum"] if middle is einsum and precision == "bf16" else []
     kept += ["k2"] if middle is constants else []
@@ -252,7 +287,9 @@ def test_an_export_that_would_overflow_on_a_gpu_says_what_it_kept(
     def scaled(model: object, path: Path, *arguments: object) -> None:
         write(model, path, *arguments)
         proto = onnx.load(path)
-        first, second = [node for node in proto.graph.node if node.op_type == "Conv"][1:3]  # a block's two, ReLU between
+        first, second = [node for node in proto.graph.node if node.op_type == "Conv"][
+            1:3
+        ]  # a block's two, ReLU between
         for name, factor in [(one, 3e4) for one in first.input[1:]] + [(second.input[1], 1 / 3e4)]:
             tensor = next(one for one in proto.graph.initializer if one.name == name)
             tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * np.float32(factor), name))

@@ -1,4 +1,5 @@
-"""What every written file asks of its reader: the lowest IR version and only the operator sets that are used."""
+"""What every written file asks of its reader:
+the lowest IR version and only the operator sets that are used."""
 
 from __future__ import annotations
 
@@ -22,7 +23,9 @@ def model(nodes: list[onnx.NodeProto], opset: int, extra: list[onnx.OperatorSetI
 
 @pytest.mark.parametrize(("opset", "version"), [(18, 8), (19, 9), (20, 9), (21, 10), (22, 10), (23, 11)])
 def test_a_file_has_the_ir_version_of_its_operator_set(tmp_path: Path, opset: int, version: int) -> None:
-    proto = model([helper.make_node("Relu", ["x"], ["y"])], opset, [*UNUSED, helper.make_opsetid("ai.onnx.ml", 5)])
+    proto = model(
+        [helper.make_node("Relu", ["x"], ["y"])], opset, [*UNUSED, helper.make_opsetid("ai.onnx.ml", 5)]
+    )
     save_onnx(proto, tmp_path / "model.onnx")
     written = onnx.load(tmp_path / "model.onnx")
     assert written.ir_version == version
@@ -31,17 +34,27 @@ def test_a_file_has_the_ir_version_of_its_operator_set(tmp_path: Path, opset: in
 
 def test_a_domain_that_only_a_branch_uses_is_kept() -> None:
     inner = helper.make_node("Gelu", ["x"], ["z"], domain="com.microsoft")
-    branch = helper.make_graph([inner], "branch", [], [helper.make_tensor_value_info("z", TensorProto.FLOAT, [1])])
-    condition = helper.make_node("Constant", [], ["c"], value=helper.make_tensor("c", TensorProto.BOOL, [], [True]))
-    proto = model([condition, helper.make_node("If", ["c"], ["y"], then_branch=branch, else_branch=branch)], 20, UNUSED)
+    branch = helper.make_graph(
+        [inner], "branch", [], [helper.make_tensor_value_info("z", TensorProto.FLOAT, [1])]
+    )
+    condition = helper.make_node(
+        "Constant", [], ["c"], value=helper.make_tensor("c", TensorProto.BOOL, [], [True])
+    )
+    proto = model(
+        [condition, helper.make_node("If", ["c"], ["y"], then_branch=branch, else_branch=branch)], 20, UNUSED
+    )
     finish(proto)
     assert {entry.domain for entry in proto.opset_import} == {"", "com.microsoft"}
 
 
 def test_a_domain_that_only_a_function_uses_is_kept() -> None:
     node = helper.make_node("Gelu", ["x"], ["y"], domain="com.microsoft")
-    function = helper.make_function("own", "F", ["x"], ["y"], [node], [helper.make_opsetid("com.microsoft", 1)])
-    proto = model([helper.make_node("F", ["x"], ["y"], domain="own")], 20, [helper.make_opsetid("own", 1), *UNUSED])
+    function = helper.make_function(
+        "own", "F", ["x"], ["y"], [node], [helper.make_opsetid("com.microsoft", 1)]
+    )
+    proto = model(
+        [helper.make_node("F", ["x"], ["y"], domain="own")], 20, [helper.make_opsetid("own", 1), *UNUSED]
+    )
     proto.functions.append(function)
     finish(proto)
     assert {entry.domain for entry in proto.opset_import} == {"", "com.microsoft", "own"}
@@ -53,9 +66,13 @@ def test_what_onnx_refuses_is_said_in_one_sentence(tmp_path: Path) -> None:
 
 
 def test_every_form_of_an_export_loads_in_old_runtimes(exported: Path) -> None:
-    """Opset 20 and IR 9 are ONNX Runtime 1.17's; docs/export.md has what installed runtimes made of such files."""
+    """Opset 20 and IR 9 are ONNX Runtime 1.17's;
+    docs/export.md has what installed runtimes made of such files."""
     files = sorted((exported / "fused").glob("*.onnx"))
     assert [path.name for path in files] == ["model.int8-tensorrt.onnx", "model.int8.onnx", "model.onnx"]
     for path in files:
         proto = onnx.load(path)
-        assert (proto.ir_version, [(entry.domain, entry.version) for entry in proto.opset_import]) == (9, [("", 20)])
+        assert (proto.ir_version, [(entry.domain, entry.version) for entry in proto.opset_import]) == (
+            9,
+            [("", 20)],
+        )

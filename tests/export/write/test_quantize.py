@@ -19,7 +19,8 @@ CHANNELS, TOKENS, CLASSES = 8, 64, 5
 
 @pytest.fixture(scope="module")
 def attention(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Convolution, SiLU, self-attention over the pixels, classifier; no node has a name, as optimisers leave them."""
+    """Convolution, SiLU, self-attention over the pixels, classifier; no node has a name,
+    as optimisers leave them."""
     generator = np.random.default_rng(0)
     tensors = {
         "conv": generator.normal(0, 0.4, (CHANNELS, 3, 3, 3)).astype(np.float32),
@@ -73,7 +74,9 @@ def answer(path: Path, images: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("form", ["cpu", "tensorrt"])
-def test_an_attention_computes_in_float_whatever_its_neighbours_do(attention: Path, tmp_path: Path, form: str) -> None:
+def test_an_attention_computes_in_float_whatever_its_neighbours_do(
+    attention: Path, tmp_path: Path, form: str
+) -> None:
     images = np.random.default_rng(1).integers(0, 256, (16, 8, 8, 3), dtype=np.uint8)
     proto, path = onnx.load(attention), tmp_path / "int8.onnx"
     write_form(proto, path, collect_ranges(attention, images, OPERATORS)["minmax"], form)

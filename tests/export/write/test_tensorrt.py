@@ -25,10 +25,16 @@ ADA = EngineOptions("tensorrt_rtx", ("8.9",))
 
 def record(**changes: object) -> EngineRecord:
     values = {
-        "flavour": "tensorrt_rtx", "version": "1.7", "compute_capabilities": ["8.9"],
+        "flavour": "tensorrt_rtx",
+        "version": "1.7",
+        "compute_capabilities": ["8.9"],
         "profile": {"min": 1, "opt": 64, "max": 256},
-        "source": "model.onnx", "source_sha256": "0" * 64, "platform": "Linux x86_64", "build_seconds": 0.1, "log": [],
-    }  # fmt: skip
+        "source": "model.onnx",
+        "source_sha256": "0" * 64,
+        "platform": "Linux x86_64",
+        "build_seconds": 0.1,
+        "log": [],
+    }
     return EngineRecord(**{**values, **changes})
 
 
@@ -40,7 +46,11 @@ def test_an_engine_of_each_form_is_built_with_its_record(exported: Path, tmp_pat
         assert built.compute_capabilities == ["8.9"]
         assert built.source_sha256 == sha256_of(folder / source)
         assert built.source_sha256.encode() in path.read_bytes(), "the source's hash is inside the engine"
-        assert json.loads(path.with_suffix(".json").read_text())["profile"] == {"min": 1, "opt": 64, "max": 256}
+        assert json.loads(path.with_suffix(".json").read_text())["profile"] == {
+            "min": 1,
+            "opt": 64,
+            "max": 256,
+        }
 
 
 @pytest.mark.slow
@@ -67,7 +77,9 @@ def test_what_cannot_be_built_is_refused_with_the_builders_reason(exported: Path
 def test_an_engine_for_another_version_or_gpu_is_refused_before_it_is_loaded() -> None:
     engine = Path("fp32.engine")
     assert check_machine(record(), "1.7", (8, 9), engine) == "GPU 8.9"
-    with pytest.raises(CheckError, match=r"built by tensorrt_rtx 1\.7, this machine has 1\.8.*ffl-export --tensorrt"):
+    with pytest.raises(
+        CheckError, match=r"built by tensorrt_rtx 1\.7, this machine has 1\.8.*ffl-export --tensorrt"
+    ):
         check_machine(record(), "1.8", (8, 9), engine)
     with pytest.raises(CheckError, match=r"compute capability 8\.9, this GPU has 9\.0"):
         check_machine(record(), "1.7", (9, 0), engine)
@@ -75,7 +87,9 @@ def test_an_engine_for_another_version_or_gpu_is_refused_before_it_is_loaded() -
         _ = Variant("e", "tensorrt", "e.engine", "0", 1, Precision("fp32", "fp32")).engine
 
 
-def test_an_fp32_engine_is_not_built_with_tf32(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_fp32_engine_is_not_built_with_tf32(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import tensorrt_rtx
 
     flags = []
@@ -102,15 +116,21 @@ def test_an_unsupported_type_is_refused_with_the_builders_reason(exported: Path,
     proto.graph.initializer.extend([scale, zero])
     index = list(proto.graph.node).index(convolution)
     source = convolution.input[0]
-    quantise = onnx.helper.make_node("QuantizeLinear", [source, "fp8_scale", "fp8_zero"], ["fp8"], name="fp8_quantise")
-    back = onnx.helper.make_node("DequantizeLinear", ["fp8", "fp8_scale", "fp8_zero"], ["fp8_back"], name="fp8_dequantise")
+    quantise = onnx.helper.make_node(
+        "QuantizeLinear", [source, "fp8_scale", "fp8_zero"], ["fp8"], name="fp8_quantise"
+    )
+    back = onnx.helper.make_node(
+        "DequantizeLinear", ["fp8", "fp8_scale", "fp8_zero"], ["fp8_back"], name="fp8_dequantise"
+    )
     convolution.input[0] = "fp8_back"
     proto.graph.node.insert(index, back)
     proto.graph.node.insert(index, quantise)
     path = tmp_path / "fp8.onnx"
     onnx.save(proto, path)
     build_engine(path, tmp_path / "ada.engine", 8, 8, ADA)
-    with pytest.raises(CheckError, match=r"cannot build fp8\.onnx for compute capability 8\.0.*(FP8|8-bit|fp8)"):
+    with pytest.raises(
+        CheckError, match=r"cannot build fp8\.onnx for compute capability 8\.0.*(FP8|8-bit|fp8)"
+    ):
         build_engine(path, tmp_path / "ampere.engine", 8, 8, EngineOptions("tensorrt_rtx", ("8.0",)))
 
 
@@ -131,15 +151,22 @@ def test_an_engine_gives_the_golden_logits_on_a_gpu(exported: Path, tmp_path: Pa
     name = f"{capability[0]}.{capability[1]}"
     path = tmp_path / "fp32.engine"
     try:
-        built = build_engine(exported / "branch0" / "model.onnx", path, 8, 8, EngineOptions("tensorrt_rtx", (name,)))
+        built = build_engine(
+            exported / "branch0" / "model.onnx", path, 8, 8, EngineOptions("tensorrt_rtx", (name,))
+        )
     except UsageError as error:
         pytest.skip(f"TensorRT-RTX does not run on this GPU: {error}")
     details = Details(engine=msgspec.json.decode(path.with_suffix(".json").read_bytes(), type=EngineRecord))
     assert built == details.engine
-    variant = Variant("fp32-engine", "tensorrt", path.name, sha256_of(path), 1, Precision("fp32", "fp32"), details=details)
+    variant = Variant(
+        "fp32-engine", "tensorrt", path.name, sha256_of(path), 1, Precision("fp32", "fp32"), details=details
+    )
     session = TensorRtSession(path, variant)
     golden = load_bundle(exported / "branch0").golden()
     for batch in (1, 7, len(golden.images)):
         outputs = session.run(golden.images[:batch])
-        assert np.abs(outputs.logits - golden.logits[:batch]).max() <= PARITY_GATES["fp32"].scaled_max_diff * golden.logits.std()
+        assert (
+            np.abs(outputs.logits - golden.logits[:batch]).max()
+            <= PARITY_GATES["fp32"].scaled_max_diff * golden.logits.std()
+        )
     session.close()

@@ -18,7 +18,8 @@ torchvision = pytest.importorskip("torchvision")
 
 @pytest.fixture
 def tiny_cifar100(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, dict[str, np.ndarray]]:
-    """CIFAR-100's files with 40 + 20 images of two classes, their hashes registered; -> (root, part -> images NHWC)."""
+    """CIFAR-100's files with 40 + 20 images of two classes, their hashes registered; -> (root,
+    part -> images NHWC)."""
     kind = torchvision.datasets.CIFAR100
     folder = tmp_path / kind.base_folder
     folder.mkdir()

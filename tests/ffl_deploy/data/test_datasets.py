@@ -74,7 +74,9 @@ def test_digits_are_1797_images_in_three_splits() -> None:
     # All digits are different images, so a shared one would show here.
     assert len(np.unique(images.reshape(1797, -1), axis=0)) == 1797
     assert np.bincount(data.test.labels).min() >= 35
-    np.testing.assert_allclose(data.mean, data.train.read(slice(None)).mean(axis=(0, 1, 2), dtype=np.float64), atol=1e-4)
+    np.testing.assert_allclose(
+        data.mean, data.train.read(slice(None)).mean(axis=(0, 1, 2), dtype=np.float64), atol=1e-4
+    )
 
 
 def test_digits_at_another_size_are_resized_once() -> None:
@@ -84,18 +86,23 @@ def test_digits_at_another_size_are_resized_once() -> None:
 
 
 def test_the_test_set_does_not_depend_on_how_validation_is_cut() -> None:
-    one, other = (load_data(DataSpec(validation=share, split_seed=seed)) for share, seed in ((0.1, 0), (0.3, 5)))
+    one, other = (
+        load_data(DataSpec(validation=share, split_seed=seed)) for share, seed in ((0.1, 0), (0.3, 5))
+    )
     assert np.array_equal(one.test.read(slice(None)), other.test.read(slice(None)))
     assert len(other.validation) > len(one.validation)
 
 
 @pytest.mark.parametrize("memory_limit", [None, 0], ids=["memory", "disk"])
-def test_splits_give_the_evaluation_view_of_their_files(image_folder: Callable[..., Path], memory_limit: int | None) -> None:
+def test_splits_give_the_evaluation_view_of_their_files(
+    image_folder: Callable[..., Path], memory_limit: int | None
+) -> None:
     folder = image_folder(size=(30, 22), val=3)
     data = load_data(DataSpec(source=str(folder)), memory_limit)
     assert isinstance(data.train, FileSplit if memory_limit == 0 else ArraySplit)
     assert data.preprocessing == Preprocessing(16, 16, resize="crop")  # 22 pixels, down to a multiple of 8
-    assert [len(part) for part in (data.train, data.validation, data.test)] == [20, 6, 8]  # val/ is there: nothing is cut
+    # val/ is there: nothing is cut
+    assert [len(part) for part in (data.train, data.validation, data.test)] == [20, 6, 8]
     for part, name, count in ((data.train, "train", 10), (data.validation, "val", 3), (data.test, "test", 4)):
         paths = [folder / name / label / f"{k:03d}.png" for label in ("cat", "dog") for k in range(count)]
         expected = np.stack([load(path, data.preprocessing) for path in paths])
@@ -132,7 +139,9 @@ def test_a_streamed_split_shows_its_original_images(image_folder: Callable[..., 
     assert data.train.original(10).shape == (22, 30, 3)
 
 
-def test_statistics_of_small_images_are_measured_and_of_large_ones_imagenets(image_folder: Callable[..., Path]) -> None:
+def test_statistics_of_small_images_are_measured_and_of_large_ones_imagenets(
+    image_folder: Callable[..., Path],
+) -> None:
     folder = image_folder(val=2)
     small = load_data(DataSpec(source=str(folder)), memory_limit=0)
     expected = small.train.read(slice(None)).astype(np.float64)

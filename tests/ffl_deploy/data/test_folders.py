@@ -1,4 +1,5 @@
-"""Image folders that cannot be used are refused in one sentence; unreadable images are named in one report."""
+"""Image folders that cannot be used are refused in one sentence;
+unreadable images are named in one report."""
 
 from __future__ import annotations
 
@@ -223,7 +224,9 @@ def test_a_class_folder_whose_name_is_not_utf8(image_folder: MakeFolder) -> None
     assert "class folder whose name is not UTF-8" in refuse(folder)
 
 
-def test_a_file_that_breaks_pillow_is_reported_as_unreadable(image_folder: MakeFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_breaks_pillow_is_reported_as_unreadable(
+    image_folder: MakeFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its plugins raise what they like, also while the size of the images is looked up."""
     folder = image_folder()
     original = Image.open

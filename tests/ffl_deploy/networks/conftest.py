@@ -25,7 +25,8 @@ def seeded() -> None:
 
 @pytest.fixture(scope="session")
 def disturb() -> Callable[[nn.Module], nn.Module]:
-    """`disturb(module)` moves every weight and statistic off its initial value, so that no layer is an identity or zero."""
+    """`disturb(module)` moves every weight and statistic off its initial value,
+    so that no layer is an identity or zero."""
 
     def apply(module: nn.Module) -> nn.Module:
         generator = torch.Generator().manual_seed(1)
@@ -47,7 +48,8 @@ def disturb() -> Callable[[nn.Module], nn.Module]:
 
 @pytest.fixture
 def make_network(disturb: Callable[[nn.Module], nn.Module]) -> Callable[..., MutualNetwork]:
-    """`make_network("resnet20", "resnet20", classes=3, ...)` -> a disturbed network for 16x16 images, in eval mode."""
+    """`make_network("resnet20", "resnet20", classes=3, ...)` -> a disturbed network for 16x16 images,
+    in eval mode."""
 
     def make(*branches: str, classes: int = 3, size: int = 16, **options: object) -> MutualNetwork:
         torch.manual_seed(0)

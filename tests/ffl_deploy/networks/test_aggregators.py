@@ -16,7 +16,9 @@ def softmax(x: np.ndarray) -> np.ndarray:
 
 def test_mean_is_the_mean_of_the_logits() -> None:
     logits = [torch.randn(4, 5) for _ in range(3)]
-    np.testing.assert_allclose(mean(logits).numpy(), np.mean([z.numpy() for z in logits], axis=0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        mean(logits).numpy(), np.mean([z.numpy() for z in logits], axis=0), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_gate_is_its_equation() -> None:
@@ -28,7 +30,9 @@ def test_gate_is_its_equation() -> None:
     shared, logits = torch.randn(4, 6, 5, 5).double(), [torch.randn(4, 7).double() for _ in range(3)]
     w = {name: value.detach().numpy() for name, value in gate.state_dict().items()}
     linear = shared.numpy().mean(axis=(2, 3)) @ w["linear.weight"].T + w["linear.bias"]
-    scaled = (linear - w["bn.running_mean"]) / np.sqrt(w["bn.running_var"] + 1e-5) * w["bn.weight"] + w["bn.bias"]
+    scaled = (linear - w["bn.running_mean"]) / np.sqrt(w["bn.running_var"] + 1e-5) * w["bn.weight"] + w[
+        "bn.bias"
+    ]
     weights = softmax(np.maximum(scaled, 0))
     assert np.ptp(weights) > 0.1, "otherwise this would also pass with a plain mean"
     wanted = sum(weights[:, [k]] * logits[k].numpy() for k in range(3))
@@ -38,14 +42,19 @@ def test_gate_is_its_equation() -> None:
 def test_attention_is_its_equation_and_leaves_the_leader_out() -> None:
     torch.manual_seed(0)
     attention = Attention(channels=16).double()
-    pooled, logits = [torch.randn(4, 16).double() for _ in range(4)], [torch.randn(4, 5).double() for _ in range(4)]
+    pooled, logits = (
+        [torch.randn(4, 16).double() for _ in range(4)],
+        [torch.randn(4, 5).double() for _ in range(4)],
+    )
     query, key = attention.query.weight.detach().numpy(), attention.key.weight.detach().numpy()
     assert query.shape == (2, 16), "projections to C/8"
     found = attention(torch.empty(0), pooled, logits).detach().numpy()
     assert found.shape == (4, 3, 5)
     for sample in range(4):
         for i in (1, 2, 3):
-            scores = [query @ pooled[i][sample].numpy() @ (key @ pooled[j][sample].numpy()) for j in (1, 2, 3)]
+            scores = [
+                query @ pooled[i][sample].numpy() @ (key @ pooled[j][sample].numpy()) for j in (1, 2, 3)
+            ]
             weights = softmax(np.array(scores))
             wanted = sum(weights[j - 1] * logits[j][sample].numpy() for j in (1, 2, 3))
             np.testing.assert_allclose(found[sample, i - 1], wanted, rtol=1e-10)

@@ -9,9 +9,14 @@ from torch import nn
 from ffl_deploy.errors import UsageError
 from ffl_deploy.networks.backbones import backbone_names, build_backbone, feature_shape
 
-# name -> (millions of parameters as published for CIFAR-10, decimals of that number, channels of the last map)
+# name -> (millions of parameters as published for CIFAR-10, decimals of that number,
+# channels of the last map)
 PUBLISHED = {
-    "resnet8": (0.08, 2, 64),  # the same with n = 1 and 2, as the distillation literature uses them (Tian et al. 2020)
+    "resnet8": (
+        0.08,
+        2,
+        64,
+    ),  # the same with n = 1 and 2, as the distillation literature uses them (Tian et al. 2020)
     "resnet14": (0.17, 2, 64),
     "resnet20": (0.27, 2, 64),  # He et al. 2016, table 6
     "resnet32": (0.46, 2, 64),
@@ -73,7 +78,9 @@ def test_depth_is_what_the_name_says(name: str) -> None:
     network = nn.Sequential(*build_backbone(name, 32, 32).stages)
     convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
     three = sum(module.kernel_size == (3, 3) for module in convolutions)
-    assert three + {"resnet32": 1, "wrn40_2": len(convolutions) - three}[name] == int("".join(filter(str.isdigit, name))[:2])
+    assert three + {"resnet32": 1, "wrn40_2": len(convolutions) - three}[name] == int(
+        "".join(filter(str.isdigit, name))[:2]
+    )
 
 
 def test_initialisation_is_he_by_fan_out() -> None:

@@ -27,7 +27,9 @@ def layer(seed: int = 0) -> nn.Sequential:
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    save_checkpoint(tmp_path / "best", {MODEL: layer().state_dict(), "optimiser": {"0.step": torch.ones(2)}}, {"epoch": 7})
+    save_checkpoint(
+        tmp_path / "best", {MODEL: layer().state_dict(), "optimiser": {"0.step": torch.ones(2)}}, {"epoch": 7}
+    )
     return tmp_path / "best"
 
 
@@ -58,7 +60,9 @@ def test_tensors_that_share_storage_are_saved_each(tmp_path: Path) -> None:
 def test_equal_contents_are_equal_bytes(tmp_path: Path) -> None:
     for name in ("one", "two"):
         save_checkpoint(tmp_path / name, {MODEL: layer().state_dict()}, {"epoch": 7})
-    one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "two"))
+    one, two = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "two")
+    )
     assert one == two
 
 
@@ -75,7 +79,9 @@ def test_a_flipped_byte_is_found(saved: Path, where: int) -> None:
     content = bytearray(path.read_bytes())
     content[where] ^= 1
     path.write_bytes(content)
-    with pytest.raises(CheckError, match=r"model.safetensors is damaged \(its SHA-256 differs\); use another checkpoint"):
+    with pytest.raises(
+        CheckError, match=r"model.safetensors is damaged \(its SHA-256 differs\); use another checkpoint"
+    ):
         read_checkpoint(saved)
 
 
@@ -107,7 +113,9 @@ def test_loading_is_all_or_an_error_that_names_the_difference() -> None:
     for message, tensors in wrong.items():
         with pytest.raises(CheckError, match=f"somewhere belongs to another architecture .*{message}"):
             load_weights(own, tensors, "somewhere")
-        assert all(torch.equal(value, before[name]) for name, value in own.state_dict().items()), "nothing half-loaded"
+        assert all(torch.equal(value, before[name]) for name, value in own.state_dict().items()), (
+            "nothing half-loaded"
+        )
     load_weights(own, complete, "somewhere")
     assert all(torch.equal(value, complete[name]) for name, value in own.state_dict().items())
 
@@ -122,7 +130,9 @@ class KilledError(BaseException):
 
 
 @pytest.mark.parametrize("survived", [0, 1])
-def test_a_kill_at_either_rename_leaves_the_old_checkpoint(saved: Path, monkeypatch: pytest.MonkeyPatch, survived: int) -> None:
+def test_a_kill_at_either_rename_leaves_the_old_checkpoint(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, survived: int
+) -> None:
     renames: list[tuple[Path, Path]] = []
     rename = os.rename
 
@@ -144,7 +154,9 @@ def test_a_kill_at_either_rename_leaves_the_old_checkpoint(saved: Path, monkeypa
     assert sorted(path.name for path in saved.parent.iterdir()) == ["best"], "the next save clears up"
 
 
-def test_a_failed_write_leaves_the_old_checkpoint_and_no_rest(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_the_old_checkpoint_and_no_rest(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(content: object) -> bytes:
         raise OSError(28, "No space left on device")
 
@@ -160,7 +172,8 @@ import sys, torch
 from pathlib import Path
 from ffl_deploy.networks.checkpoint import save_checkpoint
 for epoch in range(10**6):
-    save_checkpoint(Path(sys.argv[1]), {"model": {"w": torch.full((50_000,), float(epoch))}}, {"epoch": epoch})
+    weights = {"w": torch.full((50_000,), float(epoch))}
+    save_checkpoint(Path(sys.argv[1]), {"model": weights}, {"epoch": epoch})
     print(epoch, flush=True)
 """
 

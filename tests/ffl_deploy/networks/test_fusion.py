@@ -11,11 +11,19 @@ from ffl_deploy.errors import UsageError
 from ffl_deploy.networks.fusion import Combination, FusionModule, build_fusion, regressor
 
 
-@pytest.mark.parametrize(("channels", "width", "classes"), [((64, 64), 64, 100), ((64, 128), 32, 10), ((16, 8, 24), 5, 3)])
+@pytest.mark.parametrize(
+    ("channels", "width", "classes"), [((64, 64), 64, 100), ((64, 128), 32, 10), ((16, 8, 24), 5, 3)]
+)
 def test_parameters_follow_the_formula(channels: tuple[int, ...], width: int, classes: int) -> None:
     fusion = FusionModule([(c, 8, 8) for c in channels], classes, width)
     total = sum(channels)
-    depthwise, bn1, pointwise, bn2, linear = 9 * total, 2 * total, total * width, 2 * width, width * classes + classes
+    depthwise, bn1, pointwise, bn2, linear = (
+        9 * total,
+        2 * total,
+        total * width,
+        2 * width,
+        width * classes + classes,
+    )
     assert sum(p.numel() for p in fusion.parameters()) == depthwise + bn1 + pointwise + bn2 + linear
     assert fusion.depthwise.groups == total
 
@@ -27,7 +35,8 @@ def test_the_width_is_the_first_branchs_channels_unless_given() -> None:
 
 
 def test_the_module_is_its_equation_in_numpy() -> None:
-    """Concatenation, depthwise 3x3, BN, ReLU, pointwise, BN, ReLU, average, linear (Kim et al. 2019, III-A)."""
+    """Concatenation, depthwise 3x3, BN, ReLU, pointwise, BN, ReLU, average, linear (Kim et al. 2019,
+    III-A)."""
     torch.manual_seed(0)
     fusion = FusionModule([(2, 4, 4), (3, 4, 4)], classes=3, width=4).double()
     for bn in (fusion.bn1, fusion.bn2):
@@ -41,15 +50,22 @@ def test_the_module_is_its_equation_in_numpy() -> None:
 
     def normalised(x: np.ndarray, name: str) -> np.ndarray:
         scale = w[f"{name}.weight"] / np.sqrt(w[f"{name}.running_var"] + 1e-5)
-        return (x - w[f"{name}.running_mean"][:, None, None]) * scale[:, None, None] + w[f"{name}.bias"][:, None, None]
+        return (x - w[f"{name}.running_mean"][:, None, None]) * scale[:, None, None] + w[f"{name}.bias"][
+            :, None, None
+        ]
 
     x = np.pad(np.concatenate([first.numpy(), second.numpy()], axis=1), ((0, 0), (0, 0), (1, 1), (1, 1)))
     depthwise = np.zeros((2, 5, 4, 4))
     for row in range(3):
         for column in range(3):
-            depthwise += x[:, :, row : row + 4, column : column + 4] * w["depthwise.weight"][:, 0, row, column][:, None, None]
+            depthwise += (
+                x[:, :, row : row + 4, column : column + 4]
+                * w["depthwise.weight"][:, 0, row, column][:, None, None]
+            )
     hidden = np.maximum(normalised(depthwise, "bn1"), 0)
-    fused = np.maximum(normalised(np.einsum("oc,nchw->nohw", w["pointwise.weight"][:, :, 0, 0], hidden), "bn2"), 0)
+    fused = np.maximum(
+        normalised(np.einsum("oc,nchw->nohw", w["pointwise.weight"][:, :, 0, 0], hidden), "bn2"), 0
+    )
     logits = fused.mean(axis=(2, 3)) @ w["classifier.weight"].T + w["classifier.bias"]
 
     np.testing.assert_allclose(fusion([first, second]).detach().numpy(), logits, rtol=1e-10)
@@ -65,7 +81,9 @@ def test_maps_are_joined_in_the_order_of_the_branches() -> None:
 SIZES = [1, 2, 3, 4, 5, 7, 8, 14, 16, 32]
 
 
-@pytest.mark.parametrize(("large", "small"), [(large, small) for large in SIZES for small in SIZES if small <= large])
+@pytest.mark.parametrize(
+    ("large", "small"), [(large, small) for large in SIZES for small in SIZES if small <= large]
+)
 def test_regressors_reach_every_smaller_size_and_see_the_whole_map(large: int, small: int) -> None:
     layer = regressor((1, large, large), small, small)
     if large == small:
@@ -88,7 +106,11 @@ def test_maps_of_different_resolution_and_channels_are_fused_at_the_smallest() -
     shapes = [(8, 16, 16), (4, 7, 7), (6, 8, 8)]
     fusion = FusionModule(shapes, 10)
     maps = [torch.randn(2, *shape) for shape in shapes]
-    assert [tuple(aligned.shape) for aligned in fusion.align(maps)] == [(2, 8, 7, 7), (2, 4, 7, 7), (2, 6, 7, 7)]
+    assert [tuple(aligned.shape) for aligned in fusion.align(maps)] == [
+        (2, 8, 7, 7),
+        (2, 4, 7, 7),
+        (2, 6, 7, 7),
+    ]
     assert fusion.features(maps).shape == (2, 8, 7, 7)
     assert fusion(maps).shape == (2, 10)
 
@@ -103,5 +125,8 @@ def test_sum_and_mean_add_the_maps(kind: str, scale: float) -> None:
 
 @pytest.mark.parametrize("kind", ["sum", "mean"])
 def test_sum_and_mean_refuse_unequal_channels(kind: str) -> None:
-    with pytest.raises(UsageError, match=f"{kind} fusion adds feature maps.* equal channels, not 64, 128; use the fusion module"):
+    with pytest.raises(
+        UsageError,
+        match=f"{kind} fusion adds feature maps.* equal channels, not 64, 128; use the fusion module",
+    ):
         Combination([(64, 8, 8), (128, 8, 8)], 10, kind)

@@ -1,4 +1,5 @@
-"""Networks of torchvision and timm as stages: the same function as the library's own, cut at its resolutions."""
+"""Networks of torchvision and timm as stages: the same function as the library's own,
+cut at its resolutions."""
 
 from __future__ import annotations
 
@@ -107,7 +108,9 @@ def test_the_stages_compute_what_the_library_computes(name: str, disturb: Distur
     assert len(stages) == count
     assert x.shape[1] == channels
     if wanted.ndim == 2:
-        torch.testing.assert_close(x.mean(dim=(2, 3)), wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
+        torch.testing.assert_close(
+            x.mean(dim=(2, 3)), wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max())
+        )
     else:
         wanted = wanted if wanted.shape == x.shape else wanted.permute(0, 3, 1, 2)
         torch.testing.assert_close(x, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
@@ -124,13 +127,22 @@ def test_every_weight_of_every_stage_learns(name: str) -> None:
         assert stage.training
         x = stage(x)
     x.square().sum().backward()
-    idle = [key for k, stage in enumerate(stages) for key, p in stage.named_parameters(f"{k}") if p.grad is None]
+    idle = [
+        key for k, stage in enumerate(stages) for key, p in stage.named_parameters(f"{k}") if p.grad is None
+    ]
     assert not idle
-    assert all(any(True for _ in stage.parameters()) for stage in stages), "a stage without weights cannot be a branch"
+    assert all(any(True for _ in stage.parameters()) for stage in stages), (
+        "a stage without weights cannot be a branch"
+    )
 
 
 @pytest.mark.parametrize(
-    "name", ["timm:vit_tiny_patch16_224", pytest.param("torchvision:vit_b_16", marks=pytest.mark.slow), "timm:levit_128s"]
+    "name",
+    [
+        "timm:vit_tiny_patch16_224",
+        pytest.param("torchvision:vit_b_16", marks=pytest.mark.slow),
+        "timm:levit_128s",
+    ],
 )
 def test_models_without_a_feature_map_are_refused(name: str) -> None:
     with pytest.raises(UsageError, match=f"{name} gives tokens, not a feature map"):
@@ -205,7 +217,8 @@ def test_feature_shapes_of_the_smallest_images() -> None:
 
 @pytest.fixture
 def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Whatever a library connects with, this process reaches nothing; and finds no weights of earlier downloads."""
+    """Whatever a library connects with, this process reaches nothing;
+    and finds no weights of earlier downloads."""
     import socket
 
     def refuse(*arguments: object, **options: object) -> None:
@@ -221,12 +234,18 @@ def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("no_network")
 @pytest.mark.parametrize("name", ["torchvision:resnet18", "timm:resnet18"])
 def test_weights_that_cannot_be_downloaded_are_one_sentence(name: str) -> None:
-    with pytest.raises(UsageError, match=f"published weights of {name} cannot be had .*train from scratch without --pretrained"):
+    with pytest.raises(
+        UsageError,
+        match=f"published weights of {name} cannot be had .*train from scratch without --pretrained",
+    ):
         MutualNetwork(NetworkConfig((name, "resnet20"), 3, 32, 32), pretrained=True)
 
 
 def test_pretrained_needs_a_branch_that_has_published_weights() -> None:
-    with pytest.raises(UsageError, match="no published weights of resnet20: --pretrained is for torchvision:NAME and timm:NAME"):
+    with pytest.raises(
+        UsageError,
+        match="no published weights of resnet20: --pretrained is for torchvision:NAME and timm:NAME",
+    ):
         MutualNetwork(NetworkConfig(("resnet20", "resnet20"), 3, 32, 32), pretrained=True)
 
 

@@ -26,12 +26,15 @@ def test_every_branch_and_the_fusion_give_logits(make_network: Make, count: int)
 
 
 @pytest.mark.parametrize(("shared", "trunk"), [(None, 3), (0, 0), (1, 1), (3, 3)])
-def test_branches_of_one_architecture_share_their_low_stages(make_network: Make, shared: int | None, trunk: int) -> None:
+def test_branches_of_one_architecture_share_their_low_stages(
+    make_network: Make, shared: int | None, trunk: int
+) -> None:
     network = make_network("resnet20", "resnet20", "resnet20", shared_stages=shared)
     assert len(network.trunk) == trunk
     assert [len(branch) for branch in network.branches] == [4 - trunk] * 3
     stages = [
-        tuple(stage.parameters()) for stage in (*network.trunk, *(stage for branch in network.branches for stage in branch))
+        tuple(stage.parameters())
+        for stage in (*network.trunk, *(stage for branch in network.branches for stage in branch))
     ]
     tensors = [parameter.data_ptr() for stage in stages for parameter in stage]
     assert len(tensors) == len(set(tensors)), "a weight is stored once, whether shared or not"
@@ -74,9 +77,13 @@ def test_branches_start_from_different_weights() -> None:
 def test_the_gradient_into_the_trunk_can_be_divided_by_the_number_of_branches(make_network: Make) -> None:
     images, found = torch.randn(2, 3, 16, 16).double(), []
     for scaled in (False, True):
-        network = make_network("resnet20", "resnet20", "resnet20", fusion=None, scale_trunk_gradient=scaled).double()
+        network = make_network(
+            "resnet20", "resnet20", "resnet20", fusion=None, scale_trunk_gradient=scaled
+        ).double()
         torch.stack(network(images).branches).square().sum().backward()
-        found.append((network.trunk[0][0].weight.grad.clone(), network.branches[0][0][0].conv1.weight.grad.clone()))
+        found.append(
+            (network.trunk[0][0].weight.grad.clone(), network.branches[0][0][0].conv1.weight.grad.clone())
+        )
     (trunk, branch), (scaled_trunk, scaled_branch) = found
     torch.testing.assert_close(scaled_trunk * 3, trunk, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(scaled_branch, branch, rtol=0, atol=0)
@@ -91,7 +98,9 @@ def test_the_heads_work_on_pooled_features(make_network: Make) -> None:
 
 
 def test_attention_gives_targets_for_peers_and_no_classifier(make_network: Make) -> None:
-    outputs = make_network("resnet20", "resnet20", "resnet20", fusion=None, aggregator="attention")(torch.randn(5, 3, 16, 16))
+    outputs = make_network("resnet20", "resnet20", "resnet20", fusion=None, aggregator="attention")(
+        torch.randn(5, 3, 16, 16)
+    )
     assert outputs.aggregated is not None
     assert outputs.aggregated.shape == (5, 2, 3)
     assert list(outputs.classifiers()) == ["ensemble", "branch0", "branch1", "branch2"]

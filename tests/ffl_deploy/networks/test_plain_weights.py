@@ -43,7 +43,9 @@ def library_model(name: str, classes: int) -> torch.nn.Module:
     ],
 )
 @pytest.mark.parametrize("shared", [None, pytest.param(0, marks=pytest.mark.slow)])
-def test_the_library_loads_a_branch_strictly_and_answers_alike(name: str, shared: int | None, make_network: Make) -> None:
+def test_the_library_loads_a_branch_strictly_and_answers_alike(
+    name: str, shared: int | None, make_network: Make
+) -> None:
     # selecsls42b is one stage, of which two branches can share nothing.
     network = make_network(name, name, classes=5, size=64, shared_stages=shared)
     images = torch.randn(2, 3, 64, 64)
@@ -54,14 +56,19 @@ def test_the_library_loads_a_branch_strictly_and_answers_alike(name: str, shared
         model.load_state_dict(weights.tensors, strict=True)
         with torch.no_grad():
             wanted = network(images).branches[branch]
-            torch.testing.assert_close(model(images), wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
+            torch.testing.assert_close(
+                model(images), wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max())
+            )
             assert not torch.allclose(wanted, network(images).branches[1 - branch])
         assert not any(module.training for module in network.modules()), "the network is left as it was"
 
 
 @pytest.mark.parametrize(
     ("name", "missing"),
-    [("torchvision:mobilenet_v3_small", "classifier.0.weight"), ("timm:mobilenetv3_small_100", "conv_head.weight")],
+    [
+        ("torchvision:mobilenet_v3_small", "classifier.0.weight"),
+        ("timm:mobilenetv3_small_100", "conv_head.weight"),
+    ],
 )
 def test_where_the_librarys_classifier_is_another_the_body_is_given_and_the_rest_named(
     name: str, missing: str, make_network: Make
@@ -80,7 +87,9 @@ def test_own_resnets_have_the_names_of_torchvisions_resnet(make_network: Make) -
     tensors = plain_weights(network, 1).tensors
     assert torch.equal(tensors["conv1.weight"], network.trunk[0][0].weight)
     assert torch.equal(tensors["layer2.1.bn2.running_mean"], network.trunk[2][1].bn2.running_mean)
-    assert torch.equal(tensors["layer3.0.downsample.0.weight"], network.branches[1][0][0].downsample[0].weight)
+    assert torch.equal(
+        tensors["layer3.0.downsample.0.weight"], network.branches[1][0][0].downsample[0].weight
+    )
     assert torch.equal(tensors["fc.bias"], network.heads[1].bias)
     parts = (network.trunk, network.branches[1], network.heads[1])
     assert len(tensors) == sum(len(part.state_dict()) for part in parts)

@@ -49,13 +49,20 @@ def test_no_two_rounded_weights_of_a_channel_can_leave_16_bits(kind: str) -> Non
 
 
 def test_the_bound_wastes_nothing_of_8_bits() -> None:
-    whole = (hostile_weights()["normal"].flatten(1) / weight_scales(hostile_weights()["normal"])[:, None]).round()
+    whole = (
+        hostile_weights()["normal"].flatten(1) / weight_scales(hostile_weights()["normal"])[:, None]
+    ).round()
     tops = [largest_pair(row[None].numpy().astype(np.int32), 0) for row in whole]
-    assert min(tops) >= 127  # the two largest of each channel use all but a step of what is safe, or one uses all of int8
+    # the two largest of each channel use all but a step of what is safe, or one uses all of int8
+    assert min(tops) >= 127
 
 
-@pytest.mark.parametrize("branches", [("resnet8", "resnet8"), ("wrn16_2", "resnet8"), ("torchvision:resnet18", "vgg16_bn")])
-def test_without_rounding_it_is_the_network(disturb: Callable[[nn.Module], nn.Module], branches: tuple[str, str]) -> None:
+@pytest.mark.parametrize(
+    "branches", [("resnet8", "resnet8"), ("wrn16_2", "resnet8"), ("torchvision:resnet18", "vgg16_bn")]
+)
+def test_without_rounding_it_is_the_network(
+    disturb: Callable[[nn.Module], nn.Module], branches: tuple[str, str]
+) -> None:
     plain = network(disturb, *branches)
     quantized = QuantizedNetwork(plain)
     for quantizer in quantized.quantizers.values():
@@ -67,7 +74,8 @@ def test_without_rounding_it_is_the_network(disturb: Callable[[nn.Module], nn.Mo
 
 
 @pytest.mark.parametrize(
-    "joined", [{"fusion": "sum"}, {"fusion": None, "aggregator": "gate"}, {"fusion": None, "aggregator": "attention"}]
+    "joined",
+    [{"fusion": "sum"}, {"fusion": None, "aggregator": "gate"}, {"fusion": None, "aggregator": "attention"}],
 )
 def test_every_way_to_join_branches_can_be_followed(
     disturb: Callable[[nn.Module], nn.Module], joined: dict[str, str | None]
@@ -81,10 +89,14 @@ def test_every_way_to_join_branches_can_be_followed(
     assert found.keys() == expected.keys()
     for name, logits in expected.items():
         assert (found[name] - logits).abs().max() / logits.std() < 0.4, name
-    assert not any("aggregator" in path for path in quantized.paths.values())  # what joins logits stays in floating point
+    assert not any(
+        "aggregator" in path for path in quantized.paths.values()
+    )  # what joins logits stays in floating point
 
 
-def test_rounding_changes_logits_little_and_every_weight_learns(disturb: Callable[[nn.Module], nn.Module]) -> None:
+def test_rounding_changes_logits_little_and_every_weight_learns(
+    disturb: Callable[[nn.Module], nn.Module],
+) -> None:
     plain = network(disturb, "resnet8", "resnet8")
     quantized = QuantizedNetwork(plain).train()
     quantized.calibrate([IMAGES])
@@ -143,7 +155,9 @@ def test_what_a_checkpoint_holds_gives_the_same_answers(disturb: Callable[[nn.Mo
         QuantizedNetwork(other).load(quantized.tensors(), "it")
 
 
-def test_rounded_weights_are_whole_steps_and_int8_is_the_same_with_them(disturb: Callable[[nn.Module], nn.Module]) -> None:
+def test_rounded_weights_are_whole_steps_and_int8_is_the_same_with_them(
+    disturb: Callable[[nn.Module], nn.Module],
+) -> None:
     plain = network(disturb, "resnet8", "resnet8")
     quantized = QuantizedNetwork(plain)
     quantized.calibrate([IMAGES])

@@ -52,7 +52,9 @@ def test_a_target_holds_what_it_needs_and_no_weight_more(network: MutualNetwork)
     for name in target_names(network):
         parts = [part for part in needed(network, name) if part is not None]
         target = build_target(network, name)
-        assert sum(p.numel() for p in target.parameters()) == sum(p.numel() for part in parts for p in part.parameters())
+        assert sum(p.numel() for p in target.parameters()) == sum(
+            p.numel() for part in parts for p in part.parameters()
+        )
         # disturb() made every tensor unlike any other, so equal values mean the same weight.
         wanted = {key(value) for part in parts for value in part.state_dict().values()}
         assert {key(value) for value in target.state_dict().values()} == wanted
@@ -100,4 +102,6 @@ def test_features_times_the_classifier_are_the_logits(make_network: Make) -> Non
     for name in ("fused", "branch0", "branch1"):
         target = build_target(network, name)
         maps = torch.einsum("kc,nchw->nkhw", target.classifier.weight, target.features(images))
-        torch.testing.assert_close(maps.mean(dim=(2, 3)) + target.classifier.bias, target(images), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            maps.mean(dim=(2, 3)) + target.classifier.bias, target(images), rtol=1e-4, atol=1e-4
+        )

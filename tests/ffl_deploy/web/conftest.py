@@ -29,7 +29,8 @@ NO_NPM = "needs npm on the PATH, or FFL_WEB_RUNTIME=DIR with the files of onnxru
 
 @pytest.fixture
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two files in the place of onnxruntime-web, known to the builder by their hashes; no browser opens them."""
+    """Two files in the place of onnxruntime-web, known to the builder by their hashes;
+    no browser opens them."""
     folder = tmp_path / "stand-in"
     folder.mkdir()
     for name in ("module.mjs", "code.wasm"):
@@ -41,7 +42,8 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def node(tmp_path: Path) -> Callable[..., Any]:
-    """`node(script, value)` -> what the script's `main(value)` returns; the page's modules are in "./page/"."""
+    """`node(script, value)` -> what the script's `main(value)` returns;
+    the page's modules are in "./page/"."""
     if shutil.which("node") is None:
         pytest.skip(NO_NODE)
     folder = tmp_path / "node"

@@ -112,7 +112,9 @@ def test_names_and_variants(make_bundle: Callable[..., Bundle], options: WebOpti
     assert f"<title>{title}</title>" in (tmp_path / "page" / "index.html").read_text()
 
 
-def test_a_damaged_bundle_gives_no_page(make_bundle: Callable[..., Bundle], options: WebOptions, tmp_path: Path) -> None:
+def test_a_damaged_bundle_gives_no_page(
+    make_bundle: Callable[..., Bundle], options: WebOptions, tmp_path: Path
+) -> None:
     bundle = make_bundle(tmp_path / "broken")
     model = bundle.folder / "model.onnx"
     model.write_bytes(model.read_bytes()[:-1] + b"?")
@@ -183,8 +185,11 @@ def test_the_command_imports_no_torch(tiny_bundle: Bundle, tmp_path: Path) -> No
         "import sys\nfrom ffl_deploy.web import build, command, runtime\n"
         "build.WASM = runtime.Runtime('a', 'b', {})\n"  # no file to copy
         "code = command.main(sys.argv[1:])\n"
-        "print(code, [name for name in ('torch', 'onnx', 'onnxruntime', 'export', 'serve') if name in sys.modules])"
+        "print(code, [name for name in ('torch', 'onnx', 'onnxruntime', 'export', 'serve') if name in "
+        "sys.modules])"
     )
     command = [sys.executable, "-c", script, str(tiny_bundle.folder), "--out", str(tmp_path / "page")]
-    done = subprocess.run([*command, "--runtime-folder", str(tmp_path)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*command, "--runtime-folder", str(tmp_path)], capture_output=True, text=True, check=False
+    )
     assert done.stdout.splitlines()[-1:] == ["0 []"], done.stderr

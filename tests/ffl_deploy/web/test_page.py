@@ -1,7 +1,8 @@
-"""The page in a real Chromium, served as any file server does it, below a path: it answers as ffl-predict does.
+"""The page in a real Chromium, served as any file server does it, below a path:
+it answers as ffl-predict does.
 
-`FFL_SCREENSHOTS=docs pytest -m browser` takes the pictures in docs/; `FFL_WEB_BUNDLES=A,B` takes these bundles,
-`FFL_WEB_EXAMPLES=DIR` these examples.
+`FFL_SCREENSHOTS=docs pytest -m browser` takes the pictures in docs/; `FFL_WEB_BUNDLES=A,B` takes these
+bundles, `FFL_WEB_EXAMPLES=DIR` these examples.
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ def bundles(make_bundle: Callable[..., Bundle], tmp_path_factory: pytest.TempPat
 
 
 @pytest.fixture(scope="module")
-def page_folder(bundles: list[Bundle], runtime_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def page_folder(
+    bundles: list[Bundle], runtime_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """-> a folder whose sub-folder PREFIX is the page."""
     root = tmp_path_factory.mktemp("site")
     given = os.environ.get("FFL_WEB_EXAMPLES")
@@ -216,10 +219,15 @@ def test_it_opens_keeps_the_gates_and_then_asks_for_nothing(
     assert opened.ready() == "Ready. This browser keeps every gate. It works without a network from now on."
     findings = opened.page.locator("#findings li").all_inner_texts()
     for name in ("PNG", "PNG with transparency", "JPEG, turned"):
-        assert any(finding.startswith(f"{name}: the same pixels as in Python") for finding in findings), findings
+        assert any(finding.startswith(f"{name}: the same pixels as in Python") for finding in findings), (
+            findings
+        )
     for bundle in bundles:
         golden = len(bundle.golden().images)
-        assert any(f"{bundle.name}: keeps the fp32 gate on {golden} golden samples" in finding for finding in findings), findings
+        assert any(
+            f"{bundle.name}: keeps the fp32 gate on {golden} golden samples" in finding
+            for finding in findings
+        ), findings
         assert any(f"0 of {golden} labels differ" in finding for finding in findings)
 
     # Everything came once: what the service worker keeps is not asked for again.
@@ -277,7 +285,8 @@ def test_a_thousand_pictures_give_what_ffl_predict_gives(
       const { prepare } = await import("./resize.js");
       const found = [];
       for (const [i, name] of names.entries()) {
-        const image = await decode(new Uint8Array(await (await fetch("/pictures/" + name)).arrayBuffer()), 5e7);
+        const file = await (await fetch("/pictures/" + name)).arrayBuffer();
+        const image = await decode(new Uint8Array(file), 5e7);
         found.push(btoa(String.fromCharCode(...prepare(image, targets[i % targets.length]))));
       }
       return found;
@@ -299,7 +308,9 @@ def test_a_thousand_pictures_give_what_ffl_predict_gives(
         if len(bundles) > 1:
             opened.page.select_option("#batch-model", bundle.name)
         opened.page.set_input_files("#files", paths)
-        opened.says("#batch-status", f"{len(paths)} pictures: {len(paths)} classified, 0 could not be read", BATCH_MS)
+        opened.says(
+            "#batch-status", f"{len(paths)} pictures: {len(paths)} classified, 0 could not be read", BATCH_MS
+        )
         with opened.page.expect_download() as download:
             opened.page.click("#csv")
         assert download.value.suggested_filename == "predictions.csv"
@@ -311,8 +322,13 @@ def test_a_thousand_pictures_give_what_ffl_predict_gives(
         expected = list(csv.DictReader(io.StringIO(out.read_text())))
         assert list(rows[0]) == list(expected[0])
         same = [row["label"] == wanted["label"] for row, wanted in zip(rows, expected, strict=True)]
-        gaps = [abs(float(a["confidence"]) - float(b["confidence"])) for a, b in zip(rows, expected, strict=True)]
-        print(f"{kind}, {bundle.name}: {sum(same)} of {len(same)} labels agree, largest confidence gap {max(gaps):.2e}")
+        gaps = [
+            abs(float(a["confidence"]) - float(b["confidence"])) for a, b in zip(rows, expected, strict=True)
+        ]
+        print(
+            f"{kind}, {bundle.name}: {sum(same)} of {len(same)} labels agree, largest confidence gap "
+            f"{max(gaps):.2e}"
+        )
         assert sum(same) >= (1000 if kind == "png" else 995)
         if kind == "png":
             assert max(gaps) < 1e-4
@@ -409,7 +425,9 @@ def test_what_cannot_be_read_is_explained_and_the_next_picture_works(
     assert opened.label(bundles[0].name) == bundles[0].predict([tmp_path / "good.png"])[0].label
 
     opened.page.set_input_files("#files", [tmp_path / name for name in (*expected, "good.png")])
-    opened.says("#batch-status", f"{len(expected) + 1} pictures: 1 classified, {len(expected)} could not be read")
+    opened.says(
+        "#batch-status", f"{len(expected) + 1} pictures: 1 classified, {len(expected)} could not be read"
+    )
     with opened.page.expect_download() as download:
         opened.page.click("#csv")
     rows = list(csv.DictReader(io.StringIO(Path(download.value.path()).read_text())))
@@ -440,14 +458,17 @@ def test_other_formats(site: Any, open_page: Callable[..., Opened], page_folder:
       const { decode } = await import("./image.js");
       const found = [];
       for (const name of names) {
-        const image = await decode(new Uint8Array(await (await fetch("/pictures/others/" + name)).arrayBuffer()), 5e7);
+        const file = await (await fetch("/pictures/others/" + name)).arrayBuffer();
+        const image = await decode(new Uint8Array(file), 5e7);
         let text = "";
         for (const value of image.pixels) text += String.fromCharCode(value);
         found.push([image.height, image.width, image.animated, btoa(text)]);
       }
       return found;
     }"""
-    for name, (height, width, animated, pixels) in zip(names, opened.page.evaluate(script, names), strict=True):
+    for name, (height, width, animated, pixels) in zip(
+        names, opened.page.evaluate(script, names), strict=True
+    ):
         wanted = load(folder / name)
         assert (height, width, animated) == (*wanted.shape[:2], name == "moving.gif"), name
         np.testing.assert_array_equal(
@@ -465,10 +486,14 @@ def transfer(page: Any, kind: str, files: Sequence[Path]) -> None:
       const Event = kind === "paste" ? ClipboardEvent : DragEvent;
       document.body.dispatchEvent(new Event(kind, { [field]: data, bubbles: true, cancelable: true }));
     }"""
-    page.evaluate(script, [kind, [[path.name, base64.b64encode(path.read_bytes()).decode()] for path in files]])
+    page.evaluate(
+        script, [kind, [[path.name, base64.b64encode(path.read_bytes()).decode()] for path in files]]
+    )
 
 
-def test_drop_paste_and_camera(site: Any, bundles: list[Bundle], open_page: Callable[..., Opened], tmp_path: Path) -> None:
+def test_drop_paste_and_camera(
+    site: Any, bundles: list[Bundle], open_page: Callable[..., Opened], tmp_path: Path
+) -> None:
     dropped, pasted = write_pictures(tmp_path / "pictures", 2, "png")
     opened = open_page(site.url + PREFIX, permissions=["camera"])
     opened.ready()
@@ -492,7 +517,9 @@ def test_the_keyboard_alone(site: Any, bundles: list[Bundle], open_page: Callabl
     reached = []
     for _ in range(40):
         opened.page.keyboard.press("Tab")
-        reached.append(opened.page.evaluate("() => document.activeElement.id || document.activeElement.textContent"))
+        reached.append(
+            opened.page.evaluate("() => document.activeElement.id || document.activeElement.textContent")
+        )
         if opened.page.evaluate("() => document.activeElement.closest('#examples') !== null"):
             break
     else:
@@ -506,11 +533,18 @@ def test_the_keyboard_alone(site: Any, bundles: list[Bundle], open_page: Callabl
     assert {"files", "folder", "batch-model"} <= set(reached)
 
 
-@pytest.mark.parametrize(("viewport", "scheme"), [(DESKTOP, "light"), (PHONE, "dark"), (PHONE, "light"), (DESKTOP, "dark")])
+@pytest.mark.parametrize(
+    ("viewport", "scheme"), [(DESKTOP, "light"), (PHONE, "dark"), (PHONE, "light"), (DESKTOP, "dark")]
+)
 def test_axe_finds_nothing_and_nothing_scrolls_sideways(
-    viewport: dict[str, int], scheme: str, site: Any, axe: str, bundles: list[Bundle], open_page: Callable[..., Opened],
+    viewport: dict[str, int],
+    scheme: str,
+    site: Any,
+    axe: str,
+    bundles: list[Bundle],
+    open_page: Callable[..., Opened],
     tmp_path: Path,
-) -> None:  # fmt: skip
+) -> None:
     opened = open_page(site.url + PREFIX, viewport=viewport, color_scheme=scheme)
     opened.ready()
     opened.page.locator("#examples button").nth(2).click()
@@ -521,7 +555,9 @@ def test_axe_finds_nothing_and_nothing_scrolls_sideways(
     opened.page.set_input_files("#files", write_pictures(tmp_path / "pictures", 3, "png"))
     opened.says("#batch-status", "3 pictures")
     opened.page.evaluate(axe)
-    found = opened.page.evaluate("async () => (await axe.run()).violations.map((one) => [one.id, one.nodes.map((n) => n.html)])")
+    found = opened.page.evaluate(
+        "async () => (await axe.run()).violations.map((one) => [one.id, one.nodes.map((n) => n.html)])"
+    )
     assert found == []
     opened.page.evaluate("() => scrollTo(500, 0)")
     assert opened.page.evaluate("() => scrollX") == 0
@@ -541,7 +577,8 @@ def test_a_new_build_replaces_the_kept_one(
     page_folder: Path, runtime_folder: Path, serve: Callable[..., Any], open_page: Callable[..., Opened],
     make_bundle: Callable[..., Bundle], tmp_path: Path,
 ) -> None:  # fmt: skip
-    """Who comes back sees one build or the other, whole; a visit later the new one, also without a network."""
+    """Who comes back sees one build or the other, whole; a visit later the new one,
+    also without a network."""
     page = site_copy(page_folder, tmp_path / "rebuilt")
     with serve(tmp_path / "rebuilt") as served:
         opened = open_page(served.url + PREFIX)
@@ -578,7 +615,9 @@ def chromium_with_webgpu() -> Iterator[Any]:
 def test_webgpu_is_offered_where_it_keeps_the_gate(
     bundles: list[Bundle], runtime_folder: Path, serve: Callable[..., Any], tmp_path: Path
 ) -> None:
-    write_web(web_models([str(bundles[0].folder)]), tmp_path / "page", WebOptions(runtime_folder, webgpu=True))
+    write_web(
+        web_models([str(bundles[0].folder)]), tmp_path / "page", WebOptions(runtime_folder, webgpu=True)
+    )
     with serve(tmp_path / "page") as served, chromium_with_webgpu() as browser:
         opened = Opened(browser.new_context(viewport=DESKTOP), served.url)
         assert "keeps every gate" in opened.ready()

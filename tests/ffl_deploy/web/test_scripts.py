@@ -1,4 +1,5 @@
-"""What the page computes is what Python computes: pixels, metrics, rows. By Node; test_page.py has a browser."""
+"""What the page computes is what Python computes: pixels, metrics, rows. By Node;
+test_page.py has a browser."""
 
 from __future__ import annotations
 
@@ -58,14 +59,17 @@ def test_resizing_gives_pillows_bytes(node: Node, filter: str) -> None:
     answers = [np.frombuffer(base64.b64decode(answer), np.uint8) for answer in node(PREPARE, cases)]
     for pixels, target, answer in zip(images, targets, answers, strict=True):
         wanted = prepare(pixels, target)
-        np.testing.assert_array_equal(answer.reshape(wanted.shape), wanted, err_msg=f"{pixels.shape} {target}")
+        np.testing.assert_array_equal(
+            answer.reshape(wanted.shape), wanted, err_msg=f"{pixels.shape} {target}"
+        )
 
 
 WHITE = """
 import { onWhite, upright } from "./page/image.js";
 function main({ rgba, rgb, width, height }) {
   const bytes = (text) => new Uint8Array(Buffer.from(text, "base64"));
-  const turned = [1, 2, 3, 4, 5, 6, 7, 8].map((orientation) => upright(bytes(rgb), width, height, orientation));
+  const orientations = [1, 2, 3, 4, 5, 6, 7, 8];
+  const turned = orientations.map((orientation) => upright(bytes(rgb), width, height, orientation));
   return {
     white: Buffer.from(onWhite(bytes(rgba))).toString("base64"),
     turned: turned.map((image) => [image.height, image.width, Buffer.from(image.pixels).toString("base64")]),
@@ -99,7 +103,8 @@ import { compare, judge } from "./page/gate.js";
 function main(cases) {
   return cases.map(({ reference, candidate, probabilities, classes, temperature, settings, gate }) => {
     const read = (values) => Float32Array.from(values, (value) => value ?? NaN);
-    const metrics = compare(read(reference), read(candidate), read(probabilities), classes, temperature, settings);
+    const arrays = [reference, candidate, probabilities].map(read);
+    const metrics = compare(...arrays, classes, temperature, settings);
     return { metrics, problems: judge(metrics, gate) };
   });
 }
@@ -130,7 +135,9 @@ def test_the_gate_measures_and_judges_as_parity_does(node: Node) -> None:
                 {
                     "reference": reference.ravel().tolist(),
                     "candidate": [None if np.isnan(value) else float(value) for value in candidate.ravel()],
-                    "probabilities": [None if np.isnan(value) else float(value) for value in probabilities.ravel()],
+                    "probabilities": [
+                        None if np.isnan(value) else float(value) for value in probabilities.ravel()
+                    ],
                     "classes": classes,
                     "temperature": temperature,
                     "settings": {"tie": TIE, "undirected": UNDIRECTED},
@@ -158,7 +165,8 @@ def test_golden_samples_are_read_as_numpy_writes_them(node: Node, tmp_path: Path
         import { readNpz } from "./page/golden.js";
         async function main(encoded) {
           const arrays = await readNpz(new Uint8Array(Buffer.from(encoded, "base64")));
-          return Object.entries(arrays).map(([name, { data, shape }]) => [name, shape, Array.from(data, Number)]);
+          const listed = ([name, { data, shape }]) => [name, shape, Array.from(data, Number)];
+          return Object.entries(arrays).map(listed);
         }
         """
         for key, shape, values in node(script, encoded):
@@ -175,7 +183,8 @@ def test_the_csv_is_that_of_ffl_predict(node: Node) -> None:
       const top = labels.map((label, i) => ({ label, id: i + 4, confidence: confidences[i] }));
       const error = Object.assign(new Error("the file is empty"), { code: "empty" });
       const images = [{ width: 7, height: 5, animated: false }, { width: 1, height: 1, animated: true }];
-      return toCsv([okRow("a/b.png", images[0], top), errorRow("-x.png", error), okRow("line\\nbreak.gif", images[1], top)]);
+      const broken = okRow("line\\nbreak.gif", images[1], top);
+      return toCsv([okRow("a/b.png", images[0], top), errorRow("-x.png", error), broken]);
     }
     """
     answer = node(script, {"labels": labels, "confidences": confidences})
@@ -184,7 +193,9 @@ def test_the_csv_is_that_of_ffl_predict(node: Node) -> None:
     rows = [
         Row("a/b.png", "ok", **ok, width=7, height=5),
         Row("-x.png", "empty", "the file is empty"),
-        Row("line\nbreak.gif", "ok", "animated: only the first frame was classified", **ok, width=1, height=1),
+        Row(
+            "line\nbreak.gif", "ok", "animated: only the first frame was classified", **ok, width=1, height=1
+        ),
     ]
     wanted = ",".join(COLUMNS) + "\n" + encode(rows, "csv", ()).decode()
     read = [list(csv.reader(io.StringIO(text, newline=""))) for text in (answer, wanted)]

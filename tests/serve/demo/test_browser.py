@@ -1,4 +1,5 @@
-"""The demo in a real Chromium, as a person uses it. `FFL_SCREENSHOTS=docs pytest -m browser` takes the pictures in docs/."""
+"""The demo in a real Chromium, as a person uses it.
+`FFL_SCREENSHOTS=docs pytest -m browser` takes the pictures in docs/."""
 
 from __future__ import annotations
 
@@ -27,14 +28,20 @@ DESKTOP, PHONE = {"width": 1100, "height": 820}, {"width": 390, "height": 844}
 
 @pytest.fixture(scope="module")
 def bundles(make_bundle: Callable[..., Bundle], tmp_path_factory: pytest.TempPathFactory) -> list[Bundle]:
-    """FFL_BUNDLES=DIR/fused,DIR/branch0 shows real digits in the screenshots; the assertions hold for any two digit bundles
-    with an export report beside them."""
+    """FFL_BUNDLES=DIR/fused,DIR/branch0 shows real digits in the screenshots; the assertions hold for any two
+    digit bundles with an export report beside them."""
     if given := os.environ.get("FFL_BUNDLES"):
         return [load_bundle(folder) for folder in given.split(",")]
     folder = tmp_path_factory.mktemp("digits")
     options = {"size": 16, "classes": tuple("0123456789"), "gray": True, "cam": True}
     file = {"runtime": "onnxruntime", "file": "model.onnx", "parameters": 1, "multiply_adds": 1}
-    artefact = file | {"target": "fused", "variant": "fp32", "bytes": 9000, "precision": "fp32 / fp32", "parity": "passed"}
+    artefact = file | {
+        "target": "fused",
+        "variant": "fp32",
+        "bytes": 9000,
+        "precision": "fp32 / fp32",
+        "parity": "passed",
+    }
     report = {
         "rows": [{**artefact, "accuracy_gate": "passed"}],
         "limits": {},
@@ -67,10 +74,19 @@ class Watched:
     def __init__(self, context: Any, url: str) -> None:
         self.troubles: list[str] = []
         self.page = page = context.new_page()
-        page.on("console", lambda message: message.type == "error" and self.troubles.append(f"console: {message.text}"))
+        page.on(
+            "console",
+            lambda message: message.type == "error" and self.troubles.append(f"console: {message.text}"),
+        )
         page.on("pageerror", lambda error: self.troubles.append(f"page: {error}"))
-        page.on("response", lambda answer: answer.status >= 400 and self.troubles.append(f"{answer.status}: {answer.url}"))
-        page.on("request", lambda request: self._own(request.url, url) or self.troubles.append(f"foreign: {request.url}"))
+        page.on(
+            "response",
+            lambda answer: answer.status >= 400 and self.troubles.append(f"{answer.status}: {answer.url}"),
+        )
+        page.on(
+            "request",
+            lambda request: self._own(request.url, url) or self.troubles.append(f"foreign: {request.url}"),
+        )
         page.goto(url)
         page.get_by_role("tab", name="Classify").wait_for()
 
@@ -89,7 +105,9 @@ class Watched:
 
     def answer(self, model: str, nth: int = 0) -> str:
         """-> the label that `model` shows, in the n-th place where it shows one."""
-        return str(self.page.locator(f".answer-{model}").nth(nth).get_by_test_id("label-output-value").inner_text()).strip()
+        return str(
+            self.page.locator(f".answer-{model}").nth(nth).get_by_test_id("label-output-value").inner_text()
+        ).strip()
 
 
 @pytest.fixture(params=["desktop", "phone-dark"])
@@ -182,7 +200,9 @@ def test_draw_with_the_keyboard(watched: Watched) -> None:
     watched.says("#drawing-status", "Draw something first.")
 
 
-def test_a_bad_file_is_explained_and_the_next_one_works(watched: Watched, bundles: list[Bundle], tmp_path: Path) -> None:
+def test_a_bad_file_is_explained_and_the_next_one_works(
+    watched: Watched, bundles: list[Bundle], tmp_path: Path
+) -> None:
     (tmp_path / "page.png").write_bytes(b"<html>not an image</html>")
     good = write_samples(bundles[0], tmp_path)[1]
     watched.tab("Classify")
@@ -207,11 +227,15 @@ def test_a_batch_with_progress_and_downloads(
             Image.fromarray(image).save(tmp_path / "member.png")
             archive.write(tmp_path / "member.png", f"digits/{number}.png")
     watched.tab("Batch")
-    watched.page.set_input_files("#files input[type=file]", [*samples, tmp_path / "broken.png", tmp_path / "more.zip"])
+    watched.page.set_input_files(
+        "#files input[type=file]", [*samples, tmp_path / "broken.png", tmp_path / "more.zip"]
+    )
     expect(watched.page.locator("#files tr.file")).to_have_count(len(samples) + 2)
     watched.page.click("#start-batch")
     total = len(samples) + 1 + 10 * min(8, len(bundles[0].golden().images))
-    watched.says("#batch-status", f"{total} images: {total - 1} classified, 1 could not be read (not_an_image)")
+    watched.says(
+        "#batch-status", f"{total} images: {total - 1} classified, 1 could not be read (not_an_image)"
+    )
     shoot(watched, "batch", request)
     for kind in ("csv", "parquet"):
         with watched.page.expect_download() as download:
@@ -228,7 +252,9 @@ def test_which_model_and_its_card(watched: Watched, request: pytest.FixtureReque
         pytest.skip("on a phone these tabs are behind the menu button")
     watched.tab("Which model")
     watched.page.get_by_text("What to ship:").wait_for()
-    watched.page.get_by_text("fused / fp32").locator("visible=true").wait_for()  # another one, hidden, measures widths
+    watched.page.get_by_text("fused / fp32").locator(
+        "visible=true"
+    ).wait_for()  # another one, hidden, measures widths
     picture = watched.page.locator("#pareto img")
     picture.wait_for()
     assert picture.evaluate("image => image.complete && image.naturalWidth") > 0

@@ -1,4 +1,5 @@
-"""The demo behind its page: the endpoint for clients, drawings, batches, reports. (What a person sees: test_browser.py.)"""
+"""The demo behind its page: the endpoint for clients, drawings, batches, reports. (What a person sees:
+test_browser.py.)"""
 
 from __future__ import annotations
 
@@ -27,7 +28,9 @@ Start = Callable[..., contextlib.AbstractContextManager[Any]]
 
 
 @pytest.fixture(scope="module")
-def digit_bundles(make_bundle: Callable[..., Bundle], tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, Bundle]:
+def digit_bundles(
+    make_bundle: Callable[..., Bundle], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Bundle, Bundle]:
     """Gray 16 x 16 bundles with a class activation map, so that every part of the page exists."""
     folder = tmp_path_factory.mktemp("digits")
     options = {"size": 16, "classes": tuple("0123456789"), "gray": True, "cam": True}
@@ -35,13 +38,17 @@ def digit_bundles(make_bundle: Callable[..., Bundle], tmp_path_factory: pytest.T
 
 
 @pytest.fixture(scope="module")
-def demo(digit_bundles: tuple[Bundle, Bundle], start_server: Start, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def demo(
+    digit_bundles: tuple[Bundle, Bundle], start_server: Start, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Any]:
     models = tuple(ModelSpec(bundle.name, bundle.folder) for bundle in digit_bundles)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in SILENCE.items():
             patch.setenv(name, value)
         patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads") / "gradio"))
-        with start_server(Settings(models, protocol=False, limits=Limits(batch_images=40, demo_sessions=4))) as running:
+        with start_server(
+            Settings(models, protocol=False, limits=Limits(batch_images=40, demo_sessions=4))
+        ) as running:
             yield running
 
 
@@ -75,7 +82,9 @@ def test_the_endpoint_answers_gradio_client_as_the_bundles_answer(
 
 
 @pytest.mark.parametrize(("content", "says"), [(b"", "the file is empty"), (b"<html>", "not one of JPEG")])
-def test_a_bad_file_is_a_message_and_the_next_request_works(demo: Any, tmp_path: Path, content: bytes, says: str) -> None:
+def test_a_bad_file_is_a_message_and_the_next_request_works(
+    demo: Any, tmp_path: Path, content: bytes, says: str
+) -> None:
     from gradio_client import Client, handle_file
     from gradio_client.exceptions import AppError
 
@@ -97,17 +106,23 @@ def test_the_demo_alone_has_health_and_no_protocol(demo: Any) -> None:
 
 
 async def _classify(demo: Any, paths: list[Path]) -> tuple[list[Any], Any]:
-    """-> (number of rows after each step, the last state); run in the server's own loop, where its batchers answer."""
+    """-> (number of rows after each step, the last state); run in the server's own loop,
+    where its batchers answer."""
     from serve.demo.batch import classify_files
 
     steps, state = [], None
-    async for state in classify_files(demo.service, demo.service.models["fused"], [str(path) for path in paths]):
+    async for state in classify_files(
+        demo.service, demo.service.models["fused"], [str(path) for path in paths]
+    ):
         steps.append(len(state.rows))
     return steps, state
 
 
-def test_a_batch_gives_the_rows_of_ffl_predict(demo: Any, digit_bundles: tuple[Bundle, Bundle], tmp_path: Path) -> None:
-    """Images, a zip with a nested folder and other files, and a broken file: one row each, in order, in CSV and Parquet."""
+def test_a_batch_gives_the_rows_of_ffl_predict(
+    demo: Any, digit_bundles: tuple[Bundle, Bundle], tmp_path: Path
+) -> None:
+    """Images, a zip with a nested folder and other files, and a broken file: one row each, in order,
+    in CSV and Parquet."""
     from serve.demo.batch import write_table
 
     first, second = save(tmp_path / "first.png", 1), save(tmp_path / "second.png", 2)
@@ -117,7 +132,12 @@ def test_a_batch_gives_the_rows_of_ffl_predict(demo: Any, digit_bundles: tuple[B
         archive.writestr("notes.txt", "not an image")
     paths = [first, second, tmp_path / "=bad.jpg", tmp_path / "more.zip"]
     _, state = asyncio.run(_classify(demo, paths))
-    assert [row.path for row in state.rows] == ["first.png", "second.png", "=bad.jpg", "more.zip::inner/third.png"]
+    assert [row.path for row in state.rows] == [
+        "first.png",
+        "second.png",
+        "=bad.jpg",
+        "more.zip::inner/third.png",
+    ]
     assert [row.status for row in state.rows] == ["ok", "ok", "not_an_image", "ok"]
     expected = digit_bundles[0].predict([first, second])
     assert [row.label for row in state.rows[:2]] == [prediction.label for prediction in expected]
@@ -130,7 +150,10 @@ def test_a_batch_gives_the_rows_of_ffl_predict(demo: Any, digit_bundles: tuple[B
     assert table.column("status").to_pylist() == ["ok", "ok", "not_an_image", "ok"]
     with open(write_table(state.rows, tmp_path / "out", "csv"), newline="") as file:
         assert [row["path"] for row in csv.DictReader(file)][2] == "'=bad.jpg"
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["predictions.csv", "predictions.parquet"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "predictions.csv",
+        "predictions.parquet",
+    ]
 
 
 def test_a_batch_shows_progress_and_stops_at_its_limit(demo: Any, tmp_path: Path) -> None:
@@ -145,7 +168,9 @@ def test_a_batch_shows_progress_and_stops_at_its_limit(demo: Any, tmp_path: Path
     assert [entry.row.confidence for entry in state.uncertain] == worst
 
 
-def test_a_zip_of_large_members_is_read_in_bounded_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_zip_of_large_members_is_read_in_bounded_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from serve.demo import batch
     from serve.inputs.items import Skipped
 
@@ -163,15 +188,21 @@ def drawing(left: int, top: int, right: int, bottom: int) -> np.ndarray:
     return paper
 
 
-def test_a_drawing_is_framed_like_the_samples(digit_bundles: tuple[Bundle, Bundle], tiny_bundle: Bundle) -> None:
-    """Wherever and however large it was drawn, the network sees it centred, light on dark, as large as its own digits."""
+def test_a_drawing_is_framed_like_the_samples(
+    digit_bundles: tuple[Bundle, Bundle], tiny_bundle: Bundle
+) -> None:
+    """Wherever and however large it was drawn, the network sees it centred, light on dark,
+    as large as its own digits."""
     from serve.demo.samples import drawing_style, frame_drawing
 
     style = drawing_style(digit_bundles[0])
     assert style is not None
     assert style.light_on_dark
     assert style.extent == pytest.approx(14 / 16)
-    small, large = frame_drawing(drawing(10, 20, 30, 90), style), frame_drawing(drawing(100, 5, 160, 215), style)
+    small, large = (
+        frame_drawing(drawing(10, 20, 30, 90), style),
+        frame_drawing(drawing(100, 5, 160, 215), style),
+    )
     assert small is not None
     assert large is not None
     assert small.shape == (80, 80, 3)
@@ -213,7 +244,9 @@ def test_the_overlay_shows_where_the_evidence_is() -> None:
     assert (np.asarray(overlay(pixels, np.full((4, 2), -1, np.float32))) == 128).all()
 
 
-def test_examples_are_one_of_each_class_and_unchanged(digit_bundles: tuple[Bundle, Bundle], tmp_path: Path) -> None:
+def test_examples_are_one_of_each_class_and_unchanged(
+    digit_bundles: tuple[Bundle, Bundle], tmp_path: Path
+) -> None:
     from serve.demo.samples import pick, write_examples
 
     golden = digit_bundles[0].golden()
@@ -222,7 +255,9 @@ def test_examples_are_one_of_each_class_and_unchanged(digit_bundles: tuple[Bundl
     assert (decode(paths[1].read_bytes()).pixels == golden.images[1]).all()
 
 
-def test_which_model_works_with_and_without_the_exporters_report(demo: Any, digit_bundles: tuple[Bundle, Bundle]) -> None:
+def test_which_model_works_with_and_without_the_exporters_report(
+    demo: Any, digit_bundles: tuple[Bundle, Bundle]
+) -> None:
     """(That the exporter's own file is read: test_exported.py.)"""
     from serve.demo import reports
 
@@ -233,9 +268,26 @@ def test_which_model_works_with_and_without_the_exporters_report(demo: Any, digi
     folder = digit_bundles[0].folder.parent
     assert reports.reports(models) == []
     file = {"runtime": "onnxruntime", "file": "model.onnx", "parameters": 1, "multiply_adds": 1}
-    artefact = file | {"target": "fused", "variant": "fp32", "bytes": 2_000_000, "precision": "fp32 / fp32", "parity": "passed"}
-    measured = {"accuracy": 0.9833, "accuracy_low": 0.964, "accuracy_high": 0.9924, "p50_ms": 1.234, "p95_ms": 2, "pareto": True}
-    row = artefact | measured | {"accuracy_gate": "passed", "images_per_second": 1234.4, "best_batch": 16, "unknown": 1}
+    artefact = file | {
+        "target": "fused",
+        "variant": "fp32",
+        "bytes": 2_000_000,
+        "precision": "fp32 / fp32",
+        "parity": "passed",
+    }
+    measured = {
+        "accuracy": 0.9833,
+        "accuracy_low": 0.964,
+        "accuracy_high": 0.9924,
+        "p50_ms": 1.234,
+        "p95_ms": 2,
+        "pareto": True,
+    }
+    row = (
+        artefact
+        | measured
+        | {"accuracy_gate": "passed", "images_per_second": 1234.4, "best_batch": 16, "unknown": 1}
+    )
     bare = artefact | {"variant": "int8-tensorrt", "accuracy_gate": "not run here"}
     advice = {"artefact": "fused/fp32", "reason": "fused/fp32 is <best>."}
     try:
@@ -246,7 +298,8 @@ def test_which_model_works_with_and_without_the_exporters_report(demo: Any, digi
         assert (report.advice, report.machine, report.picture) == ("fused/fp32 is <best>.", "a box", None)
         # Both tiny bundles say that their target is fused.
         assert report.rows[0] == [
-            "fused / fp32", "fused, branch0", "yes", "98.33% (96.40% to 99.24%)", "1.23 / 2.00", "1,234 (16)", "2.00",
+            "fused / fp32", "fused, branch0", "yes", "98.33% (96.40% to 99.24%)", "1.23 / 2.00",
+            "1,234 (16)", "2.00",
             "fp32 / fp32", "passed", "passed",
         ]  # fmt: skip
         assert report.rows[1][:6] == ["fused / int8-tensorrt", "", "", "–", "– / –", "–"]
@@ -263,7 +316,11 @@ def test_which_model_works_with_and_without_the_exporters_report(demo: Any, digi
 def test_the_page_brings_everything_along(demo: Any) -> None:
     """No script, style, font or image from elsewhere: what the page loads is relative or its own."""
     page = httpx.get(demo.url).text
-    loaded = [part.split('"', 1)[0] for mark in (' src="', '<link rel="stylesheet" href="') for part in page.split(mark)[1:]]
+    loaded = [
+        part.split('"', 1)[0]
+        for mark in (' src="', '<link rel="stylesheet" href="')
+        for part in page.split(mark)[1:]
+    ]
     assert loaded
     assert [url for url in loaded if "//" in url.replace(demo.url, "")] == []
 
@@ -278,17 +335,23 @@ def test_an_upload_that_breaks_off_leaves_no_file(demo: Any) -> None:
     host, port = demo.address.split(":")
     part = b'--b\r\nContent-Disposition: form-data; name="files"; filename="x.png"\r\n\r\n' + b"x" * 200_000
     with socket.create_connection((host, int(port))) as connection:
-        head = "POST /gradio_api/upload HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+        head = (
+            "POST /gradio_api/upload HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: multipart/form-data; "
+            "boundary=b\r\n"
+        )
         connection.sendall(f"{head}Content-Length: 9000000\r\n\r\n".encode() + part)
         time.sleep(0.3)
     deadline = time.monotonic() + 60
-    while {path for path in upload_folder().rglob("*") if path.is_file()} != before and time.monotonic() < deadline:
+    while {
+        path for path in upload_folder().rglob("*") if path.is_file()
+    } != before and time.monotonic() < deadline:
         time.sleep(0.05)
     assert {path for path in upload_folder().rglob("*") if path.is_file()} == before
 
 
 def test_building_the_page_leaves_no_event_loop_open(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gradio's locks make one each, with two sockets, where none runs; warned of in mid-`ast.parse`, they break CPython 3.11."""
+    """Gradio's locks make one each, with two sockets, where none runs; warned of in mid-`ast.parse`,
+    they break CPython 3.11."""
     from serve.demo.page import mounted
 
     made: list[asyncio.AbstractEventLoop] = []
@@ -304,7 +367,8 @@ def test_building_the_page_leaves_no_event_loop_open(demo: Any, monkeypatch: pyt
 
 
 def test_what_gradio_keeps_of_its_sessions_is_bounded(demo: Any, tmp_path: Path) -> None:
-    """Every call without a session makes one, of 76 KB; Gradio alone would keep 10,000, and their finished queues for ever."""
+    """Every call without a session makes one, of 76 KB; Gradio alone would keep 10,000,
+    and their finished queues for ever."""
     from gradio.routes import App
     from starlette.routing import Mount
 
@@ -321,17 +385,25 @@ def test_what_gradio_keeps_of_its_sessions_is_bounded(demo: Any, tmp_path: Path)
 
     async def body() -> None:
         async with mounted(demo.service) as app:
-            (gradio,) = [route.app for route in app.routes if isinstance(route, Mount) and isinstance(route.app, App)]
+            (gradio,) = [
+                route.app for route in app.routes if isinstance(route, Mount) and isinstance(route.app, App)
+            ]
             queue = gradio.get_blocks()._queue
-            async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1") as http:
+            async with httpx.AsyncClient(
+                transport=httpx.ASGITransport(app), base_url="http://127.0.0.1"
+            ) as http:
                 answers = [await call(http) for _ in range(6)]
-                waiting = (await http.post("/gradio_api/call/classify", json={"data": [None]})).json()["event_id"]
+                waiting = (await http.post("/gradio_api/call/classify", json={"data": [None]})).json()[
+                    "event_id"
+                ]
                 forget_finished(gradio.get_blocks())
                 assert all("event: complete" in answer for answer in answers)
                 assert len(gradio.state_holder.session_data) == 4
                 assert len(queue.event_analytics) == 1
                 assert queue.cached_event_analytics_summary == {"functions": {}}
-                assert set(queue.pending_event_ids_session) == {waiting}, "an answer that is still waited for was forgotten"
+                assert set(queue.pending_event_ids_session) == {waiting}, (
+                    "an answer that is still waited for was forgotten"
+                )
                 assert set(queue.pending_messages_per_session) == {waiting}
                 assert "Give an image file" in (await http.get(f"/gradio_api/call/classify/{waiting}")).text
 

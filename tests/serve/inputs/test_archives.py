@@ -42,7 +42,9 @@ def test_23_hostile_archive_members_are_streamed(predict: Predict, tmp_path: Pat
     before = {path for path in tmp_path.rglob("*") if "out" not in path.parts}
     run = predict(tmp_path / "x.zip", tmp_path / "x.tar")
     assert run.code == DONE
-    assert [row["path"] for row in run.rows] == [f"{tmp_path}/x.{kind}::{name}" for kind in ("zip", "tar") for name in names]
+    assert [row["path"] for row in run.rows] == [
+        f"{tmp_path}/x.{kind}::{name}" for kind in ("zip", "tar") for name in names
+    ]
     assert {path for path in tmp_path.rglob("*") if "out" not in path.parts} == before, "nothing was unpacked"
     assert not (tmp_path.parent / "escape.jpg").exists()
     for skipped in ("2 symbolic links", "1 hard links", "1 special files"):
@@ -65,7 +67,9 @@ def test_24_zip_bomb(predict: Predict, tmp_path: Path, photo: Photo, monkeypatch
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
-def test_24_damage_in_a_compressed_member(predict: Predict, tmp_path: Path, photo: Photo, method: int) -> None:
+def test_24_damage_in_a_compressed_member(
+    predict: Predict, tmp_path: Path, photo: Photo, method: int
+) -> None:
     """Each method's library has an exception of its own."""
     with zipfile.ZipFile(tmp_path / "x.zip", "w", method) as archive:
         for name in ("one.png", "bad.png", "two.png"):
@@ -118,7 +122,9 @@ def test_24_every_damaged_archive_is_rows(photo: Photo, tmp_path: Path) -> None:
         if rng.random() < 0.2:
             del data[rng.randrange(len(data)) :]
         (tmp_path / name).write_bytes(data)
-        found = [item.loaded() for item in archives.members(str(tmp_path / name), frozenset(), items.Skipped())]
+        found = [
+            item.loaded() for item in archives.members(str(tmp_path / name), frozenset(), items.Skipped())
+        ]
         assert len(found) < 10
         for item in found:
             try:
@@ -133,7 +139,11 @@ def test_24_tar_bomb(predict: Predict, tmp_path: Path, photo: Photo, monkeypatch
     monkeypatch.setattr(archives, "FREE_BYTES", 1 << 20)
     data = io.BytesIO()
     with tarfile.open(fileobj=data, mode="w") as archive:
-        for name, content in (("good.jpg", photo(1)), ("zeros.bin", b"\0" * (32 << 20)), ("never.jpg", photo(2))):
+        for name, content in (
+            ("good.jpg", photo(1)),
+            ("zeros.bin", b"\0" * (32 << 20)),
+            ("never.jpg", photo(2)),
+        ):
             info = tarfile.TarInfo(name)
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))

@@ -97,7 +97,9 @@ def test_archives_keep_their_own_order(tmp_path: Path, photo: Photo, kind: str) 
             for index, name in enumerate(names):
                 zipped.writestr(name, photo(index))
     else:
-        with tarfile.open(source, "w:" + {"tar": "", "tgz": "gz"}.get(kind, kind.removeprefix("tar."))) as tarred:
+        with tarfile.open(
+            source, "w:" + {"tar": "", "tgz": "gz"}.get(kind, kind.removeprefix("tar."))
+        ) as tarred:
             for index, name in enumerate(names):
                 info = tarfile.TarInfo(name)
                 info.size = len(photo(index))
@@ -163,7 +165,9 @@ def test_labels_of_any_kind_and_coding(folder: Path) -> None:
         assert [item.label for item in read_inputs([f"{folder}/x.parquet"], Reading())] == expected
 
 
-def test_a_file_is_read_whole_in_however_small_pieces_it_comes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_read_whole_in_however_small_pieces_it_comes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One read() of a network file system may give less than was asked for."""
 
     class Slow(io.FileIO):
@@ -208,13 +212,18 @@ def test_folders_named_like_classes_are_labels(tmp_path: Path, photo: Photo) -> 
     assert [i.label for i in read_inputs([str(tmp_path / "test/cat/1.jpg")], Reading(CLASSES))] == [None]
 
 
-def test_counting_reads_no_image(folder: Path, tmp_path: Path, photo: Photo, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_counting_reads_no_image(
+    folder: Path, tmp_path: Path, photo: Photo, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
         archive.writestr("x.jpg", photo(1))
     pq.write_table(pa.table({"image": [b"", b""]}), tmp_path / "x.parquet")
     monkeypatch.setattr(Item, "loaded", lambda self: pytest.fail("read"))
     reading = Reading()
-    assert count_inputs([str(folder), f"{tmp_path}/*.zip", str(tmp_path / "x.parquet"), "gone.jpg"], reading) == 3 + 1 + 2 + 1
+    assert (
+        count_inputs([str(folder), f"{tmp_path}/*.zip", str(tmp_path / "x.parquet"), "gone.jpg"], reading)
+        == 3 + 1 + 2 + 1
+    )
     assert count_inputs([str(folder), "-"], reading) is None
     assert count_inputs([str(tmp_path / "x.tar")], reading) is None
     assert not reading.skipped.reasons

@@ -1,7 +1,8 @@
-"""The bad inputs of docs/predict.md, each by its number and name: one row each, the good ones beside them unharmed.
+"""The bad inputs of docs/predict.md, each by its number and name: one row each,
+the good ones beside them unharmed.
 
-Archives (23, 24) are in test_archives.py, the faults that need processes (27 to 29, 32) in test_faults.py; 33 and 34 are the
-server's.
+Archives (23, 24) are in test_archives.py, the faults that need processes (27 to 29, 32) in test_faults.py;
+33 and 34 are the server's.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ DONE, CHECK_FAILED, UNUSABLE, SOME_FAILED = 0, 1, 2, 3
 
 @pytest.fixture
 def status_of(predict: Predict, folder: Path) -> Callable[..., dict[str, Any]]:
-    """`status_of(name, content)` puts the file among three good ones, predicts, checks those, and gives the row."""
+    """`status_of(name, content)` puts the file among three good ones, predicts, checks those,
+    and gives the row."""
     good = {row["path"]: row for row in predict(folder, flags=["--batch-size", "8"]).rows}
     assert len(good) == 3
 
@@ -68,7 +70,12 @@ def png_chunk(kind: bytes, body: bytes) -> bytes:
 
 def png_header(width: int, height: int) -> bytes:
     header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", zlib.compress(b"\0" * 64)) + png_chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + header
+        + png_chunk(b"IDAT", zlib.compress(b"\0" * 64))
+        + png_chunk(b"IEND", b"")
+    )
 
 
 def test_01_empty_file(status_of: Callable[..., Any]) -> None:
@@ -76,7 +83,9 @@ def test_01_empty_file(status_of: Callable[..., Any]) -> None:
 
 
 def test_02_html_named_jpg(status_of: Callable[..., Any]) -> None:
-    assert status_of("x.jpg", b"<!DOCTYPE html><html><body>Not Found</body></html>")["status"] == "not_an_image"
+    assert (
+        status_of("x.jpg", b"<!DOCTYPE html><html><body>Not Found</body></html>")["status"] == "not_an_image"
+    )
 
 
 def test_03_truncated_jpeg(status_of: Callable[..., Any], photo: Photo) -> None:
@@ -94,7 +103,9 @@ def test_05_bad_png_chunk(status_of: Callable[..., Any], photo: Photo) -> None:
     assert status_of("x.png", bytes(data))["status"] == "corrupt"
 
 
-def test_06_over_fifty_megapixels_by_header(status_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_06_over_fifty_megapixels_by_header(
+    status_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     row = status_of("x.png", png_header(10_000, 5_001))
     assert row["status"] == "too_large"
     assert "10000 x 5001" in row["error"]
@@ -130,7 +141,10 @@ def test_11_sixteen_bit_gray_is_scaled(status_of: Callable[..., Any]) -> None:
 
 
 def test_12_float_tiff(status_of: Callable[..., Any]) -> None:
-    assert status_of("x.tif", saved(Image.fromarray(np.full((32, 32), 0.5, np.float32)), "TIFF"))["status"] == "unsupported"
+    assert (
+        status_of("x.tif", saved(Image.fromarray(np.full((32, 32), 0.5, np.float32)), "TIFF"))["status"]
+        == "unsupported"
+    )
 
 
 def test_13_transparency_on_white(status_of: Callable[..., Any]) -> None:
@@ -144,7 +158,9 @@ def test_13_transparency_on_white(status_of: Callable[..., Any]) -> None:
 def test_14_animation_is_flagged(status_of: Callable[..., Any], format: str) -> None:
     frames = [Image.new("RGB", (32, 32), colour) for colour in ((255, 0, 0), (0, 0, 255))]
     options = {"lossless": True} if format == "WEBP" else {}
-    row = status_of(f"x.{format.lower()}", saved(frames[0], format, save_all=True, append_images=frames[1:], **options))
+    row = status_of(
+        f"x.{format.lower()}", saved(frames[0], format, save_all=True, append_images=frames[1:], **options)
+    )
     assert row["status"] == "ok"
     assert row["error"].startswith("animated")
     still = status_of(f"x.{format.lower()}", saved(frames[0], format, **options))
@@ -162,7 +178,9 @@ def test_15_exif_orientation(status_of: Callable[..., Any], photo: Photo) -> Non
     assert turned["confidence"] == upright["confidence"]
 
 
-@pytest.mark.parametrize("content", [b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"%!PS-Adobe-3.0 EPSF-3.0\n"])
+@pytest.mark.parametrize(
+    "content", [b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"%!PS-Adobe-3.0 EPSF-3.0\n"]
+)
 def test_16_svg_and_eps(status_of: Callable[..., Any], content: bytes) -> None:
     assert status_of("x.png", content)["status"] == "unsupported"
 
@@ -182,7 +200,9 @@ def test_17_mpo_first_frame(status_of: Callable[..., Any], photo: Photo) -> None
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="the file system refuses names that are not UTF-8")
-def test_18_odd_names(predict: Predict, tmp_path: Path, photo: Photo, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_18_odd_names(
+    predict: Predict, tmp_path: Path, photo: Photo, monkeypatch: pytest.MonkeyPatch
+) -> None:
     names = [b"=1+1.jpg", b"line\nbreak.jpg", b"not-utf8-\xff.jpg", b"quote\",'.jpg"]
     root = os.fsencode(tmp_path / "odd")
     os.mkdir(root)
@@ -215,7 +235,9 @@ def test_19_same_base_name_twice(predict: Predict, tmp_path: Path, photo: Photo)
     assert paths == [f"{tmp_path}/in/one/x.jpg", f"{tmp_path}/in/two/x.jpg"]
 
 
-def test_20_symbolic_links_are_not_followed(predict: Predict, folder: Path, tmp_path: Path, photo: Photo) -> None:
+def test_20_symbolic_links_are_not_followed(
+    predict: Predict, folder: Path, tmp_path: Path, photo: Photo
+) -> None:
     (tmp_path / "outside").mkdir()
     (tmp_path / "outside" / "secret.jpg").write_bytes(photo(7))
     (folder / "sub" / "loop").symlink_to(folder)
@@ -226,7 +248,9 @@ def test_20_symbolic_links_are_not_followed(predict: Predict, folder: Path, tmp_
     assert len(run.rows) == 3
     assert "4 symbolic links" in run.stdout, "what was skipped is reported"
     run = predict(folder, flags=["--follow-links"])
-    assert [Path(row["path"]).name for row in run.rows] == ["a.jpg", "b.png", "link.jpg", "c.webp"], "files only, no folder"
+    assert [Path(row["path"]).name for row in run.rows] == ["a.jpg", "b.png", "link.jpg", "c.webp"], (
+        "files only, no folder"
+    )
 
 
 @pytest.mark.timeout(120)
@@ -235,14 +259,18 @@ def test_21_fifo_device_and_socket(predict: Predict, folder: Path, monkeypatch: 
     with socket.socket(socket.AF_UNIX) as server:
         monkeypatch.chdir(folder)
         server.bind("socket.jpg")
-        run = predict(folder / "pipe.jpg", "/dev/zero", folder / "socket.jpg", folder / "nowhere.jpg", folder / "a.jpg")
+        run = predict(
+            folder / "pipe.jpg", "/dev/zero", folder / "socket.jpg", folder / "nowhere.jpg", folder / "a.jpg"
+        )
         assert run.statuses == ["not_a_file", "not_a_file", "not_a_file", "missing", "ok"]
         inside = predict(folder)
         assert inside.statuses == ["ok"] * 3
         assert "2 special files" in inside.stdout
 
 
-def test_21_unreadable_file_and_folder(predict: Predict, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_21_unreadable_file_and_folder(
+    predict: Predict, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As root nothing is unreadable, so the operating system's answer is given by hand."""
     real_open, real_scandir = os.open, os.scandir
 
@@ -266,7 +294,9 @@ def test_21_unreadable_file_and_folder(predict: Predict, folder: Path, monkeypat
     }
 
 
-def test_22_file_vanishes_during_the_run(predict: Predict, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_22_file_vanishes_during_the_run(
+    predict: Predict, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = items.read_file
 
     def read(path: str, *rest: Any) -> bytes:
@@ -289,12 +319,16 @@ def test_25_parquet_without_the_column(predict: Predict, tmp_path: Path) -> None
     assert predict(tmp_path / "bad.parquet").code == UNUSABLE
     pq.write_table(pa.table({"path": [1, 2]}), tmp_path / "numbers.parquet")
     assert predict(tmp_path / "numbers.parquet").code == UNUSABLE
-    run = predict("gone.jpg", *["gone.jpg"] * 2048, tmp_path / "numbers.parquet", flags=["--shard-size", "1024"])
+    run = predict(
+        "gone.jpg", *["gone.jpg"] * 2048, tmp_path / "numbers.parquet", flags=["--shard-size", "1024"]
+    )
     assert run.code == UNUSABLE
     assert not run.out.parent.exists() or not any(run.out.parent.iterdir()), "refused before any work"
 
 
-def test_25_null_and_giant_cells(predict: Predict, tmp_path: Path, photo: Photo, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_25_null_and_giant_cells(
+    predict: Predict, tmp_path: Path, photo: Photo, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tables, "MAX_FILE_BYTES", 100_000)
     cells = [photo(1), None, b"\0" * 200_000, b"", photo(2)]
     pq.write_table(pa.table({"image": pa.array(cells, pa.binary())}), tmp_path / "x.parquet")
@@ -355,7 +389,9 @@ def test_30_corrupt_or_mismatched_bundle(
     assert predict(folder, bundle=bundle).code == UNUSABLE
 
 
-def test_31_nonfinite_logits(predict: Predict, folder: Path, tmp_path: Path, make_bundle: Callable[..., Bundle]) -> None:
+def test_31_nonfinite_logits(
+    predict: Predict, folder: Path, tmp_path: Path, make_bundle: Callable[..., Bundle]
+) -> None:
     bundle = make_bundle(tmp_path / "nan", nonfinite_above=250.0)
     (folder / "white.png").write_bytes(saved(Image.new("RGB", (40, 40), (255, 255, 255)), "PNG"))
     run = predict(folder, bundle=bundle, flags=["--batch-size", "8", "--logits"])

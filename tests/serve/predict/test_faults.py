@@ -1,4 +1,5 @@
-"""Kills, full disks, second processes, dying workers: a resume gives the bytes of a run that was never stopped."""
+"""Kills, full disks, second processes, dying workers:
+a resume gives the bytes of a run that was never stopped."""
 
 from __future__ import annotations
 
@@ -31,7 +32,11 @@ def start(*arguments: object, script: str | None = None) -> subprocess.Popen[str
     command = PREDICT if script is None else (sys.executable, "-c", script)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
-        [*command, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        [*command, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
     )
 
 
@@ -47,7 +52,9 @@ def many(tmp_path: Path, photo: Photo) -> Path:
     root = tmp_path / "many"
     root.mkdir()
     for index in range(300):
-        (root / f"{index:04d}.jpg").write_bytes(b"broken" if index % 50 == 49 else photo(index, size=(24, 20)))
+        (root / f"{index:04d}.jpg").write_bytes(
+            b"broken" if index % 50 == 49 else photo(index, size=(24, 20))
+        )
     return root
 
 
@@ -55,7 +62,9 @@ FLAGS = ("--batch-size", "16", "--shard-size", "32", "--threads", "2", "--quiet"
 
 
 @pytest.mark.parametrize("format", ["parquet", "jsonl", "csv"])
-def test_28_a_resume_repeats_the_bytes(predict: Predict, many: Path, format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_28_a_resume_repeats_the_bytes(
+    predict: Predict, many: Path, format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = predict(many, flags=FLAGS, out=f"whole.{format}")
     assert whole.code == 3
     real, calls = shards.ShardsFolder.commit, []
@@ -72,17 +81,27 @@ def test_28_a_resume_repeats_the_bytes(predict: Predict, many: Path, format: str
     assert not run.out.exists(), "the output appears only when it is complete"
     assert len(list((run.out.parent / f"cut.{format}.parts").glob("[0-9]*.json"))) == 3
     monkeypatch.undo()
-    assert predict(many, flags=FLAGS, out=f"cut.{format}").code == 2, "an unfinished run is not thrown away without being asked"
+    assert predict(many, flags=FLAGS, out=f"cut.{format}").code == 2, (
+        "an unfinished run is not thrown away without being asked"
+    )
     resumed = predict(many, flags=(*FLAGS, "--resume"), out=f"cut.{format}")
     assert resumed.code == 3
     assert resumed.out.read_bytes() == whole.out.read_bytes()
     assert not (run.out.parent / f"cut.{format}.parts").exists()
     summary = json.loads(resumed.out.with_name(f"cut.{format}.summary.json").read_text())
-    assert (summary["rows"], summary["resumed_rows"], summary["statuses"]) == (300, 96, {"not_an_image": 6, "ok": 294})
-    assert predict(many, flags=(*FLAGS, "--resume"), out=f"cut.{format}").code == 0, "a finished run is finished"
+    assert (summary["rows"], summary["resumed_rows"], summary["statuses"]) == (
+        300,
+        96,
+        {"not_an_image": 6, "ok": 294},
+    )
+    assert predict(many, flags=(*FLAGS, "--resume"), out=f"cut.{format}").code == 0, (
+        "a finished run is finished"
+    )
 
 
-def test_28_a_damaged_shard_is_made_again(predict: Predict, many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_28_a_damaged_shard_is_made_again(
+    predict: Predict, many: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = predict(many, flags=FLAGS, out="whole.jsonl")
     interrupted(predict, many, monkeypatch, after=5)
     parts = whole.out.with_name("cut.jsonl.parts")
@@ -117,7 +136,8 @@ def test_28_a_resume_over_changed_inputs_is_refused(
     elif change == "removed":
         (many / "0005.jpg").unlink()
     elif change == "shortened":
-        for path in sorted(many.iterdir())[64:]:  # shards 0 and 1 are what they were, shard 2 has no inputs left
+        # shards 0 and 1 are what they were, shard 2 has no inputs left
+        for path in sorted(many.iterdir())[64:]:
             path.unlink()
     else:
         (many / "0007.jpg").rename(many / "0007x.jpg")
@@ -127,7 +147,9 @@ def test_28_a_resume_over_changed_inputs_is_refused(
     assert not run.out.exists()
 
 
-@pytest.mark.parametrize("flags", [("--top-k", "2"), ("--logits",), ("--batch-size", "8"), ("--shard-size", "64")])
+@pytest.mark.parametrize(
+    "flags", [("--top-k", "2"), ("--logits",), ("--batch-size", "8"), ("--shard-size", "64")]
+)
 def test_28_a_resume_with_other_settings_is_refused(
     predict: Predict, many: Path, flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,7 +160,11 @@ def test_28_a_resume_with_other_settings_is_refused(
 
 
 def test_28_a_resume_with_another_bundle_is_refused(
-    predict: Predict, many: Path, tmp_path: Path, make_bundle: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch
+    predict: Predict,
+    many: Path,
+    tmp_path: Path,
+    make_bundle: Callable[..., Bundle],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     interrupted(predict, many, monkeypatch, after=3)
     other = make_bundle(tmp_path / "other", seed=1)
@@ -200,8 +226,8 @@ def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
 def test_28_fifty_sigkills_at_random_moments(tiny_bundle: Bundle, many: Path, tmp_path: Path) -> None:
     """Each round: start, kill -9 at a random moment, resume to the end. Every file is the same, bit for bit.
 
-    A moment is some milliseconds after a random shard (of ten) is finished, or after the start: by wall time alone, a busy
-    machine would have all of them fall into the imports.
+    A moment is some milliseconds after a random shard (of ten) is finished, or after the start: by wall time
+    alone, a busy machine would have all of them fall into the imports.
     """
     rng = random.Random(20261123)
     flags = ("--batch-size", "16", "--shard-size", "32", "--threads", "1", "--quiet")
@@ -226,7 +252,9 @@ def test_28_fifty_sigkills_at_random_moments(tiny_bundle: Bundle, many: Path, tm
     assert interrupted_mid_run >= 25, "the kills missed the run; the test says nothing"
 
 
-def test_27_a_full_disk_keeps_the_finished_shards(predict: Predict, many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_27_a_full_disk_keeps_the_finished_shards(
+    predict: Predict, many: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = predict(many, flags=FLAGS, out="whole.jsonl")
     real, writes = shards.write_atomically, []
 
@@ -293,14 +321,18 @@ entry()
 
 @pytest.mark.parametrize("name", ["SIGSEGV", "SIGKILL"])
 @pytest.mark.fault
-def test_32_an_image_that_kills_the_worker_is_quarantined(tiny_bundle: Bundle, many: Path, tmp_path: Path, name: str) -> None:
+def test_32_an_image_that_kills_the_worker_is_quarantined(
+    tiny_bundle: Bundle, many: Path, tmp_path: Path, name: str
+) -> None:
     """SIGKILL is what the kernel sends when memory runs out."""
     whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
     assert finish(start(tiny_bundle.folder, many, "--out", whole, *FLAGS))[0] == 3
     deadly = (40, 45, 200)
     for index in deadly:
         (many / f"{index:04d}.jpg").write_bytes(b"deadly")
-    code, stderr = finish(start(tiny_bundle.folder, many, "--out", out, *FLAGS, script=DEADLY.format(signal=name)))
+    code, stderr = finish(
+        start(tiny_bundle.folder, many, "--out", out, *FLAGS, script=DEADLY.format(signal=name))
+    )
     assert code == 3, stderr
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [index for index, row in enumerate(rows) if row["status"] == "crashed"] == list(deadly)
@@ -332,7 +364,9 @@ entry()
     assert pq.read_table(out).num_rows == 300
 
 
-def test_32_a_batch_that_does_not_fit_is_halved(predict: Predict, many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_32_a_batch_that_does_not_fit_is_halved(
+    predict: Predict, many: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from ffl_deploy.runtime import OnnxRuntimeSession
 
     whole = predict(many, flags=FLAGS)

@@ -43,7 +43,13 @@ def corrupted(rng: random.Random, originals: list[bytes]) -> bytes:
 @pytest.fixture(scope="module")
 def originals(photo: Photo) -> list[bytes]:
     files = [photo(seed, format, size=(64, 48)) for seed in range(4) for format in ("JPEG", "PNG", "WEBP")]
-    return [*files, photo(9, "JPEG", progressive=True), photo(9, "WEBP", lossless=True), photo(9, "GIF"), photo(9, "TIFF")]
+    return [
+        *files,
+        photo(9, "JPEG", progressive=True),
+        photo(9, "WEBP", lossless=True),
+        photo(9, "GIF"),
+        photo(9, "TIFF"),
+    ]
 
 
 def test_every_corrupted_file_decodes_or_is_refused(originals: list[bytes]) -> None:
@@ -63,10 +69,23 @@ def test_every_corrupted_file_decodes_or_is_refused(originals: list[bytes]) -> N
 
 def predicted(bundle: Bundle, source: Path, out: Path, *flags: str) -> tuple[int, float]:
     """Run ffl-predict as a process; -> (exit code, peak memory of the largest process in MiB)."""
-    command = [sys.executable, "-m", "serve.predict", str(bundle.folder), str(source), "--out", str(out), "--quiet", *flags]
-    # Linux counts what the starting process held as well, and that may be a pytest of gigabytes: a small one starts it.
+    command = [
+        sys.executable,
+        "-m",
+        "serve.predict",
+        str(bundle.folder),
+        str(source),
+        "--out",
+        str(out),
+        "--quiet",
+        *flags,
+    ]
+    # Linux counts what the starting process held as well, and that may be a pytest of gigabytes:
+    # a small one starts it.
     starter = [sys.executable, "-c", MEASURED, *command]
-    done = subprocess.run(starter, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(
+        starter, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True, check=True
+    )
     code, memory = done.stdout.split()
     return int(code), int(memory) / 1024
 
@@ -81,7 +100,9 @@ print(code, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("seed", [int(os.environ.get("FFL_FUZZ_SEED", "2026"))])
-def test_ten_thousand_corrupted_files(tiny_bundle: Bundle, originals: list[bytes], tmp_path: Path, seed: int) -> None:
+def test_ten_thousand_corrupted_files(
+    tiny_bundle: Bundle, originals: list[bytes], tmp_path: Path, seed: int
+) -> None:
     rng = random.Random(seed)
     source = tmp_path / "in"
     source.mkdir()
@@ -99,7 +120,9 @@ def test_ten_thousand_corrupted_files(tiny_bundle: Bundle, originals: list[bytes
 
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
-def test_memory_does_not_grow_with_the_number_of_images(tiny_bundle: Bundle, photo: Photo, tmp_path: Path) -> None:
+def test_memory_does_not_grow_with_the_number_of_images(
+    tiny_bundle: Bundle, photo: Photo, tmp_path: Path
+) -> None:
     """100,000 images need no more than 5 % over 10,000."""
     peaks = {}
     for count in (10_000, 100_000):
@@ -112,7 +135,9 @@ def test_memory_does_not_grow_with_the_number_of_images(tiny_bundle: Bundle, pho
                 original = target
             else:
                 os.link(original, target)
-        code, peaks[count] = predicted(tiny_bundle, source, tmp_path / f"{count}.parquet", "--batch-size", "64")
+        code, peaks[count] = predicted(
+            tiny_bundle, source, tmp_path / f"{count}.parquet", "--batch-size", "64"
+        )
         assert code == 0
     print(f"peak memory in MiB: {peaks}")
     assert peaks[100_000] <= 1.05 * peaks[10_000]

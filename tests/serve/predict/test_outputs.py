@@ -1,4 +1,5 @@
-"""What a run may write where, and what it takes for an input: nobody's files are lost, nothing of its own is classified."""
+"""What a run may write where, and what it takes for an input: nobody's files are lost,
+nothing of its own is classified."""
 
 from __future__ import annotations
 
@@ -21,7 +22,9 @@ ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.parametrize("named", ["table", "glob"])
-def test_an_output_that_is_an_input_is_refused(predict: Predict, folder: Path, tmp_path: Path, named: str) -> None:
+def test_an_output_that_is_an_input_is_refused(
+    predict: Predict, folder: Path, tmp_path: Path, named: str
+) -> None:
     out = tmp_path / "out"
     out.mkdir()
     table = out / "list.csv"
@@ -32,7 +35,9 @@ def test_an_output_that_is_an_input_is_refused(predict: Predict, folder: Path, t
     assert table.read_text().startswith("path,label\n")
 
 
-def test_a_pipe_is_not_replaced_and_a_link_is_followed(predict: Predict, folder: Path, tmp_path: Path) -> None:
+def test_a_pipe_is_not_replaced_and_a_link_is_followed(
+    predict: Predict, folder: Path, tmp_path: Path
+) -> None:
     (tmp_path / "out").mkdir()
     os.mkfifo(tmp_path / "out" / "pipe.jsonl")
     run = predict(folder, out="pipe.jsonl")
@@ -79,7 +84,9 @@ def test_pictures_of_earlier_reports_are_no_inputs(predict: Predict, tmp_path: P
     assert (tmp_path / "out" / "predictions.jsonl.report.png").is_file()
 
 
-def test_what_macos_adds_to_zips_and_folders_is_skipped(predict: Predict, tmp_path: Path, photo: Photo) -> None:
+def test_what_macos_adds_to_zips_and_folders_is_skipped(
+    predict: Predict, tmp_path: Path, photo: Photo
+) -> None:
     with zipfile.ZipFile(tmp_path / "mac.zip", "w") as archive:
         archive.writestr("cat/1.jpg", photo(1))
         archive.writestr("__MACOSX/cat/._1.jpg", b"\0\5\x16\7")
@@ -100,7 +107,9 @@ def test_a_table_without_images_among_the_matches_is_refused_at_once(predict: Pr
     assert not run.out.exists()
 
 
-def test_a_name_that_is_not_utf8_is_written_with_codes(predict: Predict, tmp_path: Path, photo: Photo) -> None:
+def test_a_name_that_is_not_utf8_is_written_with_codes(
+    predict: Predict, tmp_path: Path, photo: Photo
+) -> None:
     name = os.fsdecode(b"caf\xe9.jpg")
     (tmp_path / name).write_bytes(photo(1))
     run = predict(tmp_path / name)
@@ -116,7 +125,9 @@ def test_what_a_killed_run_left_is_removed(predict: Predict, folder: Path, tmp_p
     assert not left.exists()
 
 
-def test_a_worker_killed_once_reads_standard_input_again(tiny_bundle: Bundle, folder: Path, tmp_path: Path) -> None:
+def test_a_worker_killed_once_reads_standard_input_again(
+    tiny_bundle: Bundle, folder: Path, tmp_path: Path
+) -> None:
     """Beyond the 2,048 lines that are looked at first, what a dead worker had read would be gone with it."""
     lines = [str(folder / name) for name in ("a.jpg", "b.png", "sub/c.webp")] * 800
     script = f"""
@@ -132,11 +143,25 @@ shards.ShardsFolder.commit = commit
 from serve.predict.command import entry
 entry()
 """
-    flags = ["--out", str(tmp_path / "rows.jsonl"), "--batch-size", "32", "--shard-size", "512", "--threads", "1", "--quiet"]
+    flags = [
+        "--out",
+        str(tmp_path / "rows.jsonl"),
+        "--batch-size",
+        "32",
+        "--shard-size",
+        "512",
+        "--threads",
+        "1",
+        "--quiet",
+    ]
     done = subprocess.run(
         [sys.executable, "-c", script, str(tiny_bundle.folder), "-", *flags],
-        input="\n".join(lines), capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+        input="\n".join(lines),
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "died").exists()
     rows = [json.loads(line)["path"] for line in (tmp_path / "rows.jsonl").read_text().splitlines()]

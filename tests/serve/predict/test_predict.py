@@ -24,7 +24,18 @@ Predict = Callable[..., Any]
 Photo = Callable[..., bytes]
 ROOT = Path(__file__).parents[3]
 # The contract of docs/predict.md.
-COLUMNS = ["path", "status", "error", "label", "label_id", "confidence", "top_k_labels", "top_k_confidences", "width", "height"]
+COLUMNS = [
+    "path",
+    "status",
+    "error",
+    "label",
+    "label_id",
+    "confidence",
+    "top_k_labels",
+    "top_k_confidences",
+    "width",
+    "height",
+]
 
 
 def test_rows_are_what_the_library_predicts(predict: Predict, folder: Path, tiny_bundle: Bundle) -> None:
@@ -84,7 +95,9 @@ def test_embeddings_come_from_the_graph_or_not_at_all(
     assert all(value >= 0 for row in run.rows for value in row["embedding"]), "pooled behind a ReLU"
 
 
-def test_variants_and_runtimes(predict: Predict, folder: Path, tmp_path: Path, make_bundle: Callable[..., Bundle]) -> None:
+def test_variants_and_runtimes(
+    predict: Predict, folder: Path, tmp_path: Path, make_bundle: Callable[..., Bundle]
+) -> None:
     bundle = make_bundle(tmp_path / "two", variants=("fp32", "other"))
     assert predict(folder, bundle=bundle, flags=["--variant", "other"]).code == 0
     summary = json.loads((tmp_path / "out" / "predictions.jsonl.summary.json").read_text())
@@ -139,7 +152,9 @@ def test_json_and_quiet_modes(predict: Predict, folder: Path) -> None:
     assert "errors: empty 1" in screen.stdout
 
 
-def test_labelled_folder_gets_a_report(predict: Predict, tmp_path: Path, photo: Photo, tiny_bundle: Bundle) -> None:
+def test_labelled_folder_gets_a_report(
+    predict: Predict, tmp_path: Path, photo: Photo, tiny_bundle: Bundle
+) -> None:
     root = tmp_path / "test"
     for index in range(30):
         name = tiny_bundle.classes[index % 3]
@@ -167,7 +182,8 @@ def test_labelled_folder_gets_a_report(predict: Predict, tmp_path: Path, photo: 
     confidences = np.array([row["confidence"] for row in good])
     bins = np.minimum((confidences * 15).astype(int), 14)
     error = sum(
-        abs(np.mean(np.array(right)[bins == b]) - confidences[bins == b].mean()) * (bins == b).sum() for b in set(bins.tolist())
+        abs(np.mean(np.array(right)[bins == b]) - confidences[bins == b].mean()) * (bins == b).sum()
+        for b in set(bins.tolist())
     )
     assert report["expected_calibration_error"] == pytest.approx(error / 30)
     assert run.out.with_name("predictions.jsonl.report.png").read_bytes()[:4] == b"\x89PNG"
@@ -176,7 +192,9 @@ def test_labelled_folder_gets_a_report(predict: Predict, tmp_path: Path, photo: 
 
 def test_labels_by_number_and_unknown_labels() -> None:
     ok = Row("p", "ok", None, "dog", 1, 0.8, ["dog", "cat"], [0.8, 0.2])
-    counts = count_labels([ok, ok, ok, ok, Row("q", "empty", "e")], ["1", "dog", "bird", None, "0"], ["cat", "dog"])
+    counts = count_labels(
+        [ok, ok, ok, ok, Row("q", "empty", "e")], ["1", "dog", "bird", None, "0"], ["cat", "dog"]
+    )
     assert counts.confusion == {"dog": {"dog": 2}}
     assert (counts.unknown, counts.failed, counts.top_k) == (1, {"cat": 1}, 2)
     assert count_labels([ok, ok, ok], ["2", "9" * 5000, "²"], ["cat", "dog"]).unknown == 3
@@ -204,7 +222,9 @@ def test_batches_do_not_depend_on_threads(predict: Predict, tmp_path: Path, phot
         (root / f"{index:02d}.jpg").write_bytes(photo(index, size=(24, 20)))
     runs = [
         predict(
-            root, flags=["--batch-size", "16", "--shard-size", "24", "--threads", threads, "--logits"], out=f"{threads}.parquet"
+            root,
+            flags=["--batch-size", "16", "--shard-size", "24", "--threads", threads, "--logits"],
+            out=f"{threads}.parquet",
         )
         for threads in ("1", "2", "3")
     ]
@@ -234,7 +254,12 @@ def test_settings_are_measured_for_a_long_run_only(
 
 
 def command(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "serve.predict", *map(str, arguments)], capture_output=True, text=True, cwd=ROOT)
+    return subprocess.run(
+        [sys.executable, "-m", "serve.predict", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
 
 
 def test_nothing_heavy_is_imported(folder: Path, tiny_bundle: Bundle, tmp_path: Path) -> None:
@@ -242,21 +267,28 @@ def test_nothing_heavy_is_imported(folder: Path, tiny_bundle: Bundle, tmp_path: 
 import sys
 from serve.predict.command import main
 code = main(sys.argv[1:])
-print([name for name in ("torch", "torchvision", "scipy.stats", "sklearn", "gradio", "ray", "pandas") if name in sys.modules])
+heavy = ("torch", "torchvision", "scipy.stats", "sklearn", "gradio", "ray", "pandas")
+print([name for name in heavy if name in sys.modules])
 sys.exit(code)
 """
     arguments = [tiny_bundle.folder, folder, "--out", tmp_path / "x.parquet", "--quiet"]
-    run = subprocess.run([sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT)
+    run = subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT
+    )
     assert (run.returncode, run.stdout.strip()) == (0, "[]"), run.stderr
 
 
-def test_no_file_appears_outside_the_output_folder_but_the_verdict(folder: Path, tiny_bundle: Bundle, tmp_path: Path) -> None:
+def test_no_file_appears_outside_the_output_folder_but_the_verdict(
+    folder: Path, tiny_bundle: Bundle, tmp_path: Path
+) -> None:
     home = tmp_path / "home"
     home.mkdir()
     environment = {"HOME": str(home), "PATH": "/usr/bin:/bin", "TMPDIR": str(home), "PYTHONPATH": str(ROOT)}
     arguments = [tiny_bundle.folder, folder, "--out", tmp_path / "new" / "x.jsonl"]
     before = sorted(tmp_path.rglob("*"))
-    subprocess.run([sys.executable, "-m", "serve.predict", *map(str, arguments)], env=environment, check=True, cwd=home)
+    subprocess.run(
+        [sys.executable, "-m", "serve.predict", *map(str, arguments)], env=environment, check=True, cwd=home
+    )
     (verdict,) = (home / ".cache/ffl-deploy/verdicts").iterdir()
     after = sorted(tmp_path.rglob("*"))
     assert [str(path.relative_to(tmp_path)) for path in after if path not in before] == [

@@ -28,7 +28,9 @@ FLAGS = ("--batch-size", "32", "--shard-size", "50", "--threads", "1", "--quiet"
 def test_items_travel_as_data(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     item = plain(file_item("a.jpg", "cat"))
-    assert item == PlainItem("a.jpg", "cat", file=os.fsencode(folder / "a.jpg")), "another process has another working folder"
+    assert item == PlainItem("a.jpg", "cat", file=os.fsencode(folder / "a.jpg")), (
+        "another process has another working folder"
+    )
     assert item_of(item).read() == (folder / "a.jpg").read_bytes()
     bound = plain(file_item("a.jpg").loaded())
     assert (bound.file, bound.data) == (None, (folder / "a.jpg").read_bytes())
@@ -37,7 +39,9 @@ def test_items_travel_as_data(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert (failed.code, failed.message) == ("encrypted", "it is")
 
 
-def test_without_ray_the_engine_is_refused(predict: Predict, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_ray_the_engine_is_refused(
+    predict: Predict, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     run = predict(folder, flags=["--engine", "ray"])
     assert run.code == 2
@@ -50,24 +54,33 @@ def test_a_window_ends_by_shards_and_by_bytes(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(ray_engine, "WINDOW", 4)
     monkeypatch.setattr(ray_engine, "WINDOW_BYTES", 25)
     shards = iter([{"items": b"x" * size} for size in (1, 1, 1, 1, 1, 20, 5, 30, 1)])
-    windows = [[len(shard["items"]) for shard in window] for window in iter(lambda: ray_engine.next_window(shards), [])]
+    windows = [
+        [len(shard["items"]) for shard in window]
+        for window in iter(lambda: ray_engine.next_window(shards), [])
+    ]
     assert windows == [[1, 1, 1, 1], [1, 20, 5], [30], [1]]
 
 
 def start(*arguments: object) -> subprocess.Popen[str]:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "serve.predict", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_the_cluster_gives_the_bytes_of_one_machine(predict: Predict, tiny_bundle: Bundle, tmp_path: Path, photo: Photo) -> None:
+def test_the_cluster_gives_the_bytes_of_one_machine(
+    predict: Predict, tiny_bundle: Bundle, tmp_path: Path, photo: Photo
+) -> None:
     pytest.importorskip("ray")
     root = tmp_path / "many"
     root.mkdir()
     for index in range(230):
-        (root / f"{index:04d}.jpg").write_bytes(b"broken" if index % 50 == 49 else photo(index, size=(24, 20)))
+        (root / f"{index:04d}.jpg").write_bytes(
+            b"broken" if index % 50 == 49 else photo(index, size=(24, 20))
+        )
     local = predict(root, flags=FLAGS, out="local.parquet")
     out = tmp_path / "ray.parquet"
     process = start(tiny_bundle.folder, root, "--out", out, *FLAGS, "--engine", "ray")
@@ -82,13 +95,17 @@ def ray_workers() -> list[int]:
     """-> process ids of the actors that make shards."""
     import psutil
 
-    return [p.pid for p in psutil.process_iter(["cmdline"]) if "ShardMaker" in " ".join(p.info["cmdline"] or ())]
+    return [
+        p.pid for p in psutil.process_iter(["cmdline"]) if "ShardMaker" in " ".join(p.info["cmdline"] or ())
+    ]
 
 
 @pytest.mark.slow
 @pytest.mark.fault
 @pytest.mark.timeout(400)
-def test_32_a_killed_worker_costs_nothing(predict: Predict, tiny_bundle: Bundle, tmp_path: Path, photo: Photo) -> None:
+def test_32_a_killed_worker_costs_nothing(
+    predict: Predict, tiny_bundle: Bundle, tmp_path: Path, photo: Photo
+) -> None:
     pytest.importorskip("ray")
     before = set(ray_workers())
     root = tmp_path / "many"
@@ -124,7 +141,9 @@ import os, sys
 sys.path.insert(0, {str(ROOT)!r})
 from ffl_deploy import images
 real = images.decode
-images.decode = lambda data, *rest: os.kill(os.getpid(), 9) if data.startswith(b"deadly") else real(data, *rest)
+def decode(data, *rest):
+    return os.kill(os.getpid(), 9) if data.startswith(b"deadly") else real(data, *rest)
+images.decode = decode
 """)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'patch'}:{ROOT}")
     root = tmp_path / "many"

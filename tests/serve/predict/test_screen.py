@@ -28,7 +28,9 @@ def test_a_line_per_input(tiny_bundle: Bundle, folder: Path, capsys: pytest.Capt
     (expected,) = tiny_bundle.predict([folder / "a.jpg"], top_k=2)
     shown = ", ".join(f"{label} {100 * value:.1f} %" for label, value in expected.top)
     assert lines[0] == f"{folder / 'a.jpg'}: {shown}"
-    assert [line.split(": ")[0] for line in lines] == [str(folder / name) for name in ("a.jpg", "b.png", "bad.jpg", "sub/c.webp")]
+    assert [line.split(": ")[0] for line in lines] == [
+        str(folder / name) for name in ("a.jpg", "b.png", "bad.jpg", "sub/c.webp")
+    ]
     assert "(" in lines[2]
     assert "%" not in lines[2]
 
@@ -42,7 +44,9 @@ def test_machines_get_rows(tiny_bundle: Bundle, folder: Path, capsys: pytest.Cap
     assert len(rows) == 3
 
 
-def test_nothing_is_left_behind(tiny_bundle: Bundle, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_left_behind(
+    tiny_bundle: Bundle, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(scratch))
@@ -51,7 +55,8 @@ def test_nothing_is_left_behind(tiny_bundle: Bundle, folder: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("flag", "words"), [("--resume", "give its --out"), ("--json", "with --out"), ("--format=parquet", "give --out FILE")]
+    ("flag", "words"),
+    [("--resume", "give its --out"), ("--json", "with --out"), ("--format=parquet", "give --out FILE")],
 )
 def test_flags_that_need_a_file_say_so(
     flag: str, words: str, tiny_bundle: Bundle, folder: Path, capsys: pytest.CaptureFixture[str]

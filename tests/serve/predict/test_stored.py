@@ -1,4 +1,5 @@
-"""What ffl-predict leaves on disk, byte for byte as it was before these records had types: `stored/` was written then."""
+"""What ffl-predict leaves on disk, byte for byte as it was before these records had types:
+`stored/` was written then."""
 
 from __future__ import annotations
 
@@ -65,7 +66,9 @@ def test_summary_and_report_are_written_byte_for_byte_as_before(kind: str, tmp_p
     skipped = Skipped()
     skipped.reasons.update({"symbolic links": 2, "files without an image suffix": 1})
 
-    summary = summarise(totals, ShardsManifest(REQUEST, SETTINGS), Path("out") / f"{kind}.jsonl", skipped, 2.3456)
+    summary = summarise(
+        totals, ShardsManifest(REQUEST, SETTINGS), Path("out") / f"{kind}.jsonl", skipped, 2.3456
+    )
     report = make_report(totals.labelled, CLASSES, top_k=2)
     out = tmp_path / kind
     if kind == "labelled":
@@ -110,4 +113,6 @@ def test_an_interrupted_run_of_before_is_opened_with_its_finished_shard(tmp_path
     new.commit(0, b"{}\n", shard_record(labelled=True))
     assert (tmp_path / "000000.json").read_bytes() == (STORED / "record.json").read_bytes()
     with open_shards(tmp_path / "new.jsonl", REQUEST, lambda: SETTINGS, resume=False):
-        assert (tmp_path / "new.jsonl.parts/manifest.json").read_bytes() == (STORED / "manifest.json").read_bytes()
+        assert (tmp_path / "new.jsonl.parts/manifest.json").read_bytes() == (
+            STORED / "manifest.json"
+        ).read_bytes()

@@ -1,4 +1,5 @@
-"""The parent of the working process: what it passes on, and what it hands back. (What it survives: test_faults.py.)"""
+"""The parent of the working process: what it passes on, and what it hands back. (What it survives:
+test_faults.py.)"""
 
 from __future__ import annotations
 
@@ -18,7 +19,13 @@ ROOT = Path(__file__).parents[3]
 def python(code: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, env=os.environ | environment, timeout=200, check=False
+        command,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | environment,
+        timeout=200,
+        check=False,
     )
 
 
@@ -45,12 +52,19 @@ sys.exit(supervise.supervise(run))
 
 
 def test_exit_codes_pass_through() -> None:
-    code = "import sys; from serve.predict.supervise import supervise; sys.exit(supervise(lambda recovery: 3))"
+    code = (
+        "import sys; from serve.predict.supervise import supervise; sys.exit(supervise(lambda recovery: 3))"
+    )
     assert python(code).returncode == 3
 
 
-def test_a_fault_of_ours_shows_its_traceback_and_so_does_ffl_debug(tiny_bundle: Bundle, tmp_path: Path) -> None:
-    done = python("import sys; from serve.predict.supervise import supervise; sys.exit(supervise(lambda recovery: 1 // 0))")
+def test_a_fault_of_ours_shows_its_traceback_and_so_does_ffl_debug(
+    tiny_bundle: Bundle, tmp_path: Path
+) -> None:
+    done = python(
+        "import sys; from serve.predict.supervise import supervise; sys.exit(supervise(lambda recovery: 1 "
+        "// 0))"
+    )
     assert done.returncode == 1
     assert "ZeroDivisionError" in done.stderr
     entry = "from serve.predict.command import entry; entry()"

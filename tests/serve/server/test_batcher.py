@@ -1,4 +1,5 @@
-"""Promises of the micro-batcher: right rows to the right caller, faults stay with their owner, bounded queue, freed places."""
+"""Promises of the micro-batcher: right rows to the right caller, faults stay with their owner,
+bounded queue, freed places."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from serve.server.batcher import Closed, MicroBatcher, Overloaded
 
 
 class Model:
-    """Answers with each image's first pixel; `gate` holds runs back; pixel 255 fails the whole batch, as a bad kernel would."""
+    """Answers with each image's first pixel; `gate` holds runs back; pixel 255 fails the whole batch,
+    as a bad kernel would."""
 
     def __init__(self) -> None:
         self.batches: list[int] = []
@@ -60,7 +62,8 @@ async def held(batcher: MicroBatcher, model: Model) -> asyncio.Task[Outputs]:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Let the loop and the batcher's threads go on until the condition holds; `run` ends a test in which it never does."""
+    """Let the loop and the batcher's threads go on until the condition holds;
+    `run` ends a test in which it never does."""
     while not condition():
         await asyncio.sleep(0.001)
 
@@ -68,7 +71,10 @@ async def until(condition: Callable[[], bool]) -> None:
 def test_waiting_requests_run_together_and_each_gets_its_own_rows() -> None:
     async def body(batcher: MicroBatcher, model: Model) -> None:
         first = await held(batcher, model)
-        tasks = [asyncio.create_task(batcher.infer(image(value, count))) for value, count in [(1, 1), (2, 3), (3, 2)]]
+        tasks = [
+            asyncio.create_task(batcher.infer(image(value, count)))
+            for value, count in [(1, 1), (2, 3), (3, 2)]
+        ]
         await until(lambda: batcher.waiting_images == 6)
         model.gate.set()
         answers = await asyncio.gather(first, *tasks)
@@ -83,7 +89,10 @@ def test_waiting_requests_run_together_and_each_gets_its_own_rows() -> None:
 def test_batches_never_exceed_the_limit_and_a_large_request_runs_in_pieces() -> None:
     async def body(batcher: MicroBatcher, model: Model) -> None:
         first = await held(batcher, model)
-        tasks = [asyncio.create_task(batcher.infer(image(value, count))) for value, count in [(1, 3), (2, 2), (3, 10)]]
+        tasks = [
+            asyncio.create_task(batcher.infer(image(value, count)))
+            for value, count in [(1, 3), (2, 2), (3, 10)]
+        ]
         await until(lambda: batcher.waiting_images == 15)
         model.gate.set()
         answers = await asyncio.gather(first, *tasks)
@@ -154,7 +163,8 @@ def test_closing_fails_what_waits_instead_of_leaving_it_hanging() -> None:
         waiting = asyncio.create_task(batcher.infer(image(1)))
         await until(lambda: batcher.waiting_images == 1)
         closing = asyncio.create_task(asyncio.to_thread(batcher.close))
-        await until(lambda: batcher._closed)  # the model still runs; let go earlier, it would take the waiting image
+        # the model still runs; let go earlier, it would take the waiting image
+        await until(lambda: batcher._closed)
         model.gate.set()
         await closing
         assert (await first).logits.item() == 0
@@ -179,7 +189,8 @@ def test_two_workers_run_two_batches_at_a_time_and_both_end() -> None:
 
 
 def test_workers_share_what_waits_instead_of_one_taking_it_all() -> None:
-    """Both workers are held with an image each while 8 more arrive: of 8 or 9 outstanding images nobody takes more than 5."""
+    """Both workers are held with an image each while 8 more arrive:
+    of 8 or 9 outstanding images nobody takes more than 5."""
 
     async def body(batcher: MicroBatcher, model: Model) -> None:
         model.gate.clear()

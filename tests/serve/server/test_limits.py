@@ -1,4 +1,5 @@
-"""What is refused: foreign pages, strangers, bodies too large, too slow or too many, files and URLs that are not the client's.
+"""What is refused: foreign pages, strangers, bodies too large, too slow or too many,
+files and URLs that are not the client's.
 
 Each test that guards against a known advisory names it.
 """
@@ -31,7 +32,9 @@ SMALL = Limits(body_bytes=20_000, demo_json_bytes=5_000, upload_bytes=50_000, by
 
 
 @pytest.fixture(scope="module")
-def demo(two_bundles: tuple[Bundle, Bundle], start_server: Start, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def demo(
+    two_bundles: tuple[Bundle, Bundle], start_server: Start, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Any]:
     """Both bundles with the demo and small limits."""
     models = tuple(ModelSpec(bundle.name, bundle.folder) for bundle in two_bundles)
     with pytest.MonkeyPatch.context() as patch:
@@ -50,9 +53,12 @@ def file_data(**fields: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "path", ["/v2/models/fused/infer", "/gradio_api/call/classify", "/gradio_api/upload", "/gradio_api/queue/join"]
+    "path",
+    ["/v2/models/fused/infer", "/gradio_api/call/classify", "/gradio_api/upload", "/gradio_api/queue/join"],
 )
-@pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://127.0.0.1:1", "https://127.0.0.1.evil.example"])
+@pytest.mark.parametrize(
+    "origin", ["http://evil.example", "null", "http://127.0.0.1:1", "https://127.0.0.1.evil.example"]
+)
 def test_a_post_from_a_foreign_page_is_never_executed(demo: Any, path: str, origin: str) -> None:
     """CVE-2024-47084 and CVE-2024-47168's kind: a page elsewhere drives a server on this machine."""
     response = httpx.post(demo.url + path, content=b"{}", headers={"origin": origin})
@@ -75,15 +81,23 @@ def test_a_rebound_name_is_not_answered(demo: Any, host: str) -> None:
 
 @pytest.mark.parametrize(
     ("path", "limit"),
-    [("/v2/models/fused/infer", 20_000), ("/gradio_api/call/classify", 5_000), ("/gradio_api/upload", 50_000)],
+    [
+        ("/v2/models/fused/infer", 20_000),
+        ("/gradio_api/call/classify", 5_000),
+        ("/gradio_api/upload", 50_000),
+    ],
 )
 @pytest.mark.parametrize("chunked", [False, True])
-def test_a_body_over_its_limit_is_413_announced_or_not(demo: Any, path: str, limit: int, chunked: bool) -> None:
+def test_a_body_over_its_limit_is_413_announced_or_not(
+    demo: Any, path: str, limit: int, chunked: bool
+) -> None:
     """Bad input 33. Chunked bodies have no length to look at, and FastAPI would turn the error into a 400."""
     form = {"content-type": "multipart/form-data; boundary=b"} if path.endswith("upload") else {}
     # A well-formed start: about anything else Gradio may complain before the rest has come.
     start = b'--b\r\nContent-Disposition: form-data; name="files"; filename="x.png"\r\n\r\n' if form else b""
-    content: Any = iter([start, *[b"x" * 1000] * (limit // 1000 + 1)]) if chunked else start + b"x" * (limit + 1)
+    content: Any = (
+        iter([start, *[b"x" * 1000] * (limit // 1000 + 1)]) if chunked else start + b"x" * (limit + 1)
+    )
     response = httpx.post(demo.url + path, content=content, headers=form)
     assert response.status_code == 413
     assert str(limit) in response.json()["error"]
@@ -110,7 +124,8 @@ def test_a_data_url_in_json_does_not_pass_over_the_limit_and_is_not_read_at_all(
     ],
 )
 def test_no_path_or_url_of_a_client_is_read(demo: Any, reference: dict[str, str]) -> None:
-    """CVE-2024-1561, CVE-2023-51449, CVE-2024-4941 (files); CVE-2024-4325, CVE-2024-1183, CVE-2024-47167 (URLs)."""
+    """CVE-2024-1561, CVE-2023-51449, CVE-2024-4941 (files); CVE-2024-4325, CVE-2024-1183,
+    CVE-2024-47167 (URLs)."""
     assert call(demo, file_data(**reference)).status_code == 403
     assert call(demo, {"nested": [file_data(**reference)]}).status_code == 403
 
@@ -162,7 +177,8 @@ def test_a_link_in_the_upload_folder_leads_nowhere(demo: Any, tmp_path: Path) ->
 )
 @pytest.mark.parametrize("method", ["GET", "POST"])
 def test_routes_of_gradio_that_the_demo_does_not_need_do_not_exist(demo: Any, path: str, method: str) -> None:
-    """CVE-2024-48052 and GHSA-3c67-5hwx-f6wx (proxy), CVE-2024-47867's kind: what is not there cannot be attacked."""
+    """CVE-2024-48052 and GHSA-3c67-5hwx-f6wx (proxy), CVE-2024-47867's kind:
+    what is not there cannot be attacked."""
     response = httpx.request(method, demo.url + path)
     assert response.status_code == 404
     assert response.json() == {"error": "the demo has no such route"}
@@ -175,15 +191,21 @@ def test_deeply_nested_json_is_refused(demo: Any) -> None:
 
 def test_a_body_that_does_not_arrive_is_408(two_bundles: tuple[Bundle, Bundle], start_server: Start) -> None:
     limits = Limits(body_pause_seconds=0.2)
-    with start_server(Settings((ModelSpec("fused", two_bundles[0].folder),), demo=False, limits=limits)) as running:
+    with start_server(
+        Settings((ModelSpec("fused", two_bundles[0].folder),), demo=False, limits=limits)
+    ) as running:
         host, port = running.address.split(":")
         with socket.create_connection((host, int(port)), timeout=60) as connection:
-            connection.sendall(b"POST /v2/models/fused/infer HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 100\r\n\r\n{")
+            connection.sendall(
+                b"POST /v2/models/fused/infer HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 100\r\n\r\n{"
+            )
             assert b" 408 " in connection.recv(4096)
 
 
 def test_a_compressed_body_is_refused_before_it_can_expand(demo: Any) -> None:
-    response = httpx.post(f"{demo.url}/v2/models/fused/infer", content=b"x", headers={"content-encoding": "gzip"})
+    response = httpx.post(
+        f"{demo.url}/v2/models/fused/infer", content=b"x", headers={"content-encoding": "gzip"}
+    )
     assert response.status_code == 415
 
 
@@ -210,7 +232,8 @@ def test_many_large_bodies_at_once_are_503_instead_of_memory() -> None:
     async def main() -> None:
         bodies = Bodies(application, Limits(bytes_in_flight=100), lambda path: 50)
         tasks = [asyncio.create_task(request(bodies)) for _ in range(5)]
-        for _ in range(100):  # turns of the event loop, not seconds: nothing here waits for anything outside it
+        # turns of the event loop, not seconds: nothing here waits for anything outside it
+        for _ in range(100):
             await asyncio.sleep(0)
         assert statuses == [503] * 3
         release.set()
@@ -272,7 +295,12 @@ def test_the_upload_folder_has_a_quota(two_bundles: tuple[Bundle, Bundle]) -> No
         async def send(message: Any) -> None:
             sent.append(message)
 
-        scope = {"type": "http", "path": "/gradio_api/upload", "method": "POST", "headers": [(b"content-length", b"10")]}
+        scope = {
+            "type": "http",
+            "path": "/gradio_api/upload",
+            "method": "POST",
+            "headers": [(b"content-length", b"10")],
+        }
         await DemoGuard(application, Service())(scope, None, send)  # type: ignore[arg-type]
 
     try:
@@ -302,7 +330,9 @@ def test_an_uploaded_page_is_not_shown_as_one(demo: Any, suffix: str) -> None:
 
 @pytest.fixture
 def locked(two_bundles: tuple[Bundle, Bundle], start_server: Start) -> Iterator[Any]:
-    settings = Settings((ModelSpec("fused", two_bundles[0].folder),), demo=False, token="correct-horse-battery")
+    settings = Settings(
+        (ModelSpec("fused", two_bundles[0].folder),), demo=False, token="correct-horse-battery"
+    )
     with start_server(settings) as running:
         yield running
 
@@ -320,18 +350,30 @@ def test_the_token_is_needed_everywhere_but_for_probes(locked: Any) -> None:
             refused = httpx.get(locked.url + path, headers=headers)
             assert refused.status_code == 401
             assert refused.headers["www-authenticate"].startswith("Basic")
-        assert httpx.get(locked.url + path, headers={"authorization": "Bearer correct-horse-battery"}).status_code == 200
+        assert (
+            httpx.get(
+                locked.url + path, headers={"authorization": "Bearer correct-horse-battery"}
+            ).status_code
+            == 200
+        )
         assert httpx.get(locked.url + path, auth=("anyone", "correct-horse-battery")).status_code == 200
     assert httpx.get(f"{locked.url}/v2/health/ready").status_code == 200
     with contextlib.closing(triton.InferenceServerClient(locked.address)) as client:
-        assert client.get_model_metadata("fused", headers={"Authorization": "Bearer correct-horse-battery"})["name"] == "fused"
+        assert (
+            client.get_model_metadata("fused", headers={"Authorization": "Bearer correct-horse-battery"})[
+                "name"
+            ]
+            == "fused"
+        )
 
 
 def test_the_token_never_shows() -> None:
     assert "secret" not in repr(Settings((), token="secret-secret-secret"))
 
 
-def test_temporary_files_go_with_the_process_and_orphans_with_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_temporary_files_go_with_the_process_and_orphans_with_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     for name in (*SILENCE, "GRADIO_TEMP_DIR", "MPLCONFIGDIR"):
         monkeypatch.setenv(name, "")
@@ -368,11 +410,16 @@ def connections(process: int) -> set[str]:
 def test_nothing_is_written_outside_the_temporary_folder_and_telemetry_is_off(
     two_bundles: tuple[Bundle, Bundle], serve_process: Start, tmp_path: Path
 ) -> None:
-    """ONNX Runtime writes and calls home from the import on unless told before it; Gradio, Matplotlib and the hub have caches."""
+    """ONNX Runtime writes and calls home from the import on unless told before it; Gradio,
+    Matplotlib and the hub have caches."""
     home, temporary = tmp_path / "home", tmp_path / "tmp"
     home.mkdir()
     temporary.mkdir()
-    environment = {k: v for k, v in os.environ.items() if k not in SILENCE and not k.startswith(("XDG_", "GRADIO_", "HF_"))}
+    environment = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in SILENCE and not k.startswith(("XDG_", "GRADIO_", "HF_"))
+    }
     environment |= {"HOME": str(home), "TMPDIR": str(temporary), "PYTHONDONTWRITEBYTECODE": "1"}
     with serve_process(str(two_bundles[0].folder), env=environment) as running:
         assert httpx.get(running.url).status_code == 200
@@ -397,7 +444,15 @@ with TestClient(create_app(parse_arguments(sys.argv[1:]))) as client:
 print(sorted({"torch", "gradio", "scipy.stats", "sklearn", "ray"} & set(sys.modules)))
 """
     for arguments, expected in ((["--no-demo"], "[]"), ([], "['gradio']")):
-        command = [sys.executable, "-c", code, str(two_bundles[0].folder), "--allow-host", "testserver", *arguments]
+        command = [
+            sys.executable,
+            "-c",
+            code,
+            str(two_bundles[0].folder),
+            "--allow-host",
+            "testserver",
+            *arguments,
+        ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=140, check=False)
         assert done.stdout.strip().splitlines()[-1:] == [expected], done.stderr
 
@@ -439,7 +494,17 @@ def test_log_lines_cannot_be_forged() -> None:
 
 
 def test_bind_to_the_world_warns(two_bundles: tuple[Bundle, Bundle]) -> None:
-    command = [sys.executable, "-m", "serve.command", str(two_bundles[0].folder), "--no-demo", "--port", "0", "--host", "0.0.0.0"]
+    command = [
+        sys.executable,
+        "-m",
+        "serve.command",
+        str(two_bundles[0].folder),
+        "--no-demo",
+        "--port",
+        "0",
+        "--host",
+        "0.0.0.0",
+    ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stderr is not None

@@ -13,16 +13,31 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve.server import v2
-from serve.server.protocol import InferRequest, ProtocolError, RequestedOutput, Signature, read_request, write_response
+from serve.server.protocol import (
+    InferRequest,
+    ProtocolError,
+    RequestedOutput,
+    Signature,
+    read_request,
+    write_response,
+)
 
 SIGNATURE = Signature(
-    "fused", 2, 3, ["cat", "dog", "frog"], {"logits": [3], "probabilities": [3]}, max_images=4, platform="onnxruntime"
+    "fused",
+    2,
+    3,
+    ["cat", "dog", "frog"],
+    {"logits": [3], "probabilities": [3]},
+    max_images=4,
+    platform="onnxruntime",
 )
 PIXELS = np.arange(36, dtype=np.uint8).reshape(2, 2, 3, 3)
 
 
 def body(tensor: dict[str, Any] | None = None, **fields: Any) -> bytes:
-    described = {"name": "images", "shape": [2, 2, 3, 3], "datatype": "UINT8", "data": PIXELS.tolist()} | (tensor or {})
+    described = {"name": "images", "shape": [2, 2, 3, 3], "datatype": "UINT8", "data": PIXELS.tolist()} | (
+        tensor or {}
+    )
     described = {key: value for key, value in described.items() if value is not None}
     return json.dumps({"inputs": [described], **fields}).encode()
 
@@ -75,7 +90,11 @@ def test_encoded_files_in_both_forms() -> None:
         (body({"data": [1] * 35}), None, "36 values"),
         (body({"data": None}), None, "neither data nor"),
         (body({"parameters": {"binary_data_size": 36}}), None, "both data and"),
-        (body({"data": None, "parameters": {"binary_data_size": 36}}), None, "inference-header-content-length"),
+        (
+            body({"data": None, "parameters": {"binary_data_size": 36}}),
+            None,
+            "inference-header-content-length",
+        ),
         (body() + b"xx", len(body()), "no input has the parameter"),
         (*binary(35), "36 bytes behind"),
         (*binary("36"), "36 bytes behind"),
@@ -86,24 +105,38 @@ def test_encoded_files_in_both_forms() -> None:
         (body(outputs=[{"name": "logits"}, {"name": "logits"}]), None, "twice"),
         (body({"name": "encoded", "shape": [1], "datatype": "BYTES", "data": ["!"]}), None, "base64"),
         (*binary(3, b"\x01\x00\x00", name="encoded", shape=[1], datatype="BYTES"), "middle of an element"),
-        (*binary(4, b"\x09\x00\x00\x00", name="encoded", shape=[1], datatype="BYTES"), "middle of an element"),
-        (*binary(4, b"\x00\x00\x00\x00", name="encoded", shape=[2], datatype="BYTES"), "1 elements, its shape says 2"),
+        (
+            *binary(4, b"\x09\x00\x00\x00", name="encoded", shape=[1], datatype="BYTES"),
+            "middle of an element",
+        ),
+        (
+            *binary(4, b"\x00\x00\x00\x00", name="encoded", shape=[2], datatype="BYTES"),
+            "1 elements, its shape says 2",
+        ),
     ],
 )
-def test_a_malformed_request_is_refused_with_its_reason(content: bytes, length: int | None, says: str) -> None:
+def test_a_malformed_request_is_refused_with_its_reason(
+    content: bytes, length: int | None, says: str
+) -> None:
     with pytest.raises(ProtocolError, match=says):
         read_request(content, length, SIGNATURE)
 
 
 def test_an_error_never_repeats_what_was_sent() -> None:
     secret = "s3cret" * 10
-    for content in (body({"name": secret}), body({"datatype": secret}), body({"data": secret}), body(outputs=[{"name": secret}])):
+    for content in (
+        body({"name": secret}),
+        body({"datatype": secret}),
+        body({"data": secret}),
+        body(outputs=[{"name": secret}]),
+    ):
         with pytest.raises(ProtocolError) as raised:
             read_request(content, None, SIGNATURE)
         assert "s3cret" not in str(raised.value)
 
 
-@settings(deadline=None, derandomize=True)  # the same examples everywhere, and no limit that a busy machine breaks
+# the same examples everywhere, and no limit that a busy machine breaks
+@settings(deadline=None, derandomize=True)
 @given(st.binary(max_size=200), st.none() | st.integers(-5, 250))
 def test_any_bytes_give_a_request_or_a_protocol_error(content: bytes, length: int | None) -> None:
     try:

@@ -33,11 +33,15 @@ def test_random_crops_equal_the_naive_reference_bit_for_bit(padding: int, flip: 
     indices = torch.tensor([5, 0, 0, 3, 1, 2, 4, 4, 4, 1])
     crops = RandomCrops(torch.from_numpy(images).permute(0, 3, 1, 2), padding, flip)
     batch = crops(indices, generator(0, "augment", 3)).permute(0, 2, 3, 1).numpy()
-    top, left, mirrored = (values.tolist() for values in draw_crops(10, padding, flip, generator(0, "augment", 3)))
+    top, left, mirrored = (
+        values.tolist() for values in draw_crops(10, padding, flip, generator(0, "augment", 3))
+    )
     for place, row in enumerate(indices.tolist()):
         expected = naive_crop(images[row], padding, top[place], left[place], mirrored[place])
         assert np.array_equal(batch[place], expected)
-        assert np.array_equal(crop_one(images[row], padding, top[place], left[place], mirrored[place]), expected)
+        assert np.array_equal(
+            crop_one(images[row], padding, top[place], left[place], mirrored[place]), expected
+        )
 
 
 def test_draws_reach_every_cut_and_mirror_half() -> None:
@@ -59,7 +63,9 @@ def test_soft_labels() -> None:
     torch.testing.assert_close(soft, expected)
 
 
-@pytest.mark.parametrize("options", [DataOptions(mixup=0.4), DataOptions(cutmix=1.0), DataOptions(mixup=0.4, cutmix=1.0)])
+@pytest.mark.parametrize(
+    "options", [DataOptions(mixup=0.4), DataOptions(cutmix=1.0), DataOptions(mixup=0.4, cutmix=1.0)]
+)
 def test_mixing_conserves_the_mass_of_targets(options: DataOptions) -> None:
     targets = soften(torch.arange(12) % 5, 5, 0.1)
     for seed in range(20):

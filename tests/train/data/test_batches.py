@@ -39,9 +39,13 @@ def data() -> ImageData:
     )
 
 
-def batches(data: ImageData, world: World | None = None, accumulate: int = 1, **options: object) -> InMemoryBatches:
+def batches(
+    data: ImageData, world: World | None = None, accumulate: int = 1, **options: object
+) -> InMemoryBatches:
     chosen = DataOptions(**{"augment": "none", **options})  # type: ignore[arg-type]
-    return InMemoryBatches(data, Plan(chosen, 16, 0.0, 5, CPU, Shares(world or World(), accumulate)), evaluation_batch=4)
+    return InMemoryBatches(
+        data, Plan(chosen, 16, 0.0, 5, CPU, Shares(world or World(), accumulate)), evaluation_batch=4
+    )
 
 
 def numbers(images: torch.Tensor) -> list[int]:
@@ -82,19 +86,22 @@ def test_every_image_once_with_its_label(data: ImageData) -> None:
 
 def test_normalisation_gives_what_mean_and_std_say(data: ImageData) -> None:
     images = torch.from_numpy(data.test.read(slice(0, 5))).permute(0, 3, 1, 2)
-    expected = (images.double() - torch.tensor([100.0, 120.0, 140.0]).view(3, 1, 1)) / torch.tensor([50.0, 60.0, 70.0]).view(
-        3, 1, 1
-    )
+    expected = (images.double() - torch.tensor([100.0, 120.0, 140.0]).view(3, 1, 1)) / torch.tensor(
+        [50.0, 60.0, 70.0]
+    ).view(3, 1, 1)
     torch.testing.assert_close(batches(data).normalize(images).double(), expected, atol=1e-6, rtol=0)
     assert batches(data).normalize(images).is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize(("size", "accumulate"), [(1, 2), (2, 1), (2, 2), (3, 1)])
 @pytest.mark.parametrize("augment", ["none", "crop"])
-def test_the_parts_of_all_processes_together_are_the_step(data: ImageData, size: int, accumulate: int, augment: str) -> None:
+def test_the_parts_of_all_processes_together_are_the_step(
+    data: ImageData, size: int, accumulate: int, augment: str
+) -> None:
     whole = batches(data, augment=augment, crop_padding=2).training(0, 0)
     shares = [
-        batches(data, World(rank, size), accumulate, augment=augment, crop_padding=2).training(0, 0) for rank in range(size)
+        batches(data, World(rank, size), accumulate, augment=augment, crop_padding=2).training(0, 0)
+        for rank in range(size)
     ]
     for (complete,), *parts in zip(whole, *shares, strict=False):
         # Part p belongs to process p % size, as its micro-batch p // size.
@@ -153,5 +160,7 @@ def test_the_first_epochs_are_small_and_show_the_same_views(data: ImageData) -> 
         assert reduced.images.shape == (16, 3, size, size)
         assert torch.equal(reduced.labels, views.labels)
         expected = functional.interpolate(views.images, (size, size), mode="bilinear", antialias=True)
-        torch.testing.assert_close(reduced.images, expected if size < 6 else views.images, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            reduced.images, expected if size < 6 else views.images, rtol=1e-4, atol=1e-4
+        )
     assert next(small.evaluation("test"))[0].shape[2:] == (6, 6)

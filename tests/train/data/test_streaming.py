@@ -1,4 +1,5 @@
-"""Streamed batches: those of memory, whatever the number of workers; honest about images that cannot be read."""
+"""Streamed batches: those of memory, whatever the number of workers;
+honest about images that cannot be read."""
 
 from __future__ import annotations
 
@@ -30,8 +31,8 @@ RESIZED = DataOptions(augment="resized-crop")
 
 @pytest.fixture(autouse=True, scope="module")
 def leave_no_signal_handler() -> Iterator[None]:
-    """DataLoader's handler for the end of children stays in the process; in a later test that waits for a child of its own it
-    has ended the process with SIGSEGV (core dump: main thread in wait4)."""
+    """DataLoader's handler for the end of children stays in the process; in a later test that waits for a
+    child of its own it has ended the process with SIGSEGV (core dump: main thread in wait4)."""
     from torch.utils.data._utils import signal_handling
 
     before = signal.getsignal(signal.SIGCHLD)
@@ -71,7 +72,8 @@ def same(one: Iterator[list[Batch]], other: Iterator[list[Batch]]) -> int:
 
 
 @pytest.mark.parametrize(
-    "options", [CROP, DataOptions(augment="none"), replace(CROP, mixup=0.5, flip=False), replace(CROP, small_size=12)]
+    "options",
+    [CROP, DataOptions(augment="none"), replace(CROP, mixup=0.5, flip=False), replace(CROP, small_size=12)],
 )
 @pytest.mark.parametrize(("world", "accumulate"), [(World(), 1), (World(1, 2), 2)])
 def test_streamed_batches_are_those_of_images_in_memory(
@@ -143,14 +145,18 @@ def test_an_unreadable_image_stops_training_by_name(on_disk: ImageData, folder: 
         list(stream(on_disk, CROP, workers).training(0, 0))
 
 
-@pytest.mark.parametrize("options", [replace(CROP, skip_bad_images=True), replace(RESIZED, skip_bad_images=True)])
+@pytest.mark.parametrize(
+    "options", [replace(CROP, skip_bad_images=True), replace(RESIZED, skip_bad_images=True)]
+)
 def test_a_skipped_image_is_replaced_together_with_its_label(
     on_disk: ImageData, folder: Path, options: DataOptions, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = replace(options, augment="none")
     clean = [step[0] for step in stream(on_disk, options, 0).training(0, 0)]
     known = {
-        image.numpy().tobytes(): int(label) for batch in clean for image, label in zip(batch.images, batch.labels, strict=True)
+        image.numpy().tobytes(): int(label)
+        for batch in clean
+        for image, label in zip(batch.images, batch.labels, strict=True)
     }
     for name in ("train/b/007.png", "train/c/001.png"):
         (folder / name).write_bytes(b"")
@@ -190,7 +196,9 @@ def test_signals_to_the_whole_group_leave_the_workers_at_work(on_disk: ImageData
     assert same(iter([first, *batches]), stream(on_disk, CROP, 0).training(0, 0)) == 4
 
 
-def test_signals_while_the_workers_start_leave_them_at_work(on_disk: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_signals_while_the_workers_start_leave_them_at_work(
+    on_disk: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Both signals reach each worker before it could have said that it ignores them."""
     start = multiprocessing.context.Process.start
 
@@ -206,7 +214,9 @@ def test_signals_while_the_workers_start_leave_them_at_work(on_disk: ImageData, 
 
 def test_a_killed_worker_is_one_sentence(on_disk: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FileSplit, "original", lambda split, row: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(CheckError, match=r"a process that decodes images was killed.*--resume and fewer --workers"):
+    with pytest.raises(
+        CheckError, match=r"a process that decodes images was killed.*--resume and fewer --workers"
+    ):
         list(stream(on_disk, CROP, 2).training(0, 0))
 
 
