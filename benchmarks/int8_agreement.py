@@ -21,8 +21,9 @@ import numpy as np
 from ffl_deploy.bundle import Bundle, load_bundle
 from ffl_deploy.command import Parser, run_command
 from ffl_deploy.errors import UsageError
-from ffl_deploy.images import Preprocessing, load
+from ffl_deploy.images import load
 from ffl_deploy.parity import compare
+from ffl_deploy.preprocessing import Preprocessing
 from ffl_deploy.runtime import open_session
 from ffl_deploy.statistics import paired_difference
 

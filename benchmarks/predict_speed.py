@@ -39,8 +39,8 @@ from PIL import Image
 from ffl_deploy.bundle import Bundle, load_bundle, write_bundle
 from ffl_deploy.bundle_files import GoldenSamples
 from ffl_deploy.host import available_cores
-from ffl_deploy.images import Preprocessing
 from ffl_deploy.manifest import InputTensor, OutputTensor, Precision, Source, Variant
+from ffl_deploy.preprocessing import Preprocessing
 from serve.inputs.items import file_item
 from serve.pipeline import prepare_item
 

@@ -41,8 +41,8 @@ def measure(setting: dict[str, Any], device: str, steps: int) -> dict[str, Any]:
     import torch
 
     from ffl_deploy.data.datasets import ArraySplit, ImageData
-    from ffl_deploy.images import Preprocessing
     from ffl_deploy.networks.mutual import MutualNetwork
+    from ffl_deploy.preprocessing import Preprocessing
     from train.build import choose_network
     from train.config import (
         DataOptions,

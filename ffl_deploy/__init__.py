@@ -5,7 +5,19 @@ bundle = load_bundle("bundles/fused")
 bundle.predict(["photo.jpg"])[0].label
 """
 
-from ffl_deploy.bundle import Bundle, Prediction, load_bundle
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ffl_deploy.bundle import Bundle, Prediction, load_bundle
 
 __all__ = ["Bundle", "Prediction", "load_bundle"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Import the bundle's module at first use (PEP 562): --help needs neither NumPy nor Pillow."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from ffl_deploy import bundle
+
+    return getattr(bundle, name)

@@ -21,7 +21,6 @@ import numpy as np
 from ffl_deploy.bundle_files import AUTO, BundleFiles, GoldenSamples, write_golden
 from ffl_deploy.errors import CheckError, UsageError
 from ffl_deploy.files import shown, write_atomically
-from ffl_deploy.images import Pixels
 from ffl_deploy.manifest import (
     MANIFEST,
     SCHEMA,
@@ -35,6 +34,7 @@ from ffl_deploy.manifest import (
     read_manifest,
     write_manifest,
 )
+from ffl_deploy.preprocessing import Pixels
 from ffl_deploy.verified_on import VerifiedOn
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ import numpy as np
 from ffl_deploy.arrays import read_arrays
 from ffl_deploy.errors import CheckError, UsageError, choices_sentence
 from ffl_deploy.files import replace_file, sha256_of
-from ffl_deploy.images import Preprocessing
 from ffl_deploy.manifest import DEFAULT_VARIANT, MANIFEST, Golden, Manifest, Variant
+from ffl_deploy.preprocessing import Preprocessing
 from ffl_deploy.runtime import Session, open_session
 
 GOLDEN = "golden.npz"

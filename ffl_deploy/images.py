@@ -13,9 +13,8 @@ import os
 import re
 import warnings
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any
 
-import msgspec
 import numpy as np
 
 # Every format's plugin, by name: Image.open would register some of them on first use,
@@ -32,6 +31,8 @@ from PIL import (
     UnidentifiedImageError,
     WebPImagePlugin,  # noqa: F401
 )
+
+from ffl_deploy.preprocessing import Pixels, Preprocessing
 
 # Formats by Pillow's names. MPO, what many phones write (a JPEG with further pictures behind the first one),
 # is opened as JPEG.
@@ -58,9 +59,6 @@ BACKGROUND = (255, 255, 255)  # what transparent pixels are composited on
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*")
 _TRUNCATED = re.compile("truncated|unexpected end|premature end|eof", re.IGNORECASE)
 
-Pixels = np.ndarray
-"""uint8 array [height, width, 3], RGB."""
-
 
 class ImageError(Exception):
     """An image that cannot be used. `code` is the machine-readable reason (the `status` of its row)."""
@@ -85,20 +83,6 @@ class Decoded:
     @property
     def height(self) -> int:
         return self.pixels.shape[0]
-
-
-class Preprocessing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How pixels of any size become the network's input; stored in run configurations and in bundles.
-
-    `resize`: "stretch" scales both sides to `height` x `width`; "crop" scales the shorter side to `size /
-    crop_fraction` and cuts out the centre (torchvision's Resize + CenterCrop with 0.875 = 256 -> 224).
-    """
-
-    height: Annotated[int, msgspec.Meta(ge=1)]
-    width: Annotated[int, msgspec.Meta(ge=1)]
-    resize: Literal["stretch", "crop"] = "crop"
-    crop_fraction: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
-    filter: Literal["box", "bilinear", "bicubic", "lanczos"] = "bilinear"
 
 
 def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Decoded:

@@ -14,8 +14,8 @@ import msgspec
 
 from ffl_deploy.errors import CheckError
 from ffl_deploy.files import sha256_of, write_json
-from ffl_deploy.images import Preprocessing
 from ffl_deploy.parity import ParityMetrics, ParityRecord, Verdict
+from ffl_deploy.preprocessing import Preprocessing
 from ffl_deploy.statistics import Interval, PairedDifference
 from ffl_deploy.verified_on import VerifiedOn
 

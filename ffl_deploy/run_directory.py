@@ -18,7 +18,7 @@ from ffl_deploy.arrays import read_arrays
 from ffl_deploy.data.datasets import DataSpec
 from ffl_deploy.errors import CheckError, UsageError
 from ffl_deploy.files import existing_folder
-from ffl_deploy.images import Preprocessing
+from ffl_deploy.preprocessing import Preprocessing
 
 SCHEMA = 1
 CONFIG = "config.json"

@@ -17,7 +17,8 @@ from typing import NamedTuple, TypeVar
 import msgspec
 import numpy as np
 
-from ffl_deploy.images import ImageError, Pixels, Preprocessing, decode, prepare
+from ffl_deploy.images import ImageError, decode, prepare
+from ffl_deploy.preprocessing import Pixels, Preprocessing
 from ffl_deploy.runtime import Outputs, Session
 from serve.inputs.items import Item
 from serve.rows import OK, Row

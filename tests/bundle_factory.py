@@ -15,8 +15,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from ffl_deploy.bundle import Bundle, load_bundle, write_bundle
 from ffl_deploy.bundle_files import GoldenSamples
-from ffl_deploy.images import Preprocessing
 from ffl_deploy.manifest import InputTensor, OutputTensor, Precision, Source, Variant
+from ffl_deploy.preprocessing import Preprocessing
 from ffl_deploy.runtime import import_onnxruntime
 
 CHANNELS = 8

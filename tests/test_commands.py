@@ -24,8 +24,7 @@ COMMANDS = {
 # Each takes longer to import than a help text may.
 HEAVY = (
     "torch", "torchvision", "timm", "onnx", "onnxruntime", "openvino", "sklearn", "scipy", "matplotlib",
-    "pyarrow",
-    "fastapi", "uvicorn", "gradio", "ray",
+    "pyarrow", "fastapi", "uvicorn", "gradio", "ray",
 )  # fmt: skip
 LOADED_BY_HELP = f"""
 import importlib, sys
@@ -43,6 +42,16 @@ def test_help_needs_nothing_heavy(module: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.stderr.splitlines() == ["0 []"]
     assert "usage: " in done.stdout
+
+
+def test_a_manifest_is_read_without_an_image_library() -> None:
+    look = (
+        "import sys; from ffl_deploy import load_bundle; print(load_bundle(sys.argv[1]).manifest.target);"
+        "sys.exit('PIL' in sys.modules)"
+    )
+    bundle = ROOT / "examples/cifar100/branch0"
+    done = subprocess.run([sys.executable, "-c", look, bundle], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "branch0", "")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ import numpy as np
 from ffl_deploy.data.folders import Cut, read_folder, unreadable
 from ffl_deploy.data.splits import ArraySplit, FileSplit, Problems, Split, read_readable, stratified
 from ffl_deploy.host import available_memory
-from ffl_deploy.images import Preprocessing, prepare
+from ffl_deploy.images import prepare
+from ffl_deploy.preprocessing import Preprocessing
 
 __all__ = [
     "ArraySplit",

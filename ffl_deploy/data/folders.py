@@ -14,7 +14,8 @@ from PIL import Image
 from ffl_deploy.data.splits import FileSplit, Paths, Problems, Split, in_threads, read_readable, stratified
 from ffl_deploy.errors import UsageError
 from ffl_deploy.files import shown
-from ffl_deploy.images import FORMATS, MAX_PIXELS, SUFFIXES, ImageError, Preprocessing, load
+from ffl_deploy.images import FORMATS, MAX_PIXELS, SUFFIXES, ImageError, load
+from ffl_deploy.preprocessing import Preprocessing
 
 TAIL = 4096  # bytes at the end of a file in which its end marker is looked for
 

@@ -13,7 +13,8 @@ import numpy as np
 
 from ffl_deploy.errors import CheckError, UsageError
 from ffl_deploy.host import available_cores
-from ffl_deploy.images import ImageError, Pixels, Preprocessing, load, prepare
+from ffl_deploy.images import ImageError, load, prepare
+from ffl_deploy.preprocessing import Pixels, Preprocessing
 
 Result = TypeVar("Result")
 Problems = dict[str, str]

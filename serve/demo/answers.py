@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ffl_deploy.images import Decoded, ImageError, Pixels, prepare
+from ffl_deploy.images import Decoded, ImageError, prepare
+from ffl_deploy.preprocessing import Pixels
 from serve.server.batcher import Closed, Overloaded
 from serve.server.models import NonFinite, ServedModel, timed_infer
 from serve.server.service import Service

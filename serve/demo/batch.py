@@ -14,7 +14,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from ffl_deploy.images import ImageError, Pixels
+from ffl_deploy.images import ImageError
+from ffl_deploy.preprocessing import Pixels
 from ffl_deploy.runtime import Outputs, Session
 from serve.inputs import archives
 from serve.inputs.items import Item, Skipped, file_item

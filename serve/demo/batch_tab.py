@@ -13,7 +13,8 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
-from ffl_deploy.images import SUFFIXES, Pixels
+from ffl_deploy.images import SUFFIXES
+from ffl_deploy.preprocessing import Pixels
 from serve.demo import sentences
 from serve.demo.batch import BatchState, classify_files, write_table
 from serve.demo.guard import upload_folder

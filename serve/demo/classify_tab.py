@@ -10,7 +10,8 @@ from typing import Any
 
 import gradio as gr
 
-from ffl_deploy.images import MAX_PIXELS, Pixels, prepare
+from ffl_deploy.images import MAX_PIXELS, prepare
+from ffl_deploy.preprocessing import Pixels
 from serve.demo import sentences
 from serve.demo.answers import TOP_K, Answer, Unanswerable, ask_all, decode_upload, overlay
 from serve.demo.drawing_pad import drawing_of, drawing_pad

@@ -10,7 +10,7 @@ from PIL import Image
 
 from ffl_deploy.bundle import Bundle
 from ffl_deploy.bundle_files import GoldenSamples
-from ffl_deploy.images import Pixels
+from ffl_deploy.preprocessing import Pixels
 
 MAX_EXAMPLES = 10
 MAX_DRAWN_SIZE = 64  # pixels: digits and the like; a gray photograph is not something one draws

@@ -15,8 +15,9 @@ from ffl_deploy.bundle import Bundle, load_bundle
 from ffl_deploy.bundle_files import AUTO
 from ffl_deploy.errors import UsageError
 from ffl_deploy.host import available_cores
-from ffl_deploy.images import Decoded, Pixels, decode, prepare
+from ffl_deploy.images import Decoded, decode, prepare
 from ffl_deploy.manifest import Variant
+from ffl_deploy.preprocessing import Pixels
 from ffl_deploy.runtime import Outputs, Session
 from ffl_deploy.selfcheck import require_golden
 from ffl_deploy.verify import check_files

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image, ImageOps
 
 from ffl_deploy import images
-from ffl_deploy.images import BACKGROUND, ImageError, Preprocessing, decode, prepare
+from ffl_deploy.images import BACKGROUND, ImageError, decode, prepare
+from ffl_deploy.preprocessing import Preprocessing
 
 
 @pytest.fixture(scope="module")

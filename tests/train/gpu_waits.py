@@ -24,8 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train.build
 from ffl_deploy.data.datasets import ArraySplit, ImageData
-from ffl_deploy.images import Preprocessing
 from ffl_deploy.networks.mutual import MutualNetwork
+from ffl_deploy.preprocessing import Preprocessing
 from train.config import DataOptions, TrainConfig
 from train.data.batches import InMemoryBatches, Plan, Shares
 from train.distributed import World

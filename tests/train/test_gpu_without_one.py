@@ -24,8 +24,8 @@ import train.finish
 import train.machine
 from ffl_deploy.data.datasets import ArraySplit, ImageData
 from ffl_deploy.errors import CheckError, UsageError
-from ffl_deploy.images import Preprocessing
 from ffl_deploy.networks.mutual import MutualNetwork, NetworkConfig
+from ffl_deploy.preprocessing import Preprocessing
 from ffl_deploy.run_directory import load_run
 from train.build import converted, held_on_device
 from train.config import DataOptions, MachineOptions, TrainConfig

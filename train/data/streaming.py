@@ -25,7 +25,7 @@ from ffl_deploy.data.datasets import ImageData, Split
 from ffl_deploy.data.splits import UnreadableImage
 from ffl_deploy.errors import CheckError
 from ffl_deploy.host import available_cores
-from ffl_deploy.images import Pixels
+from ffl_deploy.preprocessing import Pixels
 from train.config import DataOptions
 from train.data.augment import crop_one, draw_crops
 from train.data.batches import Batch, Collate, Plan, Shares, crop_padding, flips

@@ -21,7 +21,8 @@ from ffl_deploy.data.datasets import (
     stratified,
 )
 from ffl_deploy.errors import UsageError
-from ffl_deploy.images import Preprocessing, load
+from ffl_deploy.images import load
+from ffl_deploy.preprocessing import Preprocessing
 
 
 def test_held_out_images_are_class_balanced_and_disjoint() -> None:

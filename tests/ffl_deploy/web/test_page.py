@@ -26,7 +26,8 @@ from PIL import Image
 
 from ffl_deploy.bundle import Bundle, load_bundle
 from ffl_deploy.command import run_command
-from ffl_deploy.images import Preprocessing, load
+from ffl_deploy.images import load
+from ffl_deploy.preprocessing import Preprocessing
 from ffl_deploy.web.build import WebOptions, web_models, write_web
 from serve.predict.command import main as predict
 

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ffl_deploy.images import Preprocessing, prepare
+from ffl_deploy.images import prepare
 from ffl_deploy.parity import PARITY_GATES, TIE, UNDIRECTED, compare, judge
+from ffl_deploy.preprocessing import Preprocessing
 from serve.rows import COLUMNS, Row, encode
 
 Node = Callable[..., Any]

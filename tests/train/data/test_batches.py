@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from ffl_deploy.data.datasets import ArraySplit, ImageData
-from ffl_deploy.images import Preprocessing
+from ffl_deploy.preprocessing import Preprocessing
 from train.config import DataOptions
 from train.data.batches import InMemoryBatches, Plan, Shares, epoch_order
 from train.distributed import World

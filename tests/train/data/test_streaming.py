@@ -18,7 +18,7 @@ import torch
 from ffl_deploy.data.datasets import DataSpec, FileSplit, ImageData, load_data
 from ffl_deploy.data.splits import UnreadableImage
 from ffl_deploy.errors import CheckError
-from ffl_deploy.images import Preprocessing
+from ffl_deploy.preprocessing import Preprocessing
 from train.config import DataOptions
 from train.data.batches import Batch, Batches, InMemoryBatches, Plan, Shares
 from train.data.streaming import StreamedBatches

@@ -1,0 +1,28 @@
+"""How pixels of any size become the network's input, as data: stored in run configurations and in bundles.
+
+Apart from ffl_deploy/images.py, which does it: reading a manifest takes no image library.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+import numpy as np
+
+Pixels = np.ndarray
+"""uint8 array [height, width, 3], RGB."""
+
+
+class Preprocessing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How an image is brought to the network's size.
+
+    `resize`: "stretch" scales both sides to `height` x `width`; "crop" scales the shorter side to `size /
+    crop_fraction` and cuts out the centre (torchvision's Resize + CenterCrop with 0.875 = 256 -> 224).
+    """
+
+    height: Annotated[int, msgspec.Meta(ge=1)]
+    width: Annotated[int, msgspec.Meta(ge=1)]
+    resize: Literal["stretch", "crop"] = "crop"
+    crop_fraction: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
+    filter: Literal["box", "bilinear", "bicubic", "lanczos"] = "bilinear"
