@@ -163,9 +163,8 @@ def main() -> None:
                 )
                 for form, file in (("fp32", "model.onnx"), ("int8", "model.int8.onnx"))
             }
-            print(
-                json.dumps(result[f"batch {batch}"], indent=1), file=sys.stderr, flush=True
-            )  # a long run shows its progress
+            # a long run shows its progress
+            print(json.dumps(result[f"batch {batch}"], indent=1), file=sys.stderr, flush=True)
         if arguments.engines:
             result["TensorRT-RTX build seconds"] = engine_seconds(folder, network, arguments.size)
     print(json.dumps(result, indent=1))

@@ -81,9 +81,8 @@ def emulated_outcomes(folder: Path, processor: str) -> VerifiedOn:
     ]
     done = subprocess.run([*command, str(folder)], capture_output=True, text=True, check=False)
     lines = done.stdout.splitlines()
-    said = [
-        line for line in done.stderr.splitlines() if not line.startswith(f"{EMULATOR}: warning")
-    ]  # features it lacks
+    # features it lacks
+    said = [line for line in done.stderr.splitlines() if not line.startswith(f"{EMULATOR}: warning")]
     if done.returncode or not lines:
         raise CheckError(f"{shown(folder)} could not be verified on {processor}: {' '.join(said[-1:])}")
     return msgspec.json.decode(lines[-1], type=VerifiedOn)

@@ -218,8 +218,7 @@ def table(result: dict[str, Any]) -> str:
         low, middle, high = np.percentile(seconds, [25, 50, 75]) * 1e3
         lines.append(
             f"| {name} | {result['precision'][name]} | {middle:.0f} | {low:.0f}-{high:.0f} | "
-            f"{128e3 / middle:.0f} "
-            f"| {np.median(loading / seconds):.1%} | {result['peak_mib'][name]} MiB |"
+            f"{128e3 / middle:.0f} | {np.median(loading / seconds):.1%} | {result['peak_mib'][name]} MiB |"
         )
     return "\n".join(lines)
 

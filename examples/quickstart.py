@@ -67,9 +67,8 @@ def table() -> str:
         variant = bundle.variant()
         accuracy, latency = variant.accuracy, variant.latency
         if accuracy is None or latency is None:
-            raise ValueError(
-                f"{target}: its fp32 variant was not measured"
-            )  # ffl-export measures every one on its CPU
+            # ffl-export measures every one on its CPU
+            raise ValueError(f"{target}: its fp32 variant was not measured")
         rows.append(
             (
                 target,

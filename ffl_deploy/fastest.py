@@ -135,8 +135,7 @@ def _open_all(
     if wrong:
         raise CheckError(
             f"no variant of {shown(bundle.folder)} gives PyTorch's logits on this machine ({reasons}); "
-            "export it again with "
-            "ffl-export, or use another machine."
+            "export it again with ffl-export, or use another machine."
         )
     raise UsageError(f"no variant of {shown(bundle.folder)} can be run on this machine ({reasons}).")
 

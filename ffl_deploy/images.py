@@ -111,9 +111,8 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Decoded:
             raise ImageError(
                 "too_large", f"the image unpacks to more than {_megapixels(max_pixels)}"
             ) from error
-        except (
-            Exception
-        ) as error:  # Pillow's plugins raise almost anything on hostile bytes; each becomes a row
+        # Pillow's plugins raise almost anything on hostile bytes; each becomes a row
+        except Exception as error:
             raise ImageError(
                 _code_of(error), f"the pixels cannot be decoded ({str(error) or type(error).__name__})"
             ) from error
@@ -192,9 +191,8 @@ def _orientation(image: Image.Image) -> int:
     as viewers do."""
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except (
-        Exception
-    ):  # a broken EXIF block raises struct.error, SyntaxError, TypeError, ...; the pixels are fine
+    # a broken EXIF block raises struct.error, SyntaxError, TypeError, ...; the pixels are fine
+    except Exception:
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 

@@ -59,15 +59,14 @@ def check_certificate(path: Path, stored: Certificate) -> None:
     if not found.holds:
         layer = max(sums, key=lambda name: sums[name])
         raise CheckError(
-            f"{path.name}: two products of the layer {layer} can add up to {sums[layer]}, beyond the "
-            f"{LIMIT} that processors "
-            "without VNNI hold; do not use this variant, or export the bundle again."
+            f"{path.name}: two products of the layer {layer} can add up to {sums[layer]}, beyond the {LIMIT} "
+            "that processors without VNNI hold; do not use this variant, or export the bundle again."
         )
     if found != stored:
         raise CheckError(
             f"{path.name} adds up to {found.largest_pair_sum} at most in {found.layers} int8 layers, its "
-            "certificate says "
-            f"{stored.largest_pair_sum} in {stored.layers}; copy the bundle anew, or export it again."
+            f"certificate says {stored.largest_pair_sum} in {stored.layers}; copy the bundle anew, or export "
+            "it again."
         )
 
 

@@ -118,8 +118,7 @@ def refusal(
     )
     return CheckError(
         f"variant {variant.name} of {shown(bundle.folder)} does not give PyTorch's logits on this {where} "
-        f"with {runtime} "
-        f"({broken}); {advice}"
+        f"with {runtime} ({broken}); {advice}"
     )
 
 

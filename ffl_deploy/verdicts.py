@@ -56,9 +56,8 @@ def remember(question: dict[str, Any], answer: Any) -> None:
     with contextlib.suppress(OSError):
         # Another process may write the same entry at the same time: each writes a file of its own,
         # the last rename stands.
-        descriptor, temporary = tempfile.mkstemp(
-            prefix=".", suffix=".tmp", dir=folder
-        )  # readable by this user alone
+        # readable by this user alone
+        descriptor, temporary = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=folder)
         try:
             with open(descriptor, "wb") as file:
                 file.write(content)
@@ -102,9 +101,8 @@ def cache_home() -> Path | None:
         given = os.environ.get("LOCALAPPDATA", "")
         return Path(given) if os.path.isabs(given) else None
     home = os.path.expanduser("~")
-    if (
-        not os.path.isabs(home) or os.environ.get("HOME") == ""
-    ):  # expanduser makes / of an empty one, ~ of an unknown user
+    # expanduser makes / of an empty one, ~ of an unknown user
+    if not os.path.isabs(home) or os.environ.get("HOME") == "":
         return None
     return Path(home, "Library", "Caches") if sys.platform == "darwin" else Path(home, ".cache")
 

@@ -43,8 +43,7 @@ def check_files(bundle: Bundle) -> int:
     if extra:
         raise CheckError(
             f"{shown(bundle.folder)} holds {len(extra)} file(s) that its manifest does not list "
-            f"({', '.join(extra[:3])}); "
-            "remove them, or copy the bundle anew."
+            f"({', '.join(extra[:3])}); remove them, or copy the bundle anew."
         )
     for variant in bundle.manifest.variants:
         if variant.details.certificate:

@@ -110,9 +110,8 @@ class Classifier:
 
     def _answered(self, good: Sequence[Prepared], outputs: Outputs) -> list[Row]:
         finite = outputs.finite
-        order = np.argsort(-outputs.probabilities, axis=1, kind="stable")[
-            :, : self.top_k
-        ]  # equal values keep class order
+        # equal values keep class order
+        order = np.argsort(-outputs.probabilities, axis=1, kind="stable")[:, : self.top_k]
         confidences = np.take_along_axis(outputs.probabilities, order, axis=1).tolist()
         rows = []
         for index, (item, ids, values) in enumerate(zip(good, order.tolist(), confidences, strict=True)):

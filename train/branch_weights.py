@@ -66,9 +66,8 @@ def write_branch(run_folder: Path, branch: int, checkpoint: str, out: Path) -> s
             f" and {len(weights.missing) - 4} more" if len(weights.missing) > 4 else ""
         )
         return (
-            f"wrote {out} for {name} without its classifier, which is more than pooling and one linear "
-            "layer there: "
-            f"{shown} have to be trained (load with strict=False)."
+            f"wrote {out} for {name} without its classifier, which is more than pooling and one linear layer "
+            f"there: {shown} have to be trained (load with strict=False)."
         )
     return (
         f"wrote {out}; {name} with {len(run.classes)} classes loads it as it is and gives branch {branch}'s "

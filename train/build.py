@@ -134,10 +134,9 @@ def make_batches(config: TrainConfig, data: ImageData, place: Place) -> Batches:
         batches = StreamedBatches(data, plan, config.machine.workers)
     if batches.steps_per_epoch == 0:
         raise UsageError(
-            f"a step of {optimisation.batch_size} images cannot be dealt out to {shares.total} "
-            "micro-batches of at least two, or "
-            f"{len(data.train)} training images do not fill one; use a larger --batch-size, or fewer "
-            "processes or --accumulate."
+            f"a step of {optimisation.batch_size} images cannot be dealt out to {shares.total} micro-batches "
+            f"of at least two, or {len(data.train)} training images do not fill one; use a larger "
+            "--batch-size, or fewer processes or --accumulate."
         )
     return batches
 

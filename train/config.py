@@ -81,8 +81,7 @@ class DataOptions:
         None,
         (
             "Side of the training images in the first epochs, which then cost less (progressive resizing); "
-            "off "
-            "if not given."
+            "off if not given."
         ),
         metavar="PIXELS",
     )
@@ -108,8 +107,7 @@ class ModelOptions:
         None,
         (
             "Low-level stages that branches of one architecture share; what the method and the paper say if "
-            "not "
-            "given."
+            "not given."
         ),
     )
     fusion_width: int | None = option(
@@ -129,8 +127,7 @@ class ModelOptions:
         None,
         (
             "Fine-tune this finished run for int8, into a new run: its networks learn under the rounding "
-            "that "
-            "export writes."
+            "that export writes."
         ),
         metavar="runs/NAME",
     )
@@ -196,8 +193,7 @@ class MachineOptions:
         None,
         (
             "Largest decoded data set to hold in memory; a quarter of the free memory if not given. Above "
-            "it, "
-            "images stream."
+            "it, images stream."
         ),
         metavar="GIB",
     )

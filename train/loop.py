@@ -95,9 +95,8 @@ class Trainer:
         found = f"{self.position.epoch} {self.position.step} {self.position.images}"
         if self.place.any(self.place.world.agree(found) != found):
             raise CheckError(
-                f"the processes do not find the same checkpoint in {self.folder}; on several machines it "
-                "has to be a folder that "
-                "all of them share: copy it, or mount it, and resume again."
+                f"the processes do not find the same checkpoint in {self.folder}; on several machines it has "
+                "to be a folder that all of them share: copy it, or mount it, and resume again."
             )
 
     def run(self) -> Position:

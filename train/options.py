@@ -120,8 +120,7 @@ def require_kept(started_from: TrainConfig, config: TrainConfig) -> None:
     if changed:
         raise UsageError(
             f"--quantize-aware {config.model.quantize_aware} goes on with that run's networks and images, "
-            "but "
-            f"{'; '.join(changed)}: leave these flags out."
+            f"but {'; '.join(changed)}: leave these flags out."
         )
 
 

@@ -108,9 +108,8 @@ def draw_curves(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
     for name in lines[-1]["validation"]:
         accuracy.plot(epochs, [100 * line["validation"][name] for line in lines], label=name)
     accuracy.set(title="Validation accuracy", xlabel="epoch", ylabel="%")
-    for number, name in enumerate(
-        lines[-1]["parts"]
-    ):  # curves that lie on each other stay visible, by their dashes
+    # curves that lie on each other stay visible, by their dashes
+    for number, name in enumerate(lines[-1]["parts"]):
         values = [line["parts"].get(name, float("nan")) for line in lines]
         losses.plot(epochs, values, label=name, linestyle=("-", (0, (3, 6)), (3, (3, 6)))[number % 3])
     losses.set(title="Training loss by part", xlabel="epoch", ylabel="loss (linear below 0.01)")

@@ -110,8 +110,7 @@ def headline(folder: Path, config: TrainConfig, data: ImageData, network: Mutual
         f"{config.model.method} with {branches} on {data.name}: {len(data.classes)} classes, {size} pixels, "
         f"{len(data.train)} training, {len(data.validation)} validation, {len(data.test)} test images",
         f"{sum(p.numel() for p in network.parameters()):,} parameters, {place.device.type} in "
-        f"{place.precision}"
-        f"{f', {place.world.size} processes' if place.world.size > 1 else ''} -> {folder}",
+        f"{place.precision}{f', {place.world.size} processes' if place.world.size > 1 else ''} -> {folder}",
     ]
     if data.skipped:
         count = len(data.skipped)

@@ -69,9 +69,8 @@ class TrainingState:
         broken = [key for key, value in weights.items() if not torch.isfinite(value).all()]
         if broken:
             raise CheckError(
-                f"the weights are not finite after epoch {position.epoch} ({broken[0]}); the last "
-                "checkpoint is kept. "
-                "Lower --lr, add --clip 1.0 or use --precision fp32."
+                f"the weights are not finite after epoch {position.epoch} ({broken[0]}); the last checkpoint "
+                "is kept. Lower --lr, add --clip 1.0 or use --precision fp32."
             )
         save_checkpoint(
             self.folder / "checkpoints" / name,

@@ -52,27 +52,22 @@ def comparison_text(folder: Path) -> str:
         "## Against other methods",
         "",
         f"With equally many epochs, and few: {' + '.join(reference_of(found).branches)}, {found.epochs} "
-        "epochs, "
-        f"{found.images['train']:,} training images, {counted(seeds, 'seed')}; everything else as in the "
-        "recipe above. What the "
-        "methods cost is not equal: see the table at the end of this section. Accuracy is that of the epoch "
-        "with the best "
-        f"validation accuracy, on the {found.images['test']:,} test images. All numbers: "
-        f"[{path.name}]({path.name}).",
+        f"epochs, {found.images['train']:,} training images, {counted(seeds, 'seed')}; everything else as in "
+        "the recipe above. What the methods cost is not equal: see the table at the end of this section. "
+        f"Accuracy is that of the epoch with the best validation accuracy, on the {found.images['test']:,} "
+        f"test images. All numbers: [{path.name}]({path.name}).",
         "",
         f"    {found.command}",
         "",
         "`data/cifar100` is a folder of CIFAR-100's images; with `--data cifar100` they are downloaded. The "
-        "strong classifier is "
-        "what a method is for: OKDDip's is its leader, a single network.",
+        "strong classifier is what a method is for: OKDDip's is its leader, a single network.",
         "",
         f"![accuracy by method]({path.stem}.png)",
         "",
         *accuracy_table(found),
         "",
         f"Strong classifier against that of {found.reference}, seed by seed on the same test images (points "
-        "with their 95 % "
-        "t-interval; images right here only / there only; exact McNemar, uncorrected):",
+        "with their 95 % t-interval; images right here only / there only; exact McNemar, uncorrected):",
         "",
         *difference_table([(method.method, method.against) for method in found.methods]),
         "",
@@ -81,10 +76,8 @@ def comparison_text(folder: Path) -> str:
         *difference_table([(method.method, method.alone) for method in found.methods]),
         "",
         "Cost (seconds of training one run on one thread, beside other work; parameters). Independent "
-        "networks, DML and DualNet "
-        "share no layers, the branches of the other methods share their low-level ones. DualNet's "
-        "extractors take turns, so that "
-        "each gets half of the steps, which are few here:",
+        "networks, DML and DualNet share no layers, the branches of the other methods share their low-level "
+        "ones. DualNet's extractors take turns, so that each gets half of the steps, which are few here:",
         "",
         *cost_table(found),
         "",
@@ -109,10 +102,8 @@ def claims_lines(found: Comparison, seen: Comparison) -> list[str]:
     before = reference_of(seen).seeds
     return [
         f"With {counted(seeds, 'seed')} of the methods that decide them. {len(before)} of these seeds are "
-        "those of the tables "
-        "above; the others were trained, for these methods, after those tables had been seen, so each line "
-        "also says what they "
-        "say alone:",
+        "those of the tables above; the others were trained, for these methods, after those tables had been "
+        "seen, so each line also says what they say alone:",
         "",
         f"    {found.command}",
         "",
@@ -142,9 +133,9 @@ def ablation_lines(found: Comparison, picture: Path) -> list[str]:
     return [
         "## What the parts of FFL bring",
         "",
-        "Without the ensemble's teaching (`ffl-no-ekd`), without the fused classifier's (`ffl-no-fkd`), "
-        "with features summed "
-        f"instead of fused (`ffl-sum`); {counted(seeds, 'seed')}, read like the tables above:",
+        "Without the ensemble's teaching (`ffl-no-ekd`), without the fused classifier's (`ffl-no-fkd`), with "
+        f"features summed instead of fused (`ffl-sum`); {counted(seeds, 'seed')}, read like the tables "
+        "above:",
         "",
         f"    {found.command}",
         "",

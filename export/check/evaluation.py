@@ -62,8 +62,8 @@ class Evaluation:
         ):
             raise CheckError(
                 f"the test images or labels of {self.run.config.data_name} are not those that training "
-                "evaluated; accuracies on "
-                "other images would say nothing about this run: give back the data that it was trained on."
+                "evaluated; accuracies on other images would say nothing about this run: give back the data "
+                "that it was trained on."
             )
         return data
 

@@ -101,8 +101,8 @@ def check_golden(
     advice = f"take {named} out of the --golden folder, or " if named else ""
     raise CheckError(
         f"variant {session.variant} does not give PyTorch's logits on the golden images "
-        f"({verdict.findings[0]}), so ffl-verify "
-        f"would refuse it. No bundle was written; {advice}try another --precision."
+        f"({verdict.findings[0]}), so ffl-verify would refuse it. No bundle was written; {advice}try another "
+        "--precision."
     )
 
 
@@ -134,8 +134,8 @@ def check_extras(
         if not found[name] <= EXTRA_GATES[precision]:
             raise CheckError(
                 f"variant {session.variant}: its output {name} is off PyTorch's by {found[name]:.3g} "
-                "standard deviations (root "
-                f"mean square), the gate is {EXTRA_GATES[precision]:g}. No bundle was written."
+                f"standard deviations (root mean square), the gate is {EXTRA_GATES[precision]:g}. No bundle "
+                "was written."
             )
     return found
 
@@ -188,8 +188,7 @@ def require_accuracy(record: AccuracyRecord, variant: str) -> AccuracyRecord:
         raise CheckError(
             f"variant {variant} does not keep its accuracy: {record.verdict.findings[0]} "
             f"({100 * record.difference.reference_accuracy:.2f} % in PyTorch, {100 * record.value:.2f} % "
-            f"here, n = {record.n}). "
-            "No bundle was written; try another --precision."
+            f"here, n = {record.n}). No bundle was written; try another --precision."
         )
     return record
 

@@ -59,8 +59,7 @@ def first_difference(
         worst = layers[int(np.argmax(growth))]
         return (
             f"the error grows most at {worst.layer} (to {worst.rms:.2g} of its output's standard deviation, "
-            "root mean square, "
-            f"tensor {worst.tensor})"
+            f"root mean square, tensor {worst.tensor})"
         )
     for layer in layers:
         if not layer.difference <= TOLERANCE:
@@ -69,10 +68,9 @@ def first_difference(
                 f"(by {layer.difference:.2g} of its output's standard deviation, tensor {layer.tensor})"
             )
     return (
-        f"all {len(layers)} layers of the file, computed one by one on ONNX Runtime's CPU, give what "
-        "PyTorch gives, so the "
-        f"difference comes from how {runtime} optimises or computes the file, or from its softmax and "
-        "temperature"
+        f"all {len(layers)} layers of the file, computed one by one on ONNX Runtime's CPU, give what PyTorch "
+        f"gives, so the difference comes from how {runtime} optimises or computes the file, or from its "
+        "softmax and temperature"
     )
 
 

@@ -38,8 +38,7 @@ def model_card(manifest: Manifest) -> str:
         "## Measured",
         "",
         "| variant | file | MB | precision stored / computed | accuracy (95 % interval) | agrees with "
-        "PyTorch | accuracy gate "
-        "| ms per image p50 / p95 | images/s (batch) |",
+        "PyTorch | accuracy gate | ms per image p50 / p95 | images/s (batch) |",
         "|---|---|---|---|---|---|---|---|---|",
         *(_row(variant) for variant in manifest.variants),
         "",
@@ -76,8 +75,7 @@ def model_card(manifest: Manifest) -> str:
         "",
         (
             f"It knows {len(manifest.classes)} classes and answers one of them for every image, even one "
-            "that "
-            "shows none."
+            "that shows none."
         ),
         "The accuracy holds for images like the test images; measure it on your own before you rely on it.",
         "",

@@ -125,8 +125,7 @@ def recommend(rows: Sequence[Row], limits: Limits) -> Recommendation:
     return Recommendation(
         chosen.name,
         f"{chosen.name} ({_facts(chosen)}) is the fastest {under} within half a point of the most accurate, "
-        f"{best.name} "
-        f"({_facts(best)}): {faster:.1f} times as fast for {points:.2f} points{_caveat(chosen)}.",
+        f"{best.name} ({_facts(best)}): {faster:.1f} times as fast for {points:.2f} points{_caveat(chosen)}.",
     )
 
 
@@ -169,8 +168,7 @@ def markdown(report: Report) -> str:
         ),
         "",
         "| target | variant (runtime) | precision stored / computed | parameters | multiply-adds | MB | "
-        "accuracy (95 % interval) "
-        "| ECE | parity | accuracy gate | p50 / p95 ms | images/s (batch) |",
+        "accuracy (95 % interval) | ECE | parity | accuracy gate | p50 / p95 ms | images/s (batch) |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
         *(_markdown_row(row) for row in report.rows),
         "",
@@ -180,9 +178,8 @@ def markdown(report: Report) -> str:
         ),
         "",
         "A latency is one window of 0.3 s: on a shared machine two identical graphs can differ by a third, "
-        "so time the "
-        "candidates again, side by side, before a decision hangs on less. "
-        "The recommendation looks at accuracy on the test split.",
+        "so time the candidates again, side by side, before a decision hangs on less. The recommendation "
+        "looks at accuracy on the test split.",
         "",
         "![accuracy against latency](report.png)",
         "",

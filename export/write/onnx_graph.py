@@ -178,9 +178,8 @@ def _strip(proto: object) -> None:
             del value.metadata_props[:]
             value.doc_string = ""
     del graph.metadata_props[:]
-    proto.producer_version = torch.__version__.split("+")[
-        0
-    ]  # the build tag names the CUDA it was built for, not what it did
+    # the build tag names the CUDA it was built for, not what it did
+    proto.producer_version = torch.__version__.split("+")[0]
 
 
 @contextlib.contextmanager

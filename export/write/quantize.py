@@ -423,11 +423,8 @@ def _tail(proto: Any) -> tuple[list[Any], list[Any]]:
         if node is None or node.name in seen:
             continue
         seen.add(node.name)
-        if node.op_type in (
-            "Gemm",
-            "MatMul",
-            "Conv",
-        ):  # a convolution where no matrix product is the classifier
+        # a convolution where no matrix product is the classifier
+        if node.op_type in ("Gemm", "MatMul", "Conv"):
             classifiers.append(node)
         else:
             between.append(node)

@@ -36,8 +36,7 @@ def read_cifar(name: str, root: Path) -> tuple[tuple[str, ...], ArraySplit, Arra
             ) from error
         raise UsageError(
             f"{name} is not under {root} and cannot be downloaded ({error}); put torchvision's files there "
-            f"({folder}), "
-            "name their place with --data-root DIR, or give a folder of images with --data DIR."
+            f"({folder}), name their place with --data-root DIR, or give a folder of images with --data DIR."
         ) from error
     images = [ArraySplit(part.data, np.asarray(part.targets, np.int64)) for part in (train, test)]
     return tuple(train.classes), images[0], images[1]

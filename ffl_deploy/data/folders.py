@@ -73,8 +73,7 @@ def read_folder(
         if single:
             raise UsageError(
                 f"{shown(parts['train'].folder)} has one image only of {shorten(single)}; one is held out "
-                "for "
-                "validation: add some."
+                "for validation: add some."
             )
         kept, held_out = stratified(parts["train"].labels, cut.share, cut.seed)
         parts |= {"train": parts["train"].take(kept), "validation": parts["train"].take(held_out)}
@@ -116,8 +115,7 @@ def find_parts(root: Path) -> dict[str, Path]:
     if not root.is_dir():
         raise UsageError(
             f"--data {shown(root)}: there is no such folder; give a folder with train/CLASS/* and "
-            "test/CLASS/*, "
-            "or one of digits, cifar10, cifar100."
+            "test/CLASS/*, or one of digits, cifar10, cifar100."
         )
     has = {name for name in ("train", "test", "val") if (root / name).is_dir()}
     if "train" not in has or not has & {"test", "val"}:
@@ -160,8 +158,7 @@ def find_images(folder: Path) -> Listing:
     if empty:
         raise UsageError(
             f"{shown(folder / empty[0])} holds no images ({', '.join(SUFFIXES)}); add some or remove the "
-            "folder"
-            f"{f' ({len(empty)} class folders are empty)' if len(empty) > 1 else ''}."
+            f"folder{f' ({len(empty)} class folders are empty)' if len(empty) > 1 else ''}."
         )
     if len(classes) < 2:
         raise UsageError(
@@ -244,9 +241,8 @@ def check_file(path: str) -> str | None:
             file.seek(0)
             if fits and _ends_well(kind, file.read(12), size, tail):
                 return None
-    except (
-        Exception
-    ):  # Pillow's plugins raise almost anything on broken headers; decoding then gives the reason
+    # Pillow's plugins raise almost anything on broken headers; decoding then gives the reason
+    except Exception:
         return decode_file(path)
     return decode_file(path)
 

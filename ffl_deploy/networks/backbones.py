@@ -98,11 +98,8 @@ def feature_shape(stages: nn.Module, height: int, width: int) -> tuple[int, int,
     stages.eval()
     try:
         shape = stages(torch.zeros(1, 3, height, width)).shape
-    except (
-        RuntimeError,
-        ValueError,
-        AssertionError,
-    ) as error:  # what the libraries raise for a size they cannot take
+    # what the libraries raise for a size they cannot take
+    except (RuntimeError, ValueError, AssertionError) as error:
         if out_of_memory(error):
             raise
         raise UsageError(

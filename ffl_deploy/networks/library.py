@@ -230,6 +230,6 @@ def observe(
 def _no_feature_map(name: str) -> UsageError:
     return UsageError(
         f"{name} gives tokens, not a feature map of [n, channels, height, width], which fusion and pooling "
-        "work on; "
-        "choose a convolutional or hierarchical network such as torchvision:resnet18 or timm:convnext_atto."
+        "work on; choose a convolutional or hierarchical network such as torchvision:resnet18 or "
+        "timm:convnext_atto."
     )

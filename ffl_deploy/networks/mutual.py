@@ -65,8 +65,7 @@ class MutualNetwork(nn.Module):
         if pretrained and not any(is_library_name(name) for name in config.branches):
             raise UsageError(
                 f"there are no published weights of {', '.join(dict.fromkeys(config.branches))}: "
-                "--pretrained is for "
-                "torchvision:NAME and timm:NAME branches."
+                "--pretrained is for torchvision:NAME and timm:NAME branches."
             )
         backbones = [
             build_backbone(name, config.height, config.width, pretrained) for name in config.branches

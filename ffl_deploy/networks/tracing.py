@@ -60,9 +60,8 @@ def trace(network: MutualNetwork) -> Traced:
         layers = _layers(graph, modules)
     except UsageError:
         raise
-    except (
-        Exception
-    ) as error:  # control flow that depends on values, and whatever a foreign module does with fx's proxies
+    # control flow that depends on values, and whatever a foreign module does with fx's proxies
+    except Exception as error:
         reason = str(error).strip().split("\n")[0]
         raise _refusal(network, reason) from error
     finally:
@@ -91,8 +90,7 @@ def _refusal(network: MutualNetwork, reason: str) -> UsageError:
     branches = ", ".join(dict.fromkeys(network.config.branches))
     return UsageError(
         f"--quantize-aware cannot follow the operations of {branches} ({reason}); leave it out: ffl-export "
-        "--precision int8 "
-        "then quantises by calibration."
+        "--precision int8 then quantises by calibration."
     )
 
 

@@ -78,9 +78,8 @@ class OnnxRuntimeSession(Session):
         if chosen != provider.name:
             raise UsageError(
                 f"ONNX Runtime could not start {provider.name} and fell back to {chosen}; check the GPU's "
-                "driver, CUDA and "
-                f"{'TensorRT' if 'Tensorrt' in provider.name else 'cuDNN'} libraries, or use --runtime "
-                "onnxruntime."
+                f"driver, CUDA and {'TensorRT' if 'Tensorrt' in provider.name else 'cuDNN'} libraries, or "
+                "use --runtime onnxruntime."
             )
         self.version = f"{ort.__version__} {ort.get_build_info()}"
         self._outputs = [output.name for output in self._session.get_outputs()]

@@ -35,17 +35,13 @@ def refuse_external_data(path: Path) -> None:
     """Raises CheckError where the ONNX file keeps a tensor in another file, or is not an ONNX file."""
     try:
         names = list(_external_tensors(memoryview(path.read_bytes()), "model"))
-    except (
-        IndexError,
-        ValueError,
-        RecursionError,
-    ) as error:  # the last: messages in messages, a thousand deep
+    # the last: messages in messages, a thousand deep
+    except (IndexError, ValueError, RecursionError) as error:
         raise CheckError(f"{path} is not a readable ONNX file ({error}); export the bundle again.") from error
     if names:
         raise CheckError(
             f"{path} keeps the tensor {names[0]!r} in another file; a bundle's models hold their own "
-            "weights: "
-            "do not use this bundle, or export it again."
+            "weights: do not use this bundle, or export it again."
         )
 
 

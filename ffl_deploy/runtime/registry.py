@@ -58,9 +58,8 @@ def _tensorrt(model: Path, variant: Variant, threads: int | None) -> Session:
 def _require_openvino() -> None:
     if importlib.util.find_spec("openvino") is None:
         raise UsageError(
-            "OpenVINO is not installed; run: pip install 'ffl-deploy[openvino]', or leave --runtime "
-            "openvino and "
-            "--precision bf16, which is verified on it, out."
+            "OpenVINO is not installed; run: pip install 'ffl-deploy[openvino]', or leave --runtime openvino "
+            "and --precision bf16, which is verified on it, out."
         )
 
 

@@ -139,15 +139,13 @@ def check_machine(record: EngineRecord, version: str, capability: tuple[int, int
     if record.version != version:
         raise OtherMachine(
             f"{engine.name} was built by {record.flavour} {record.version}, this machine has {version}, and "
-            "engines do not carry "
-            f"over; {_rebuild(record)}"
+            f"engines do not carry over; {_rebuild(record)}"
         )
     own = f"{capability[0]}.{capability[1]}"
     if record.compute_capabilities and own not in record.compute_capabilities:
         raise OtherMachine(
             f"{engine.name} was built for compute capability {', '.join(record.compute_capabilities)}, this "
-            f"GPU has {own}; "
-            f"{_rebuild(record)}"
+            f"GPU has {own}; {_rebuild(record)}"
         )
     return f"GPU {own}"
 

@@ -144,8 +144,7 @@ def ask_endpoint(service: Service) -> None:
         api_name="classify",
         api_description=(
             "Classify one image with every served model. Returns, for each model's name, label, confidence "
-            "(0..1), "
-            f"top ({TOP_K} objects with label and confidence, falling) and milliseconds."
+            f"(0..1), top ({TOP_K} objects with label and confidence, falling) and milliseconds."
         ),
         concurrency_limit=CONCURRENT,
     )

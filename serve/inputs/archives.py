@@ -47,9 +47,8 @@ def members(path: str, classes: frozenset[str], skipped: Skipped) -> Iterator[It
         yield from read(path, classes, skipped)
     except MemoryError:
         raise
-    except (
-        Exception
-    ) as error:  # zipfile, tarfile and their decompressors raise almost anything on hostile bytes
+    # zipfile, tarfile and their decompressors raise almost anything on hostile bytes
+    except Exception as error:
         code = "unreadable" if isinstance(error, PermissionError) else "corrupt_archive"
         yield failed_item(path, code, f"the archive cannot be read to its end ({error})")
 

@@ -41,9 +41,8 @@ class Item(NamedTuple):
             read = partial(
                 refuse, "out_of_memory", "it does not fit into memory; classify it on a larger machine"
             )
-        except (
-            Exception
-        ) as error:  # as in the decoding threads: a fault of ours may cost this row, not those behind it
+        # as in the decoding threads: a fault of ours may cost this row, not those behind it
+        except Exception as error:
             read = partial(refuse, "internal_error", f"{type(error).__name__}: {error}")
         return Item(self.path, read, self.label, held=held)
 

@@ -13,15 +13,8 @@ from ffl_deploy.images import ImageError
 from serve.inputs.items import MAX_FILE_BYTES, Item, displayed, file_item, refuse
 
 TABLE_SUFFIXES = (".csv", ".parquet")
-IMAGE_COLUMNS = (
-    "path",
-    "image",
-    "file_name",
-    "image_path",
-    "filename",
-    "file",
-    "bytes",
-)  # tried in this order
+# tried in this order
+IMAGE_COLUMNS = ("path", "image", "file_name", "image_path", "filename", "file", "bytes")
 LABEL_COLUMNS = ("label", "class", "target")
 ROWS_AT_A_TIME = 32  # rows of image bytes decoded from Parquet at a time
 # of a column chunk: Parquet decodes it page by page, but a writer can make one giant page
@@ -88,9 +81,8 @@ def _column_names(path: str) -> list[str]:
 
 
 def _open_csv(path: str) -> Any:
-    return open(
-        path, newline="", encoding="utf-8-sig", errors="surrogateescape"
-    )  # names that are not UTF-8 stay openable
+    # names that are not UTF-8 stay openable
+    return open(path, newline="", encoding="utf-8-sig", errors="surrogateescape")
 
 
 def _csv_rows(path: str, column: str, label_column: str | None) -> Iterator[Item]:

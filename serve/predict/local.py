@@ -70,8 +70,7 @@ def unfinished(run: PredictRun, items: Iterator[Item]) -> Iterator[tuple[int, It
 def inputs_changed(run: PredictRun, index: int) -> UsageError:
     return UsageError(
         f"the inputs changed since shard {index} of {run.shards.folder} was finished (a file was added, "
-        "removed or renamed); "
-        "bring them back to what they were, or remove that folder and start again."
+        "removed or renamed); bring them back to what they were, or remove that folder and start again."
     )
 
 

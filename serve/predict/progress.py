@@ -28,9 +28,8 @@ class Progress:
         if display == "screen":
             from tqdm import tqdm
 
-            self._bar = tqdm(
-                unit="image", dynamic_ncols=True, disable=None, smoothing=0.1
-            )  # disabled where stderr is no terminal
+            # disabled where stderr is no terminal
+            self._bar = tqdm(unit="image", dynamic_ncols=True, disable=None, smoothing=0.1)
         if display != "quiet":
             threading.Thread(target=self._find_total, args=(count,), daemon=True).start()
 

@@ -143,8 +143,8 @@ def predict_shards(run: PredictRun, items: Iterator[Item]) -> None:
     except ray.exceptions.RayError as error:
         raise CheckError(
             f"the cluster gave up a shard ({str(error).strip().splitlines()[0]}); the finished ones are "
-            "kept: the same command "
-            "with --resume goes on, and with --engine local it also finds the image that kills workers."
+            "kept: the same command with --resume goes on, and with --engine local it also finds the image "
+            "that kills workers."
         ) from error
     finally:
         ray.shutdown()
@@ -177,9 +177,8 @@ def start_ray() -> Any:
     if not ray.is_initialized():
         local: dict[str, Any] = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": False}
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **local)
-    logging.getLogger("ray.data").setLevel(
-        logging.CRITICAL
-    )  # its tracebacks; the error itself is raised here
+    # its tracebacks; the error itself is raised here
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False

@@ -251,8 +251,7 @@ def full_disks(out: Path) -> Iterator[None]:
             raise
         raise CheckError(
             f"the disk is full ({error.filename or out}); free some space and run the same command with "
-            "--resume, "
-            "the finished part is kept."
+            "--resume, the finished part is kept."
         ) from error
 
 

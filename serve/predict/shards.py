@@ -111,9 +111,8 @@ def open_shards(
     """
     folder = shards_folder(out)
     with locked(folder):
-        for left in out.parent.glob(
-            f".{glob.escape(out.name)}.*.tmp"
-        ):  # of a run that was killed while it put the rows together
+        # of a run that was killed while it put the rows together
+        for left in out.parent.glob(f".{glob.escape(out.name)}.*.tmp"):
             left.unlink(missing_ok=True)
         try:
             manifest = _existing(folder, request, resume)

@@ -146,9 +146,8 @@ def _in_child(run: Callable[[], int]) -> int:
             code = AGAIN
         except KeyboardInterrupt:  # before `run` could make a sentence of it
             code = INTERRUPTED
-        except (
-            BaseException
-        ):  # a fault of ours, or FFL_DEBUG: nobody above prints it, since this process ends here
+        # a fault of ours, or FFL_DEBUG: nobody above prints it, since this process ends here
+        except BaseException:
             traceback.print_exc()
         finally:
             sys.stdout.flush()

@@ -24,9 +24,8 @@ WORTH = 1.05  # a larger or split configuration must be this much faster than th
 def choose_settings(bundle: Bundle, job: Job, small: bool) -> WorkSettings:
     """-> settings for a new run: what the flags say, and for the rest a measurement (or, for a small run,
     safe values)."""
-    if (
-        job.engine == "ray"
-    ):  # an actor takes one core unless it was told otherwise: the cluster has as many as there are cores
+    # an actor takes one core unless it was told otherwise: the cluster has as many as there are cores
+    if job.engine == "ray":
         return WorkSettings(
             job.batch_size or BATCH_SIZES[-1],
             job.shard_size or SHARD_SIZE,

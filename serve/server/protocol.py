@@ -215,9 +215,8 @@ def _uint8_tensor(tensor: Tensor, raw: memoryview | None) -> np.ndarray:
     count = math.prod(tensor.shape)
     if raw is None:
         try:
-            if (
-                b"true" in (data := bytes(tensor.data)) or b"false" in data
-            ):  # numpy would take them for 1 and 0
+            # numpy would take them for 1 and 0
+            if b"true" in (data := bytes(tensor.data)) or b"false" in data:
                 raise ValueError
             values = np.asarray(msgspec.json.decode(data))
         except (msgspec.DecodeError, ValueError, RecursionError) as error:

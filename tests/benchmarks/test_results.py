@@ -151,7 +151,6 @@ def test_the_claims_are_read_from_more_seeds_of_fewer_methods(tmp_path: Path) ->
         in text
     )
     assert (
-        "- the fused classifier is above the strong classifier of one: -1.00 [-1.00, -1.00], above in 0 of "
-        "6 seeds; "
-        "p = 0.031 (exact sign-flip): speaks against it. The later seeds alone: -1.00 [-1.00, -1.00]."
+        "- the fused classifier is above the strong classifier of one: -1.00 [-1.00, -1.00], above in 0 of 6 "
+        "seeds; p = 0.031 (exact sign-flip): speaks against it. The later seeds alone: -1.00 [-1.00, -1.00]."
     ) in text

@@ -84,10 +84,8 @@ def test_a_method_whose_file_ffl_verify_would_refuse_is_not_taken() -> None:
     assert (best.method, best.float_layers) == ("entropy", [])
     none = [(method, floats) for method in METHODS for floats in (0, 2, 3)]
     best, _ = choose(measurer(kl, [], [key for key in none if key != ("entropy", 3)]), ranked)
-    assert (best.method, len(best.float_layers)) == (
-        "entropy",
-        3,
-    )  # every method is tried with the float layers
+    # every method is tried with the float layers
+    assert (best.method, len(best.float_layers)) == ("entropy", 3)
     best, candidates = choose(measurer(kl, [], none), ranked)
     assert (best.method, best.golden, len(candidates)) == ("percentile", False, 7)
 
@@ -170,9 +168,8 @@ def test_the_recommendation_keeps_the_limits(limits: Limits, artefact: str | Non
     recommendation = recommend(ROWS, limits)
     assert recommendation.artefact == artefact
     if artefact is None:
-        assert (
-            "branch0/int8 comes nearest" in recommendation.reason
-        )  # 1.6 % short of the accuracy, where fused is 60 % too slow
+        # 1.6 % short of the accuracy, where fused is 60 % too slow
+        assert "branch0/int8 comes nearest" in recommendation.reason
         assert "--min-accuracy 0.95" in recommendation.reason
 
 
@@ -188,9 +185,8 @@ def test_multiply_adds_are_counted_from_the_shapes(tmp_path: Path) -> None:
 
     weights = {"conv": (8, 2, 3, 3), "tokens": (64, 16), "head": (5, 1024)}  # two groups; head is transposed
     nodes = [
-        helper.make_node(
-            "Conv", ["images", "conv"], ["maps"], group=2, pads=[1, 1, 1, 1]
-        ),  # 8 x 8 x 8 values of 2 x 9 products
+        # 8 x 8 x 8 values of 2 x 9 products
+        helper.make_node("Conv", ["images", "conv"], ["maps"], group=2, pads=[1, 1, 1, 1]),
         helper.make_node("Reshape", ["maps", "shape"], ["sequence"]),
         helper.make_node("MatMul", ["sequence", "tokens"], ["mixed"]),  # 8 tokens x 16 values of 64 products
         helper.make_node("Concat", ["mixed"] * 8, ["wide"], axis=2),

@@ -74,8 +74,7 @@ def test_the_fastest_that_holds_is_taken(bundle: Bundle, monkeypatch: pytest.Mon
     assert "mean KL divergence" in choice.refused["int8-wrong on onnxruntime"]
     assert choice.why == (
         "int8 on onnxruntime is the fastest that holds its gate here: 320 images/s at batch 32, fp32 on "
-        "onnxruntime 80, "
-        "fp16 on onnxruntime 160; does not hold or run here: int8-wrong on onnxruntime"
+        "onnxruntime 80, fp16 on onnxruntime 160; does not hold or run here: int8-wrong on onnxruntime"
     )
     assert bundle.session("auto").variant == "int8"
     np.testing.assert_allclose(

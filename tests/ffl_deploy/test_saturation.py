@@ -154,9 +154,8 @@ def test_one_pair_too_large_is_found_in_every_kind_of_layer(
 ) -> None:
     def fault(proto: onnx.ModelProto) -> None:
         values = values_of(proto, layer)
-        rows = np.moveaxis(
-            values, 1 if layer == "mixer" else 0, 0
-        )  # a view: the last channel's first and last weight
+        # a view: the last channel's first and last weight
+        rows = np.moveaxis(values, 1 if layer == "mixer" else 0, 0)
         rows[-1].flat[0], rows[-1].flat[-1] = 65, 64
         put(proto, layer, values)
 
@@ -292,9 +291,8 @@ def mutate(proto: onnx.ModelProto, generator: np.random.Generator) -> None:
             )
         elif kind == 4:
             tensor.data_type = generator.choice([TensorProto.UINT8, TensorProto.INT8, TensorProto.INT32])
-        elif (
-            tensor.raw_data and tensor.data_type != TensorProto.INT32
-        ):  # the same numbers, one by one instead of as bytes
+        # the same numbers, one by one instead of as bytes
+        elif tensor.raw_data and tensor.data_type != TensorProto.INT32:
             numbers = values_of(proto, name).astype(np.int32).ravel().tolist()
             tensor.ClearField("raw_data")
             tensor.int32_data.extend(numbers)

@@ -57,17 +57,8 @@ def test_two_processes_compute_what_one_accumulates(
     accumulate: int, tiny_flags: list[str], train_tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
     """The same micro-batches per step, once on two gloo processes, once one after the other."""
-    flags = [
-        *tiny_flags,
-        "--precision",
-        "fp32",
-        "--mixup",
-        "0.2",
-        "--batch-size",
-        "16",
-        "--lr",
-        "0.01",
-    ]  # rounding must not grow
+    # rounding must not grow
+    flags = [*tiny_flags, "--precision", "fp32", "--mixup", "0.2", "--batch-size", "16", "--lr", "0.01"]
     done = run(*flags, "--accumulate", str(accumulate), "--out", str(tmp_path / "two"), processes=2)
     assert done.returncode == 0, done.stderr
     one = train_tiny("one", *flags, "--accumulate", str(2 * accumulate))

@@ -94,10 +94,8 @@ def test_weights_learn_and_the_grids_of_activations_stay(finished: Path) -> None
     assert len(grids) > 20
     assert all(torch.equal(after[name], best[name]) for name in grids)
     moved = [name for name in teacher if not torch.equal(teacher[name], last[name])]
-    assert {name.rpartition(".")[2] for name in moved} == {
-        "weight",
-        "bias",
-    }  # statistics of batch normalisation stay
+    # statistics of batch normalisation stay
+    assert {name.rpartition(".")[2] for name in moved} == {"weight", "bias"}
 
 
 def test_the_teacher_s_term_is_ffl_s_distillation() -> None:

@@ -33,9 +33,8 @@ def test_two_processes_do_not_share_a_folder(tmp_path: Path) -> None:
         resumed = replace(named, output=OutputOptions(resume=tmp_path / "run"))
         with pytest.raises(UsageError, match="another process trains in"):
             claim(tmp_path / "run", resumed, World(), second)
-        assert (
-            claim(tmp_path / "run", TrainConfig(), World(), second) == tmp_path / "run-2"
-        )  # a name that was made up
+        # a name that was made up
+        assert claim(tmp_path / "run", TrainConfig(), World(), second) == tmp_path / "run-2"
     with ExitStack() as third:
         assert claim(tmp_path / "run", named, World(), third) == tmp_path / "run"
 

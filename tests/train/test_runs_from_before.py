@@ -38,11 +38,8 @@ def test_an_interrupted_run_resumes_where_it_stood_and_finishes(runs: Path) -> N
     assert [line["epoch"] for line in read_metrics(folder)] == [0, 1]
     after = json.loads((folder / "checkpoints" / "last" / "state.json").read_text())
     counts = load_run(folder).config.split["images_per_class"]["train"]
-    assert (after["epoch"], after["step"], after["images"]) == (
-        2,
-        0,
-        2 * sum(counts),
-    )  # the epoch's images are counted once
+    # the epoch's images are counted once
+    assert (after["epoch"], after["step"], after["images"]) == (2, 0, 2 * sum(counts))
     assert set(json.loads((folder / "summary.json").read_text())["accuracy"]) == {
         "fused",
         "ensemble",

@@ -29,8 +29,7 @@ class CompareOptions:
         ("ffl", "vanilla", "independent", "dml", "one", "cl-ilr", "okddip", "dualnet"),
         (
             "Methods to train; the others are compared with ffl, or with the first one where ffl is not "
-            "among "
-            "them."
+            "among them."
         ),
     )
     seeds: int = option(

@@ -36,8 +36,7 @@ def markdown(comparison: Comparison, picture: str) -> str:
         f"{c.classes} classes, {c.size[0]}x{c.size[1]} pixels; {images} images; {c.epochs} epochs; "
         f"{counted(seeds, 'seed')} per method ({tools}).",
         "Test accuracy in %, of the epoch with the best validation accuracy: mean ± standard deviation over "
-        "seeds, and the "
-        "95 % t-interval of the mean.",
+        "seeds, and the 95 % t-interval of the mean.",
         "",
         f"![accuracy by method]({picture})",
         "",
@@ -46,10 +45,9 @@ def markdown(comparison: Comparison, picture: str) -> str:
         f"## Against {c.reference}",
         "",
         "Strong classifier against strong classifier, seed by seed on the same test images. Points: "
-        "difference of accuracy, with "
-        "its 95 % t-interval over seeds. Images: classified correctly by this method only / by "
-        f"{c.reference} only, summed over seeds. p: exact McNemar test of each seed, two-sided, not "
-        "corrected for their number.",
+        "difference of accuracy, with its 95 % t-interval over seeds. Images: classified correctly by this "
+        f"method only / by {c.reference} only, summed over seeds. p: exact McNemar test of each seed, "
+        "two-sided, not corrected for their number.",
         "",
         *difference_table([(m.method, m.against) for m in c.methods]),
         "",
@@ -57,8 +55,7 @@ def markdown(comparison: Comparison, picture: str) -> str:
         "## Cost",
         "",
         "Seconds: training of one run, without validation and test. Parameters: held by a deployed target, "
-        "and by all "
-        "that is trained.",
+        "and by all that is trained.",
         "",
         *cost_table(c),
         "",
@@ -88,9 +85,8 @@ def difference_table(compared: list[tuple[str, Against | None]]) -> list[str]:
     for method, against in compared:
         if against is not None:
             gained, lost = (sum(getattr(pair, name) for pair in against.pairs) for name in ("gained", "lost"))
-            p_values = ", ".join(
-                f"{pair.p:.2g}" if pair.p else "< 1e-300" for pair in against.pairs
-            )  # 0 is an underflow
+            # 0 is an underflow
+            p_values = ", ".join(f"{pair.p:.2g}" if pair.p else "< 1e-300" for pair in against.pairs)
             rows.append(
                 [method, points(against.difference), seed_verdict(against), f"{gained} / {lost}", p_values]
             )
@@ -110,8 +106,7 @@ def alone_section(c: Comparison) -> list[str]:
         "## One network alone, against vanilla",
         "",
         "The same small network as deployed by itself: `branch0` of each method against the one that was "
-        "trained alone, seed by "
-        "seed; read like the table above.",
+        "trained alone, seed by seed; read like the table above.",
         "",
         *difference_table([(m.method, m.alone) for m in c.methods]),
         "",
@@ -154,8 +149,7 @@ def limits(c: Comparison, seeds: int) -> str:
     image = 100 / c.images["test"]
     few = (
         f"{counted(seeds, 'seed')} cannot carry a claim of significance between methods (a sign-flip test "
-        "needs "
-        f"{SEEDS_FOR_A_CLAIM} to reach 5 %), and the intervals are wide for that reason. "
+        f"needs {SEEDS_FOR_A_CLAIM} to reach 5 %), and the intervals are wide for that reason. "
         if seeds < SEEDS_FOR_A_CLAIM
         else "The p values are not corrected for the number of methods; the smallest that a sign-flip test "
         f"{seeds} seeds can give is {2 / 2**seeds:.2g}, and a correction would multiply it by up to "
@@ -163,14 +157,11 @@ def limits(c: Comparison, seeds: int) -> str:
     )
     return (
         f"One data set, one schedule of {c.epochs} epochs and no tuning: each method runs with its "
-        "publication's own weights and "
-        f"temperature under the same optimiser, so this is no ranking of the methods at their best. {few}"
-        f"The test set has {c.images['test']:,} images (one is {image:.2f} points) and is the same for all "
-        "seeds, so a seed's "
-        "McNemar test speaks about these two trained networks on images like these, not about the methods. "
-        "Methods differ in "
-        "the number of their branches and in what their strong classifier costs (see above). Seconds "
-        "include whatever else the "
+        "publication's own weights and temperature under the same optimiser, so this is no ranking of the "
+        f"methods at their best. {few}The test set has {c.images['test']:,} images (one is {image:.2f} "
+        "points) and is the same for all seeds, so a seed's McNemar test speaks about these two trained "
+        "networks on images like these, not about the methods. Methods differ in the number of their "
+        "branches and in what their strong classifier costs (see above). Seconds include whatever else the "
         "machine was doing."
     )
 

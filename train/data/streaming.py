@@ -187,9 +187,8 @@ class StreamedBatches:
         self, data: ImageData, plan: Plan, workers: int | None = None, evaluation_batch: int = 128
     ) -> None:
         self.data, self.plan, self.evaluation_batch = data, plan, evaluation_batch
-        beside = int(
-            os.environ.get("LOCAL_WORLD_SIZE", plan.shares.world.size)
-        )  # processes on this machine, says torchrun
+        # processes on this machine, says torchrun
+        beside = int(os.environ.get("LOCAL_WORLD_SIZE", plan.shares.world.size))
         self.workers = max(1, available_cores() // beside) if workers is None else workers
         self.collate = Collate(data, plan)
         self.normalize = self.collate.normalize

@@ -40,9 +40,8 @@ def test_a_space_holds_what_it_needs(exported: Path, tmp_path: Path) -> None:
     (space / ".git" / "HEAD").write_text("ref: refs/heads/main")
     (space / "assets").mkdir()
     (space / "assets" / "logo.svg").write_text("<svg/>")
-    write_space(
-        [load_bundle(exported / "branch0")], space, "gradio"
-    )  # a Space may be written again, and stays a clone
+    # a Space may be written again, and stays a clone
+    write_space([load_bundle(exported / "branch0")], space, "gradio")
     assert (space / ".git" / "HEAD").is_file()
     assert (space / "assets" / "logo.svg").read_text() == "<svg/>"
     assert [path.name for path in (space / "bundles").iterdir()] == ["branch0"]
@@ -55,9 +54,8 @@ def test_a_space_holds_what_it_needs(exported: Path, tmp_path: Path) -> None:
 def test_a_static_space_is_the_page_with_its_settings(
     exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        build, "WASM", Runtime("module.mjs", "code.wasm", {})
-    )  # the runtime has tests of its own
+    # the runtime has tests of its own
+    monkeypatch.setattr(build, "WASM", Runtime("module.mjs", "code.wasm", {}))
     space, options = tmp_path / "space", WebOptions(runtime_folder=tmp_path)
     write_space([load_bundle(exported / "fused")], space, "gradio")
     (space / ".git").mkdir()

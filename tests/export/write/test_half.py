@@ -287,9 +287,8 @@ def test_an_export_that_would_overflow_on_a_gpu_says_what_it_kept(
     def scaled(model: object, path: Path, *arguments: object) -> None:
         write(model, path, *arguments)
         proto = onnx.load(path)
-        first, second = [node for node in proto.graph.node if node.op_type == "Conv"][
-            1:3
-        ]  # a block's two, ReLU between
+        # a block's two, ReLU between
+        first, second = [node for node in proto.graph.node if node.op_type == "Conv"][1:3]
         for name, factor in [(one, 3e4) for one in first.input[1:]] + [(second.input[1], 1 / 3e4)]:
             tensor = next(one for one in proto.graph.initializer if one.name == name)
             tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * np.float32(factor), name))

@@ -12,11 +12,8 @@ from ffl_deploy.networks.backbones import backbone_names, build_backbone, featur
 # name -> (millions of parameters as published for CIFAR-10, decimals of that number,
 # channels of the last map)
 PUBLISHED = {
-    "resnet8": (
-        0.08,
-        2,
-        64,
-    ),  # the same with n = 1 and 2, as the distillation literature uses them (Tian et al. 2020)
+    # the same with n = 1 and 2, as the distillation literature uses them (Tian et al. 2020)
+    "resnet8": (0.08, 2, 64),
     "resnet14": (0.17, 2, 64),
     "resnet20": (0.27, 2, 64),  # He et al. 2016, table 6
     "resnet32": (0.46, 2, 64),

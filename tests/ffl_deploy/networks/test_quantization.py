@@ -89,9 +89,8 @@ def test_every_way_to_join_branches_can_be_followed(
     assert found.keys() == expected.keys()
     for name, logits in expected.items():
         assert (found[name] - logits).abs().max() / logits.std() < 0.4, name
-    assert not any(
-        "aggregator" in path for path in quantized.paths.values()
-    )  # what joins logits stays in floating point
+    # what joins logits stays in floating point
+    assert not any("aggregator" in path for path in quantized.paths.values())
 
 
 def test_rounding_changes_logits_little_and_every_weight_learns(

@@ -252,9 +252,8 @@ def test_which_model_and_its_card(watched: Watched, request: pytest.FixtureReque
         pytest.skip("on a phone these tabs are behind the menu button")
     watched.tab("Which model")
     watched.page.get_by_text("What to ship:").wait_for()
-    watched.page.get_by_text("fused / fp32").locator(
-        "visible=true"
-    ).wait_for()  # another one, hidden, measures widths
+    # another one, hidden, measures widths
+    watched.page.get_by_text("fused / fp32").locator("visible=true").wait_for()
     picture = watched.page.locator("#pareto img")
     picture.wait_for()
     assert picture.evaluate("image => image.complete && image.naturalWidth") > 0

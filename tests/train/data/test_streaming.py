@@ -178,9 +178,8 @@ def test_an_error_leaves_no_worker_behind(on_disk: ImageData, folder: Path) -> N
     with pytest.raises(UnreadableImage) as caught:
         list(stream(on_disk, CROP, 2).training(0, 0))
     assert caught.tb is not None  # which still holds the generator's frame
-    deadline = (
-        time.monotonic() + 60
-    )  # told to end, they do so when a busy machine lets them; left alone, they would wait for ever
+    # told to end, they do so when a busy machine lets them; left alone, they would wait for ever
+    deadline = time.monotonic() + 60
     while multiprocessing.active_children() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert multiprocessing.active_children() == []
