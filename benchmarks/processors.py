@@ -28,7 +28,7 @@ from ffl_deploy.processor import description
 from ffl_deploy.runtime import open_session
 from ffl_deploy.selfcheck import golden_record
 from ffl_deploy.signing import signature_path
-from ffl_deploy.verified_on import Outcome, VerifiedOn, markdown, with_record
+from ffl_deploy.verified_on import Outcome, VerifiedOn, processor_table, with_record
 from ffl_deploy.verify import check_files
 
 EMULATOR = "qemu-x86_64"
@@ -133,7 +133,7 @@ def main(argv: Sequence[str]) -> int:
             outcomes(bundle) if name == "native" else emulated_outcomes(bundle.folder, name)
             for name in arguments.processor or ("native", *PROCESSORS)
         ]
-        print(f"{shown(bundle.folder)}\n\n{chr(10).join(markdown(records))}\n", flush=True)
+        print(f"{shown(bundle.folder)}\n\n{processor_table(records)}\n", flush=True)
         failed |= any(one.gate == "failed" for record in records for one in record.variants.values())
         if arguments.record:
             record_in(bundle, records)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from export.outputs import FURTHER_OUTPUTS
 from ffl_deploy.command import Parser, run_command
 from ffl_deploy.errors import DONE, UsageError
 from ffl_deploy.host import keep_freed_memory
@@ -71,10 +72,8 @@ def parser() -> Parser:
     parser.add_argument(
         "--batch", default="dynamic", metavar="dynamic|N", help="batch size of the graph (default: dynamic)"
     )
-    parser.add_argument(
-        "--cam", action="store_true", help="further output: the class activation map of the predicted class"
-    )
-    parser.add_argument("--embedding", action="store_true", help="further output: the pooled features")
+    for output in FURTHER_OUTPUTS.values():
+        parser.add_argument(f"--{output.name}", action="store_true", help=f"further output: {output.help}")
     parser.add_argument(
         "--triton", type=Path, metavar="DIR", help="add the bundles to a Triton model repository"
     )
@@ -157,7 +156,7 @@ def main(argv: Sequence[str]) -> int:
             engines=_engines(arguments.tensorrt, arguments.compute_capability, batch),
         ),
         checkpoint=arguments.checkpoint,
-        extras=tuple(name for name in ("cam", "embedding") if getattr(arguments, name)),
+        extras=tuple(name for name in FURTHER_OUTPUTS if getattr(arguments, name)),
         golden=arguments.golden,
     )
     _require_places(arguments, options.targets)

@@ -8,6 +8,7 @@ from typing import Literal
 
 import msgspec
 
+from ffl_deploy.markdown import table
 from ffl_deploy.parity import ParityRecord
 
 
@@ -48,18 +49,14 @@ def with_record(records: Sequence[VerifiedOn], new: VerifiedOn) -> list[Verified
     return [one for one in records if (one.processor, one.emulated) != key] + [new]
 
 
-def markdown(records: Sequence[VerifiedOn]) -> list[str]:
-    """-> lines of a table for the model card."""
-    lines = [
-        "| processor | variant | runtime | computed in | gate | max logit difference / std |",
-        "|---|---|---|---|---|---|",
-    ]
+def processor_table(records: Sequence[VerifiedOn]) -> str:
+    """-> a table for the model card: what each processor, real or emulated, computed."""
+    rows = []
     for record in records:
         name = record.processor + (f" (emulated by {record.emulated})" if record.emulated else "")
         for variant, outcome in record.variants.items():
             difference = "not finite" if outcome.max_difference is None else f"{outcome.max_difference:.1e}"
-            lines.append(
-                f"| {name} | {variant} | {outcome.runtime} | {outcome.computed} | {outcome.gate} | "
-                f"{difference} |"
-            )
-    return lines
+            rows.append([name, variant, outcome.runtime, outcome.computed, outcome.gate, difference])
+    return table(
+        ["processor", "variant", "runtime", "computed in", "gate", "max logit difference / std"], rows
+    )

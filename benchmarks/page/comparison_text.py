@@ -1,17 +1,20 @@
 """The part of docs/results.md that compares methods, from what train.compare stored in docs/.
 
 compare-cifar100.json holds all methods, claims-cifar100.json more seeds of the few that decide the paper's
-claims, ablations-cifar100.json FFL without its parts; results/reading.md is written by hand.
+claims, ablations-cifar100.json FFL without its parts; results/reading.md is written by hand. The sentences of
+the page are in methods.md, claims.md and ablations.md beside this file.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
 from ffl_deploy.errors import UsageError
+from ffl_deploy.markdown import fill
 from train.comparison.report import (
     accuracy_table,
     cost_table,
@@ -32,91 +35,75 @@ from train.comparison.results import (
 )
 from train.methods import METHODS
 
+METHODS_PAGE, CLAIMS_PAGE, ABLATIONS_PAGE = (
+    Path(__file__).with_name(f"{name}.md") for name in ("methods", "claims", "ablations")
+)
+NOTHING_STORED = """\
+## What this does not show
+
+One run, one seed: nothing here says that FFL beats another method."""
+
 
 def comparison_text(folder: Path) -> str:
     """-> the stored comparison of methods, what it says of the paper's claims, and what it does not show."""
+    compared = read_comparison(folder / "compare-cifar100.json")
+    claims = read_comparison(folder / "claims-cifar100.json")
+    ablations = read_comparison(folder / "ablations-cifar100.json")
+    if compared is None:
+        return NOTHING_STORED
+    picture = folder / "compare-cifar100.png"
+    draw(compared, picture)
     reading = folder / "results" / "reading.md"
-    path, ablations, claims = (
-        folder / f"{name}-cifar100.json" for name in ("compare", "ablations", "claims")
-    )
-    if not path.is_file():
-        return (
-            "## What this does not show\n\nOne run, one seed: nothing here says that FFL beats another "
-            "method."
-        )
-    found = read_comparison(path)
-    parts, more = (read_comparison(other) if other.is_file() else None for other in (ablations, claims))
-    draw(found, path.with_suffix(".png"))
-    seeds = min(len(method.seeds) for method in found.methods)
-    lines = [
-        "## Against other methods",
-        "",
-        f"With equally many epochs, and few: {' + '.join(reference_of(found).branches)}, {found.epochs} "
-        f"epochs, {found.images['train']:,} training images, {counted(seeds, 'seed')}; everything else as in "
-        "the recipe above. What the methods cost is not equal: see the table at the end of this section. "
-        f"Accuracy is that of the epoch with the best validation accuracy, on the {found.images['test']:,} "
-        f"test images. All numbers: [{path.name}]({path.name}).",
-        "",
-        f"    {found.command}",
-        "",
-        "`data/cifar100` is a folder of CIFAR-100's images; with `--data cifar100` they are downloaded. The "
-        "strong classifier is what a method is for: OKDDip's is its leader, a single network.",
-        "",
-        f"![accuracy by method]({path.stem}.png)",
-        "",
-        *accuracy_table(found),
-        "",
-        f"Strong classifier against that of {found.reference}, seed by seed on the same test images (points "
-        "with their 95 % t-interval; images right here only / there only; exact McNemar, uncorrected):",
-        "",
-        *difference_table([(method.method, method.against) for method in found.methods]),
-        "",
-        "One network deployed alone (`branch0`) against the same network trained alone:",
-        "",
-        *difference_table([(method.method, method.alone) for method in found.methods]),
-        "",
-        "Cost (seconds of training one run on one thread, beside other work; parameters). Independent "
-        "networks, DML and DualNet share no layers, the branches of the other methods share their low-level "
-        "ones. DualNet's extractors take turns, so that each gets half of the steps, which are few here:",
-        "",
-        *cost_table(found),
-        "",
-        "## What the paper says, and what these runs say",
-        "",
-        *(claims_lines(more, found) if more else account(found)),
-        "",
-        *([reading.read_text()] if reading.is_file() else ()),
-        *(ablation_lines(parts, ablations.with_suffix(".png")) if parts else ()),
-        "## What this does not show",
-        "",
-        limits(found, seeds),
-        "",
-        f"The model above is one run with one seed. {not_run(found, parts, more)}".strip(),
-    ]
-    return "\n".join(lines)
+    seeds = min(len(method.seeds) for method in compared.methods)
+    return fill(
+        METHODS_PAGE,
+        branches=" + ".join(reference_of(compared).branches),
+        epochs=str(compared.epochs),
+        train_images=f"{compared.images['train']:,}",
+        test_images=f"{compared.images['test']:,}",
+        seeds=counted(seeds, "seed"),
+        file="compare-cifar100.json",
+        command=compared.command,
+        picture=picture.name,
+        accuracy=accuracy_table(compared),
+        reference=compared.reference,
+        differences=difference_table([(method.method, method.against) for method in compared.methods]),
+        alone=difference_table([(method.method, method.alone) for method in compared.methods]),
+        cost=cost_table(compared),
+        claims=claims_text(claims, compared) if claims else account(compared),
+        reading=reading.read_text().rstrip() if reading.is_file() else "",
+        ablations=ablations_text(ablations, folder / "ablations-cifar100.png") if ablations else "",
+        limits=limits(compared, seeds),
+        not_run=not_run(compared, ablations, claims),
+    ).rstrip()
 
 
-def claims_lines(found: Comparison, seen: Comparison) -> list[str]:
+def claims_text(found: Comparison, seen: Comparison) -> str:
     """-> the account of fewer methods with more seeds than `seen` has, some of them its own."""
-    seeds = min(len(method.seeds) for method in found.methods)
     before = reference_of(seen).seeds
-    return [
-        f"With {counted(seeds, 'seed')} of the methods that decide them. {len(before)} of these seeds are "
-        "those of the tables above; the others were trained, for these methods, after those tables had been "
-        "seen, so each line also says what they say alone:",
-        "",
-        f"    {found.command}",
-        "",
-        *account(found, before),
-        "",
-        f"The two tables above, over these seeds. Strong classifier against that of {found.reference}:",
-        "",
-        *difference_table([(method.method, method.against) for method in found.methods]),
-        "",
-        "`branch0` against the same network trained alone:",
-        "",
-        *difference_table([(method.method, method.alone) for method in found.methods]),
-    ]
+    return fill(
+        CLAIMS_PAGE,
+        seeds=counted(min(len(method.seeds) for method in found.methods), "seed"),
+        before=str(len(before)),
+        command=found.command,
+        account=account(found, before),
+        reference=found.reference,
+        differences=difference_table([(method.method, method.against) for method in found.methods]),
+        alone=difference_table([(method.method, method.alone) for method in found.methods]),
+    ).rstrip()
+
+
+def ablations_text(found: Comparison, picture: Path) -> str:
+    """-> what FFL is without one of its parts; the figure is drawn as `picture`."""
+    draw(found, picture)
+    return fill(
+        ABLATIONS_PAGE,
+        seeds=counted(min(len(method.seeds) for method in found.methods), "seed"),
+        command=found.command,
+        picture=picture.name,
+        accuracy=accuracy_table(found),
+        differences=difference_table([(method.method, method.against) for method in found.methods]),
+    ).rstrip()
 
 
 def not_run(*stored: Comparison | None) -> str:
@@ -126,30 +113,12 @@ def not_run(*stored: Comparison | None) -> str:
     return f"Not run for this page: {', '.join(missing)}." if missing else ""
 
 
-def ablation_lines(found: Comparison, picture: Path) -> list[str]:
-    """-> what FFL is without one of its parts; the figure is drawn as `picture`."""
-    draw(found, picture)
-    seeds = min(len(method.seeds) for method in found.methods)
-    return [
-        "## What the parts of FFL bring",
-        "",
-        "Without the ensemble's teaching (`ffl-no-ekd`), without the fused classifier's (`ffl-no-fkd`), with "
-        f"features summed instead of fused (`ffl-sum`); {counted(seeds, 'seed')}, read like the tables "
-        "above:",
-        "",
-        f"    {found.command}",
-        "",
-        f"![accuracy without parts of FFL]({picture.name})",
-        "",
-        *accuracy_table(found),
-        "",
-        *difference_table([(method.method, method.against) for method in found.methods]),
-        "",
-    ]
-
-
-def read_comparison(path: Path) -> Comparison:
-    """-> a stored comparison with ffl, the reference. Raises UsageError where ffl is not in it."""
+def read_comparison(path: Path) -> Comparison | None:
+    """-> a stored comparison with ffl, the reference; None where none is stored.
+    Raises UsageError where ffl is not in it.
+    """
+    if not path.is_file():
+        return None
     found = msgspec.json.decode(path.read_bytes(), type=Comparison)
     if "ffl" not in {found.reference} & {method.method for method in found.methods}:
         raise UsageError(f"{path} does not compare with ffl; run its command with ffl among --methods.")
@@ -160,77 +129,69 @@ def reference_of(found: Comparison) -> MethodResult:
     return next(method for method in found.methods if method.method == found.reference)
 
 
-def account(found: Comparison, before: Sequence[int] = ()) -> list[str]:
-    """-> the claims of the paper that this comparison can look at,
-    each with the number that speaks for or against it.
+class Claim(NamedTuple):
+    """`said`, which holds where classifier `one` of `method` is above classifier `other` of `rival`."""
 
-    before: seeds that had been looked at when the others were chosen;
-    each claim then shows the others alone as well.
-    """
+    said: str
+    one: str
+    method: MethodResult
+    other: str
+    rival: MethodResult
+
+    def differences(self) -> dict[int, float]:
+        """-> seed -> by how much it is above, of the seeds that both were trained with."""
+        rival = dict(zip(self.rival.seeds, self.rival.accuracy[self.other].values, strict=True))
+        method = zip(self.method.seeds, self.method.accuracy[self.one].values, strict=True)
+        return {seed: value - rival[seed] for seed, value in method if seed in rival}
+
+
+def paper_claims(found: Comparison) -> list[Claim]:
+    """-> the claims of the paper that this comparison can look at."""
     ffl = reference_of(found)
-    vanilla = next((method for method in found.methods if method.method == "vanilla"), None)
-    claims = [("the fused classifier is above the ensemble", "fused", ffl, "ensemble", ffl)]
-    claims.append(("the ensemble is above the mean branch", "ensemble", ffl, "mean branch", ffl))
-    if vanilla is not None:
-        claims.append(
-            (
-                "the fused classifier is above one branch's network trained alone",
-                "fused",
-                ffl,
-                "branch0",
-                vanilla,
-            )
-        )
-        claims.append(
-            (
-                "the mean branch is above the same network trained alone",
-                "mean branch",
-                ffl,
-                "branch0",
-                vanilla,
-            )
-        )
-    others = [method for method in found.methods if method.method not in ("ffl", "vanilla")]
-    claims += [
-        (
-            f"the fused classifier is above the strong classifier of {method.method}",
-            "fused",
-            ffl,
-            method.strong,
-            method,
-        )
-        for method in others
+    claims = [
+        Claim("the fused classifier is above the ensemble", "fused", ffl, "ensemble", ffl),
+        Claim("the ensemble is above the mean branch", "ensemble", ffl, "mean branch", ffl),
     ]
+    for vanilla in found.methods:
+        if vanilla.method == "vanilla":
+            fused = "the fused classifier is above one branch's network trained alone"
+            mean = "the mean branch is above the same network trained alone"
+            claims.append(Claim(fused, "fused", ffl, "branch0", vanilla))
+            claims.append(Claim(mean, "mean branch", ffl, "branch0", vanilla))
+    for rival in found.methods:
+        if rival.method not in ("ffl", "vanilla"):
+            said = f"the fused classifier is above the strong classifier of {rival.method}"
+            claims.append(Claim(said, "fused", ffl, rival.strong, rival))
+    return claims
+
+
+def account(found: Comparison, before: Sequence[int] = ()) -> str:
+    """-> the claims of the paper, each with the number that speaks for or against it.
+
+    before: seeds that had been looked at when the others were chosen; each claim then shows the others alone
+    as well.
+    """
     lines, smallest = [], 1.0
-    for claim, own, one, other, two in claims:
-        partner = dict(zip(two.seeds, two.accuracy[other].values, strict=True))
-        by_seed = {
-            seed: value - partner[seed]
-            for seed, value in zip(one.seeds, one.accuracy[own].values, strict=True)
-            if seed in partner
-        }
-        values = list(by_seed.values())
-        if not values:
+    for claim in paper_claims(found):
+        by_seed = claim.differences()
+        if not by_seed:
             continue
-        against = Against(
-            estimate(values), sign_flip_p(values) if len(values) >= SEEDS_FOR_A_CLAIM else None, []
-        )
-        smallest = min(smallest, 1.0 if against.p_seeds is None else against.p_seeds)
+        values = list(by_seed.values())
+        p = sign_flip_p(values) if len(values) >= SEEDS_FOR_A_CLAIM else None
+        against = Against(estimate(values), p, [])
+        smallest = min(smallest, 1.0 if p is None else p)
         above = f"above in {sum(value > 0 for value in values)} of {counted(len(values), 'seed')}"
         later = [value for seed, value in by_seed.items() if seed not in before]
         alone = f" The later seeds alone: {points(estimate(later))}." if before and later else ""
-        lines.append(f"- {claim}: {points(against.difference)}, {above}; {verdict(against)}.{alone}")
+        lines.append(f"- {claim.said}: {points(against.difference)}, {above}; {verdict(against)}.{alone}")
     corrected = min(1.0, smallest * len(lines))
-    correction = (
+    holm = (
         f" (Holm's correction for {len(lines)} claims makes {corrected:.2g} of the smallest)"
         if smallest < 1
         else ""
     )
-    return [
-        f"Points with their 95 % t-interval over seeds; p values are not corrected{correction}:",
-        "",
-        *lines,
-    ]
+    heading = f"Points with their 95 % t-interval over seeds; p values are not corrected{holm}:"
+    return "\n".join([heading, "", *lines])
 
 
 def verdict(against: Against) -> str:

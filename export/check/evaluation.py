@@ -21,6 +21,7 @@ from ffl_deploy.run_directory import Run
 if TYPE_CHECKING:
     import torch
 
+    from ffl_deploy.networks.checkpoint import LoadedNetwork
     from ffl_deploy.networks.mutual import MutualNetwork
     from ffl_deploy.networks.quantization import QuantizedNetwork
 
@@ -37,11 +38,14 @@ class Reference:
 
 
 class Evaluation:
-    """PyTorch's side of the comparison for one run and checkpoint;
-    each split is read and passed through once."""
+    """PyTorch's side of the comparison for one run and checkpoint; each split is read and passed through
+    once.
 
-    def __init__(self, run: Run, network: MutualNetwork, checkpoint: str, targets: Sequence[str]) -> None:
-        self.run, self.network, self.checkpoint, self.targets = run, network, checkpoint, tuple(targets)
+    loaded: the network with that checkpoint's weights; targets: the classifiers that are asked for.
+    """
+
+    def __init__(self, run: Run, loaded: LoadedNetwork, checkpoint: str, targets: Sequence[str]) -> None:
+        self.run, self.loaded, self.checkpoint, self.targets = run, loaded, checkpoint, tuple(targets)
 
     @cached_property
     def data(self) -> ImageData:
@@ -51,10 +55,8 @@ class Evaluation:
             raise CheckError(
                 "the data's classes are not those of the run; give back the data that it was trained on."
             )
-        rows, (images, labels, _) = (
-            self.run.reference_rows(),
-            self.run.reference(self.checkpoint, self.targets[0]),
-        )
+        rows = self.run.reference_rows()
+        images, labels, _ = self.run.reference(self.checkpoint, self.targets[0])
         if (
             rows.max(initial=0) >= len(data.test)
             or not np.array_equal(data.test.read(rows), images)
@@ -70,11 +72,11 @@ class Evaluation:
     @cached_property
     def test_logits(self) -> dict[str, np.ndarray]:
         """target -> float32 [n, classes] on the whole test split."""
-        return classifier_logits(self.run, self.network, self.data.test, self.targets)
+        return classifier_logits(self.run, self.loaded.network, self.data.test, self.targets)
 
     @cached_property
     def validation_logits(self) -> dict[str, np.ndarray]:
-        return classifier_logits(self.run, self.network, self.data.validation, self.targets)
+        return classifier_logits(self.run, self.loaded.network, self.data.validation, self.targets)
 
     @cached_property
     def quantized(self) -> QuantizedNetwork | None:
@@ -86,7 +88,7 @@ class Evaluation:
         folder = self.run.checkpoint(self.checkpoint)
         if not (folder / f"{QUANTIZATION}.safetensors").is_file():
             return None
-        quantized = QuantizedNetwork(self.network)
+        quantized = QuantizedNetwork(self.loaded.network)
         quantized.load(
             read_checkpoint(folder, (QUANTIZATION,)).tensors[QUANTIZATION], str(folder), as_written=True
         )

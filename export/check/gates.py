@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from export.check.evaluation import Reference
+from export.outputs import FURTHER_OUTPUTS
 from ffl_deploy.bundle_files import GoldenSamples
 from ffl_deploy.data.datasets import Split
 from ffl_deploy.errors import CheckError
@@ -113,7 +114,8 @@ def check_extras(
     difference, in standard deviations of PyTorch's; None without further outputs. Raises CheckError where one
     is off or not finite.
 
-    expected: name -> [n, ...]. A class activation map is compared where both sides predict the same class.
+    expected: name -> [n, ...]. What belongs to the predicted class is compared where both sides predict the
+    same.
     """
     if not expected:
         return None
@@ -127,7 +129,8 @@ def check_extras(
         output = getattr(outputs, name)
         if output is None:
             raise CheckError(f"variant {session.variant} gives no output {name}. No bundle was written.")
-        difference = (output.astype(np.float64) - values)[same if name == "cam" else slice(None)]
+        rows = same if FURTHER_OUTPUTS[name].of_predicted_class else slice(None)
+        difference = (output.astype(np.float64) - values)[rows]
         found[name] = (
             float(np.sqrt(np.mean(difference**2))) / (float(values.std()) or 1.0) if len(difference) else 0.0
         )

@@ -1,9 +1,29 @@
-"""The model card: a bundle's README.md, written from its manifest and nothing else."""
+"""The model card: a bundle's README.md, written from its manifest and nothing else.
+
+card.md holds its sentences; here are the values, and the sentences that depend on them.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from ffl_deploy.manifest import Manifest, Variant
-from ffl_deploy.verified_on import markdown
+from ffl_deploy.markdown import fill, megabytes, percent, table, within
+from ffl_deploy.verified_on import processor_table
+
+TEMPLATE = Path(__file__).with_name("card.md")
+SHOWN_CLASSES = 10
+COLUMNS = (
+    "variant",
+    "file",
+    "MB",
+    "precision stored / computed",
+    "accuracy (95 % interval)",
+    "agrees with PyTorch",
+    "accuracy gate",
+    "ms per image p50 / p95",
+    "images/s (batch)",
+)
 
 _STRONG = {
     "fused": "the fused classifier of Feature Fusion Learning: every branch's features, fused",
@@ -15,90 +35,52 @@ _STRONG = {
 def model_card(manifest: Manifest) -> str:
     """-> Markdown: what it is, how good, how to use it, where it comes from, what it cannot do."""
     source, shape = manifest.source, manifest.input.preprocessing
-    what = _STRONG.get(manifest.target, "one sub-network, deployable alone")
-    classes = ", ".join(manifest.classes[:10]) + (
-        f" and {len(manifest.classes) - 10} more" if len(manifest.classes) > 10 else ""
+    shown, more = manifest.classes[:SHOWN_CLASSES], manifest.classes[SHOWN_CLASSES:]
+    batch = manifest.input.batch
+    return fill(
+        TEMPLATE,
+        target=manifest.target,
+        branches=" + ".join(source.branches),
+        data=source.data,
+        what=_STRONG.get(manifest.target, "one sub-network, deployable alone"),
+        method=source.method,
+        layout=manifest.input.layout,
+        height=str(shape.height),
+        width=str(shape.width),
+        resize=shape.resize,
+        static_batch=f" Exactly {batch} at a time; ffl-predict fills up the last batch." if batch else "",
+        outputs=", ".join(f"`{output.name}` {output.shape}" for output in manifest.outputs),
+        classes=", ".join(shown) + (f" and {len(more)} more" if more else ""),
+        class_count=str(len(manifest.classes)),
+        parameters=f"{source.parameters:,}",
+        variants=table(COLUMNS, map(_row, manifest.variants)),
+        measured_on=_measured_on(manifest),
+        processors=_processors(manifest),
+        calibration=_calibration(manifest),
+        run=source.run,
+        checkpoint=source.checkpoint,
+        epoch=str(source.epoch),
+        checkpoint_sha256=source.checkpoint_sha256,
+        golden_count=str(manifest.golden.count),
+        golden_origin=manifest.golden.origin,
+        toolchain=", ".join(f"{name} {version}" for name, version in manifest.toolchain.items()),
     )
-    lines = [
-        f"# {manifest.target}: {' + '.join(source.branches)} on {source.data}",
-        "",
-        f"An image classifier ({what}), trained with the method `{source.method}` and exported to ONNX.",
-        "",
-        f"- Input `images`: uint8, {manifest.input.layout}, RGB, {shape.height} x {shape.width} pixels "
-        f"(`{shape.resize}` resize); normalisation is inside the graph."
-        + (
-            f" Exactly {manifest.input.batch} at a time; ffl-predict fills up the last batch."
-            if manifest.input.batch
-            else ""
-        ),
-        f"- Outputs: {', '.join(f'`{output.name}` {output.shape}' for output in manifest.outputs)}.",
-        f"- Classes ({len(manifest.classes)}): {classes}.",
-        f"- Parameters: {source.parameters:,}.",
-        "",
-        "## Measured",
-        "",
-        "| variant | file | MB | precision stored / computed | accuracy (95 % interval) | agrees with "
-        "PyTorch | accuracy gate | ms per image p50 / p95 | images/s (batch) |",
-        "|---|---|---|---|---|---|---|---|---|",
-        *(_row(variant) for variant in manifest.variants),
-        "",
-        _measured_on(manifest),
-        "",
-        *_verified_on(manifest),
-        "## Use",
-        "",
-        "    ffl-verify .",
-        "    ffl-predict . photo.jpg --out predictions.jsonl",
-        "",
-        "```python",
-        "from ffl_deploy import load_bundle",
-        "",
-        'prediction = load_bundle(".").predict(["photo.jpg"])[0]',
-        "print(prediction.label, prediction.confidence)",
-        "```",
-        "",
-        "## Calibration",
-        "",
-        _calibration(manifest),
-        "",
-        "## Where it comes from",
-        "",
-        f"Run `{source.run}`, checkpoint `{source.checkpoint}` of epoch {source.epoch} "
-        f"(weights SHA-256 `{source.checkpoint_sha256}`).",
-        (
-            f"Golden samples: {manifest.golden.count} images ({manifest.golden.origin}) with PyTorch's own "
-            "logits."
-        ),
-        f"Made with {', '.join(f'{name} {version}' for name, version in manifest.toolchain.items())}.",
-        "",
-        "## Limits",
-        "",
-        (
-            f"It knows {len(manifest.classes)} classes and answers one of them for every image, even one "
-            "that shows none."
-        ),
-        "The accuracy holds for images like the test images; measure it on your own before you rely on it.",
-        "",
-    ]
-    return "\n".join(lines)
 
 
-def _row(variant: Variant) -> str:
+def _row(variant: Variant) -> list[str]:
+    """-> the cells of a variant, under COLUMNS."""
     accuracy, latency = variant.accuracy, variant.latency
     cells = [
         f"{variant.name} ({variant.runtime})",
         f"`{variant.file}`",
-        f"{variant.bytes / 1e6:.2f}",
+        megabytes(variant.bytes),
         f"{variant.precision.stored} / {variant.precision.computed}",
     ]
     if accuracy:
-        interval = accuracy.interval
+        interval = within(accuracy.interval.low, accuracy.interval.high)
         cells += [
-            (
-                f"{100 * accuracy.value:.2f} % ({100 * interval.low:.2f} to {100 * interval.high:.2f}, n = "
-                f"{accuracy.n})"
-            ),
-            f"{100 * accuracy.top1_agreement:.2f} %",
+            f"{percent(accuracy.value)} ({interval}, n = {accuracy.n})",
+            percent(accuracy.top1_agreement),
             accuracy.verdict.summary,
         ]
     else:
@@ -110,7 +92,7 @@ def _row(variant: Variant) -> str:
         ]
     else:
         cells += ["not measured"] * 2
-    return f"| {' | '.join(cells)} |"
+    return cells
 
 
 def _measured_on(manifest: Manifest) -> str:
@@ -124,16 +106,16 @@ def _measured_on(manifest: Manifest) -> str:
     )
 
 
-def _verified_on(manifest: Manifest) -> list[str]:
-    """-> the section that says which processors held the gates;
-    nothing for a bundle that does not record it."""
+def _processors(manifest: Manifest) -> str:
+    """-> the section that says which processors held the gates; nothing for a bundle that does not record
+    it."""
     if not manifest.verified_on:
-        return []
+        return ""
     what = (
         "The golden samples and training's reference images, by each variant's own gate (docs/export.md has "
         "the gates)."
     )
-    return ["## Processors", "", what, "", *markdown(manifest.verified_on), ""]
+    return f"## Processors\n\n{what}\n\n{processor_table(manifest.verified_on)}"
 
 
 def _calibration(manifest: Manifest) -> str:

@@ -16,8 +16,24 @@ from ffl_deploy.bundle import Bundle, load_bundle
 from ffl_deploy.errors import CheckError, UsageError
 from ffl_deploy.files import write_atomically, write_json
 from ffl_deploy.manifest import DEFAULT_VARIANT, MANIFEST, Variant
+from ffl_deploy.markdown import NOT_MEASURED, fill, megabytes, percent, table, within
 from ffl_deploy.report import PICTURE, REPORT, Limits, Recommendation, Report, Row
 
+PAGE, BODY = (Path(__file__).with_name(name) for name in ("report.md", "report_body.md"))
+COLUMNS = (
+    "target",
+    "variant (runtime)",
+    "precision stored / computed",
+    "parameters",
+    "multiply-adds",
+    "MB",
+    "accuracy (95 % interval)",
+    "ECE",
+    "parity",
+    "accuracy gate",
+    "p50 / p95 ms",
+    "images/s (batch)",
+)
 NEAR_BEST = 0.005
 """Accuracy that may be given up for speed: half a point, which the int8 gate also allows."""
 
@@ -148,61 +164,39 @@ def _latency(row: Row) -> float:
 
 
 def _facts(row: Row) -> str:
-    return f"{100 * _accuracy(row):.2f} %, {_latency(row):.2f} ms, {row.bytes / 1e6:.2f} MB"
+    return f"{percent(_accuracy(row))}, {_latency(row):.2f} ms, {megabytes(row.bytes)} MB"
 
 
 def markdown(report: Report) -> str:
-    """-> report.md: the recommendation, then the table;
-    `*` marks the Pareto front of accuracy and latency."""
-    lines = [
-        "# What to ship",
-        "",
-        (
-            f"{'Recommended' if report.recommendation.artefact else 'Nothing to recommend'}: "
-            f"{report.recommendation.reason}"
-        ),
-        "",
-        (
-            "The default of every bundle stays its fp32 variant on ONNX Runtime; choose another with "
-            "`--variant`."
-        ),
-        "",
-        "| target | variant (runtime) | precision stored / computed | parameters | multiply-adds | MB | "
-        "accuracy (95 % interval) | ECE | parity | accuracy gate | p50 / p95 ms | images/s (batch) |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
-        *(_markdown_row(row) for row in report.rows),
-        "",
-        (
-            "`*`: on the Pareto front of accuracy and batch-1 latency. Measured with "
-            f"{report.machine or 'nothing'}."
-        ),
-        "",
-        "A latency is one window of 0.3 s: on a shared machine two identical graphs can differ by a third, "
-        "so time the candidates again, side by side, before a decision hangs on less. The recommendation "
-        "looks at accuracy on the test split.",
-        "",
-        "![accuracy against latency](report.png)",
-        "",
-    ]
-    return "\n".join(lines)
+    """-> report.md: the recommendation, the table, the picture."""
+    return fill(PAGE, body=body(report).rstrip())
 
 
-def _markdown_row(row: Row) -> str:
-    cells = [
+def body(report: Report) -> str:
+    """-> the recommendation, then the table, in which `*` marks the Pareto front of accuracy and latency."""
+    recommended = "Recommended" if report.recommendation.artefact else "Nothing to recommend"
+    return fill(
+        BODY,
+        advice=f"{recommended}: {report.recommendation.reason}",
+        artefacts=table(COLUMNS, map(_cells, report.rows)),
+        machine=report.machine or "nothing",
+    )
+
+
+def _cells(row: Row) -> list[str]:
+    """-> the cells of an artefact, under COLUMNS; what was not measured is a dash."""
+    interval = "" if row.accuracy is None else f" ({within(row.accuracy_low, row.accuracy_high)})"
+    return [
         row.target,
         f"{row.variant} ({row.runtime}){' `*`' if row.pareto else ''}",
         row.precision,
         f"{row.parameters:,}",
         f"{row.multiply_adds / 1e6:.1f} M",
-        f"{row.bytes / 1e6:.2f}",
-        f"{100 * row.accuracy:.2f} % ({100 * (row.accuracy_low or 0):.2f} to "
-        f"{100 * (row.accuracy_high or 0):.2f})"
-        if row.accuracy is not None
-        else "-",
-        f"{row.calibration_error:.4f}" if row.calibration_error is not None else "-",
+        megabytes(row.bytes),
+        percent(row.accuracy) + interval,
+        NOT_MEASURED if row.calibration_error is None else f"{row.calibration_error:.4f}",
         row.parity,
         row.accuracy_gate,
-        f"{row.p50_ms:.2f} / {row.p95_ms:.2f}" if row.measured else "-",
-        f"{row.images_per_second:.0f} ({row.best_batch})" if row.measured else "-",
+        f"{row.p50_ms:.2f} / {row.p95_ms:.2f}" if row.measured else NOT_MEASURED,
+        f"{row.images_per_second:.0f} ({row.best_batch})" if row.measured else NOT_MEASURED,
     ]
-    return f"| {' | '.join(cells)} |"

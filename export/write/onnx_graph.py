@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from export.outputs import FURTHER_OUTPUTS, Traced
 from export.write.onnx_file import save_onnx
 from ffl_deploy.errors import CheckError, UsageError
 
@@ -49,17 +50,12 @@ class Normalise(nn.Module):
         return ((images.to(torch.float32) - self.mean.expand(row)) / self.std.expand(row)).permute(0, 3, 1, 2)
 
 
-EXTRAS = ("cam", "embedding")
-"""Further outputs that can be asked for, in the order in which a graph gives them."""
-
-
 class DeployedModel(nn.Module):
     """What the ONNX file computes: pixels -> (logits, probabilities, and what `extras` names).
 
     Args: target: normalised [n, 3, h, w] -> logits [n, classes]; temperature: probabilities = softmax(logits
-    / temperature) (Guo et al. 2017); extras: `cam`, the class activation map of the predicted class
-    [n, h', w'] (Zhou et al. 2016, eq. 2), whose spatial mean plus the class's bias is its logit; `embedding`,
-    the pooled features [n, C]. Raises UsageError where extras are asked of a target with several classifiers.
+    / temperature) (Guo et al. 2017); extras: names of FURTHER_OUTPUTS, given in that table's order. Raises
+    UsageError where extras are asked of a target with several classifiers.
     """
 
     def __init__(
@@ -74,7 +70,7 @@ class DeployedModel(nn.Module):
         if extras:
             require_features(target, extras, "this target")
         self.normalise, self.target = Normalise(mean, std), target
-        self.temperature, self.extras = temperature, tuple(name for name in EXTRAS if name in extras)
+        self.temperature, self.extras = temperature, tuple(name for name in FURTHER_OUTPUTS if name in extras)
 
     @property
     def output_names(self) -> list[str]:
@@ -89,11 +85,9 @@ class DeployedModel(nn.Module):
         features = target.features(normalised)
         embedding = features.mean(dim=(2, 3))
         logits = target.classifier(embedding)
-        named = {"embedding": embedding}
-        if "cam" in self.extras:
-            weights = target.classifier.weight[logits.argmax(dim=1)]
-            named["cam"] = (weights[:, :, None, None] * features).sum(dim=1)
-        return logits, torch.softmax(logits / self.temperature, dim=1), *(named[name] for name in self.extras)
+        traced = Traced(features, embedding, logits, target.classifier)
+        further = [FURTHER_OUTPUTS[name].compute(traced) for name in self.extras]
+        return logits, torch.softmax(logits / self.temperature, dim=1), *further
 
 
 def require_features(target: nn.Module, extras: Sequence[str], name: str) -> None:

@@ -31,8 +31,12 @@ MAX_EXPANSION = 200
 FREE_BYTES = 2**30
 
 
-def is_archive(path: str) -> bool:
-    return path.lower().endswith((*ZIP_SUFFIXES, *TAR_SUFFIXES))
+def is_zip(path: str) -> bool:
+    return path.lower().endswith(ZIP_SUFFIXES)
+
+
+def is_tar(path: str) -> bool:
+    return path.lower().endswith(TAR_SUFFIXES)
 
 
 def members(path: str, classes: frozenset[str], skipped: Skipped) -> Iterator[Item]:
@@ -42,7 +46,7 @@ def members(path: str, classes: frozenset[str], skipped: Skipped) -> Iterator[It
     status `corrupt_archive`. Links, devices, folders and other files (nested archives too) are counted in
     `skipped`.
     """
-    read = _zip_members if path.lower().endswith(ZIP_SUFFIXES) else _tar_members
+    read = _zip_members if is_zip(path) else _tar_members
     try:
         yield from read(path, classes, skipped)
     except MemoryError:
@@ -131,6 +135,6 @@ def _is_other(name: str, skipped: Skipped) -> bool:
         return True
     if name.lower().endswith(SUFFIXES):
         return False
-    nested = is_archive(name)
+    nested = is_zip(name) or is_tar(name)
     skipped.reasons["nested archives" if nested else "files without an image suffix"] += 1
     return True

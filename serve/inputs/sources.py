@@ -10,7 +10,7 @@ import glob
 import heapq
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import PurePath
 
@@ -35,20 +35,57 @@ class Reading:
     skipped: Skipped = field(default_factory=Skipped)
 
 
+@dataclass(frozen=True)
+class Container:
+    """A kind of file that is read as many items.
+
+    holds: whether a file of this name is one; items: its images; check: raises UsageError, before any work,
+    for what cannot be read at all; count: how many items it gives, None where only reading everything would
+    tell (without `count`, they are listed).
+    """
+
+    holds: Callable[[str], bool]
+    items: Callable[[str, Reading], Iterator[Item]]
+    check: Callable[[str, Reading], None] | None = None
+    count: Callable[[str], int | None] | None = None
+
+
+CONTAINERS = (
+    Container(
+        archives.is_zip,
+        lambda path, reading: archives.members(path, reading.classes, reading.skipped),
+    ),
+    Container(
+        archives.is_tar,
+        lambda path, reading: archives.members(path, reading.classes, reading.skipped),
+        count=lambda path: None,
+    ),
+    Container(
+        tables.is_table,
+        lambda path, reading: tables.rows(path, reading.column, reading.label_column),
+        check=lambda path, reading: tables.check_table(path, reading.column, reading.label_column),
+        count=tables.count_rows,
+    ),
+)
+
+
+def container_of(path: str) -> Container | None:
+    """-> how the file is read; None for a single image, a folder, and where there is no file."""
+    return next((kind for kind in CONTAINERS if kind.holds(path) and os.path.isfile(path)), None)
+
+
 def check_inputs(inputs: Iterable[str], reading: Reading) -> None:
-    """Refuse before any work what cannot be read at all.
-    Raises UsageError for an empty pattern or a table without the column."""
+    """Refuse before any work what cannot be read at all. Raises UsageError for an empty pattern or a table
+    without the column."""
     for argument in inputs:
-        if is_pattern(argument):
-            found = False
-            for path in matches(argument):
-                found = True
-                if tables.is_table(path):
-                    tables.check_table(path, reading.column, reading.label_column)
-            if not found:
-                raise UsageError(f"no file matches {argument!r}; check the pattern.")
-        elif tables.is_table(argument) and os.path.isfile(argument):
-            tables.check_table(argument, reading.column, reading.label_column)
+        found = False
+        for path in matches(argument) if is_pattern(argument) else [argument]:
+            found = True
+            kind = container_of(path)
+            if kind is not None and kind.check is not None:
+                kind.check(path, reading)
+        if not found:
+            raise UsageError(f"no file matches {argument!r}; check the pattern.")
 
 
 def read_inputs(inputs: Iterable[str], reading: Reading) -> Iterator[Item]:
@@ -79,13 +116,9 @@ def matches(pattern: str) -> Iterator[str]:
 def _one(path: str, reading: Reading) -> Iterator[Item]:
     if os.path.isdir(path):
         yield from walk(path, reading)
-    elif not os.path.isfile(path):  # missing, a pipe, a device: the row says which
-        yield file_item(path)
-    elif archives.is_archive(path):
-        yield from archives.members(path, reading.classes, reading.skipped)
-    elif tables.is_table(path):
-        yield from tables.rows(path, reading.column, reading.label_column)
-    else:
+    elif kind := container_of(path):
+        yield from kind.items(path, reading)
+    else:  # an image, or what is missing, a pipe, a device: the row says which
         yield file_item(path)
 
 
@@ -192,14 +225,19 @@ def _spilled(names: list[bytes]) -> Iterator[bytes]:
 
 
 def count_inputs(inputs: Iterable[str], reading: Reading) -> int | None:
-    """-> how many items there are, from names and footers alone;
-    None where only reading everything would tell."""
+    """-> how many items there are, from names and footers alone; None where only reading everything would
+    tell."""
     total = 0
     for argument in inputs:
-        if argument == STANDARD_INPUT or argument.lower().endswith((*archives.TAR_SUFFIXES, ".csv")):
+        if argument == STANDARD_INPUT:
             return None
-        if tables.is_table(argument) and os.path.isfile(argument):
-            total += tables.count_rows(argument) or 0
-        else:
-            total += sum(1 for _ in read_inputs([argument], replace(reading, skipped=Skipped())))
+        for path in matches(argument) if is_pattern(argument) else [argument]:
+            kind = container_of(path)
+            if kind is None or kind.count is None:
+                count: int | None = sum(1 for _ in _one(path, replace(reading, skipped=Skipped())))
+            else:
+                count = kind.count(path)
+            if count is None:
+                return None
+            total += count
     return total

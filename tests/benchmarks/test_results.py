@@ -52,7 +52,7 @@ def comparison() -> Comparison:
 
 
 def test_two_seeds_decide_no_claim() -> None:
-    text = "\n".join(account(comparison()))
+    text = account(comparison())
     above = (
         "- the fused classifier is above the ensemble: +1.00 [1.00, 1.00], above in 2 of 2 seeds; no claim "
         "below 6 seeds."
@@ -71,7 +71,7 @@ def test_six_seeds_decide_a_claim_by_the_sign_flip_test() -> None:
         "vanilla", "branch0", branch0=[v + 0.02 for v in six], mean_branch=[v + 0.02 for v in six]
     )
     found = msgspec.structs.replace(comparison(), methods=[with_seeds(ffl, 6), with_seeds(vanilla, 6)])
-    text = "\n".join(account(found))
+    text = account(found)
     assert (
         "above the ensemble: +1.00 [1.00, 1.00], above in 6 of 6 seeds; p = 0.031 (exact sign-flip): speaks "
         "for it." in text
@@ -93,7 +93,7 @@ def test_seeds_that_were_looked_at_before_are_told_from_the_others() -> None:
         comparison(),
         methods=[with_seeds(method("ffl", "fused", fused=fused, ensemble=ensemble, mean_branch=ensemble), 6)],
     )
-    (line,) = [line for line in account(found, before=[0, 1, 2]) if "above the ensemble" in line]
+    (line,) = [line for line in account(found, before=[0, 1, 2]).splitlines() if "above the ensemble" in line]
     assert line.endswith(
         ": +1.50 [0.93, 2.07], above in 6 of 6 seeds; p = 0.031 (exact sign-flip): speaks for it. "
         "The later seeds alone: +1.00 [1.00, 1.00]."

@@ -21,7 +21,7 @@ from export.check.evaluation import Reference, class_balanced
 from export.check.gates import check_golden
 from export.cli import main
 from export.computed import computed_precision, float_operators, operator_histogram
-from export.pipeline import golden_samples, read_golden
+from export.golden import golden_samples, read_golden
 from export.write.half import write_half
 from export.write.onnx_graph import SCOPES, DeployedModel, GraphOptions, write_onnx
 from ffl_deploy.bundle import Bundle, load_bundle

@@ -37,7 +37,7 @@ def trained(digits_run: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 
 
 def quantized_network(run: Run) -> QuantizedNetwork:
-    quantized = Evaluation(run, load_network(run).network, "best", ["fused"]).quantized
+    quantized = Evaluation(run, load_network(run), "best", ["fused"]).quantized
     assert quantized is not None
     return quantized
 
@@ -45,11 +45,13 @@ def quantized_network(run: Run) -> QuantizedNetwork:
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_file_computes_what_training_computed(trained: tuple[Run, Path], target: str) -> None:
     run, out = trained
-    evaluation = Evaluation(run, load_network(run).network, "best", [target])
+    evaluation = Evaluation(run, load_network(run), "best", [target])
     images = evaluation.data.test.read(slice(0, 200))
     with torch.no_grad():
         outputs = quantized_network(run)(Normalise(run.mean, run.std)(torch.from_numpy(images))).classifiers()
-        plain = evaluation.network(Normalise(run.mean, run.std)(torch.from_numpy(images))).classifiers()
+        plain = evaluation.loaded.network(
+            Normalise(run.mean, run.std)(torch.from_numpy(images))
+        ).classifiers()
     expected, exact = outputs[target].numpy(), plain[target].numpy()
     found = load_bundle(out / target).session("int8").run(images).logits
     difference = np.abs(found - expected).max(axis=1) / exact.std()
@@ -100,7 +102,7 @@ def test_the_fp32_file_has_the_very_weights(trained: tuple[Run, Path]) -> None:
 
 
 def test_a_run_without_it_is_calibrated(digits_run: Run) -> None:
-    assert Evaluation(digits_run, load_network(digits_run).network, "best", ["fused"]).quantized is None
+    assert Evaluation(digits_run, load_network(digits_run), "best", ["fused"]).quantized is None
 
 
 def test_every_target_s_names_lead_to_the_network(digits_run: Run) -> None:

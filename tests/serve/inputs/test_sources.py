@@ -218,6 +218,7 @@ def test_counting_reads_no_image(
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
         archive.writestr("x.jpg", photo(1))
     pq.write_table(pa.table({"image": [b"", b""]}), tmp_path / "x.parquet")
+    (tmp_path / "x.tar").touch()
     monkeypatch.setattr(Item, "loaded", lambda self: pytest.fail("read"))
     reading = Reading()
     assert (
