@@ -81,6 +81,12 @@ def parser() -> Parser:
         "--web", type=Path, metavar="DIR", help="write a static page that classifies in the visitor's browser"
     )
     parser.add_argument(
+        "--web-variant",
+        action="append",
+        metavar="NAME",
+        help="which files that page has (default: fp32); may be repeated",
+    )
+    parser.add_argument(
         "--space", type=Path, metavar="DIR", help="write a Hugging Face Space with the bundles"
     )
     parser.add_argument(
@@ -160,6 +166,7 @@ def main(argv: Sequence[str]) -> int:
         golden=arguments.golden,
     )
     _require_places(arguments, options.targets)
+    _require_shown(arguments.web_variant or [], options.variants.precisions)
     keep_freed_memory()  # PyTorch passes over whole splits
     bundles = export_run(run, options, lambda line: print(line, flush=True))
     _publish(bundles, arguments)
@@ -195,9 +202,20 @@ def _require_places(arguments: argparse.Namespace, targets: Sequence[str]) -> No
         require_own_models(arguments.triton, targets)
 
 
+def _require_shown(variants: Sequence[str], exported: Sequence[str]) -> None:
+    """Raises UsageError for a --web-variant that this export does not write."""
+    for variant in variants:
+        if variant not in exported:
+            raise UsageError(
+                f"--web-variant {variant} is not among what is exported here ({', '.join(exported)}); add "
+                "--precision."
+            )
+
+
 def _publish(bundles: Sequence[Bundle], arguments: argparse.Namespace) -> None:
     """Sign the verified bundles, and write them in the other forms that were asked for."""
     key, triton, web, space = arguments.sign, arguments.triton, arguments.web, arguments.space
+    shown = arguments.web_variant or [None]
     if key:
         from ffl_deploy.signing import sign_bundle
 
@@ -220,7 +238,7 @@ def _publish(bundles: Sequence[Bundle], arguments: argparse.Namespace) -> None:
         from ffl_deploy.web.build import WebOptions, web_models, write_web
 
         write_web(
-            web_models([str(bundle.folder) for bundle in bundles]),
+            web_models([str(bundle.folder) for bundle in bundles], shown),
             web,
             WebOptions(arguments.runtime_folder),
             "--web",
@@ -230,7 +248,7 @@ def _publish(bundles: Sequence[Bundle], arguments: argparse.Namespace) -> None:
         from export.publish.space import write_space
         from ffl_deploy.web.build import WebOptions
 
-        write_space(bundles, space, arguments.space_sdk, WebOptions(arguments.runtime_folder))
+        write_space(bundles, space, arguments.space_sdk, WebOptions(arguments.runtime_folder), shown)
         static = arguments.space_sdk == "static"
         start = f"python -m http.server --directory {space}" if static else f"python {space / 'app.py'}"
         print(f"{space}: a Hugging Face Space; start it here with: {start}", flush=True)

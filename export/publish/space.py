@@ -53,18 +53,23 @@ sys.exit(run_command(main, [*bundles, "--host", address, "--port", port, *sys.ar
 
 
 def write_space(
-    bundles: Sequence[Bundle], folder: Path, sdk: Sdk = "static", options: WebOptions | None = None
+    bundles: Sequence[Bundle],
+    folder: Path,
+    sdk: Sdk = "static",
+    options: WebOptions | None = None,
+    variants: Sequence[str | None] = (None,),
 ) -> None:
     """Write the Space into `folder`, which keeps what is not part of it: git's files, a licence, pictures.
 
-    Args: sdk: which of the two forms; the other one's files go. options: of the static page.
+    Args: sdk: which of the two forms; the other one's files go. options, variants: of the static page.
     Raises UsageError where `folder` holds something that is no Space.
     """
     require_space(folder)
     with replace_folder(folder) as new:
         keep_others(folder, new, OWN | own_names())
         if sdk == "static":
-            write_page(web_models([str(bundle.folder) for bundle in bundles]), new, options)
+            models = web_models([str(bundle.folder) for bundle in bundles], variants)
+            write_page(models, new, options)
         else:
             _write_demo(bundles, new)
         write_atomically(new / "README.md", card(bundles, sdk))

@@ -341,6 +341,7 @@ def test_places_and_keys_are_looked_at_before_any_work(
         (["--space", str(project)], "holds no Space"),
         (["--sign", str(tmp_path / "no.pem")], "there is no key"),
         (["--opset", "0"], "--opset 0"),
+        (["--web", str(tmp_path / "page"), "--web-variant", "int8"], "--web-variant int8 is not among"),
     ]
     for flags, words in cases:
         assert run_command(main, [str(digits_run.folder), *flags, "--out", str(tmp_path / "out")]) == 2

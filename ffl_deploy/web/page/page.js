@@ -422,10 +422,14 @@ function openCamera() {
   at("camera").addEventListener("click", async () => {
     try {
       video.srcObject = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" } });
+      at("shoot").disabled = true; // until there is a frame to take
       at("viewfinder").hidden = false;
       await video.play();
+      at("shoot").disabled = false;
       at("shoot").focus();
     } catch (error) {
+      if (error.name === "AbortError") return; // closed before the first frame
+      close();
       refuse(`The camera cannot be used: ${error.message}.`);
     }
   });

@@ -69,6 +69,10 @@ def test_a_static_space_is_the_page_with_its_settings(
     )
     assert sorted(path.name for path in (space / "models").iterdir()) == ["branch0", "fused"]
     assert "README.md" not in json.loads((space / "files.json").read_text())
+    write_space([load_bundle(exported / "fused")], space, options=options, variants=["int8"])
+    (model,) = json.loads((space / "page.json").read_text())["models"]
+    assert (model["name"], model["variant"]) == ("fused", "int8")
+    assert (space / model["file"]).name == "model.int8.onnx"
     write_space([load_bundle(exported / "branch0")], space, "gradio")
     assert not (space / "index.html").exists()
 

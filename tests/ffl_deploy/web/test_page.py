@@ -73,14 +73,20 @@ def site(page_folder: Path, serve: Callable[..., Any]) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
+def launch() -> Iterator[Callable[..., Any]]:
+    """`launch(*flags)` -> a Chromium."""
     from playwright.sync_api import sync_playwright
 
-    flags = ["--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=flags)
-        yield browser
-        browser.close()
+        found = shutil.which("chromium")
+        yield lambda *flags: playwright.chromium.launch(executable_path=found, args=["--no-sandbox", *flags])
+
+
+@pytest.fixture(scope="module")
+def chromium(launch: Callable[..., Any]) -> Iterator[Any]:
+    browser = launch("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream")
+    yield browser
+    browser.close()
 
 
 class Opened:
@@ -512,6 +518,16 @@ def test_drop_paste_and_camera(
     assert opened.page.locator("#viewfinder").is_hidden()
 
 
+def test_no_picture_is_taken_before_the_camera_gives_one(site: Any, open_page: Callable[..., Opened]) -> None:
+    opened = open_page(site.url + PREFIX, permissions=["camera"])
+    opened.ready()
+    opened.page.evaluate("() => { HTMLMediaElement.prototype.play = () => new Promise(() => {}); }")
+    opened.page.get_by_role("button", name="Camera", exact=True).click()
+    assert opened.page.get_by_role("button", name="Take the picture").is_disabled()
+    opened.page.get_by_role("button", name="Close the camera").click()
+    assert opened.page.locator("#viewfinder").is_hidden()
+
+
 def test_the_keyboard_alone(site: Any, bundles: list[Bundle], open_page: Callable[..., Opened]) -> None:
     opened = open_page(site.url + PREFIX)
     opened.ready()
@@ -601,25 +617,19 @@ def test_a_new_build_replaces_the_kept_one(
         assert opened.page.title() == "newer on noise"
 
 
-@contextlib.contextmanager
-def chromium_with_webgpu() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    flags = ["--no-sandbox", "--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader"]
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=flags)
-        yield browser
-        browser.close()
-
-
 @pytest.mark.slow
 def test_webgpu_is_offered_where_it_keeps_the_gate(
-    bundles: list[Bundle], runtime_folder: Path, serve: Callable[..., Any], tmp_path: Path
+    bundles: list[Bundle],
+    runtime_folder: Path,
+    serve: Callable[..., Any],
+    launch: Callable[..., Any],
+    tmp_path: Path,
 ) -> None:
     write_web(
         web_models([str(bundles[0].folder)]), tmp_path / "page", WebOptions(runtime_folder, webgpu=True)
     )
-    with serve(tmp_path / "page") as served, chromium_with_webgpu() as browser:
+    software = launch("--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader")
+    with serve(tmp_path / "page") as served, contextlib.closing(software) as browser:
         opened = Opened(browser.new_context(viewport=DESKTOP), served.url)
         assert "keeps every gate" in opened.ready()
         note = opened.page.inner_text("#webgpu-note")
