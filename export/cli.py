@@ -33,6 +33,10 @@ def parser() -> Parser:
             "Exit code 1: a gate did not hold and no bundle of that target was written, or no artefact keeps "
             "the limits. 2: the run or the flags cannot be used."
         ),
+        examples=(
+            "ffl-export runs/quickstart --target fused --target branch0",
+            "ffl-export runs/quickstart --target all --precision int8",
+        ),
     )
     parser.add_argument(
         "run", metavar="RUN", nargs="?", help="the run directory (default: the newest under runs/)"
@@ -46,84 +50,92 @@ def parser() -> Parser:
             "best checkpoint was chosen by)"
         ),
     )
+    parser.add_argument("--checkpoint", default="best", metavar="NAME", help="best (default), last or ema")
     parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="receives one folder per target (default: bundles/RUN)"
+    )
+
+    variants = parser.add_argument_group("which files are written, and on what they are verified")
+    variants.add_argument(
         "--precision",
         action="append",
         choices=PRECISIONS,
         help="further variants beside fp32; may be repeated",
     )
-    parser.add_argument(
+    variants.add_argument(
         "--runtime",
         action="append",
         choices=[name for name, runtime in RUNTIMES.items() if runtime.reads == ".onnx"],
         help="verify and measure every ONNX variant here too; may be repeated",
     )
-    parser.add_argument(
+    variants.add_argument(
         "--tensorrt", action="store_true", help="build TensorRT engines from the suitable variants"
     )
-    parser.add_argument(
+    variants.add_argument(
         "--compute-capability",
         action="append",
         metavar="X.Y",
         help="GPUs to build engines for, for example 8.9; may be repeated",
     )
-    parser.add_argument("--checkpoint", default="best", metavar="NAME", help="best (default), last or ema")
-    parser.add_argument("--opset", type=int, metavar="N", help="ONNX opset")
-    parser.add_argument(
+    variants.add_argument(
+        "--golden", type=Path, metavar="DIR", help="take the golden images from here, not from the run's data"
+    )
+
+    graph = parser.add_argument_group("the graph")
+    graph.add_argument("--opset", type=int, metavar="N", help="ONNX opset")
+    graph.add_argument(
         "--batch", default="dynamic", metavar="dynamic|N", help="batch size of the graph (default: dynamic)"
     )
     for output in FURTHER_OUTPUTS.values():
-        parser.add_argument(f"--{output.name}", action="store_true", help=f"further output: {output.help}")
-    parser.add_argument(
-        "--triton", type=Path, metavar="DIR", help="add the bundles to a Triton model repository"
-    )
-    parser.add_argument(
-        "--web", type=Path, metavar="DIR", help="write a static page that classifies in the visitor's browser"
-    )
-    parser.add_argument(
-        "--web-variant",
-        action="append",
-        metavar="NAME",
-        help="which files that page has (default: fp32); may be repeated",
-    )
-    parser.add_argument(
-        "--space", type=Path, metavar="DIR", help="write a Hugging Face Space with the bundles"
-    )
-    parser.add_argument(
-        "--space-sdk",
-        choices=("static", "gradio"),
-        default="static",
-        help="the Space is that page (default), or the demo",
-    )
-    parser.add_argument(
-        "--runtime-folder",
-        type=Path,
-        metavar="DIR",
-        help="onnxruntime-web for the page, instead of downloading it with npm",
-    )
-    parser.add_argument(
+        graph.add_argument(f"--{output.name}", action="store_true", help=f"further output: {output.help}")
+
+    forms = parser.add_argument_group("other forms of the bundles")
+    forms.add_argument(
         "--sign",
         type=Path,
         metavar="PEM",
         help="sign each bundle with this private key (TARGET.sig beside it)",
     )
-    parser.add_argument(
-        "--golden", type=Path, metavar="DIR", help="take the golden images from here, not from the run's data"
+    forms.add_argument(
+        "--triton", type=Path, metavar="DIR", help="add the bundles to a Triton model repository"
     )
-    parser.add_argument(
-        "--max-latency-ms", type=float, metavar="X", help="report: recommend nothing slower (p50, one image)"
+    forms.add_argument(
+        "--web", type=Path, metavar="DIR", help="write a static page that classifies in the visitor's browser"
     )
-    parser.add_argument(
-        "--min-accuracy", type=float, metavar="X", help="report: recommend nothing less accurate (0 to 1)"
+    forms.add_argument(
+        "--web-variant",
+        action="append",
+        metavar="NAME",
+        help="which files that page has (default: fp32); may be repeated",
     )
-    parser.add_argument("--max-bytes", type=int, metavar="N", help="report: recommend no larger file")
-    parser.add_argument(
+    forms.add_argument(
+        "--space", type=Path, metavar="DIR", help="write a Hugging Face Space with the bundles"
+    )
+    forms.add_argument(
+        "--space-sdk",
+        choices=("static", "gradio"),
+        default="static",
+        help="the Space is that page (default), or the demo",
+    )
+    forms.add_argument(
+        "--runtime-folder",
+        type=Path,
+        metavar="DIR",
+        help="onnxruntime-web for the page, instead of downloading it with npm",
+    )
+
+    report = parser.add_argument_group("the report that recommends one (with --target all, or any of these)")
+    report.add_argument(
+        "--max-latency-ms", type=float, metavar="X", help="recommend nothing slower (p50, one image)"
+    )
+    report.add_argument(
+        "--min-accuracy", type=float, metavar="X", help="recommend nothing less accurate (0 to 1)"
+    )
+    report.add_argument("--max-bytes", type=int, metavar="N", help="recommend no larger file")
+    report.add_argument(
         "--report-only",
         action="store_true",
         help="write the report over the bundles in --out; export nothing",
-    )
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="receives one folder per target (default: bundles/RUN)"
     )
     return parser
 

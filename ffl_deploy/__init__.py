@@ -7,11 +7,12 @@ bundle.predict(["photo.jpg"])[0].label
 
 from typing import TYPE_CHECKING, Any
 
+from ffl_deploy.version import __version__
+
 if TYPE_CHECKING:
     from ffl_deploy.bundle import Bundle, Prediction, load_bundle
 
-__all__ = ["Bundle", "Prediction", "load_bundle"]
-__version__ = "0.1.0"
+__all__ = ["Bundle", "Prediction", "__version__", "load_bundle"]
 
 
 def __getattr__(name: str) -> Any:

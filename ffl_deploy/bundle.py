@@ -20,7 +20,7 @@ import numpy as np
 
 from ffl_deploy.bundle_files import AUTO, BundleFiles, GoldenSamples, write_golden
 from ffl_deploy.errors import CheckError, UsageError
-from ffl_deploy.files import shown, write_atomically
+from ffl_deploy.files import did_you_mean, shown, write_atomically
 from ffl_deploy.manifest import (
     MANIFEST,
     SCHEMA,
@@ -187,6 +187,7 @@ def load_bundle(folder: str | os.PathLike[str]) -> Bundle:
     if not folder.is_dir():
         raise UsageError(
             f"{shown(folder)} is not a folder; give the folder that ffl-export wrote (it holds {MANIFEST})."
+            f"{did_you_mean(shown(folder))}"
         )
     if not (folder / MANIFEST).is_file():
         inside = sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST}"))

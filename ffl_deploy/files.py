@@ -7,6 +7,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,6 +25,17 @@ def shown(path: str | os.PathLike[str]) -> str:
     as people type it."""
     text, here = os.fspath(path), os.path.join(os.getcwd(), "")
     return text[len(here) :] if text.startswith(here) and len(text) > len(here) else text
+
+
+def did_you_mean(path: str | os.PathLike[str]) -> str:
+    """-> " Did you mean 'photos'?" where a neighbour of a path that does not exist has nearly its name,
+    else nothing."""
+    parent, name = os.path.split(os.path.normpath(os.fspath(path)))
+    try:
+        near = get_close_matches(name, os.listdir(parent or "."), n=1)
+    except OSError:
+        return ""
+    return f" Did you mean {os.path.join(parent, near[0])!r}?" if near else ""
 
 
 @contextlib.contextmanager

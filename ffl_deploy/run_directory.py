@@ -17,7 +17,7 @@ import numpy as np
 from ffl_deploy.arrays import read_arrays
 from ffl_deploy.data.datasets import DataSpec
 from ffl_deploy.errors import CheckError, UsageError
-from ffl_deploy.files import existing_folder
+from ffl_deploy.files import did_you_mean, existing_folder
 from ffl_deploy.preprocessing import Preprocessing
 
 SCHEMA = 1
@@ -97,7 +97,7 @@ class Run:
         if folder is None:
             raise UsageError(
                 f"{self.folder} has no checkpoint {name!r}; train it first, or continue it with: "
-                f"python -m train.run --resume {self.folder}"
+                f"ffl-train --resume {self.folder}"
             )
         return folder
 
@@ -125,7 +125,7 @@ class Run:
         if not path.is_file():
             raise UsageError(
                 f"{self.folder} has no {REFERENCE}, which training writes at its end; finish it with: "
-                f"python -m train.run --resume {self.folder}"
+                f"ffl-train --resume {self.folder}"
             )
         return read_arrays(path, ("images", "labels", "indices"))
 
@@ -136,12 +136,10 @@ def load_run(folder: str | os.PathLike[str]) -> Run:
     path = Path(folder)
     if not path.is_dir():
         raise UsageError(
-            f"there is no run directory {path}; train one with: python -m train.run --out {path}"
+            f"there is no run directory {path}.{_elsewhere(path)} Train one with: ffl-train --out {path}"
         )
     if not (path / CONFIG).is_file():
-        raise UsageError(
-            f"{path} is not a run directory (no {CONFIG}); give one that python -m train.run wrote."
-        )
+        raise UsageError(f"{path} is not a run directory (no {CONFIG}); give one that ffl-train wrote.")
     try:
         config = msgspec.json.decode((path / CONFIG).read_bytes(), type=RunConfig)
     except msgspec.DecodeError as error:
@@ -153,10 +151,16 @@ def load_run(folder: str | os.PathLike[str]) -> Run:
     return Run(path, config)
 
 
+def _elsewhere(path: Path) -> str:
+    """-> where a run of that name does lie, if anywhere: p2 is runs/p2."""
+    inside = Path("runs") / path
+    return f" Did you mean {str(inside)!r}?" if (inside / CONFIG).is_file() else did_you_mean(path)
+
+
 def newest_run(parent: str | os.PathLike[str] = "runs") -> Path:
     """-> the run under `parent` whose configuration was written last.
     Raises UsageError where there is none."""
     configs = sorted(Path(parent).glob(f"*/{CONFIG}"), key=lambda path: (path.stat().st_mtime, path))
     if not configs:
-        raise UsageError(f"there is no run under {parent}/; train one with: python -m train.run")
+        raise UsageError(f"there is no run under {parent}/; train one with: ffl-train")
     return configs[-1].parent

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ffl_deploy.errors import CheckError, UsageError
+from ffl_deploy.installed import missing
 
 
 def signature_path(folder: Path) -> Path:
@@ -71,7 +72,5 @@ def _module(name: str) -> Any:
         import model_signing.signing
         import model_signing.verifying
     except ImportError as error:
-        raise UsageError(
-            "OpenSSF model-signing is not installed; run: pip install 'ffl-deploy[signing]'."
-        ) from error
+        raise missing("model_signing") from error
     return getattr(model_signing, name)

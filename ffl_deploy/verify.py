@@ -18,7 +18,7 @@ import numpy as np
 from ffl_deploy.bundle import Bundle, load_bundle
 from ffl_deploy.bundle_files import AUTO
 from ffl_deploy.command import Parser, run_command
-from ffl_deploy.errors import DONE, CheckError, OtherMachine, UsageError
+from ffl_deploy.errors import DONE, CheckError, FflError, OtherMachine, UsageError
 from ffl_deploy.files import shown
 from ffl_deploy.manifest import MANIFEST, Variant
 from ffl_deploy.parity import ParityRecord
@@ -137,10 +137,21 @@ def summary(record: ParityRecord) -> str:
 def main(argv: Sequence[str]) -> int:
     parser = Parser(
         prog="ffl-verify",
-        description="Check a bundle: schema, every hash, and the golden samples on this machine's runtime.",
+        description="Check bundles: schema, every hash, and the golden samples on this machine's runtime.",
+        epilog=(
+            "Exit code 1: a check of some bundle did not hold (the others are checked all the same). "
+            "2: a bundle or a flag cannot be used."
+        ),
+        examples=(
+            "ffl-verify bundles/quickstart/fused",
+            "ffl-verify bundles/quickstart/* --runtime openvino",
+        ),
     )
     parser.add_argument(
-        "bundle", metavar="BUNDLE", help="the folder that ffl-export wrote (it holds bundle.json)"
+        "bundles",
+        metavar="BUNDLE",
+        nargs="+",
+        help="a folder that ffl-export wrote (it holds bundle.json)",
     )
     parser.add_argument(
         "--variant", metavar="NAME", help="one variant, or auto: the fastest that holds here (default: all)"
@@ -152,13 +163,21 @@ def main(argv: Sequence[str]) -> int:
         "--public-key", type=Path, metavar="PEM", help="also check the bundle's signature (BUNDLE.sig)"
     )
     arguments = parser.parse_args(argv)
-    bundle = load_bundle(arguments.bundle)
-    if arguments.public_key:
-        check_signature(bundle.folder, arguments.public_key)
-        print(f"{arguments.bundle}: signed by the owner of {arguments.public_key}", flush=True)
-    for line in verify(bundle, arguments.variant, arguments.runtime):
-        print(line, flush=True)
-    return DONE
+    bundles = [load_bundle(folder) for folder in arguments.bundles]
+    code = DONE
+    for bundle in bundles:
+        try:
+            if arguments.public_key:
+                check_signature(bundle.folder, arguments.public_key)
+                print(f"{shown(bundle.folder)}: signed by the owner of {arguments.public_key}", flush=True)
+            for line in verify(bundle, arguments.variant, arguments.runtime):
+                print(line, flush=True)
+        except FflError as error:
+            if len(bundles) == 1:
+                raise
+            print(f"ffl-verify: error: {error}", file=sys.stderr, flush=True)
+            code = code or error.exit_code
+    return code
 
 
 def entry() -> None:

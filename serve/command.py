@@ -12,17 +12,28 @@ from ffl_deploy.runtime import RUNTIMES
 from serve.server.settings import Limits, ModelSpec, Settings
 
 
-def parse_arguments(argv: Sequence[str], program: str = "ffl-serve") -> Settings:
-    """-> Settings. Raises UsageError for values that cannot be served."""
+def build_parser(demo_alone: bool = False) -> Parser:
+    """-> the flags of `ffl-serve`, or of `python -m serve.demo`, which serves the demo and nothing else."""
     parser = Parser(
-        prog=program,
+        prog="python -m serve.demo" if demo_alone else "ffl-serve",
         description=(
-            "Serve bundles: a demo at /, the Open Inference Protocol v2 at /v2, Prometheus metrics at "
-            "/metrics."
+            "Serve the demo page of bundles at /, with health checks and metrics; no inference protocol."
+            if demo_alone
+            else (
+                "Serve bundles: a demo at /, pictures to labels at /classify, the Open Inference Protocol v2 "
+                "at /v2, Prometheus metrics at /metrics."
+            )
         ),
         epilog="SIGTERM drains: requests in flight are answered, then exit code 0. See docs/serving.md.",
+        examples=(
+            ("python -m serve.demo bundles/quickstart/fused", "python -m serve.demo examples/cifar100/*")
+            if demo_alone
+            else (
+                "ffl-serve bundles/quickstart/fused bundles/quickstart/branch0",
+                "ffl-serve digits=bundles/quickstart/fused --port 8000 --variant auto --no-demo",
+            )
+        ),
     )
-    # what is served, and where
     parser.add_argument(
         "bundles",
         nargs="+",
@@ -30,76 +41,102 @@ def parse_arguments(argv: Sequence[str], program: str = "ffl-serve") -> Settings
         help="a bundle folder, served under its folder's name or as NAME",
     )
     parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on (default: this machine only)"
+        "--host",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="address to listen on (default: this machine only)",
     )
-    parser.add_argument("--port", type=int, default=7860, help="0 takes any free port (default: 7860)")
-
-    # how it is computed
     parser.add_argument(
+        "--port", type=int, default=7860, metavar="N", help="0 takes any free port (default: 7860)"
+    )
+    if not demo_alone:
+        parser.add_argument(
+            "--no-demo", action="store_true", help="the protocols alone, without importing Gradio"
+        )
+
+    computing = parser.add_argument_group("how it is computed")
+    computing.add_argument(
         "--variant",
+        metavar="NAME",
         help="variant of every bundle, such as int8; auto: the fastest that holds here (default: fp32)",
     )
-    parser.add_argument(
-        "--runtime", choices=sorted(RUNTIMES), help="default: the one that the variant was verified with"
+    computing.add_argument(
+        "--runtime",
+        choices=sorted(RUNTIMES),
+        metavar="NAME",
+        help="onnxruntime, openvino, ... (default: the one that the variant was verified with)",
     )
-    parser.add_argument(
-        "--threads", type=positive, help="threads of one run (default: the cores, shared among the workers)"
+    computing.add_argument(
+        "--threads",
+        type=positive,
+        metavar="N",
+        help="threads of one run (default: the cores, shared among the workers)",
     )
-    parser.add_argument(
+    computing.add_argument(
         "--workers",
         type=positive,
         default=2,
+        metavar="N",
         help="runs of one model at a time; 1 answers a lone request soonest (default: 2)",
     )
-    parser.add_argument(
-        "--max-batch", type=positive, default=32, help="images in one run of a model (default: 32)"
+    computing.add_argument(
+        "--max-batch",
+        type=positive,
+        default=32,
+        metavar="N",
+        help="images in one run of a model (default: 32)",
     )
 
-    # bounds, and who may come in
-    parser.add_argument(
+    bounds = parser.add_argument_group("bounds, and who may come in")
+    bounds.add_argument(
         "--max-queue",
         type=positive,
         default=Limits.queued_images,
-        help="images that may wait for one model; more get 503",
+        metavar="N",
+        help="images that may wait for one model; more get 503 (default: %(default)s)",
     )
-    parser.add_argument(
+    bounds.add_argument(
         "--max-body-mib",
         type=positive,
         default=Limits.body_bytes >> 20,
-        help="largest /v2 request (default: 32)",
+        metavar="MIB",
+        help="largest request (default: %(default)s)",
     )
-    parser.add_argument(
+    bounds.add_argument(
         "--token-file",
         type=Path,
+        metavar="FILE",
         help="file with a secret: clients send it as bearer token, browsers as password",
     )
-    parser.add_argument(
+    bounds.add_argument(
         "--allow-host",
         action="append",
         default=[],
         metavar="NAME",
-        help="a further Host name clients use (repeatable)",
+        help="a further Host name clients use; may be repeated",
     )
 
-    # its end, and what it logs
-    parser.add_argument(
+    ending = parser.add_argument_group("its end, and what it logs")
+    ending.add_argument(
         "--drain",
         type=float,
         default=1.0,
         metavar="SECONDS",
         help="from 'not ready' to closing the port (default: 1)",
     )
-    parser.add_argument(
+    ending.add_argument(
         "--shutdown", type=float, default=30.0, metavar="SECONDS", help="for requests in flight (default: 30)"
     )
-    parser.add_argument("--access-log", action="store_true", help="log every request, not only refused ones")
-    parser.add_argument(
+    ending.add_argument("--access-log", action="store_true", help="log every request, not only refused ones")
+    ending.add_argument(
         "--log-format", choices=("json", "text"), help="default: text on a terminal, else json"
     )
+    return parser
 
-    parser.add_argument("--no-demo", action="store_true", help="the protocol alone, without importing Gradio")
 
-    given = parser.parse_args(argv)
+def parse_arguments(argv: Sequence[str], demo_alone: bool = False) -> Settings:
+    """-> Settings. Raises UsageError for values that cannot be served."""
+    given = build_parser(demo_alone).parse_args(argv)
     if not 0 <= given.port <= 65535:
         raise UsageError(f"--port is {given.port}; it has to be from 0 to 65535.")
     if given.drain < 0 or given.shutdown < 0:
@@ -108,7 +145,8 @@ def parse_arguments(argv: Sequence[str], program: str = "ffl-serve") -> Settings
         models=tuple(ModelSpec.parse(text, given.variant) for text in given.bundles),
         host=given.host,
         port=given.port,
-        demo=not given.no_demo,
+        demo=demo_alone or not given.no_demo,
+        protocol=not demo_alone,
         runtime=given.runtime,
         threads=given.threads,
         max_batch=given.max_batch,
@@ -126,6 +164,11 @@ def parse_arguments(argv: Sequence[str], program: str = "ffl-serve") -> Settings
 def _read_token(path: Path) -> str:
     try:
         token = path.read_text(encoding="ascii").strip()
+    except OSError as error:
+        raise UsageError(
+            f"--token-file {path} cannot be read ({(error.strerror or str(error)).lower()}); "
+            "give a file that holds a secret."
+        ) from None
     except UnicodeDecodeError:
         raise UsageError(
             f"{path} holds more than plain text; make a secret of text, for example with: openssl rand -hex "

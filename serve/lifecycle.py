@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import socket
 import threading
@@ -118,6 +119,11 @@ def run_until_signal(settings: Settings, create_app: CreateApp) -> None:
         raise service.failure
 
 
+def words_of(error: OSError) -> str:
+    """-> the system's words for it; asyncio and socket add the address, which the sentence has already."""
+    return os.strerror(error.errno).lower() if error.errno else str(error)
+
+
 def open_port(host: str, port: int) -> socket.socket:
     """-> a bound socket. Raises UsageError when the address cannot be had."""
     try:
@@ -128,5 +134,5 @@ def open_port(host: str, port: int) -> socket.socket:
         raise UsageError(f"--host {host!r} is no address of this machine ({reason}).") from error
     except OSError as error:
         raise UsageError(
-            f"cannot listen on {host}:{port} ({error.strerror}); choose another with --port or --host."
+            f"cannot listen on {host}:{port} ({words_of(error)}); choose another with --port or --host."
         ) from error

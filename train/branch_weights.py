@@ -20,11 +20,18 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser(
         prog="python -m train.branch_weights",
         description="Write one branch under the names of the library that its backbone comes from.",
+        examples=(
+            "python -m train.branch_weights runs/quickstart --out branch0.safetensors",
+            "python -m train.branch_weights runs/quickstart --branch 1 --out branch1.safetensors",
+        ),
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
     parser.add_argument("--branch", type=int, default=0, metavar="K", help="which branch (default: 0)")
     parser.add_argument(
-        "--checkpoint", choices=("best", "last", "ema"), default="best", help="(default: best)"
+        "--checkpoint",
+        choices=("best", "last", "ema"),
+        default="best",
+        help="which weights (default: best)",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.safetensors", help="file to write")
     arguments = parser.parse_args(argv)

@@ -18,10 +18,16 @@ from train.comparison.plan import CompareOptions, PlannedRun, plan
 from train.config import TrainConfig
 from train.flags import Flags, override
 
+PROGRAM = "python -m train.compare"
+EXAMPLES = (
+    "python -m train.compare --methods ffl,vanilla --seeds 3 --epochs 5",
+    "python -m train.compare --data photos --out runs/photos-compared",
+)
+
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; -> exit code."""
-    flags = Flags("python -m train.compare", CompareOptions(), others=TrainConfig())
+    flags = Flags(PROGRAM, CompareOptions(), others=TrainConfig(), examples=EXAMPLES)
     typed = flags.typed(argv)
     if typed.pop("help", False):
         flags.show_help()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
-from difflib import get_close_matches
 from inspect import getdoc
 from pathlib import Path
 from types import NoneType
@@ -35,19 +34,18 @@ class Flags(Parser):
     --help is silent about them.
     """
 
-    def __init__(self, prog: str, options: Any, others: Any = None) -> None:
+    def __init__(self, prog: str, options: Any, others: Any = None, examples: Sequence[str] = ()) -> None:
         super().__init__(
-            prog=prog, description=getdoc(type(options)), usage="%(prog)s [-h] [OPTIONS]",
+            prog=prog, description=getdoc(type(options)), usage="%(prog)s [-h] [OPTIONS]", examples=examples,
             add_help=False, allow_abbrev=False, exit_on_error=False, argument_default=argparse.SUPPRESS,
         )  # fmt: skip
         self.spellings: list[str] = []
-        general = self.add_argument_group("options")
-        general.add_argument("-h", "--help", action="store_true", help="show this help message and exit")
-        self.add_options(options, general)
+        self.add_argument("-h", "--help", action="store_true", help="show this help message and exit")
+        self.add_options(options, self)
         if others is not None:
             self.add_options(others, None)
 
-    def add_options(self, options: Any, shown: argparse._ArgumentGroup | None, prefix: str = "") -> None:
+    def add_options(self, options: Any, shown: argparse._ActionsContainer | None, prefix: str = "") -> None:
         """A flag for each field of `options`; a field that
         is a dataclass itself becomes a group of --help."""
         kinds = get_type_hints(type(options))
@@ -73,23 +71,15 @@ class Flags(Parser):
             self.spellings += added.option_strings
 
     def typed(self, argv: Sequence[str]) -> Typed:
-        """Raises UsageError for flags that do not exist and values that do not fit;
-        --batch_size is --batch-size too."""
+        """Raises UsageError for flags that do not exist and values that do not fit."""
         try:
-            found, unknown = self.parse_known_args([_with_dashes(word) for word in argv])
+            found, unknown = self.parse_known_args(argv)
         except argparse.ArgumentError as error:
-            message = error.message.rstrip(".")
-            raise UsageError(
-                f"Error parsing {error.argument_name}: {message}. See {self.prog} --help."
-            ) from None
+            self.error(f"{error.argument_name}: {error.message.rstrip('.')}")
         if unknown:
-            near = [
-                name
-                for word in unknown
-                for name in get_close_matches(word.partition("=")[0], self.spellings, n=1)
-            ]
-            hint = f" Did you mean {near[0]}?" if near else ""
-            raise UsageError(f"Unrecognized options: {', '.join(unknown)}.{hint} See {self.prog} --help.")
+            folder = next((word for word in unknown if Path(word).is_dir()), None)
+            hint = f". Did you mean --data {folder}?" if folder and "--data" in self.spellings else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
         return {
             name: tuple(value) if isinstance(value, list) else value for name, value in vars(found).items()
         }
@@ -149,12 +139,8 @@ def help_text(about: Help, value: Any) -> str:
     """-> the option's line of --help; what is absent by default says so itself."""
     shown = ",".join(value) if value and isinstance(value, tuple) and isinstance(value[0], str) else value
     shown = " ".join(map(str, shown)) if isinstance(shown, tuple) else shown
+    shown = f"{shown:.3g}" if isinstance(shown, float) else shown
     return (about.text if value is None else f"{about.text} (default: {shown})").replace("%", "%%")
-
-
-def _with_dashes(word: str) -> str:
-    flag, equals, value = word.partition("=")
-    return flag.replace("_", "-") + equals + value if word.startswith("--") else word
 
 
 def override(options: T, typed: Mapping[str, Any]) -> T:

@@ -62,6 +62,10 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser(
         prog="python -m train.import_official",
         description="Turn a pair of checkpoints of FFL's official code into a run that ffl-export takes.",
+        examples=(
+            "python -m train.import_official Model_299.pth Module_299.pth --out runs/official",
+            "python -m train.import_official Model_299.pth Module_299.pth --out runs/mine --data photos",
+        ),
     )
     parser.add_argument("model", type=Path, metavar="Model_N.pth", help="the two branches")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""`python -m train.run` (also `ffl-train`): flags -> TrainConfig -> a finished run directory.
+"""`ffl-train` (also `python -m train.run`): flags -> TrainConfig -> a finished run directory.
 torch comes after parsing."""
 
 from __future__ import annotations
@@ -14,7 +14,12 @@ from train.flags import Flags, configure, starting_point
 from train.options import flatten, options_to_json
 from train.recipes import RECIPES
 
-PROGRAM = "python -m train.run"
+PROGRAM = "ffl-train"
+EXAMPLES = (
+    "ffl-train --out runs/digits",
+    "ffl-train --data photos --branches torchvision:resnet18,torchvision:resnet18 --pretrained",
+    "ffl-train --resume runs/digits",
+)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -24,7 +29,9 @@ def main(argv: Sequence[str]) -> int:
         print_recipes()
         return 0
     if typed.pop("help", False):
-        Flags(PROGRAM, starting_point(typed)).show_help()  # with the defaults of what was chosen
+        Flags(
+            PROGRAM, starting_point(typed), examples=EXAMPLES
+        ).show_help()  # with the defaults of what was chosen
     config = configure(typed)
     from train.session import run_training  # torch takes seconds to import, which --help should not wait for
 

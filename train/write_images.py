@@ -17,7 +17,14 @@ from ffl_deploy.files import replace_folder
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; -> exit code."""
-    parser = Parser(prog="python -m train.write_images", description=__doc__)
+    parser = Parser(
+        prog="python -m train.write_images",
+        description=(__doc__ or "").partition(": ")[2],
+        examples=(
+            "python -m train.write_images digits",
+            "python -m train.write_images photos --data cifar100 --part train",
+        ),
+    )
     parser.add_argument(
         "folder", type=Path, metavar="DIR", help="folder to write; one that this command wrote is replaced"
     )
@@ -26,7 +33,10 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--data-root", type=Path, help="where CIFAR's own files lie")
     parser.add_argument(
-        "--part", choices=("train", "validation", "test"), default="test", help="(default: test)"
+        "--part",
+        choices=("train", "validation", "test"),
+        default="test",
+        help="which split (default: test)",
     )
     arguments = parser.parse_args(argv)
     require_own(arguments.folder)

@@ -18,6 +18,7 @@ from typing import Literal
 from ffl_deploy.bundle import Bundle
 from ffl_deploy.errors import UsageError
 from ffl_deploy.files import replace_folder, write_atomically
+from ffl_deploy.installed import install_command
 from ffl_deploy.web.build import WebOptions, is_page, keep_others, own_names, web_models, write_page
 
 PACKAGES = ("ffl_deploy", "serve")
@@ -114,8 +115,7 @@ def _source(package: str) -> Path:
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise UsageError(
-            f"--space needs the package {package}; install ffl-deploy completely: pip install "
-            "'ffl-deploy[all]'."
+            f"--space needs the package {package}; install ffl-deploy completely: {install_command('all')}."
         )
     return Path(next(iter(spec.submodule_search_locations)))
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from ffl_deploy.errors import CheckError, UsageError
 from ffl_deploy.files import sha256_of, write_atomically, write_json
+from ffl_deploy.installed import missing
 from ffl_deploy.manifest import EngineRecord
 from ffl_deploy.runtime.tensorrt_runtime import (
     checked,
@@ -45,10 +46,7 @@ def installed_flavour() -> str:
     for flavour in ("tensorrt", "tensorrt_rtx"):
         if importlib.util.find_spec(flavour) is not None:
             return flavour
-    raise UsageError(
-        "--tensorrt needs TensorRT; run: pip install 'ffl-deploy[tensorrt]' (data-centre and all GPUs) or "
-        "'ffl-deploy[tensorrt-rtx]' (GeForce and RTX; builds without a GPU)."
-    )
+    raise missing("tensorrt", "take the extra tensorrt-rtx (GeForce and RTX; it builds without a GPU)")
 
 
 def build_engine(source: Path, path: Path, height: int, width: int, options: EngineOptions) -> EngineRecord:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from ffl_deploy.data.splits import FileSplit, Paths, Problems, Split, in_threads, read_readable, stratified
 from ffl_deploy.errors import UsageError
-from ffl_deploy.files import shown
+from ffl_deploy.files import did_you_mean, shown
 from ffl_deploy.images import FORMATS, MAX_PIXELS, SUFFIXES, ImageError, load
 from ffl_deploy.preprocessing import Preprocessing
 
@@ -115,7 +115,7 @@ def find_parts(root: Path) -> dict[str, Path]:
     if not root.is_dir():
         raise UsageError(
             f"--data {shown(root)}: there is no such folder; give a folder with train/CLASS/* and "
-            "test/CLASS/*, or one of digits, cifar10, cifar100."
+            f"test/CLASS/*, or one of digits, cifar10, cifar100.{did_you_mean(shown(root))}"
         )
     has = {name for name in ("train", "test", "val") if (root / name).is_dir()}
     if "train" not in has or not has & {"test", "val"}:

@@ -6,6 +6,7 @@ classifier of this project is global average pooling and one linear layer on the
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -71,10 +72,19 @@ def build_backbone(name: str, height: int, width: int, pretrained: bool = False)
             for stage in stages:
                 initialise(stage)
             return Backbone(name, tuple(stages))
-    raise UsageError(
-        f"there is no backbone {name!r}. "
-        f"{choices_sentence(name, [*backbone_names(), 'torchvision:NAME', 'timm:NAME'])}"
-    )
+    raise UsageError(f"there is no backbone {name!r}. {known_backbones(name)}")
+
+
+def known_backbones(name: str) -> str:
+    """-> what can be named instead of `name`: a library's network of that very name comes first."""
+    from ffl_deploy.networks.library import LIBRARIES, library_names
+
+    known = [*backbone_names(), "torchvision:NAME", "timm:NAME"]
+    for library in LIBRARIES:
+        with contextlib.suppress(UsageError):  # not installed
+            if name in library_names(library):
+                return f"Did you mean '{library}:{name}'? Known: {', '.join(known)}."
+    return choices_sentence(name, known)
 
 
 def initialise(module: nn.Module) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ffl_deploy.errors import UsageError
+from ffl_deploy.installed import missing
 from ffl_deploy.networks.stages import (
     Permute,
     Visit,
@@ -28,6 +29,7 @@ from ffl_deploy.networks.stages import (
     units_of,
 )
 
+LIBRARIES = ("torchvision", "timm")
 # What torchvision calls the modules after the feature map.
 _HEADS = ("avgpool", "dropout", "classifier", "fc", "head", "heads")
 # Sides of the noise image: large enough for a map of several pixels; some networks take their own size only.
@@ -55,7 +57,7 @@ def build_model(
 ) -> nn.Module:
     """-> the library's own model, with a classifier for `classes` where they are given. Raises UsageError."""
     library, _, model = name.partition(":")
-    known = _known_names(library)
+    known = library_names(library)
     if model.partition(".")[0] not in known:  # timm names may end in .TAG, which selects published weights
         near = get_close_matches(model, known, n=3)
         hint = (
@@ -84,7 +86,8 @@ def build_model(
         ) from error
 
 
-def _known_names(library: str) -> Sequence[str]:
+def library_names(library: str) -> Sequence[str]:
+    """-> the networks that one of LIBRARIES can build. Raises UsageError where it is not installed."""
     try:
         if library == "torchvision":
             from torchvision import models
@@ -94,9 +97,7 @@ def _known_names(library: str) -> Sequence[str]:
 
         return timm.list_models()
     except ImportError as error:
-        raise UsageError(
-            f"{library} is not installed; install it with: pip install 'ffl-deploy[train]'"
-        ) from error
+        raise missing(library) from error
 
 
 def _torchvision_model(name: str, classes: int | None, pretrained: bool) -> nn.Module:

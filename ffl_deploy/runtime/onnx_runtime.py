@@ -15,6 +15,7 @@ import numpy as np
 
 from ffl_deploy.errors import CheckError, UsageError
 from ffl_deploy.host import available_cores
+from ffl_deploy.installed import install_command, missing
 from ffl_deploy.runtime.session import Outputs, Session, outputs_from
 
 
@@ -99,8 +100,8 @@ def require_provider(runtime: str) -> Provider:
     if provider.name not in ort.get_available_providers():
         raise UsageError(
             f"this ONNX Runtime {ort.__version__} has no {provider.name} (it has "
-            f"{', '.join(ort.get_available_providers())}); run: pip install 'ffl-deploy[gpu]' instead of "
-            "[cpu]."
+            f"{', '.join(ort.get_available_providers())}); run: pip uninstall onnxruntime, then "
+            f"{install_command('gpu')}."
         )
     return provider
 
@@ -112,9 +113,7 @@ def import_onnxruntime() -> Any:
     try:
         import onnxruntime
     except ImportError as error:
-        raise UsageError(
-            "ONNX Runtime is not installed; run: pip install 'ffl-deploy[cpu]' (or [gpu])."
-        ) from error
+        raise missing("onnxruntime", "with an NVIDIA GPU take the extra gpu") from error
     load_cuda(onnxruntime)
     return onnxruntime
 

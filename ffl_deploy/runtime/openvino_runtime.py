@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from ffl_deploy.errors import CheckError, UsageError
+from ffl_deploy.errors import CheckError
 from ffl_deploy.host import available_cores
+from ffl_deploy.installed import missing
 from ffl_deploy.runtime.session import Outputs, Session, outputs_from
 
 HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
@@ -92,5 +93,5 @@ def import_openvino() -> Any:
     try:
         import openvino
     except ImportError as error:
-        raise UsageError("OpenVINO is not installed; run: pip install 'ffl-deploy[openvino]'.") from error
+        raise missing("openvino") from error
     return openvino

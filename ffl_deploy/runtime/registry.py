@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ffl_deploy.errors import UsageError, choices_sentence
+from ffl_deploy.installed import missing
 from ffl_deploy.manifest import Manifest, Variant
 from ffl_deploy.runtime.onnx_runtime import PROVIDERS, OnnxRuntimeSession, require_provider
 from ffl_deploy.runtime.onnx_wire import refuse_external_data
@@ -57,9 +58,8 @@ def _tensorrt(model: Path, variant: Variant, threads: int | None) -> Session:
 
 def _require_openvino() -> None:
     if importlib.util.find_spec("openvino") is None:
-        raise UsageError(
-            "OpenVINO is not installed; run: pip install 'ffl-deploy[openvino]', or leave --runtime openvino "
-            "and --precision bf16, which is verified on it, out."
+        raise missing(
+            "openvino", "leave --runtime openvino and --precision bf16, which is verified on it, out"
         )
 
 
@@ -67,9 +67,7 @@ def _require_tensorrt() -> None:
     from ffl_deploy.runtime.tensorrt_runtime import EXTRAS
 
     if not any(importlib.util.find_spec(flavour) for flavour in EXTRAS):
-        raise UsageError(
-            "TensorRT is not installed; run: pip install 'ffl-deploy[tensorrt]' (or [tensorrt-rtx])."
-        )
+        raise missing("tensorrt", "on GeForce and RTX take the extra tensorrt-rtx")
 
 
 RUNTIMES = {

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ffl_deploy.errors import CheckError, OtherMachine, UsageError
+from ffl_deploy.installed import missing
 from ffl_deploy.manifest import EngineRecord, Variant
 from ffl_deploy.runtime.session import Outputs, Session, outputs_from
 
@@ -164,9 +165,7 @@ def import_tensorrt(flavour: str) -> Any:
     try:
         return importlib.import_module(flavour)
     except ImportError as error:
-        raise UsageError(
-            f"{flavour} is not installed; run: pip install 'ffl-deploy[{EXTRAS[flavour]}]'."
-        ) from error
+        raise missing(flavour) from error
 
 
 def import_cuda() -> Any:
@@ -174,9 +173,7 @@ def import_cuda() -> Any:
     try:
         from cuda.bindings import runtime
     except ImportError as error:
-        raise UsageError(
-            "cuda-bindings is not installed; run: pip install 'ffl-deploy[tensorrt]'."
-        ) from error
+        raise missing("cuda") from error
     return runtime
 
 

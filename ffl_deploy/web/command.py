@@ -21,6 +21,10 @@ def parser() -> Parser:
             "Exit code 1: a file of a bundle or of the runtime is not what it should be. "
             "2: the bundles or flags cannot be used."
         ),
+        examples=(
+            "ffl-web bundles/quickstart/fused --out page",
+            "ffl-web small=bundles/quickstart/branch0 bundles/quickstart/fused --out page --webgpu",
+        ),
     )
     parser.add_argument(
         "bundles", metavar="[NAME=]BUNDLE", nargs="+", help="what ffl-export wrote; shown side by side"

@@ -27,7 +27,13 @@ Exit: 0 all rows ok; 1 corrupt bundle, full disk; 2 unusable input; 3 finished, 
 
 def build_parser() -> Parser:
     parser = Parser(
-        "ffl-predict", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+        "ffl-predict",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        examples=(
+            "ffl-predict examples/cifar100/fused examples/cifar100/images/clock.jpg",
+            "ffl-predict bundles/quickstart/fused runs/quickstart/test_images --out predictions.csv",
+        ),
     )
     parser.add_argument("bundle", metavar="BUNDLE", help="folder that ffl-export wrote")
     parser.add_argument("inputs", metavar="INPUT", nargs="+", help="what to classify")

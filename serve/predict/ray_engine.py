@@ -21,6 +21,7 @@ import msgspec
 from ffl_deploy.bundle import load_bundle
 from ffl_deploy.errors import UNUSABLE_INPUT, CheckError, FflError, UsageError
 from ffl_deploy.images import ImageError
+from ffl_deploy.installed import missing
 from serve.inputs.items import Item, read_file, refuse
 from serve.pipeline import Classifier, chunks, run_pipeline
 from serve.predict.job import Job, PredictRun
@@ -171,9 +172,7 @@ def start_ray() -> Any:
         import ray.data
         import ray.exceptions
     except ImportError as error:
-        raise UsageError(
-            "Ray is not installed; run: pip install 'ffl-deploy[ray]', or leave --engine ray away."
-        ) from error
+        raise missing("ray", "leave --engine ray away") from error
     if not ray.is_initialized():
         local: dict[str, Any] = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": False}
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **local)

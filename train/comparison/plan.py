@@ -21,7 +21,7 @@ MOST_SEEDS = 20  # the exact test over seeds looks at 2^seeds cases
 class CompareOptions:
     """Train methods with several seeds each and compare them on the same test images.
 
-    All other flags (--data, --epochs, --branches, ...) are those of python -m train.run and go to every run
+    All other flags (--data, --epochs, --branches, ...) are those of ffl-train and go to every run
     alike. A method that trains another number of branches takes the first ones, or repeats them.
     """
 
