@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shlex
 import shutil
 import sys
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import unquote, urlsplit
 
 from ffl_deploy.errors import UsageError
 
@@ -38,7 +37,7 @@ PACKAGES = {
     "torchvision": Package("torchvision", "train"),
     "timm": Package("timm", "train"),
     "safetensors": Package("safetensors", "train"),
-    "scipy": Package("SciPy", "train"),
+    "scipy": Package("SciPy", "compare"),
     "tensorboard": Package("TensorBoard", "train"),
     "onnx": Package("ONNX", "export"),
     "onnx_ir": Package("onnx-ir", "export"),
@@ -85,6 +84,12 @@ def missing(module: str, instead: str = "") -> MissingPackage:
     )
 
 
+def require(module: str, instead: str = "") -> None:
+    """Raise MissingPackage where a module of PACKAGES is not installed; without importing it, so at once."""
+    if importlib.util.find_spec(module) is None:
+        raise missing(module, instead)
+
+
 def missing_import(error: ModuleNotFoundError) -> MissingPackage | None:
     """-> the sentence about an import that failed; None where no package of ours is the cause."""
     module = (error.name or "").partition(".")[0]
@@ -105,6 +110,10 @@ class _Origin(NamedTuple):
 
 def _origin() -> _Origin:
     """-> where this installation came from, by the record that pip leaves (PEP 610)."""
+    # here, for the sake of every --help: they take longer to import than a parser takes to be built
+    from importlib.metadata import PackageNotFoundError, distribution
+    from urllib.parse import unquote, urlsplit
+
     record: dict[str, Any] = {}
     try:
         record = json.loads(distribution(PROJECT).read_text("direct_url.json") or "{}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import io
 import json
 from collections.abc import Iterable, Sequence
@@ -15,7 +14,7 @@ import numpy as np
 
 from ffl_deploy.errors import UsageError
 from ffl_deploy.files import replace_file
-from ffl_deploy.installed import missing
+from ffl_deploy.installed import require
 
 Format = Literal["parquet", "jsonl", "csv"]
 FORMATS: tuple[Format, ...] = ("parquet", "jsonl", "csv")
@@ -52,8 +51,8 @@ def format_of(out: Path, wanted: str | None) -> Format:
     name = wanted or suffix or "parquet"
     for known in FORMATS:
         if name == known:
-            if known == "parquet" and importlib.util.find_spec("pyarrow") is None:
-                raise missing("pyarrow", "write .csv or .jsonl instead")
+            if known == "parquet":
+                require("pyarrow", "write .csv or .jsonl instead")
             return known
     raise UsageError(f"{out} has the suffix of no known format; give --format {'|'.join(FORMATS)}.")
 

@@ -13,6 +13,7 @@ from dataclasses import fields
 
 from ffl_deploy.command import run_command
 from ffl_deploy.errors import CHECK_FAILED, DONE, CheckError, Interrupted, UsageError
+from ffl_deploy.installed import require
 from ffl_deploy.run_directory import SUMMARY
 from train.comparison.plan import CompareOptions, PlannedRun, plan
 from train.config import TrainConfig
@@ -34,6 +35,7 @@ def main(argv: Sequence[str]) -> int:
     own = {field.name for field in fields(CompareOptions)}
     options = override(CompareOptions(), {name: value for name, value in typed.items() if name in own})
     others = {name: value for name, value in typed.items() if name not in own}
+    require("scipy")  # for the table at the end of what may take days
     runs = plan(options, others)
     failures = list(train_missing(runs))
 

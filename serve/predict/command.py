@@ -163,3 +163,7 @@ def run(arguments: argparse.Namespace, out: Path, recovery: Recovery) -> int:
 
 def entry() -> None:
     sys.exit(run_command(supervised_main))
+
+
+if __name__ == "__main__":
+    entry()

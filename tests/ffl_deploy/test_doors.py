@@ -33,6 +33,9 @@ def test_own_files_called_train_and_serve_do_not_hide_the_packages(
 
 
 def test_nothing_is_moved_where_nothing_hides_them() -> None:
-    code = "import sys; before = list(sys.path); import ffl_deploy.doors as d; d.put_stages_first(); print(before == sys.path)"
+    code = (
+        "import sys; before = list(sys.path); import ffl_deploy.doors as doors; doors.put_stages_first(); "
+        "print(before == sys.path)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout == "True\n"

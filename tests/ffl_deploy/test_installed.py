@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import os
 import re
 import subprocess
 import sys
@@ -29,7 +31,7 @@ DISTRIBUTIONS = {
 
 
 def brought(extra: str) -> set[str]:
-    """-> the distributions that an extra of pyproject.toml names, with those of the extras that it includes."""
+    """-> the distributions that an extra of pyproject.toml names, and those of the extras in it."""
     lines = PROJECT["optional-dependencies"][extra] if extra else PROJECT["dependencies"]
     names: set[str] = set()
     for line in lines:
@@ -65,7 +67,7 @@ class Recorded:
     ("record", "expected"),
     [
         (None, "install 'ffl-deploy[serve]'"),
-        ({"url": "file:///clones/my%20ffl", "dir_info": {"editable": True}}, "install -e '/clones/my ffl[serve]'"),
+        ({"url": "file:///c/my%20ffl", "dir_info": {"editable": True}}, "install -e '/c/my ffl[serve]'"),
         ({"url": "file:///clones/ffl", "dir_info": {}}, "install '/clones/ffl[serve]'"),
         (
             {"url": "file:///d/ffl_deploy-0.1.0-py3-none-any.whl", "archive_info": {}},
@@ -91,7 +93,7 @@ class Recorded:
 def test_the_command_fits_how_the_package_was_installed(
     record: object, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(installed, "distribution", lambda name: Recorded(record))
+    monkeypatch.setattr(importlib.metadata, "distribution", lambda name: Recorded(record))
     assert install_command("serve").endswith(f" {expected}")
 
 
@@ -99,7 +101,7 @@ def test_run_from_a_folder_that_was_never_installed(monkeypatch: pytest.MonkeyPa
     def none(name: str) -> object:
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr(installed, "distribution", none)
+    monkeypatch.setattr(importlib.metadata, "distribution", none)
     monkeypatch.chdir(ROOT)
     assert install_command("cpu").endswith(" install -e '.[cpu]'")
     monkeypatch.chdir(tmp_path)
@@ -142,6 +144,7 @@ def test_what_else_can_be_done_follows_the_command() -> None:
     assert str(error).endswith("[ray]', or leave --engine ray away.")
 
 
+PARQUET = "PyArrow (Parquet) is not installed; run: "
 HIDING = """
 import importlib.abc, sys
 class Hide(importlib.abc.MetaPathFinder):
@@ -167,8 +170,8 @@ getattr(ffl_deploy.doors, sys.argv[0].removeprefix("ffl-"))()
         ("onnxruntime", "ffl-serve BUNDLES/tiny --no-demo --port 0", "ONNX Runtime is not installed; run: "),
         ("onnxruntime", "ffl-verify BUNDLES/tiny", "ONNX Runtime is not installed; run: "),
         ("onnxruntime", "ffl-predict BUNDLES/tiny IMAGE", "ONNX Runtime is not installed; run: "),
-        ("pyarrow", "ffl-predict BUNDLES/tiny IMAGE --out x.parquet", "PyArrow (Parquet) is not installed; run: "),
-        ("pyarrow", "ffl-predict BUNDLES/tiny x.parquet --out x.csv", "PyArrow (Parquet) is not installed; run: "),
+        ("pyarrow", "ffl-predict BUNDLES/tiny IMAGE --out x.parquet", PARQUET),
+        ("pyarrow", "ffl-predict BUNDLES/tiny x.parquet --out x.csv", PARQUET),
         ("ray", "ffl-predict BUNDLES/tiny IMAGE --engine ray", "Ray is not installed; run: "),
         ("msgspec", "ffl-verify BUNDLES/tiny", "msgspec is not installed; run: "),
     ],
@@ -186,7 +189,7 @@ def test_every_command_says_what_is_missing(
     done = subprocess.run(
         [sys.executable, "-c", HIDING, hidden, *words],
         capture_output=True, text=True, cwd=tmp_path, check=False, timeout=120,
-        env={**__import__("os").environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert (done.returncode, "Traceback" in done.stderr) == (2, False), done.stderr
     assert said in done.stderr.splitlines()[-1]

@@ -420,11 +420,13 @@ def test_a_corrupt_bundle_ends_the_server_with_code_1_and_one_sentence(
         (["{bundle}", "--host", "203.0.113.7"], "cannot listen"),
         (["{bundle}", "--max-batch", "0"], "argument --max-batch: must be at least 1, not 0"),
         (["{bundle}", "--threads", "0"], "argument --threads: must be at least 1, not 0"),
-        (["{bundle}", "--workers", "two"], "argument --workers: invalid"),
+        (["{bundle}", "--workers", "two"], "argument --workers: 'two' is not a whole number"),
         (["a b={bundle}"], "cannot be a model's name"),
         (["{bundle}", "--token-file", "{short}"], "at least 16"),
         (["{bundle}", "--token-file", "{binary}"], "more than plain text"),
+        (["{bundle}", "--token-file", "{bundle}/nofile"], "/nofile cannot be read (no such file"),
         (["{bundle}", "--host", "a..b"], "is no address of this machine"),
+        (["{bundle}", "--prot", "80"], "Did you mean --port?"),
     ],
 )
 def test_unusable_arguments_are_one_sentence_and_code_2(

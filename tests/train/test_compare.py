@@ -102,8 +102,8 @@ def test_every_method_gets_as_many_branches_as_it_trains(flags: list[str], expec
     [
         (["--methods", "ffl,dmll"], "there is no method 'dmll'. Did you mean 'dml'?"),
         (["--methods", "ffl,ffl"], "each once"),
-        (["--seeds", "many"], "Error parsing --seeds"),
-        (["--epoch", "3"], "Unrecognized options: --epoch, 3. Did you mean --epochs?"),
+        (["--seeds", "many"], "--seeds: 'many' is not a whole number"),
+        (["--epoch", "3"], "unrecognized arguments: --epoch. Did you mean --epochs?"),
         (["--seeds", "0"], "--seeds must be from 1 to 20"),
         (["--seed", "3"], "--seed belongs to python -m train.run"),
         (["--method=ffl"], "--method belongs to"),

@@ -43,16 +43,16 @@ def test_the_namespace_is_what_was_typed(argv: str, expected: dict[str, Any]) ->
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
-        ("--epoch 3", "Unrecognized options: --epoch, 3. Did you mean --epochs? See train --help."),
-        ("--no-quick", "Unrecognized options: --no-quick. Did you mean --no-quiet? See train --help."),
-        ("--branches a b", "Unrecognized options: b. See train --help."),
-        ("--lr", "Error parsing --lr: expected one argument. See train --help."),
-        ("--epochs 3.5", "Error parsing --epochs: '3.5' is not a whole number. See train --help."),
+        ("--epoch 3", "unrecognized arguments: --epoch. Did you mean --epochs? See train --help."),
+        ("--no-quick", "unrecognized arguments: --no-quick. Did you mean --no-quiet? See train --help."),
+        ("--branches a b", "unrecognized arguments: b; see train --help."),
+        ("--lr", "--lr: expected one argument; see train --help."),
+        ("--epochs 3.5", "--epochs: '3.5' is not a whole number; see train --help."),
         (
             "--augment crops",
             (
-                "Error parsing --augment: there is no 'crops'. Did you mean 'crop'? Known: none, crop, "
-                "resized-crop."
+                "--augment: there is no 'crops'. Did you mean 'crop'? Known: none, crop, "
+                "resized-crop; see train --help."
             ),
         ),
     ],

@@ -170,3 +170,14 @@ def test_cifar100_as_an_image_folder_has_the_official_statistics() -> None:
     assert np.bincount(data.validation.labels).tolist() == [50] * 100
     np.testing.assert_allclose(data.mean, CIFAR_STATISTICS[0], atol=0.5)
     np.testing.assert_allclose(data.std, CIFAR_STATISTICS[1], atol=0.5)
+
+
+def test_the_digits_are_those_of_scikit_learn() -> None:
+    from sklearn.datasets import load_digits
+
+    from ffl_deploy.arrays import read_arrays
+    from ffl_deploy.data import datasets
+
+    stored, digits = read_arrays(Path(datasets.__file__).with_name("digits.npz")), load_digits()
+    np.testing.assert_array_equal(stored["images"], digits.images)
+    np.testing.assert_array_equal(stored["labels"], digits.target)
