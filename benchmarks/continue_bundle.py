@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
-from export.write.onnx_graph import Normalise
+from export.write.onnx_graph import Normalize
 from ffl_deploy.bundle import Bundle, load_bundle
 from ffl_deploy.command import run_command
 from ffl_deploy.data.datasets import ImageData, load_data
@@ -78,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
     # the weights that the files hold, and those that they do not
     known = fill(network, bundles)
     rows = np.linspace(0, len(data.train) - 1, STATISTICS_IMAGES).astype(np.int64)
-    normalize = Normalise(data.mean, data.std)
+    normalize = Normalize(data.mean, data.std)
     set_statistics(network, known, normalize(torch.from_numpy(data.train.read(rows))))
     for bundle in bundles:
         compare(network, bundle, normalize)
@@ -133,8 +133,8 @@ def fill(network: MutualNetwork, bundles: Sequence[Bundle]) -> dict[str, Tensor]
 
 
 @torch.no_grad()
-def set_statistics(network: MutualNetwork, biases: dict[str, Tensor], normalised: Tensor) -> None:
-    """Set each batch normalisation to the statistics of its input on `normalised` [n, 3, h, w],
+def set_statistics(network: MutualNetwork, biases: dict[str, Tensor], normalized: Tensor) -> None:
+    """Set each batch normalisation to the statistics of its input on `normalized` [n, 3, h, w],
     and to add the bias.
 
     Layer after layer, since what comes before must be right first.
@@ -154,13 +154,13 @@ def set_statistics(network: MutualNetwork, biases: dict[str, Tensor], normalised
         return network.get_submodule(path).register_forward_hook(hook)
 
     handles = [measure(path, norm) for path, norm in folded.items()]
-    network.eval()(normalised)
+    network.eval()(normalized)
     for handle in handles:
         handle.remove()
 
 
 @torch.no_grad()
-def compare(network: MutualNetwork, bundle: Bundle, normalize: Normalise) -> None:
+def compare(network: MutualNetwork, bundle: Bundle, normalize: Normalize) -> None:
     """Raise CheckError where the rebuilt classifier does not give the logits
     of the bundle's golden samples."""
     golden = bundle.golden()
@@ -190,20 +190,20 @@ def fit_heads(
     teacher = torch.cat(fused).clone()
     for kept, number in zip(pooled, numbers, strict=True):
         head, features = network.heads[number], torch.cat(kept).clone()
-        optimiser = torch.optim.AdamW(head.parameters(), lr=3e-3, weight_decay=1e-2)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, HEAD_EPOCHS)
+        optimizer = torch.optim.AdamW(head.parameters(), lr=3e-3, weight_decay=1e-2)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, HEAD_EPOCHS)
         order = torch.Generator().manual_seed(0)
         for _ in range(HEAD_EPOCHS):
             for rows in torch.randperm(len(labels), generator=order).split(512):
                 logits = head(features[rows])
                 loss = functional.cross_entropy(logits, labels[rows]) + distill(logits, teacher[rows], 3.0)
-                optimiser.zero_grad()
+                optimizer.zero_grad()
                 loss.backward()
-                optimiser.step()
+                optimizer.step()
             schedule.step()
 
 
-def training_images(data: ImageData, normalize: Normalise) -> Iterator[Tensor]:
+def training_images(data: ImageData, normalize: Normalize) -> Iterator[Tensor]:
     """-> normalised [n, 3, h, w] of all training images as they are, in order."""
     for start in range(0, len(data.train), 500):
         yield normalize(torch.from_numpy(data.train.read(slice(start, start + 500)))).contiguous(

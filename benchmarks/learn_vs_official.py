@@ -106,8 +106,8 @@ def official_run(clone: Path, data: ImageData, device: str, seed: int, epochs: i
     since its own `eval` prints the training loss."""
     training = official_training(clone, data, torch.device(device), seed, RAMP_UP * epochs)
     schedules = [
-        torch.optim.lr_scheduler.MultiStepLR(optimiser, [round(DROP * epochs)], 0.1)
-        for optimiser in training.optimizers
+        torch.optim.lr_scheduler.MultiStepLR(optimizer, [round(DROP * epochs)], 0.1)
+        for optimizer in training.optimizers
     ]
     losses, accuracy = [], []
     for epoch in range(epochs):

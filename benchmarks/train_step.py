@@ -61,7 +61,7 @@ def build(
     network = (
         MutualNetwork(NetworkConfig(("resnet32", "resnet32"), 100, 32, 32)).train().to(memory_format=layout)
     )
-    optimiser, method = build_optimizer(network, OptimisationOptions()), build_method("ffl")
+    optimizer, method = build_optimizer(network, OptimisationOptions()), build_method("ffl")
     images = torch.randn(BATCH, 3, size, size).contiguous(memory_format=layout)
     labels = torch.randint(100, (BATCH,))
     if compiled:
@@ -71,8 +71,8 @@ def build(
         with torch.autocast("cpu", dtype=torch.bfloat16) if bf16 else contextlib.nullcontext():
             outputs = network(images)
         torch.stack(list(method.losses(outputs, labels, 1.0).values())).sum().backward()
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
     return step
 

@@ -40,8 +40,8 @@ class Blocks:
     A block's time runs from the request after its warm-up to the request after its last step, all work done.
     """
 
-    def __init__(self, steps: int, synchronise: Any) -> None:
-        self.steps, self.synchronise = steps, synchronise
+    def __init__(self, steps: int, synchronize: Any) -> None:
+        self.steps, self.synchronize = steps, synchronize
 
     def __call__(self, batches: Iterator[Any]) -> Iterator[Any]:
         """One block: wait, hand over warm-up and `steps` batches, report."""
@@ -49,14 +49,14 @@ class Blocks:
             raise SystemExit(0)
         for _ in range(WARM_UP):
             yield next(batches)
-        self.synchronise()
+        self.synchronize()
         started, loading = time.perf_counter(), 0.0
         for _ in range(self.steps):
             asked = time.perf_counter()
             batch = next(batches)
             loading += time.perf_counter() - asked
             yield batch
-        self.synchronise()
+        self.synchronize()
         seconds = time.perf_counter() - started
         print(json.dumps({"seconds": seconds / self.steps, "loading": loading / self.steps}), flush=True)
 
@@ -69,7 +69,7 @@ def be_official(clone: Path, data: Path, device: str, steps: int) -> None:
 
     chosen = torch.device(device)
     training = official_training(clone, cifar_images(data), chosen, seed=0)
-    blocks = Blocks(steps, synchroniser(chosen))
+    blocks = Blocks(steps, synchronizer(chosen))
     print(json.dumps({"precision": "fp32"}), flush=True)
     while True:
         # The loader's iterator lives as long as the block:
@@ -84,7 +84,7 @@ def be_ours(data: Path, device: str, steps: int, scratch: Path, compiled: bool) 
     training = our_training(cifar_images(data), device, seed=0)
     if compiled:
         training.network.compile()
-    blocks, epochs = Blocks(steps, synchroniser(training.place.device)), training.batches.training
+    blocks, epochs = Blocks(steps, synchronizer(training.place.device)), training.batches.training
 
     def paused(epoch: int, first_step: int) -> Iterator[Any]:
         stream = (micro for number in range(10**6) for micro in epochs(number, 0))
@@ -96,7 +96,7 @@ def be_ours(data: Path, device: str, steps: int, scratch: Path, compiled: bool) 
     training.fit(scratch)
 
 
-def synchroniser(device: Any) -> Any:
+def synchronizer(device: Any) -> Any:
     """-> what waits until `device` has done all its work."""
     import torch
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from ffl_deploy.runtime import import_onnxruntime
 
-QUANTISED = {
+QUANTIZED = {
     "QLinearConv": "Conv",
     "QGemm": "Gemm",
     "QLinearMatMul": "MatMul",
@@ -27,7 +27,7 @@ FLOAT = {
 }
 
 
-def optimised_graph(path: Path) -> Any:
+def optimized_graph(path: Path) -> Any:
     """-> the onnx graph as ONNX Runtime's CPU provider executes `path`, all optimisations on."""
     import onnx
 
@@ -42,7 +42,7 @@ def optimised_graph(path: Path) -> Any:
 
 def operator_histogram(path: Path) -> dict[str, int]:
     """-> operator -> count in the optimised graph, most frequent first."""
-    return dict(Counter(node.op_type for node in optimised_graph(path).node).most_common())
+    return dict(Counter(node.op_type for node in optimized_graph(path).node).most_common())
 
 
 def float_operators(histogram: dict[str, int], kind: str = "Conv") -> int:
@@ -55,9 +55,9 @@ def computed_precision(path: Path) -> tuple[str, dict[str, int]]:
 
     fp16 convolutions come out as "fp32": the provider has none and casts their inputs.
     """
-    graph = optimised_graph(path)
+    graph = optimized_graph(path)
     histogram = Counter(node.op_type for node in graph.node)
-    quantised = sum(count for name, count in histogram.items() if name in QUANTISED)
+    quantized = sum(count for name, count in histogram.items() if name in QUANTIZED)
     weights = {tensor.name: tensor.data_type for tensor in graph.initializer}
     casts = {
         node.output[0]: attribute.i
@@ -65,7 +65,7 @@ def computed_precision(path: Path) -> tuple[str, dict[str, int]]:
         if node.op_type == "Cast"
         for attribute in node.attribute
     }
-    kinds: Counter[str] = Counter({"int8": quantised})
+    kinds: Counter[str] = Counter({"int8": quantized})
     for node in graph.node:
         if node.op_type in FLOAT:
             kind = weights.get(node.input[1]) or casts.get(node.input[1]) or 1

@@ -87,7 +87,7 @@ def finish(
     rows = np.unique(np.linspace(0, len(data.test) - 1, REFERENCE_IMAGES).round().astype(np.int64))
     images = data.test.read(rows)
     arrays: dict[str, Any] = {"images": images, "labels": data.test.labels[rows], "indices": rows}
-    normalised = batches.normalize(torch.from_numpy(images).to(place.device).permute(0, 3, 1, 2)).cpu()
+    normalized = batches.normalize(torch.from_numpy(images).to(place.device).permute(0, 3, 1, 2)).cpu()
     for name in ("ema", "last", "best"):  # best comes last: the accuracies below are its own
         # The main process alone reads: its folder need not be on the others' disks.
         checkpoint = existing_folder(folder / "checkpoints" / name) if place.world.is_main else None
@@ -95,7 +95,7 @@ def finish(
             load_weights(network, read_checkpoint(checkpoint, (MODEL,)).tensors[MODEL], str(checkpoint))
             arrays |= {
                 f"{name}/{classifier}": values
-                for classifier, values in reference_logits(network, normalised).items()
+                for classifier, values in reference_logits(network, normalized).items()
             }
     place.world.share_weights(network)
     with place.exact() as exact:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from export.write.onnx_graph import Normalise
+from export.write.onnx_graph import Normalize
 from ffl_deploy.data.datasets import ImageData, Split, load_data
 from ffl_deploy.errors import CheckError
 from ffl_deploy.parity import PARITY_GATES, compare, judge
@@ -124,7 +124,7 @@ def classifier_logits(
     """One pass over the split's images -> target -> float32 logits [n, classes]."""
     import torch
 
-    normalise = Normalise(run.mean, run.std)
+    normalise = Normalize(run.mean, run.std)
     parts: dict[str, list[np.ndarray]] = {target: [] for target in targets}
     network = network.to(memory_format=torch.channels_last)
     with torch.inference_mode():

@@ -89,7 +89,7 @@ def layer_differences(
     present = {name for node in proto.graph.node for name in node.output}
     outputs = {tensor: module for tensor, module in outputs.items() if tensor in present}
     expected = _pytorch_outputs(model, images, set(outputs.values()))
-    read_as = dequantised(proto)
+    read_as = dequantized(proto)
     compute = _in_openvino if precision == "bf16" else _intermediates
     values = compute(proto, [read_as.get(tensor, tensor) for tensor in outputs], images)
     differences = []
@@ -105,7 +105,7 @@ def layer_differences(
     return differences
 
 
-def dequantised(proto: Any) -> dict[str, str]:
+def dequantized(proto: Any) -> dict[str, str]:
     """-> tensor -> what the next layer reads, where it is quantised:
     a ReLU may only exist as the lower end of its levels."""
     levels = {node.output[0]: node.input[0] for node in proto.graph.node if node.op_type == "QuantizeLinear"}

@@ -51,7 +51,7 @@ def write_half(
     conversion = _Conversion(proto, precision)
     nodes = list(proto.graph.node)
     end = next(index for index, node in enumerate(nodes) if "logits" in node.output) + 1
-    network = [node for node in nodes[_end_of_normalisation(nodes) : end] if conversion.touches_floats(node)]
+    network = [node for node in nodes[_end_of_normalization(nodes) : end] if conversion.touches_floats(node)]
 
     # What stays in fp32: operators that are not defined in 16 bits, and, in fp16, what may leave its range.
     kept = []
@@ -122,7 +122,7 @@ class _Conversion:
         wanted = "tensor(float16)" if self.precision == "fp16" else "tensor(bfloat16)"
         ends = [(node.input, schema.inputs, False), (node.output, schema.outputs, True)]
         for names, parameters, given in ends:
-            for name, parameter in zip(names, _per_name(parameters, len(names)), strict=False):
+            for name, parameter in zip(names, _per_name(parameters, len(names)), strict=True):
                 fixed = parameter.type_str not in allowed
                 if name in self.floats and (given if fixed else wanted not in allowed[parameter.type_str]):
                     return f"{node.op_type} of opset {self.opset} is not defined in {self.precision}"
@@ -138,7 +138,7 @@ class _Conversion:
         parameters = _per_name(schema.inputs, len(node.input))
         return [
             index
-            for index, (name, parameter) in enumerate(zip(node.input, parameters, strict=False))
+            for index, (name, parameter) in enumerate(zip(node.input, parameters, strict=True))
             if name in self.floats and parameter.type_str in variables
         ]
 
@@ -215,7 +215,7 @@ class _Conversion:
         return onnx.helper.make_tensor(name, self.kind, values.shape, rounded.tobytes(), raw=True)
 
 
-def _end_of_normalisation(nodes: list[Any]) -> int:
+def _end_of_normalization(nodes: list[Any]) -> int:
     """-> index of the first node behind the module `normalise`. Raises CheckError where there is none."""
     marked = [
         index

@@ -31,7 +31,7 @@ SCOPES = "pkg.torch.onnx.name_scopes"
 """The one metadata key that is kept: the module path of every node, by which a mismatch is located."""
 
 
-class Normalise(nn.Module):
+class Normalize(nn.Module):
     """uint8 [n, h, w, 3] -> float32 [n, 3, h, w], (pixel - mean) / std;
     mean and std per channel on the 0..255 scale."""
 
@@ -69,7 +69,7 @@ class DeployedModel(nn.Module):
         super().__init__()
         if extras:
             require_features(target, extras, "this target")
-        self.normalise, self.target = Normalise(mean, std), target
+        self.normalise, self.target = Normalize(mean, std), target
         self.temperature, self.extras = temperature, tuple(name for name in FURTHER_OUTPUTS if name in extras)
 
     @property
@@ -77,12 +77,12 @@ class DeployedModel(nn.Module):
         return ["logits", "probabilities", *self.extras]
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        normalised = self.normalise(images)
+        normalized = self.normalise(images)
         if not self.extras:
-            logits = self.target(normalised)
+            logits = self.target(normalized)
             return logits, torch.softmax(logits / self.temperature, dim=1)
         target: Any = self.target  # BranchTarget or FusedTarget; the constructor has looked
-        features = target.features(normalised)
+        features = target.features(normalized)
         embedding = features.mean(dim=(2, 3))
         logits = target.classifier(embedding)
         traced = Traced(features, embedding, logits, target.classifier)

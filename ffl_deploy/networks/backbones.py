@@ -70,7 +70,7 @@ def build_backbone(name: str, height: int, width: int, pretrained: bool = False)
         if match := re.fullmatch(pattern, name):
             stages = build(*(int(number) for number in match.groups() if number))
             for stage in stages:
-                initialise(stage)
+                initialize(stage)
             return Backbone(name, tuple(stages))
     raise UsageError(f"there is no backbone {name!r}. {known_backbones(name)}")
 
@@ -87,7 +87,7 @@ def known_backbones(name: str) -> str:
     return choices_sentence(name, known)
 
 
-def initialise(module: nn.Module) -> None:
+def initialize(module: nn.Module) -> None:
     """He initialisation by fan-out for convolutions,
     ones and zeros for batch normalisation (as FFL's official code)."""
     for layer in module.modules():

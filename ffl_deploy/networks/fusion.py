@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ffl_deploy.errors import UsageError
-from ffl_deploy.networks.backbones import initialise
+from ffl_deploy.networks.backbones import initialize
 
 Shape = tuple[int, int, int]
 """Channels, height, width of a feature map."""
@@ -61,7 +61,7 @@ class FusionModule(nn.Module):
         self.pointwise = nn.Conv2d(channels, width, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
         self.classifier = nn.Linear(width, classes)
-        initialise(self)
+        initialize(self)
 
     def features(self, maps: Sequence[Tensor]) -> Tensor:
         """maps: the branches' [n, C_k, h_k, w_k] -> the fused map [n, N, h, w]."""
@@ -89,7 +89,7 @@ class Combination(nn.Module):
         self.scale = 1.0 if kind == "sum" else 1.0 / len(shapes)
         self.align = Align(shapes)
         self.classifier = nn.Linear(shapes[0][0], classes)
-        initialise(self)
+        initialize(self)
 
     def features(self, maps: Sequence[Tensor]) -> Tensor:
         """maps: the branches' [n, C, h_k, w_k] -> [n, C, h, w]."""

@@ -12,7 +12,7 @@ from onnx import numpy_helper
 
 from export.check.evaluation import Evaluation
 from export.cli import main
-from export.write.onnx_graph import Normalise
+from export.write.onnx_graph import Normalize
 from ffl_deploy.bundle import load_bundle
 from ffl_deploy.networks.checkpoint import load_network
 from ffl_deploy.networks.quantization import QuantizedNetwork
@@ -48,9 +48,9 @@ def test_the_file_computes_what_training_computed(trained: tuple[Run, Path], tar
     evaluation = Evaluation(run, load_network(run), "best", [target])
     images = evaluation.data.test.read(slice(0, 200))
     with torch.no_grad():
-        outputs = quantized_network(run)(Normalise(run.mean, run.std)(torch.from_numpy(images))).classifiers()
+        outputs = quantized_network(run)(Normalize(run.mean, run.std)(torch.from_numpy(images))).classifiers()
         plain = evaluation.loaded.network(
-            Normalise(run.mean, run.std)(torch.from_numpy(images))
+            Normalize(run.mean, run.std)(torch.from_numpy(images))
         ).classifiers()
     expected, exact = outputs[target].numpy(), plain[target].numpy()
     found = load_bundle(out / target).session("int8").run(images).logits

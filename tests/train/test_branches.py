@@ -43,16 +43,16 @@ def test_any_mix_of_branches_trains_is_saved_and_loaded(
     network = load_network(run, "best").network
     assert len(network.trunk) == 0
     images = run.reference("best", "fused")[0]
-    normalised = (
+    normalized = (
         torch.from_numpy(images).permute(0, 3, 1, 2).float() - torch.tensor(run.mean)[:, None, None]
     ) / (torch.tensor(run.std)[:, None, None])
     with torch.no_grad():
-        outputs = network(normalised)
+        outputs = network(normalized)
         assert [tuple(feature_map.shape[1:]) for feature_map in outputs.features] == shapes
         assert target_names(network) == ["fused", "ensemble", *(f"branch{k}" for k in range(len(shapes)))]
         for name in target_names(network):
             wanted = run.reference("best", name)[2]
-            found = build_target(network, name)(normalised).numpy()
+            found = build_target(network, name)(normalized).numpy()
             np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4 * wanted.std(), err_msg=name)
 
 

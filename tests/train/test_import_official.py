@@ -71,7 +71,7 @@ def official_weights(blocks: int = 3) -> tuple[Weights, Weights]:
 
 def official_outputs(model: Weights, fusion: Weights, images: Tensor) -> dict[str, Tensor]:
     """The official forward pass, written as functions of the weights by their names. images:
-    normalised [n, 3, 32, 32]."""
+    normalized [n, 3, 32, 32]."""
 
     def norm(weights: Weights, name: str, x: Tensor) -> Tensor:
         mean, var, weight, bias = (
@@ -164,8 +164,8 @@ def test_an_official_checkpoint_becomes_a_run(
     assert images.shape[1:] == (32, 32, 3)
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float()
     mean, std = torch.tensor([129.3, 124.1, 112.4]), torch.tensor([68.2, 65.4, 70.4])
-    normalised = (pixels - mean[:, None, None]) / std[:, None, None]
-    wanted = official_outputs(model, fusion, normalised)
+    normalized = (pixels - mean[:, None, None]) / std[:, None, None]
+    wanted = official_outputs(model, fusion, normalized)
     wanted["ensemble"] = (wanted["branch0"] + wanted["branch1"]) / 2
     for name, logits in wanted.items():
         scale = float(logits.std())

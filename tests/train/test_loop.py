@@ -116,9 +116,9 @@ def test_reference_logits_are_those_of_the_stored_weights(train_tiny: TrainTiny)
     for checkpoint in ("best", "last"):
         images, labels, logits = run.reference(checkpoint, "fused")
         network = load_network(run, checkpoint).network
-        normalised = (images.astype(np.float32) - np.float32(run.mean)) / np.float32(run.std)
+        normalized = (images.astype(np.float32) - np.float32(run.mean)) / np.float32(run.std)
         with torch.no_grad():
-            found = network(torch.from_numpy(normalised.transpose(0, 3, 1, 2).copy())).fused.numpy()
+            found = network(torch.from_numpy(normalized.transpose(0, 3, 1, 2).copy())).fused.numpy()
         np.testing.assert_allclose(found, logits, rtol=1e-4, atol=1e-4 * logits.std())
         assert len(images) == len(labels) == 18
 

@@ -101,15 +101,15 @@ class Collate:
         which decides its mixing."""
         if self.options.small_size and epoch < self.plan.small_epochs:
             images = shrink(images, self.options.small_size)
-        normalised, soft_labels = self.normalize(images), labels
+        normalized, soft_labels = self.normalize(images), labels
         mixes = self.options.mixup > 0 or self.options.cutmix > 0
         if self.plan.label_smoothing or mixes:
             soft_labels = soften(labels, self.classes, self.plan.label_smoothing)
         if mixes:
-            normalised, soft_labels = mix(
-                normalised, soft_labels, self.options, generator(self.plan.seed, "mix", draw)
+            normalized, soft_labels = mix(
+                normalized, soft_labels, self.options, generator(self.plan.seed, "mix", draw)
             )
-        return Batch(normalised, labels, soft_labels)
+        return Batch(normalized, labels, soft_labels)
 
 
 def epoch_order(images: int, batch_size: int, shares: int, seed: int, epoch: int) -> list[Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from onnx import helper
 
-from export.check.localize import dequantised
+from export.check.localize import dequantized
 
 
 def test_layers_are_compared_as_the_next_one_reads_them() -> None:
@@ -17,4 +17,4 @@ def test_layers_are_compared_as_the_next_one_reads_them() -> None:
         helper.make_node("DequantizeLinear", ["stored_weight", "scale", "zero"], ["weight"]),
         helper.make_node("Gemm", ["relu_read", "weight"], ["logits"]),
     ]
-    assert dequantised(helper.make_model(helper.make_graph(nodes, "g", [], []))) == {"relu": "relu_read"}
+    assert dequantized(helper.make_model(helper.make_graph(nodes, "g", [], []))) == {"relu": "relu_read"}

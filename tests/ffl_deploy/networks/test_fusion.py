@@ -48,7 +48,7 @@ def test_the_module_is_its_equation_in_numpy() -> None:
     first, second = torch.randn(2, 2, 4, 4).double(), torch.randn(2, 3, 4, 4).double()
     w = {name: value.detach().numpy() for name, value in fusion.state_dict().items()}
 
-    def normalised(x: np.ndarray, name: str) -> np.ndarray:
+    def normalized(x: np.ndarray, name: str) -> np.ndarray:
         scale = w[f"{name}.weight"] / np.sqrt(w[f"{name}.running_var"] + 1e-5)
         return (x - w[f"{name}.running_mean"][:, None, None]) * scale[:, None, None] + w[f"{name}.bias"][
             :, None, None
@@ -62,9 +62,9 @@ def test_the_module_is_its_equation_in_numpy() -> None:
                 x[:, :, row : row + 4, column : column + 4]
                 * w["depthwise.weight"][:, 0, row, column][:, None, None]
             )
-    hidden = np.maximum(normalised(depthwise, "bn1"), 0)
+    hidden = np.maximum(normalized(depthwise, "bn1"), 0)
     fused = np.maximum(
-        normalised(np.einsum("oc,nchw->nohw", w["pointwise.weight"][:, :, 0, 0], hidden), "bn2"), 0
+        normalized(np.einsum("oc,nchw->nohw", w["pointwise.weight"][:, :, 0, 0], hidden), "bn2"), 0
     )
     logits = fused.mean(axis=(2, 3)) @ w["classifier.weight"].T + w["classifier.bias"]
 

@@ -16,7 +16,7 @@ import pytest
 
 from ffl_deploy.errors import UsageError
 from ffl_deploy.images import ImageError
-from serve.inputs import items
+from serve.inputs import items, sources
 from serve.inputs.items import Item
 from serve.inputs.sources import Reading, check_inputs, count_inputs, read_inputs, sorted_names
 
@@ -228,3 +228,33 @@ def test_counting_reads_no_image(
     assert count_inputs([str(folder), "-"], reading) is None
     assert count_inputs([str(tmp_path / "x.tar")], reading) is None
     assert not reading.skipped.reasons
+
+
+def test_a_kind_of_file_that_holds_many_items_is_a_row(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Playlists, for one test: a path a line."""
+    playlist = tmp_path / "x.m3u"
+    playlist.write_text(f"{folder}/b.png\n{folder}/a.jpg\n")
+    assert paths(playlist) == [str(playlist)]
+
+    def check(path: str, reading: Reading) -> None:
+        if not Path(path).read_text():
+            raise UsageError(f"{path} is empty.")
+
+    row = sources.Container(
+        holds=lambda path: path.endswith(".m3u"),
+        items=lambda path, reading: map(items.file_item, Path(path).read_text().splitlines()),
+        check=check,
+        count=lambda path: len(Path(path).read_text().splitlines()),
+    )
+    monkeypatch.setattr(sources, "CONTAINERS", (*sources.CONTAINERS, row))
+    check_inputs([str(playlist), f"{tmp_path}/*.m3u"], Reading())
+    wanted = [str(folder / "b.png"), str(folder / "a.jpg")]
+    assert paths(playlist) == wanted
+    assert paths(f"{tmp_path}/*.m3u") == wanted
+    assert count_inputs([str(playlist), f"{tmp_path}/*.m3u"], Reading()) == 4
+    playlist.write_text("")
+    for argument in (str(playlist), f"{tmp_path}/*.m3u"):
+        with pytest.raises(UsageError, match="is empty"):
+            check_inputs([argument], Reading())
