@@ -62,6 +62,7 @@ PACKAGES = {
     "httptools": Package("httptools", "serve"),
     "uvloop": Package("uvloop", "serve"),
     "prometheus_client": Package("prometheus-client", "serve"),
+    "python_multipart": Package("python-multipart", "serve"),
     "model_signing": Package("OpenSSF model-signing", "signing"),
     "tritonclient": Package("Triton's client", "triton"),
 }

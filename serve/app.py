@@ -1,4 +1,4 @@
-"""One application of server and demo: the demo at /,
+"""One application of server and demo: the demo at /, labels of photographs at /classify,
 the inference protocol at /v2 and metrics at /metrics."""
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from collections.abc import AsyncIterator, Callable
 
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
+from starlette.routing import Route
 
 from serve.demo.guard import DemoGuard, largest_demo_body
 from serve.demo.slot import DemoSlot
-from serve.server import v2
+from serve.server import classify, v2
 from serve.server.limits import LOOPBACK, Bodies, HostAndOrigin, Token
 from serve.server.service import Phase, Service
 from serve.server.settings import Settings
@@ -54,13 +55,15 @@ def create_app(settings: Settings, stop: Callable[[], None] = lambda: None) -> F
     app.add_route("/metrics", metrics)
     app.add_route("/v2", v2.Descriptions(service).server)
     app.mount("/v2", v2.routes(service))
+    if settings.protocol:
+        app.router.routes.append(Route(classify.PATH, classify.Classify(service)))
     app.mount("/", DemoGuard(slot, service))
 
     # what every request passes; the last one added is the outermost
     def largest_body(path: str) -> int:
         return (
             settings.limits.body_bytes
-            if path.startswith("/v2/")
+            if path.startswith("/v2/") or path == classify.PATH
             else largest_demo_body(path, settings.limits)
         )
 

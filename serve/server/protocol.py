@@ -98,6 +98,7 @@ class Signature:
             "parameters": {
                 "max_images": self.max_images,
                 "color": "RGB",
+                "classes": list(self.classes),
                 "alternative_input": {"name": ENCODED, "datatype": "BYTES", "shape": [-1]},
             },
         }
@@ -120,7 +121,9 @@ def read_request(body: bytes, header_length: int | None, signature: Signature) -
     try:
         header = _decode_header(view if header_length is None else view[:header_length])
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ProtocolError(f"the JSON part is not a valid request: {error}") from error
+        raise ProtocolError(
+            f"the JSON part is not a valid request: {error} (to send a photograph as it is: POST /classify)"
+        ) from error
     except RecursionError as error:
         raise ProtocolError("the JSON part is nested too deeply") from error
     raw = view[header_length:] if header_length is not None else None

@@ -17,7 +17,7 @@ class Limits:
     """Bounds that keep one client, or many, from taking the machine. Beyond them: 413, 408, 429 or 503,
     never a longer queue."""
 
-    body_bytes: int = 32 * MIB  # of one /v2 request
+    body_bytes: int = 32 * MIB  # of one request to /v2 or /classify
     demo_json_bytes: int = MIB  # of one JSON request to the demo; files go through its upload route
     upload_bytes: int = 256 * MIB  # of one upload to the demo: a zip of photos
     upload_folder_bytes: int = 2048 * MIB  # of all uploads that are kept
@@ -65,7 +65,7 @@ class Settings:
     models: tuple[ModelSpec, ...]
     host: str = "127.0.0.1"
     port: int = 7860
-    protocol: bool = True  # serve /v2
+    protocol: bool = True  # serve /v2 and /classify
     demo: bool = True  # serve the Gradio demo at /
     runtime: str | None = None
     threads: int | None = None  # of one run; None shares the cores among the workers

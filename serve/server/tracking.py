@@ -23,7 +23,7 @@ def route_of(path: str) -> str:
         return "health"
     if path == "/v2" or path.startswith("/v2/"):
         return "v2"
-    return "metrics" if path == "/metrics" else "demo"
+    return path[1:] if path in ("/metrics", "/classify") else "demo"
 
 
 class Tracking:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator
 
 import numpy as np
 from starlette.datastructures import Headers
@@ -15,9 +13,8 @@ from starlette.routing import BaseRoute, Route, Router
 from starlette.types import Receive, Scope, Send
 
 import ffl_deploy
-from ffl_deploy.images import ImageError
-from serve.server.batcher import Closed, Overloaded
-from serve.server.models import NonFinite, ServedModel
+from serve.server.exchange import REFUSALS, ClientGone, read_body, refusal, while_connected
+from serve.server.models import ServedModel
 from serve.server.protocol import (
     HEADER_LENGTH,
     VERSION,
@@ -32,10 +29,6 @@ from serve.server.service import Phase, Service
 # A JSON body of this size is parsed in about a millisecond; larger ones go to a thread,
 # so that they delay nobody.
 PARSE_INLINE_BYTES = 64 * 1024
-
-
-class ClientGone(Exception):
-    """Nobody is waiting for the answer any more."""
 
 
 def routes(service: Service) -> Router:
@@ -55,7 +48,11 @@ def routes(service: Service) -> Router:
 
 
 async def _not_found(scope: Scope, receive: Receive, send: Send) -> None:
-    raise HTTPException(404, "the inference protocol has no such route; see GET /v2")
+    raise HTTPException(
+        404,
+        "the inference protocol has no such route; it has /v2/models/NAME, POST /v2/models/NAME/infer, "
+        "/v2/health/ready and POST /v2/repository/index; for labels of a photograph see POST /classify",
+    )
 
 
 def find_model(service: Service, name: str, version: str | None = None) -> ServedModel:
@@ -118,22 +115,13 @@ class Infer:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         model = find_model(self.service, scope["path_params"]["name"], scope["path_params"].get("version"))
         try:
-            body = await _read_body(receive)
-            async with _while_connected(receive):
+            body = await read_body(receive)
+            async with while_connected(receive):
                 response = await self._answer(model, body, _header_length(scope))
         except ClientGone:
             return
-        except ProtocolError as error:
-            response = json_response({"error": str(error)}, 400)
-        except ImageError as error:
-            response = json_response({"error": str(error), "code": error.code}, 400)
-        except NonFinite as error:
-            response = json_response({"error": str(error), "code": "nonfinite"}, 500)
-        except Overloaded:
-            busy = {"error": f"{model.name} has too much to do; try again"}
-            response = json_response(busy, 503, {"retry-after": "1"})
-        except Closed:
-            response = json_response({"error": "the server is shutting down"}, 503, {"retry-after": "1"})
+        except REFUSALS as error:
+            response = refusal(error, model.name)
         await response(scope, receive, send)
 
     async def _answer(self, model: ServedModel, body: bytes, header_length: int | None) -> Response:
@@ -171,41 +159,3 @@ def _header_length(scope: Scope) -> int | None:
     if not (text.isascii() and text.isdecimal() and len(text) <= MOST_DIGITS):
         raise ProtocolError(f"{HEADER_LENGTH} has to be a whole number")
     return int(text)
-
-
-async def _read_body(receive: Receive) -> bytes:
-    """-> the whole body; its size was bounded by the middleware. Raises ClientGone."""
-    pieces = []
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientGone
-        pieces.append(message.get("body", b""))
-        if not message.get("more_body", False):
-            return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
-
-@contextlib.asynccontextmanager
-async def _while_connected(receive: Receive) -> AsyncIterator[None]:
-    """Run the block until the client goes away, then raise ClientGone in it:
-    its place in the queue becomes free."""
-    task = asyncio.current_task()
-    assert task is not None
-    gone = False
-
-    async def watch() -> None:
-        nonlocal gone
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        gone = True
-        task.cancel()
-
-    watcher = asyncio.create_task(watch())
-    try:
-        yield
-    except asyncio.CancelledError:
-        if gone and task.uncancel() == 0:
-            raise ClientGone from None
-        raise
-    finally:
-        watcher.cancel()
