@@ -22,16 +22,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from export.check.latency import machine_name
 from export.write.half import write_half
 from export.write.onnx_graph import DeployedModel, GraphOptions, write_onnx
 from export.write.quantize import Held, quantize
-from export.write.tensorrt_engine import EngineOptions, build_engine
 from ffl_deploy.host import available_cores
 from ffl_deploy.networks.mutual import MutualNetwork, NetworkConfig
 from ffl_deploy.networks.targets import build_target, target_names
 from ffl_deploy.runtime import OnnxRuntimeSession
+from ffl_deploy.runtime.latency import machine_name
 from ffl_deploy.runtime.openvino_runtime import OpenVinoSession
+from ffl_deploy.runtime.tensorrt_build import EngineOptions
+from ffl_deploy.runtime.tensorrt_build import build as build_engine
 
 MEAN, STD = (129.3, 124.1, 112.4), (68.2, 65.4, 70.4)
 Call = Callable[[np.ndarray], Any]
@@ -179,7 +180,7 @@ def engine_seconds(folder: Path, network: MutualNetwork, size: int) -> dict[str,
             DeployedModel(build_target(network, name), MEAN, STD).eval(), path, size, size, GraphOptions(), {}
         )
         start = time.perf_counter()
-        build_engine(path, path.with_suffix(".engine"), size, size, EngineOptions("tensorrt_rtx"))
+        build_engine(path, EngineOptions("tensorrt_rtx"))
         seconds[name] = round(time.perf_counter() - start, 2)
     return seconds
 

@@ -26,9 +26,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.flags import two_sides_parser
-from export.check.latency import machine_name
 from ffl_deploy.command import run_command
 from ffl_deploy.host import available_cores
+from ffl_deploy.runtime.latency import machine_name
 
 WARM_UP = 5  # steps at the start of each block that do not count: worker processes start, queues fill
 SIDES = ("official", "ours")

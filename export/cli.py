@@ -16,9 +16,9 @@ from ffl_deploy.parity import PRECISIONS
 from ffl_deploy.runtime import RUNTIMES
 
 if TYPE_CHECKING:
-    from export.write.tensorrt_engine import EngineOptions
     from ffl_deploy.bundle import Bundle
     from ffl_deploy.report import Limits
+    from ffl_deploy.runtime.tensorrt_build import EngineOptions
 
 
 def parser() -> Parser:
@@ -65,7 +65,7 @@ def parser() -> Parser:
     variants.add_argument(
         "--runtime",
         action="append",
-        choices=[name for name, runtime in RUNTIMES.items() if runtime.reads == ".onnx"],
+        choices=[name for name, runtime in RUNTIMES.items() if ".engine" not in runtime.reads],
         help="verify and measure every ONNX variant here too; may be repeated",
     )
     variants.add_argument(
@@ -171,7 +171,7 @@ def main(argv: Sequence[str]) -> int:
             precisions=tuple(dict.fromkeys(["fp32", *(arguments.precision or [])])),
             runtimes=tuple(dict.fromkeys(["onnxruntime", *(arguments.runtime or [])])),
             graph=GraphOptions(opset, batch),
-            engines=_engines(arguments.tensorrt, arguments.compute_capability, batch),
+            engines=_engines(arguments.tensorrt, arguments.compute_capability),
         ),
         checkpoint=arguments.checkpoint,
         extras=tuple(name for name in FURTHER_OUTPUTS if getattr(arguments, name)),
@@ -305,9 +305,10 @@ def _batch(text: str) -> int | None:
     return int(text)
 
 
-def _engines(wanted: bool, capabilities: list[str] | None, batch: int | None) -> EngineOptions | None:
+def _engines(wanted: bool, capabilities: list[str] | None) -> EngineOptions | None:
     """-> what --tensorrt and --compute-capability ask for. Raises UsageError."""
-    from export.write.tensorrt_engine import EngineOptions, installed_flavour
+    from ffl_deploy.runtime.tensorrt_build import EngineOptions
+    from ffl_deploy.runtime.tensorrt_modules import installed_flavour
 
     if not wanted:
         if capabilities:
@@ -315,8 +316,7 @@ def _engines(wanted: bool, capabilities: list[str] | None, batch: int | None) ->
                 "--compute-capability is about TensorRT engines; add --tensorrt, or leave it out."
             )
         return None
-    profile = (batch, batch, batch) if batch else EngineOptions().batches
-    return EngineOptions(installed_flavour(), tuple(capabilities) if capabilities else None, profile)
+    return EngineOptions(installed_flavour(), tuple(capabilities) if capabilities else None)
 
 
 def entry() -> None:

@@ -27,6 +27,7 @@ from export.write.trained_scales import trained_scales
 from ffl_deploy.bundle_files import GoldenSamples
 from ffl_deploy.errors import CheckError
 from ffl_deploy.manifest import DEFAULT_VARIANT, Details
+from ffl_deploy.runtime import RUNTIMES
 
 VALIDATION_IMAGES = 512  # on which quantisation methods are compared
 
@@ -131,13 +132,17 @@ def _int8(
     details = {
         name: Details(quantisation=form.choice, certificate=form.certificate) for name, form in forms.items()
     }
-    # Each form has its runtimes: TensorRT refuses the zero points of the CPU's, also behind ONNX Runtime.
-    through_tensorrt = tuple(name for name in runtimes if name == "onnxruntime-tensorrt")
-    others = tuple(name for name in runtimes if name not in through_tensorrt)
-    gpu = ("onnxruntime", *through_tensorrt)
+    computing = tuple(name for name in runtimes if RUNTIMES[name].int8)
     return [
-        ModelFile("int8", forms["cpu"].path, "int8", others, details["cpu"], engine=False),
-        ModelFile("int8-tensorrt", forms["tensorrt"].path, "int8", gpu, details["tensorrt"], on_cpu=False),
+        ModelFile("int8", forms["cpu"].path, "int8", computing, details["cpu"], engine=False),
+        ModelFile(
+            "int8-tensorrt",
+            forms["tensorrt"].path,
+            "int8",
+            ("onnxruntime",),
+            details["tensorrt"],
+            on_cpu=False,
+        ),
     ]
 
 

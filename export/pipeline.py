@@ -163,7 +163,11 @@ def verified_here(variants: Sequence[Variant]) -> VerifiedOn:
     for variant in variants:
         if variant.parity:
             installed = (
-                version("openvino") if variant.runtime == "openvino" else import_onnxruntime().__version__
+                variant.details.engine.version
+                if variant.details.engine
+                else version("openvino")
+                if variant.runtime == "openvino"
+                else import_onnxruntime().__version__
             )
             outcomes[variant.name] = Outcome.of(
                 variant.parity, variant.runtime, installed, variant.precision.computed
@@ -196,6 +200,8 @@ def variant_summary(variant: Variant) -> str:
     if variant.parity:
         worst = max(metrics.scaled_max_diff for metrics in variant.parity.batches.values())
         said.append(f"max logit difference {worst:.1e} of std")
+    else:
+        said.append("not verified here")
     if variant.accuracy:
         own, pytorch = variant.accuracy.value, variant.accuracy.difference.reference_accuracy
         verdict = variant.accuracy.verdict.summary

@@ -10,17 +10,21 @@ import msgspec
 import numpy as np
 
 from export.check.gates import check_extras, check_golden, check_parity, measure_accuracy, require_accuracy
-from export.check.latency import measure_latency
 from export.check.localize import first_difference
 from export.computed import computed_precision
 from export.formats import FORMATS, ModelFile, TargetContext, write_fp32
 from export.write.onnx_graph import GraphOptions
-from export.write.tensorrt_engine import EngineOptions, build_engine
+from export.write.tensorrt_engine import write_engine
+from ffl_deploy.errors import OtherMachine, UsageError
 from ffl_deploy.host import available_cores
 from ffl_deploy.manifest import Details, Precision, Variant
 from ffl_deploy.parity import gate_precision
-from ffl_deploy.runtime import RUNTIMES, OnnxRuntimeSession, Session
+from ffl_deploy.runtime import OnnxRuntimeSession, Session, runtime_named
+from ffl_deploy.runtime.latency import measure_latency
 from ffl_deploy.runtime.session import FixedBatchSession
+from ffl_deploy.runtime.tensorrt_build import EngineOptions
+from ffl_deploy.runtime.tensorrt_cache import bundled
+from ffl_deploy.runtime.tensorrt_runtime import TensorRtSession
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ def build_variants(folder: Path, context: TargetContext, options: VariantOptions
             verified(file, runtime, context, folder, options.graph.batch) for runtime in file.runtimes
         ]
         if options.engines and file.engine:
-            variants.append(engine_variant(file, folder, context, options.engines))
+            variants.append(engine_variant(file, folder, context, options.engines, options.graph.batch))
         return variants
 
     # The fp32 file first: what the others are made from has then given PyTorch's logits.
@@ -63,7 +67,7 @@ def check_runtimes(options: VariantOptions) -> None:
         name for precision in options.precisions if precision in FORMATS for name in FORMATS[precision].needs
     ]
     for name in dict.fromkeys([*options.runtimes, *needed]):
-        RUNTIMES[name].require()
+        runtime_named(name).require()
 
 
 def verified(
@@ -72,29 +76,51 @@ def verified(
     """Open `file` on `runtime`, hold it to the gates of its precision, measure it. Raises CheckError."""
     name = file.name if runtime == file.runtimes[0] else f"{file.name}-{runtime}"
     session, computed, details = open_file(file, runtime, name)
+    variant = Variant.of_file(folder, file.path, name, runtime, Precision(file.stored, computed))
+    variant = msgspec.structs.replace(variant, details=details)
+    if runtime == "onnxruntime" and not batch:  # a batch on each core needs no barrier behind every layer
+        many = OnnxRuntimeSession(file.path, name, threads=1)
+        return measured(variant, session, file, context, folder, batch, many, available_cores())
+    return measured(variant, session, file, context, folder, batch)
+
+
+def measured(
+    variant: Variant,
+    session: Session,
+    file: ModelFile,
+    context: TargetContext,
+    folder: Path,
+    batch: int | None,
+    many: Session | None = None,
+    callers: int = 1,
+) -> Variant:
+    """Hold `session`, opened on `variant` of `file`, to the gates of its precision; -> the variant with what
+    was measured of it. Raises CheckError.
+
+    Args: many, callers: the session for the whole test set (`session`), and from how many threads to ask it.
+    """
     if batch:
         session = FixedBatchSession(session, batch)
-    precision = gate_precision(file.stored, computed)
+    precision = gate_precision(variant.precision.stored, variant.precision.computed)
 
     def locate(images: np.ndarray) -> str:
         if batch:
             images = np.resize(images, (batch, *images.shape[1:]))
-        return first_difference(file.path, context.model, images, precision, folder / "model.onnx", runtime)
+        source = folder / "model.onnx"
+        return first_difference(file.path, context.model, images, precision, source, variant.runtime)
 
     parity = check_parity(session, context.reference, precision, context.model.temperature, locate)
     check_golden(session, context.golden, context.golden_files, precision, context.model.temperature)
-    many, callers = session, 1
-    if runtime == "onnxruntime" and not batch:  # a batch on each core needs no barrier behind every layer
-        many, callers = OnnxRuntimeSession(file.path, name, threads=1), available_cores()
-    accuracy = require_accuracy(measure_accuracy(many, context.test, precision, callers), name)
+    accuracy = measure_accuracy(many or session, context.test, precision, callers)
     extras = check_extras(session, context.reference, context.extras, precision)
-    timed = file.on_cpu or runtime != "onnxruntime"
+    timed = file.on_cpu or variant.runtime != "onnxruntime"
+    latency = measure_latency(session.run, context.reference.images, gpu=session.gpu) if timed else None
     return msgspec.structs.replace(
-        Variant.of_file(folder, file.path, name, runtime, Precision(file.stored, computed)),
+        variant,
         parity=parity,
-        accuracy=accuracy,
-        latency=measure_latency(session.run, context.reference.images) if timed else None,
-        details=msgspec.structs.replace(details, extras=extras),
+        accuracy=require_accuracy(accuracy, variant.name),
+        latency=latency,
+        details=msgspec.structs.replace(variant.details, extras=extras),
     )
 
 
@@ -117,12 +143,22 @@ def open_file(file: ModelFile, runtime: str, name: str) -> tuple[Session, str, D
     return session, computed, msgspec.structs.replace(file.details, operators=histogram)
 
 
-def engine_variant(file: ModelFile, folder: Path, context: TargetContext, options: EngineOptions) -> Variant:
-    """Build a TensorRT engine from a verified file. Its own parity is checked where it can run:
-    by ffl-verify on a GPU."""
+def engine_variant(
+    file: ModelFile, folder: Path, context: TargetContext, options: EngineOptions, batch: int | None
+) -> Variant:
+    """Build a TensorRT engine from a verified file. Where this machine has the GPU that it is for, it is
+    verified and measured as any variant; elsewhere that is left to ffl-verify, or to ffl-engine, on such a
+    machine."""
     name = f"{file.name.removesuffix('-tensorrt')}-engine"
     path = folder / "engines" / f"{name.removesuffix('-engine')}.engine"
-    shape = context.evaluation.run.preprocessing
-    record = build_engine(file.path, path, shape.height, shape.width, options)
+    record = write_engine(file.path, path, options)
     variant = Variant.of_file(folder, path, name, "tensorrt", Precision(file.stored, file.stored))
-    return msgspec.structs.replace(variant, details=Details(engine=record))
+    variant = msgspec.structs.replace(variant, details=Details(engine=record))
+    try:
+        session = TensorRtSession(bundled(path, record), variant)
+    except (UsageError, OtherMachine):  # no GPU, or another one
+        return variant
+    try:
+        return measured(variant, session, file, context, folder, batch)
+    finally:
+        session.close()

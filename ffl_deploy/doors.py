@@ -66,6 +66,11 @@ def verify() -> None:
     _run("ffl_deploy.verify")
 
 
+def engine() -> None:
+    """`ffl-engine`."""
+    _run("ffl_deploy.engine")
+
+
 def predict() -> None:
     """`ffl-predict`."""
     _run("serve.predict.command")

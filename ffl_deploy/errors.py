@@ -33,6 +33,10 @@ class OtherMachine(CheckError):
     nothing is wrong with the bundle."""
 
 
+class DeviceLost(CheckError):
+    """The GPU failed in a way that CUDA does not come back from: only a new process can use it again."""
+
+
 class UsageError(FflError):
     """The command cannot start on what it was given: bad flags, missing folders, unknown names."""
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ffl_deploy.bundle_files import BundleFiles
     from ffl_deploy.manifest import Variant
 
-EVERYWHERE = ("onnxruntime", "onnxruntime-cuda", "openvino")
+EVERYWHERE = tuple(name for name, runtime in RUNTIMES.items() if not runtime.compiles)
 """Runtimes that are tried for every ONNX file. The others compile for minutes:
 each is tried for the variants made for it."""
 PACKAGES = (

@@ -87,8 +87,13 @@ class LatencyRecord(msgspec.Struct, frozen=True):
     p95_ms: float
     images_per_second: dict[str, float]  # batch size -> throughput (of the median call)
     best_batch: int
-    threads: int
-    machine: str
+    threads: int  # of the processor; 0 where a GPU computes
+    machine: str  # the processor, or the GPU
+
+    @property
+    def where(self) -> str:
+        """-> what it was measured on, for people."""
+        return f"{self.threads} threads of {self.machine}" if self.threads else self.machine
 
     @property
     def best_images_per_second(self) -> float:
@@ -138,6 +143,9 @@ class EngineRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     build_seconds: float
     log: list[str]  # warnings of builder and parser, and errors that did not keep it from building
     gpu: str = ""  # the model that it was built on; empty where it was built without one
+    profiles: list[
+        list[int]
+    ] = []  # of each optimization profile [min, opt, max]; empty: the one of `profile`
 
 
 class KeptInFp32(msgspec.Struct, frozen=True):

@@ -18,7 +18,7 @@ from ffl_deploy.files import shown
 from ffl_deploy.host import available_cores
 from ffl_deploy.parity import PARITY_GATES, ParityGate, ParityRecord, gate_precision, judge
 from ffl_deploy.processor import kernels
-from ffl_deploy.runtime import Session
+from ffl_deploy.runtime import Session, runtime_named
 from ffl_deploy.runtime.replay import golden_batches, measure
 
 if TYPE_CHECKING:
@@ -126,7 +126,8 @@ def _holding(bundle: BundleFiles, refused: Variant, runtime: str, threads: int |
     """Yield the flags of what holds here: on the same runtime first, then on the variants' own,
     smaller files before larger."""
     others = sorted(bundle.manifest.variants, key=lambda variant: variant.bytes)
-    tries = [(variant, runtime) for variant in others] + [(variant, variant.runtime) for variant in others]
+    same = [] if runtime_named(runtime).compiles else [(variant, runtime) for variant in others]
+    tries = same + [(variant, variant.runtime) for variant in others]
     for variant, name in dict.fromkeys((variant.name, name) for variant, name in tries):
         if (variant, name) == (refused.name, runtime):
             continue

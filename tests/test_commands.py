@@ -21,6 +21,7 @@ COMMANDS = {
     "ffl-train": "train.run",
     "ffl-export": "export.cli",
     "ffl-verify": "ffl_deploy.verify",
+    "ffl-engine": "ffl_deploy.engine",
     "ffl-predict": "serve.predict.command",
     "ffl-web": "ffl_deploy.web.command",
     "ffl-serve": "serve.command",

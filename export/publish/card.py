@@ -97,7 +97,7 @@ def _row(variant: Variant) -> list[str]:
 
 def _measured_on(manifest: Manifest) -> str:
     measured = [variant.latency for variant in manifest.variants if variant.latency]
-    machines = {f"{latency.threads} threads of {latency.machine}" for latency in measured}
+    machines = {latency.where for latency in measured}
     if not machines:
         return "Speed was not measured."
     return (

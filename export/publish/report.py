@@ -54,7 +54,7 @@ def write_report(folder: Path, limits: Limits) -> Report:
     latencies = [
         variant.latency for bundle in bundles for variant in bundle.manifest.variants if variant.latency
     ]
-    machine = "; ".join(sorted({f"{latency.threads} threads of {latency.machine}" for latency in latencies}))
+    machine = "; ".join(sorted({latency.where for latency in latencies}))
     report = Report(rows, limits, recommend(rows, limits), machine)
     write_json(folder / REPORT, report)
     write_atomically(folder / "report.md", markdown(report))
@@ -92,8 +92,8 @@ def _row(target: str, parameters: int, cost: int, variant: Variant) -> Row:
         accuracy_low=accuracy.interval.low if accuracy else None,
         accuracy_high=accuracy.interval.high if accuracy else None,
         calibration_error=accuracy.calibration_error if accuracy else None,
-        parity=parity.verdict.status if parity else "not run here",
-        accuracy_gate=accuracy.verdict.summary if accuracy else "not run here",
+        parity=parity.verdict.status if parity else "not verified here",
+        accuracy_gate=accuracy.verdict.summary if accuracy else "not verified here",
         p50_ms=latency.p50_ms if latency else None,
         p95_ms=latency.p95_ms if latency else None,
         images_per_second=latency.best_images_per_second if latency else None,

@@ -12,7 +12,7 @@ from typing import Protocol
 from ffl_deploy.errors import UsageError, choices_sentence
 from ffl_deploy.installed import missing
 from ffl_deploy.manifest import Manifest, Variant
-from ffl_deploy.runtime.onnx_runtime import PROVIDERS, OnnxRuntimeSession, require_provider
+from ffl_deploy.runtime.onnx_runtime import OnnxRuntimeSession, require_start
 from ffl_deploy.runtime.onnx_wire import refuse_external_data
 from ffl_deploy.runtime.session import FixedBatchSession, Session
 
@@ -24,24 +24,29 @@ Opener = Callable[[Path, Variant, int | None], Session]
 class Runtime:
     """One way to execute a variant.
 
-    reads: the suffix of its files; extra: of ffl-deploy, which installs it; require: raises UsageError where
-    it is not installed or cannot start, before any work is done.
+    reads: the suffixes of its files; extra: of ffl-deploy, which installs it; require: raises UsageError
+    where it is not installed or cannot start, before any work is done; packages: the distributions whose
+    versions its answers depend on; gpu: it computes on one; int8: it has int8 layers of its own; compiles:
+    opening an ONNX file takes minutes the first time.
     """
 
     name: str
-    reads: str
+    reads: tuple[str, ...]
     extra: str
     open: Opener
     require: Callable[[], object]
+    packages: tuple[str, ...]
+    gpu: bool = False
+    int8: bool = True
+    compiles: bool = False
 
 
-def _onnx_runtime(name: str) -> Runtime:
-    def opened(model: Path, variant: Variant, threads: int | None) -> Session:
-        return OnnxRuntimeSession(model, variant.name, threads, name)
+def _onnx_runtime(model: Path, variant: Variant, threads: int | None) -> Session:
+    return OnnxRuntimeSession(model, variant.name, threads)
 
-    return Runtime(
-        name, ".onnx", "cpu" if name == "onnxruntime" else "gpu", opened, partial(require_provider, name)
-    )
+
+def _onnx_runtime_cuda(model: Path, variant: Variant, threads: int | None) -> Session:
+    return OnnxRuntimeSession(model, variant.name, threads, "onnxruntime-cuda")
 
 
 def _openvino(model: Path, variant: Variant, threads: int | None) -> Session:
@@ -51,9 +56,13 @@ def _openvino(model: Path, variant: Variant, threads: int | None) -> Session:
 
 
 def _tensorrt(model: Path, variant: Variant, threads: int | None) -> Session:
+    """An engine of the bundle; or, of an ONNX file, the one that is built for this GPU at first use."""
+    from ffl_deploy.runtime.tensorrt_cache import bundled, engine_here
     from ffl_deploy.runtime.tensorrt_runtime import TensorRtSession
 
-    return TensorRtSession(model, variant)
+    return TensorRtSession(
+        bundled(model, variant.engine) if model.suffix == ".engine" else engine_here(model), variant
+    )
 
 
 def _require_openvino() -> None:
@@ -64,20 +73,54 @@ def _require_openvino() -> None:
 
 
 def _require_tensorrt() -> None:
-    from ffl_deploy.runtime.tensorrt_runtime import EXTRAS
+    from ffl_deploy.runtime.gpu import this_gpu
+    from ffl_deploy.runtime.tensorrt_modules import installed_flavour
 
-    if not any(importlib.util.find_spec(flavour) for flavour in EXTRAS):
-        raise missing("tensorrt", "on GeForce and RTX take the extra tensorrt-rtx")
+    installed_flavour()
+    this_gpu()
 
 
-RUNTIMES = {
-    runtime.name: runtime
-    for runtime in (
-        *(_onnx_runtime(name) for name in PROVIDERS),
-        Runtime("openvino", ".onnx", "openvino", _openvino, _require_openvino),
-        Runtime("tensorrt", ".engine", "tensorrt", _tensorrt, _require_tensorrt),
+_ROWS = (
+    Runtime(
+        "onnxruntime",
+        (".onnx",),
+        "cpu",
+        _onnx_runtime,
+        partial(require_start, "onnxruntime"),
+        ("onnxruntime", "onnxruntime-gpu"),
+    ),
+    # CUDA has no int8 convolution: a quantised file is computed in float there, and slower than the fp32 one.
+    Runtime(
+        "onnxruntime-cuda",
+        (".onnx",),
+        "gpu",
+        _onnx_runtime_cuda,
+        partial(require_start, "onnxruntime-cuda"),
+        ("onnxruntime-gpu",),
+        gpu=True,
+        int8=False,
+    ),
+    Runtime("openvino", (".onnx",), "openvino", _openvino, _require_openvino, ("openvino",)),
+    Runtime(
+        "tensorrt",
+        (".engine", ".onnx"),
+        "tensorrt",
+        _tensorrt,
+        _require_tensorrt,
+        ("tensorrt", "tensorrt-cu12", "tensorrt-cu13", "tensorrt-rtx-cu13"),
+        gpu=True,
+        compiles=True,
+    ),
+)
+RUNTIMES = {runtime.name: runtime for runtime in _ROWS}
+RETIRED = {
+    "onnxruntime-tensorrt": (
+        "ONNX Runtime's TensorRT provider is not used any more (it needs TensorRT 10 and computes fp32 files "
+        "in "
+        "TF32); use --runtime tensorrt, which builds an engine of the same file at first use"
     )
 }
+"""Runtimes of earlier versions -> what to use instead."""
 
 
 class Files(Protocol):
@@ -100,22 +143,25 @@ def open_session(
     Raises CheckError (file changed, model refused), UsageError (unknown or missing runtime,
     a file it does not read).
     """
-    name = runtime or variant.runtime
-    if name not in RUNTIMES:
-        raise UsageError(f"there is no runtime {name!r}. {choices_sentence(name, list(RUNTIMES))}")
+    opened_by = runtime_named(runtime or variant.runtime)
     model = bundle.checked_file(variant.file)
-    opened_by = RUNTIMES[name]
-    if model.suffix != opened_by.reads:
-        kind = (
-            "an ONNX file; TensorRT engines are separate variants"
-            if model.suffix == ".onnx"
-            else "a TensorRT engine"
-        )
+    if model.suffix not in opened_by.reads:
+        kind = "a TensorRT engine" if model.suffix == ".engine" else "an ONNX file"
         raise UsageError(
-            f"variant {variant.name} of {bundle.folder} is {kind}, which {name} does not read; give another "
+            f"variant {variant.name} of {bundle.folder} is {kind}, which {opened_by.name} does not read; "
+            "give another "
             "--variant."
         )
     if model.suffix == ".onnx":
         refuse_external_data(model)
     session, fixed = opened_by.open(model, variant, threads), bundle.manifest.input.batch
     return FixedBatchSession(session, fixed) if fixed else session
+
+
+def runtime_named(name: str) -> Runtime:
+    """-> its row of RUNTIMES. Raises UsageError where there is none."""
+    if name in RETIRED:
+        raise UsageError(f"{RETIRED[name]}.")
+    if name not in RUNTIMES:
+        raise UsageError(f"there is no runtime {name!r}. {choices_sentence(name, list(RUNTIMES))}")
+    return RUNTIMES[name]

@@ -37,7 +37,7 @@ class Session(ABC):
 
     runtime: the name it was opened by; version: of the runtime, down to the build where it tells; variant: of
     the bundle; computed: the precision that the processor computes in, where the runtime can tell (None: not
-    known, take the file's); device: what runs it, for people.
+    known, take the file's); device: what runs it, for people; gpu: its name, where that is a GPU.
     """
 
     runtime: str
@@ -45,11 +45,17 @@ class Session(ABC):
     version: str = ""
     computed: str | None = None
     device: str = "CPU"
+    gpu: str = ""
 
     @abstractmethod
     def run(self, images: np.ndarray) -> Outputs:
         """images: uint8 [n, height, width, 3] -> Outputs with n rows.
         Raises CheckError where the runtime fails."""
+
+    def warm_up_sizes(self, largest: int) -> list[int]:
+        """-> the batches up to `largest` to run before anybody waits for an answer: whose first run takes
+        longer."""
+        return sorted({1, largest})
 
     def close(self) -> None:  # noqa: B027  most runtimes have nothing to do
         """Give back what only this session holds; it cannot be used afterwards."""
@@ -69,6 +75,11 @@ def outputs_from(values: Mapping[str, np.ndarray]) -> Outputs:
     return Outputs(**{name: values[name] for name in Outputs._fields if name in values})
 
 
+def padded_sizes(largest: int) -> list[int]:
+    """-> 1, 2, 4, ... and `largest`: the batches that a GPU computes, which others are padded to."""
+    return sorted({1 << power for power in range(largest.bit_length())} | {largest})
+
+
 class FixedBatchSession(Session):
     """A session on a graph with a static batch: takes any number of images, pads the last batch,
     and drops the padding."""
@@ -76,6 +87,7 @@ class FixedBatchSession(Session):
     def __init__(self, session: Session, size: int) -> None:
         self.runtime, self.variant = session.runtime, session.variant
         self.computed, self.device, self.version = session.computed, session.device, session.version
+        self.gpu = session.gpu
         self._session, self._size = session, size
 
     def run(self, images: np.ndarray) -> Outputs:
@@ -85,6 +97,9 @@ class FixedBatchSession(Session):
                 for start in range(0, len(images), self._size)
             ]
         )
+
+    def warm_up_sizes(self, largest: int) -> list[int]:
+        return [1]
 
     def close(self) -> None:
         self._session.close()

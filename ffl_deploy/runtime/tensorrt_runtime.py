@@ -1,224 +1,265 @@
 """A TensorRT engine on an NVIDIA GPU, in either flavour: `tensorrt` (data centre and all GPUs)
 or `tensorrt_rtx`.
 
-Loading an engine runs native code, so it happens only after the hash check (registry.open_session), and only
-for an engine that was built by this version for this GPU. Buffers come from cuda-bindings; torch is not
-needed.
+Loading an engine runs native code, so it happens only for one whose hash was checked (a bundle's) or that
+this user's own cache holds (tensorrt_cache.py), and only for one that was built by this version for this GPU.
+Buffers come from cuda-bindings; torch is not needed.
 """
 
 from __future__ import annotations
 
-import importlib
+import contextlib
+import hashlib
 import math
 import weakref
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from queue import Empty, SimpleQueue
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ffl_deploy.errors import CheckError, OtherMachine, UsageError
-from ffl_deploy.installed import missing
+from ffl_deploy.errors import CheckError, OtherMachine
 from ffl_deploy.manifest import EngineRecord, Variant
+from ffl_deploy.runtime.gpu import Gpu, checked, import_cuda, pinned_bytes, this_gpu
 from ffl_deploy.runtime.session import Outputs, Session, outputs_from
+from ffl_deploy.runtime.tensorrt_cache import Engine, keep_kernels, read_kernels
+from ffl_deploy.runtime.tensorrt_modules import import_tensorrt, message_collector, one_line
 
-EXTRAS = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}
-"""Flavour, which is the Python module's name -> the extra of ffl-deploy that installs it."""
+LANES = 2
+"""Calls that are worked on at a time: while the GPU computes for one, the other's images are on their way. A
+lane is opened when it is first needed."""
 
 
 class TensorRtSession(Session):
-    """An engine, its execution context and its device buffers. Calls from several threads take turns.
+    """An engine and what runs it. Calls from several threads run on LANES streams, and wait where those are
+    taken.
 
-    Buffers and stream go back to the GPU with `close`, or with the session itself where nobody closes it.
-    Raises UsageError where TensorRT or a GPU is missing, CheckError where the engine was built for something
-    else.
+    Buffers and streams go back to the GPU with `close`, or with the session itself where nobody closes it.
+    Raises UsageError where TensorRT or a GPU is missing, OtherMachine where the engine was built for
+    something else, CheckError where TensorRT refuses it or the GPU has no room for it.
     """
 
     runtime = "tensorrt"
 
-    def __init__(self, model: Path, variant: Variant) -> None:
-        self.variant = variant.name
-        record = variant.engine
+    def __init__(self, engine: Engine, variant: Variant) -> None:
+        record, self.variant = engine.record, variant.name
+        self.computed = variant.precision.stored  # strongly typed
         trt = import_tensorrt(record.flavour)
-        self.version = f"{record.flavour} {trt.__version__}"
-        self._cuda = import_cuda()
-        self.device = check_machine(record, str(trt.__version__), device_capability(self._cuda), model)
+        self._cuda, gpu = import_cuda(), this_gpu()
+        check_machine(engine, str(trt.__version__), gpu)
+        self.device = self.gpu = f"{gpu.name} ({gpu.compute_capability})"
+        digest = hashlib.sha256(engine.content).hexdigest()
+        self.version = f"{trt.__version__} {record.flavour}, engine {digest[:16]}"
         self._logger = message_collector(trt)
-        self._runtime = trt.Runtime(self._logger)
-        self._engine = self._runtime.deserialize_cuda_engine(model.read_bytes())
+        runtime = trt.Runtime(self._logger)
+        self._engine = runtime.deserialize_cuda_engine(engine.content)
         if self._engine is None:
             raise CheckError(
-                f"TensorRT cannot load {model}: {'; '.join(self._logger.errors) or 'no reason given'}; "
-                f"{_rebuild(record)}"
+                f"TensorRT cannot load {engine.name}: {one_line(self._logger.errors)}; {engine.rebuild}."
             )
-        self._context = self._engine.create_execution_context()
-        if self._context is None:
-            raise CheckError(
-                f"TensorRT cannot prepare {model}: {'; '.join(self._logger.errors)}; free some GPU memory."
-            )
-        self._max_batch = record.profile["max"]
+        self._profiles = [tuple(sizes) for sizes in record.profiles] or [
+            (record.profile["min"], record.profile["opt"], record.profile["max"])
+        ]
+        self._max_batch = self._profiles[-1][-1]
+        self._tensors = [
+            _Tensor.of(trt, self._engine, name)
+            for name in map(self._engine.get_tensor_name, range(self._engine.num_io_tensors))
+        ]
+        self._lanes: list[_Lane] = []
+        self._idle: SimpleQueue[_Lane] = SimpleQueue()
         self._lock = Lock()
-        self._buffers: dict[str, tuple[int, np.dtype[Any], bool]] = {}
-        self._stream = self._call(self._cuda.cudaStreamCreate())
-        # From here on, so that what a failing allocation leaves goes back too.
-        self._finalizer = weakref.finalize(self, _give_back, self._cuda, self._stream, self._buffers)
-        self._allocate(trt)
+        # Nothing that is held may know the session, or it would never go.
+        self._held = ExitStack()
+        self._finalizer = weakref.finalize(self, self._held.close)
+        self._context_config = self._runtime_cache(trt, engine)
+        try:
+            self._idle.put(self._new_lane(engine.name))
+        except BaseException:
+            self.close()
+            raise
 
-    def _allocate(self, trt: Any) -> None:
-        """Fill `_buffers`: tensor name -> (device pointer for the largest batch, dtype, is it an input)."""
-        for index in range(self._engine.num_io_tensors):
-            name = self._engine.get_tensor_name(index)
-            dtype = np.dtype(trt.nptype(self._engine.get_tensor_dtype(name)))
-            count = self._max_batch * math.prod(
-                int(size) for size in tuple(self._engine.get_tensor_shape(name))[1:]
+    def _runtime_cache(self, trt: Any, engine: Engine) -> Any:
+        """-> how TensorRT-RTX is to compile the engine for this GPU: with what it kept of the last time; None
+        for TensorRT, whose engines are compiled already."""
+        if engine.record.flavour != "tensorrt_rtx" or not hasattr(self._engine, "create_runtime_config"):
+            return None
+        checked(self._cuda, self._cuda.cudaFree(0))  # a context, which the cache is compared with
+        config = self._engine.create_runtime_config()
+        compiled, before = config.create_runtime_cache(), read_kernels(engine.kernels)
+        if before is not None:
+            compiled.deserialize(before)  # what does not fit is left out
+        config.set_runtime_cache(compiled)
+
+        def keep() -> None:
+            now = bytes(compiled.serialize())
+            if now != before:
+                keep_kernels(engine.kernels, now)
+
+        self._held.callback(keep)
+        return config
+
+    def _new_lane(self, name: str = "the engine") -> _Lane:
+        """Open a further execution context with its stream and buffers."""
+        context = (
+            self._engine.create_execution_context()
+            if self._context_config is None
+            else self._engine.create_execution_context(self._context_config)
+        )
+        if context is None:
+            raise CheckError(
+                f"TensorRT cannot prepare {name}: {one_line(self._logger.errors)}; free some GPU memory."
             )
-            pointer = self._call(self._cuda.cudaMalloc(count * dtype.itemsize))
-            self._buffers[name] = (
-                pointer,
-                dtype,
-                self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT,
-            )
-            self._context.set_tensor_address(name, pointer)
+        lane = _Lane(self._cuda, context, self._held, self._tensors, self._max_batch)
+        self._lanes.append(lane)
+        return lane
 
     def run(self, images: np.ndarray) -> Outputs:
-        parts = [
-            self._run(images[start : start + self._max_batch])
-            for start in range(0, len(images), self._max_batch)
-        ]
+        with self._lane() as lane:
+            parts = [
+                self._run(lane, images[start : start + self._max_batch])
+                for start in range(0, len(images), self._max_batch)
+            ]
         return outputs_from({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
 
-    def _run(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        pixels = np.ascontiguousarray(images)
-        kinds = self._cuda.cudaMemcpyKind
-        results: dict[str, np.ndarray] = {}
-        with self._lock:
-            if not self._context.set_input_shape("images", pixels.shape):
-                raise CheckError(
-                    f"the engine takes no batch of shape {pixels.shape}: {'; '.join(self._logger.errors)}."
-                )
-            for name, (pointer, dtype, is_input) in self._buffers.items():
-                if is_input:
-                    copied = self._cuda.cudaMemcpyAsync(
-                        pointer, pixels.ctypes.data, pixels.nbytes, kinds.cudaMemcpyHostToDevice, self._stream
-                    )
-                    self._call(copied)
-                else:
-                    results[name] = np.empty(tuple(self._context.get_tensor_shape(name)), dtype)
-            if not self._context.execute_async_v3(int(self._stream)):
-                raise CheckError(
-                    f"TensorRT cannot run a batch of {len(images)}: {'; '.join(self._logger.errors)}."
-                )
-            for name, value in results.items():
-                pointer = self._buffers[name][0]
-                copied = self._cuda.cudaMemcpyAsync(
-                    value.ctypes.data, pointer, value.nbytes, kinds.cudaMemcpyDeviceToHost, self._stream
-                )
-                self._call(copied)
-            self._call(self._cuda.cudaStreamSynchronize(self._stream))
-        return results
+    @contextlib.contextmanager
+    def _lane(self) -> Iterator[_Lane]:
+        """Hold a lane: one that is idle, a new one, or the next that becomes idle."""
+        try:
+            lane = self._idle.get_nowait()
+        except Empty:
+            with self._lock:
+                if len(self._lanes) < LANES:
+                    with contextlib.suppress(CheckError):  # no room for a second one
+                        self._idle.put(self._new_lane())
+            lane = self._idle.get()
+        try:
+            yield lane
+        finally:
+            self._idle.put(lane)
 
-    def _call(self, answer: tuple[Any, ...]) -> Any:
-        return checked(self._cuda, answer)
+    def _run(self, lane: _Lane, images: np.ndarray) -> dict[str, np.ndarray]:
+        profile = next(
+            (index for index, (least, _, most) in enumerate(self._profiles) if least <= len(images) <= most),
+            None,
+        )
+        self._logger.errors.clear()
+        if profile is None or not lane.take(profile, images):
+            reason = (
+                one_line(self._logger.errors) if profile is not None else "no profile of it has this size"
+            )
+            raise CheckError(f"the engine takes no batch of shape {images.shape}: {reason}.")
+        if not lane.compute():
+            # the reason may lie in the GPU itself
+            checked(self._cuda, self._cuda.cudaGetLastError())
+            raise CheckError(
+                f"TensorRT cannot run a batch of {len(images)}: {one_line(self._logger.errors)}."
+            )
+        return lane.results()
 
     def close(self) -> None:
         """Give the device memory back; the session cannot be used afterwards."""
         self._finalizer()
 
 
-def _give_back(cuda: Any, stream: Any, buffers: dict[str, tuple[int, np.dtype[Any], bool]]) -> None:
-    """Free what a session holds on the GPU, after what its stream still does."""
-    cuda.cudaStreamSynchronize(stream)
-    for pointer, _, _ in buffers.values():
-        cuda.cudaFree(pointer)
-    buffers.clear()
-    cuda.cudaStreamDestroy(stream)
+class _Tensor(NamedTuple):
+    """An input or output of an engine; `row`: its shape without the batch."""
+
+    name: str
+    dtype: np.dtype[Any]
+    row: tuple[int, ...]
+    is_input: bool
+
+    @classmethod
+    def of(cls, trt: Any, engine: Any, name: str) -> _Tensor:
+        dtype = np.dtype(trt.nptype(engine.get_tensor_dtype(name)))
+        row = tuple(int(size) for size in tuple(engine.get_tensor_shape(name))[1:])
+        return cls(name, dtype, row, engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT)
+
+    @property
+    def row_bytes(self) -> int:
+        return math.prod(self.row) * self.dtype.itemsize
 
 
-def check_machine(record: EngineRecord, version: str, capability: tuple[int, int], engine: Path) -> str:
-    """-> what runs it, for people. Raises OtherMachine
-    where the engine was built for another version or GPU."""
+class _Lane:
+    """An execution context, its stream, and for each tensor a buffer on the GPU and a pinned one beside it,
+    for the largest batch: a copy between pinned memory and the GPU needs no detour, and the host goes on
+    meanwhile.
+
+    What is allocated is freed by `held`, also where a later allocation fails. One call at a time.
+    """
+
+    def __init__(
+        self, cuda: Any, context: Any, held: ExitStack, tensors: Sequence[_Tensor], max_batch: int
+    ) -> None:
+        self._cuda, self._context, self._tensors = cuda, context, tensors
+        self._profile = 0
+        self._rows = 0
+        self._device: dict[str, int] = {}
+        self._host: dict[str, np.ndarray] = {}
+        self._stream = checked(cuda, cuda.cudaStreamCreate())
+        held.callback(cuda.cudaStreamDestroy, self._stream)
+        for tensor in tensors:
+            size = max_batch * tensor.row_bytes
+            self._device[tensor.name] = pointer = checked(cuda, cuda.cudaMalloc(size))
+            held.callback(cuda.cudaFree, pointer)
+            pinned = pinned_bytes(cuda, size, held).view(tensor.dtype)
+            self._host[tensor.name] = pinned.reshape(max_batch, *tensor.row)
+        held.callback(cuda.cudaStreamSynchronize, self._stream)  # first of all, when they go
+
+    def take(self, profile: int, images: np.ndarray) -> bool:
+        """Choose the engine's kernels for so many images, and send those; -> whether the engine takes
+        them."""
+        self._rows = len(images)
+        if profile != self._profile:
+            if not self._context.set_optimization_profile_async(profile, int(self._stream)):
+                return False
+            self._profile = profile
+        for tensor in self._tensors:
+            if not self._context.set_tensor_address(tensor.name, int(self._device[tensor.name])):
+                return False
+            if not tensor.is_input:
+                continue
+            if images.shape[1:] != tensor.row or not self._context.set_input_shape(tensor.name, images.shape):
+                return False
+            self._host[tensor.name][: self._rows] = images
+            self._copy(tensor, self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice)
+        return True
+
+    def compute(self) -> bool:
+        """-> whether TensorRT has begun to run the engine."""
+        return bool(self._context.execute_async_v3(int(self._stream)))
+
+    def results(self) -> dict[str, np.ndarray]:
+        """-> the outputs, once they are there."""
+        outputs = [tensor for tensor in self._tensors if not tensor.is_input]
+        for tensor in outputs:
+            self._copy(tensor, self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost)
+        checked(self._cuda, self._cuda.cudaStreamSynchronize(self._stream))
+        # copies: the next call writes over the buffer
+        return {tensor.name: self._host[tensor.name][: self._rows].copy() for tensor in outputs}
+
+    def _copy(self, tensor: _Tensor, kind: Any) -> None:
+        device, host = self._device[tensor.name], self._host[tensor.name].ctypes.data
+        to_device = kind == self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
+        target, source = (device, host) if to_device else (host, device)
+        size = self._rows * tensor.row_bytes
+        checked(self._cuda, self._cuda.cudaMemcpyAsync(target, source, size, kind, self._stream))
+
+
+def check_machine(engine: Engine, version: str, gpu: Gpu) -> None:
+    """Raise OtherMachine where the engine was built by another version or for another GPU."""
+    record: EngineRecord = engine.record
     if record.version != version:
         raise OtherMachine(
             f"{engine.name} was built by {record.flavour} {record.version}, this machine has {version}, and "
-            f"engines do not carry over; {_rebuild(record)}"
+            "engines "
+            f"do not carry over; {engine.rebuild}."
         )
-    own = f"{capability[0]}.{capability[1]}"
-    if record.compute_capabilities and own not in record.compute_capabilities:
+    if record.compute_capabilities and gpu.compute_capability not in record.compute_capabilities:
         raise OtherMachine(
             f"{engine.name} was built for compute capability {', '.join(record.compute_capabilities)}, this "
-            f"GPU has {own}; {_rebuild(record)}"
+            "GPU has "
+            f"{gpu.compute_capability}; {engine.rebuild}."
         )
-    return f"GPU {own}"
-
-
-def _rebuild(record: EngineRecord) -> str:
-    return (
-        f"run ffl-export --tensorrt on this machine, or use {record.source} with --runtime "
-        "onnxruntime-tensorrt."
-    )
-
-
-def import_tensorrt(flavour: str) -> Any:
-    """-> the module `tensorrt` or `tensorrt_rtx`. Raises UsageError where it is not installed."""
-    if flavour not in EXTRAS:
-        raise UsageError(f"{flavour!r} is no flavour of TensorRT; known: {', '.join(EXTRAS)}.")
-    try:
-        return importlib.import_module(flavour)
-    except ImportError as error:
-        raise missing(flavour) from error
-
-
-def import_cuda() -> Any:
-    """-> the runtime API of cuda-bindings. Raises UsageError where it is not installed."""
-    try:
-        from cuda.bindings import runtime
-    except ImportError as error:
-        raise missing("cuda") from error
-    return runtime
-
-
-ONNX_INSTEAD = "use the bundle's ONNX variants here: --variant fp32 --runtime onnxruntime"
-
-
-def device_capability(cuda: Any, advice: str = ONNX_INSTEAD) -> tuple[int, int]:
-    """-> compute capability of GPU 0. Raises UsageError, which ends with `advice`,
-    where there is no usable GPU."""
-    status, count = cuda.cudaGetDeviceCount()
-    if int(status) != 0 or not count:
-        raise UsageError(f"TensorRT engines need an NVIDIA GPU and its driver ({status.name}); {advice}.")
-    properties = checked(cuda, cuda.cudaGetDeviceProperties(0))
-    return int(properties.major), int(properties.minor)
-
-
-def checked(cuda: Any, answer: tuple[Any, ...]) -> Any:
-    """cuda-bindings' (status, value...) -> value.
-    Raises CheckError with CUDA's own name and text of the error."""
-    status, *values = answer
-    if int(status) != 0:
-        _, text = cuda.cudaGetErrorString(status)
-        raise CheckError(
-            f"CUDA failed: {status.name} ({text.decode() if isinstance(text, bytes) else text})."
-        )
-    return values[0] if values else None
-
-
-def message_collector(trt: Any) -> Any:
-    """-> a TensorRT logger that keeps messages instead of printing them: `errors` and `warnings`,
-    lists of text.
-
-    Builder and parser return None on failure; what went wrong is only in these messages.
-    """
-
-    class Collector(trt.ILogger):
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-            self.warnings: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
-                self.errors.append(message)
-            elif severity == trt.ILogger.WARNING:
-                self.warnings.append(message)
-
-    return Collector()

@@ -11,13 +11,13 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from export.check.latency import measure_latency
 from export.publish.cost import multiply_adds
 from export.publish.report import mark_pareto, recommend
 from export.write.quantize import BLOCKS, channel_scales, choose, sensitive_blocks
 from export.write.ranges import chunk_size
 from ffl_deploy.manifest import Candidate
 from ffl_deploy.report import Limits, Row
+from ffl_deploy.runtime.latency import measure_latency
 from ffl_deploy.saturation import PAIR, largest_pair
 
 

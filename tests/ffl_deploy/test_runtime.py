@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -14,7 +15,10 @@ import pytest
 from ffl_deploy.bundle import Bundle
 from ffl_deploy.errors import CheckError, UsageError
 from ffl_deploy.runtime import RUNTIMES, OnnxRuntimeSession, Outputs, Session, import_onnxruntime
-from ffl_deploy.runtime.session import FixedBatchSession
+from ffl_deploy.runtime.onnx_binding import BoundRuns, pinned_array
+from ffl_deploy.runtime.onnx_runtime import gpu_lost
+from ffl_deploy.runtime.session import FixedBatchSession, padded_sizes
+from tests.ffl_deploy.stub_tensorrt import Cuda
 
 
 def images(count: int, seed: int = 0) -> np.ndarray:
@@ -90,8 +94,83 @@ def test_a_provider_that_falls_back_silently_is_an_error(
     monkeypatch.setattr("ffl_deploy.runtime.onnx_runtime.import_onnxruntime", lambda: fake)
     with pytest.raises(UsageError, match="fell back to CPUExecutionProvider"):
         OnnxRuntimeSession(tiny_bundle.folder / "model.onnx", "fp32", runtime="onnxruntime-cuda")
-    with pytest.raises(UsageError, match=r"has no TensorrtExecutionProvider.*\[gpu\]"):
-        OnnxRuntimeSession(tiny_bundle.folder / "model.onnx", "fp32", runtime="onnxruntime-tensorrt")
+    monkeypatch.setattr("ffl_deploy.runtime.gpu.this_gpu", lambda: None)
+    with pytest.raises(UsageError, match="fell back to CPUExecutionProvider"):
+        RUNTIMES["onnxruntime-cuda"].require()  # before any work, though the provider is listed
+    fake.get_available_providers = lambda: ["CPUExecutionProvider"]
+    with pytest.raises(UsageError, match=r"has no CUDAExecutionProvider.*\[gpu\]"):
+        RUNTIMES["onnxruntime-cuda"].require()
+
+
+def bound(bundle: Bundle) -> BoundRuns:
+    """What runs on a GPU, on the memory of the CPU."""
+    ort = import_onnxruntime()
+    session = ort.InferenceSession(bundle.folder / "model.onnx", providers=["CPUExecutionProvider"])
+    return BoundRuns(ort, session, [output.name for output in session.get_outputs()], "cpu")
+
+
+def test_bound_buffers_give_the_same_answers_at_any_batch(
+    tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ffl_deploy.runtime.onnx_binding.LARGEST", 16)
+    runs, plain = bound(tiny_bundle), tiny_bundle.session()
+    sizes = []
+    original = runs._session.run_with_iobinding
+
+    def run(binding: object) -> None:
+        original(binding)
+        sizes.append(binding.get_outputs()[0].shape()[0])  # type: ignore[attr-defined]
+
+    runs._session = SimpleNamespace(io_binding=runs._session.io_binding, run_with_iobinding=run)
+    for count in (1, 3, 16, 37, 5, 3):
+        pixels = images(count, count)
+        found, expected = runs.run(pixels), plain.run(pixels)
+        np.testing.assert_allclose(found["logits"], expected.logits, atol=1e-6)
+        np.testing.assert_allclose(found["probabilities"], expected.probabilities, atol=1e-6)
+    assert sizes == [1, 4, 16, 16, 16, 8, 8, 4], "few sizes: padded to a power of two"
+
+
+def test_an_answer_is_not_overwritten_by_the_next(tiny_bundle: Bundle) -> None:
+    runs = bound(tiny_bundle)
+    first = runs.run(images(4, 1))["logits"]
+    kept = first.copy()
+    runs.run(images(4, 2))
+    np.testing.assert_array_equal(first, kept)
+
+
+def test_bound_buffers_serve_several_threads_at_once(tiny_bundle: Bundle) -> None:
+    runs, plain = bound(tiny_bundle), tiny_bundle.session(threads=1)
+    batches = [images(1 + seed % 5, seed) for seed in range(40)]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda batch: runs.run(batch)["logits"], batches))
+    for batch, found in zip(batches, together, strict=True):
+        np.testing.assert_allclose(found, plain.run(batch).logits, atol=1e-5)
+
+
+def test_pinned_memory_is_given_back(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = Cuda()
+    monkeypatch.setattr("ffl_deploy.runtime.onnx_binding.import_cuda", lambda: cuda)
+    held = ExitStack()
+    array = pinned_array((3, 4, 4, 3), held)
+    assert (array.shape, array.any()) == ((3, 4, 4, 3), False)
+    assert cuda.held == (0, 1, 0)
+    held.close()
+    assert cuda.held == (0, 0, 0)
+    cuda.fail_after = 0
+    assert pinned_array((3, 4, 4, 3), held).shape == (3, 4, 4, 3), "ordinary memory, where there is no more"
+
+
+@pytest.mark.parametrize(
+    ("message", "lost"),
+    [
+        ("CUDA failure 700: an illegal memory access was encountered ; GPU=0 ; hostname=x ; file=y", True),
+        ("CUDA error 719: unspecified launch failure", True),
+        ("CUDA failure 2: out of memory ; GPU=0 ; hostname=x", False),
+        ("BFCArena: Failed to allocate memory for requested buffer of size 700", False),
+    ],
+)
+def test_an_error_that_cuda_does_not_come_back_from_is_told_apart(message: str, lost: bool) -> None:
+    assert gpu_lost(message) is lost
 
 
 @pytest.mark.parametrize(
@@ -149,3 +228,9 @@ def test_the_manifest_says_whether_to_pad(tiny_bundle: Bundle) -> None:
     bundle = Bundle(tiny_bundle.folder, msgspec.structs.replace(tiny_bundle.manifest, input=static))
     assert isinstance(bundle.session(), FixedBatchSession)
     assert isinstance(tiny_bundle.session(), OnnxRuntimeSession)
+
+
+def test_padded_sizes_are_few_and_reach_the_largest() -> None:
+    assert padded_sizes(1) == [1]
+    assert padded_sizes(32) == [1, 2, 4, 8, 16, 32]
+    assert padded_sizes(48) == [1, 2, 4, 8, 16, 32, 48]

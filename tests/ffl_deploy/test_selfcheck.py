@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from ffl_deploy import load_bundle, processor, selfcheck, verdicts
+from ffl_deploy import load_bundle, private_cache, processor, selfcheck
 from ffl_deploy.bundle import Bundle
 from ffl_deploy.bundle_files import GoldenSamples, write_golden
 from ffl_deploy.errors import CheckError
@@ -219,7 +219,7 @@ def test_without_a_cache_the_samples_run_each_time(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(verdicts, "cache_home", lambda: None)
+    monkeypatch.setattr(private_cache, "cache_home", lambda: None)
     for _ in range(2):
         runs.clear()
         assert bundle.session().run(bundle.golden().images).logits.shape == (4, 3)

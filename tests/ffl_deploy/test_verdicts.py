@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from ffl_deploy import verdicts
+from ffl_deploy import private_cache, verdicts
 from ffl_deploy.verdicts import recall, remember
 
 QUESTION = {"asks": "a test", "of": [1, 2.5, None], "text": "flags: a b\n"}
@@ -60,19 +60,19 @@ def test_nobody_else_reads_or_writes_what_is_made(entry: Path) -> None:
 
 
 def test_the_places_of_the_platforms(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert verdicts.cache_home() == home / ".cache"
+    assert private_cache.cache_home() == home / ".cache"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
-    assert verdicts.cache_home() == home / ".cache"
+    assert private_cache.cache_home() == home / ".cache"
     monkeypatch.setenv("XDG_CACHE_HOME", str(home / "other"))
-    assert verdicts.cache_home() == home / "other"
+    assert private_cache.cache_home() == home / "other"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert verdicts.cache_home() == home / "Library" / "Caches"
+    assert private_cache.cache_home() == home / "Library" / "Caches"
     monkeypatch.setattr(sys, "platform", "win32")
     monkeypatch.setenv("LOCALAPPDATA", str(home / "Local"))
-    assert verdicts.cache_home() == home / "Local"
+    assert private_cache.cache_home() == home / "Local"
     monkeypatch.delenv("LOCALAPPDATA")
-    assert verdicts.cache_home() is None
+    assert private_cache.cache_home() is None
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from pathlib import Path
 
@@ -11,13 +10,16 @@ import msgspec
 import numpy as np
 import pytest
 
-from export.write.tensorrt_engine import EngineOptions, build_engine
+from export.write.tensorrt_engine import write_engine
 from ffl_deploy.bundle import load_bundle
 from ffl_deploy.errors import CheckError, UsageError
 from ffl_deploy.files import sha256_of
 from ffl_deploy.manifest import Details, EngineRecord, Precision, Variant
 from ffl_deploy.parity import PARITY_GATES
-from ffl_deploy.runtime.tensorrt_runtime import check_machine, device_capability, import_cuda
+from ffl_deploy.runtime.gpu import Gpu, this_gpu
+from ffl_deploy.runtime.tensorrt_build import EngineOptions, build
+from ffl_deploy.runtime.tensorrt_cache import Engine, bundled
+from ffl_deploy.runtime.tensorrt_runtime import TensorRtSession, check_machine
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
 ADA = EngineOptions("tensorrt_rtx", ("8.9",))
@@ -42,13 +44,13 @@ def test_an_engine_of_each_form_is_built_with_its_record(exported: Path, tmp_pat
     folder = exported / "fused"
     for source in ("model.onnx", "model.int8-tensorrt.onnx"):
         path = tmp_path / f"{source}.engine"
-        built = build_engine(folder / source, path, 8, 8, ADA)
+        built = write_engine(folder / source, path, ADA)
         assert built.compute_capabilities == ["8.9"]
         assert built.source_sha256 == sha256_of(folder / source)
         assert built.source_sha256.encode() in path.read_bytes(), "the source's hash is inside the engine"
         assert json.loads(path.with_suffix(".json").read_text())["profile"] == {
             "min": 1,
-            "opt": 64,
+            "opt": 256,
             "max": 256,
         }
 
@@ -56,7 +58,7 @@ def test_an_engine_of_each_form_is_built_with_its_record(exported: Path, tmp_pat
 @pytest.mark.slow
 def test_an_engine_is_built_in_ten_seconds(exported: Path, tmp_path: Path) -> None:
     start = time.perf_counter()
-    build_engine(exported / "fused" / "model.onnx", tmp_path / "model.engine", 8, 8, ADA)
+    write_engine(exported / "fused" / "model.onnx", tmp_path / "model.engine", ADA)
     assert time.perf_counter() - start < 10
 
 
@@ -64,25 +66,25 @@ def test_what_cannot_be_built_is_refused_with_the_builders_reason(exported: Path
     folder = exported / "fused"
     path = tmp_path / "x.engine"
     with pytest.raises(CheckError, match=r"SM75|Turing"):  # no fp32 matrix product before Ampere
-        build_engine(folder / "model.onnx", path, 8, 8, EngineOptions("tensorrt_rtx", ("7.5",)))
+        write_engine(folder / "model.onnx", path, EngineOptions("tensorrt_rtx", ("7.5",)))
     with pytest.raises(CheckError, match=r"cannot read model\.int8\.onnx"):  # asymmetric activations
-        build_engine(folder / "model.int8.onnx", path, 8, 8, ADA)
+        write_engine(folder / "model.int8.onnx", path, ADA)
     with pytest.raises(UsageError, match=r"9\.0; known: .*8\.9"):
-        build_engine(folder / "model.onnx", path, 8, 8, EngineOptions("tensorrt_rtx", ("9.0",)))
+        write_engine(folder / "model.onnx", path, EngineOptions("tensorrt_rtx", ("9.0",)))
     with pytest.raises(UsageError, match="known: tensorrt, tensorrt_rtx"):
-        build_engine(folder / "model.onnx", path, 8, 8, EngineOptions("tensort"))
+        write_engine(folder / "model.onnx", path, EngineOptions("tensort"))
     assert not path.exists()
 
 
 def test_an_engine_for_another_version_or_gpu_is_refused_before_it_is_loaded() -> None:
-    engine = Path("fp32.engine")
-    assert check_machine(record(), "1.7", (8, 9), engine) == "GPU 8.9"
+    engine, ada = Engine(b"", record(), "fp32.engine", "run: ffl-engine B"), Gpu("Ada", (8, 9), "580.65.06")
+    check_machine(engine, "1.7", ada)
     with pytest.raises(
-        CheckError, match=r"built by tensorrt_rtx 1\.7, this machine has 1\.8.*ffl-export --tensorrt"
+        CheckError, match=r"built by tensorrt_rtx 1\.7, this machine has 1\.8.*run: ffl-engine B\.$"
     ):
-        check_machine(record(), "1.8", (8, 9), engine)
+        check_machine(engine, "1.8", ada)
     with pytest.raises(CheckError, match=r"compute capability 8\.9, this GPU has 9\.0"):
-        check_machine(record(), "1.7", (9, 0), engine)
+        check_machine(engine, "1.7", ada._replace(capability=(9, 0)))
     with pytest.raises(CheckError, match="no valid engine record"):
         _ = Variant("e", "tensorrt", "e.engine", "0", 1, Precision("fp32", "fp32")).engine
 
@@ -100,7 +102,7 @@ def test_an_fp32_engine_is_not_built_with_tf32(
         return flags[-1]
 
     monkeypatch.setattr(tensorrt_rtx.Builder, "create_builder_config", watched)
-    build_engine(exported / "branch0" / "model.onnx", tmp_path / "fp32.engine", 8, 8, ADA)
+    write_engine(exported / "branch0" / "model.onnx", tmp_path / "fp32.engine", ADA)
     assert not flags[0].get_flag(tensorrt_rtx.BuilderFlag.TF32)
 
 
@@ -127,32 +129,31 @@ def test_an_unsupported_type_is_refused_with_the_builders_reason(exported: Path,
     proto.graph.node.insert(index, quantise)
     path = tmp_path / "fp8.onnx"
     onnx.save(proto, path)
-    build_engine(path, tmp_path / "ada.engine", 8, 8, ADA)
+    write_engine(path, tmp_path / "ada.engine", ADA)
     with pytest.raises(
         CheckError, match=r"cannot build fp8\.onnx for compute capability 8\.0.*(FP8|8-bit|fp8)"
     ):
-        build_engine(path, tmp_path / "ampere.engine", 8, 8, EngineOptions("tensorrt_rtx", ("8.0",)))
+        write_engine(path, tmp_path / "ampere.engine", EngineOptions("tensorrt_rtx", ("8.0",)))
 
 
-def test_engines_and_onnx_files_are_not_confused(exported: Path, tmp_path: Path) -> None:
-    bundle = load_bundle(shutil.copytree(exported / "fused", tmp_path / "fused"))
-    with pytest.raises(UsageError, match="engines are separate variants"):
-        bundle.session("fp32", "tensorrt")
+def test_the_real_builder_takes_a_profile_for_each_batch_size(exported: Path) -> None:
+    source = exported / "branch0" / "model.onnx"
+    made = build(source, EngineOptions("tensorrt_rtx", ("8.9", "12.0"), batches=(1, 8, 64)))
+    assert made.record.profiles == [[1, 1, 1], [2, 8, 8], [9, 64, 64]]
+    assert made.record.compute_capabilities == ["8.9", "12.0"]
+    assert made.timings is None, "TensorRT-RTX times nothing when it builds"
 
 
 @pytest.mark.gpu
 def test_an_engine_gives_the_golden_logits_on_a_gpu(exported: Path, tmp_path: Path) -> None:
-    from ffl_deploy.runtime.tensorrt_runtime import TensorRtSession
-
     try:
-        capability = device_capability(import_cuda())
+        name = this_gpu().compute_capability
     except UsageError as error:
         pytest.skip(str(error))
-    name = f"{capability[0]}.{capability[1]}"
     path = tmp_path / "fp32.engine"
     try:
-        built = build_engine(
-            exported / "branch0" / "model.onnx", path, 8, 8, EngineOptions("tensorrt_rtx", (name,))
+        built = write_engine(
+            exported / "branch0" / "model.onnx", path, EngineOptions("tensorrt_rtx", (name,))
         )
     except UsageError as error:
         pytest.skip(f"TensorRT-RTX does not run on this GPU: {error}")
@@ -161,7 +162,7 @@ def test_an_engine_gives_the_golden_logits_on_a_gpu(exported: Path, tmp_path: Pa
     variant = Variant(
         "fp32-engine", "tensorrt", path.name, sha256_of(path), 1, Precision("fp32", "fp32"), details=details
     )
-    session = TensorRtSession(path, variant)
+    session = TensorRtSession(bundled(path, built), variant)
     golden = load_bundle(exported / "branch0").golden()
     for batch in (1, 7, len(golden.images)):
         outputs = session.run(golden.images[:batch])

@@ -288,7 +288,7 @@ def test_which_model_works_with_and_without_the_exporters_report(
         | measured
         | {"accuracy_gate": "passed", "images_per_second": 1234.4, "best_batch": 16, "unknown": 1}
     )
-    bare = artefact | {"variant": "int8-tensorrt", "accuracy_gate": "not run here"}
+    bare = artefact | {"variant": "int8-tensorrt", "accuracy_gate": "not verified here"}
     advice = {"artefact": "fused/fp32", "reason": "fused/fp32 is <best>."}
     try:
         (folder / "report.json").write_text(

@@ -24,8 +24,12 @@ def measure_latency(
     batches: Sequence[int] = BATCHES,
     seconds: float = SECONDS,
     threads: int | None = None,
+    gpu: str = "",
 ) -> LatencyRecord:
-    """Time `run` on uint8 images [n, h, w, 3], cycling through them."""
+    """Time `run` on uint8 images [n, h, w, 3], cycling through them.
+
+    Args: threads: of the processor that compute (all cores); gpu: what computes in their place.
+    """
     times = {batch: call_seconds(run, images, batch, seconds) for batch in sorted({1, *batches})}
     throughput = {str(batch): round(batch / float(np.median(values)), 1) for batch, values in times.items()}
     return LatencyRecord(
@@ -33,8 +37,8 @@ def measure_latency(
         p95_ms=round(float(np.percentile(times[1], 95)) * 1e3, 4),
         images_per_second=throughput,
         best_batch=int(max(throughput, key=lambda name: throughput[name])),
-        threads=threads or available_cores(),
-        machine=machine_name(),
+        threads=0 if gpu else threads or available_cores(),
+        machine=gpu or machine_name(),
     )
 
 
