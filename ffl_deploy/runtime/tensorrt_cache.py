@@ -2,9 +2,8 @@
 cache.
 
     ~/.cache/ffl-deploy/engines/KEY.engine  KEY.json   an engine, and what it was built by and for
-                                KEY.kernels            what TensorRT-RTX compiled of it for this GPU
-                                KEY.timings            what TensorRT found of this GPU's kernels, for the next
-                                build
+                                SHA256.kernels         what TensorRT-RTX compiled of that engine for this GPU
+                                KEY.timings            what TensorRT timed on this GPU, for the next build
 
 KEY is the hash of everything that an engine depends on: the ONNX file, TensorRT's flavour and version, the
 GPU's name and capability, the driver. An engine is native code: the folder is readable by this user alone,
@@ -49,8 +48,7 @@ LOG = logging.getLogger("ffl_deploy.engines")
 class Engine(NamedTuple):
     """An engine that TensorRtSession can open.
 
-    name: in sentences; rebuild: what to do where it does not run here; place: its file, if it was kept;
-    kernels: where TensorRT-RTX finds and leaves what it compiled, if it may.
+    name: in sentences; rebuild: what to do where it does not run here; place: its file, if it was kept.
     """
 
     content: bytes
@@ -58,7 +56,11 @@ class Engine(NamedTuple):
     name: str
     rebuild: str
     place: Path | None = None
-    kernels: Path | None = None
+
+    @property
+    def kernels(self) -> str:
+        """-> the name of the file in which TensorRT-RTX leaves what it compiled."""
+        return f"{hashlib.sha256(self.content).hexdigest()}.kernels"
 
 
 class _Entry(msgspec.Struct, frozen=True):
@@ -76,9 +78,7 @@ def bundled(model: Path, record: EngineRecord) -> Engine:
         f"build one here: ffl-engine {model.parent.parent}, or use {source.name} with --runtime "
         "onnxruntime-cuda"
     )
-    return Engine(
-        model.read_bytes(), record, model.name, rebuild, None, _kernels({"engine": sha256_of(model)})
-    )
+    return Engine(model.read_bytes(), record, model.name, rebuild)
 
 
 def engine_here(source: Path, batches: tuple[int, ...] | None = None, again: bool = False) -> Engine:
@@ -118,26 +118,23 @@ def forget(engine: Engine) -> None:
             path.unlink(missing_ok=True)
 
 
-def read_kernels(path: Path | None) -> bytes | None:
-    """-> what TensorRT-RTX compiled for this GPU the last time, None where that is not known."""
-    if path is None:
+def read_kernels(name: str) -> bytes | None:
+    """-> what TensorRT-RTX compiled of an engine (`Engine.kernels`) for this GPU the last time, None where
+    that is not known. It refuses itself what it compiled for another version, GPU or driver."""
+    folder = private_folder(FOLDER)
+    if folder is None:
         return None
     with contextlib.suppress(OSError):
-        return read_private(path, MAX_BYTES)
+        return read_private(folder / name, MAX_BYTES)
     return None
 
 
-def keep_kernels(path: Path | None, content: bytes) -> None:
+def keep_kernels(name: str, content: bytes) -> None:
     """Keep what TensorRT-RTX compiled; does nothing where that is not possible."""
-    if path is not None:
-        with contextlib.suppress(OSError):
-            write_private(path, content)
-
-
-def _kernels(question: dict[str, Any]) -> Path | None:
-    """TensorRT-RTX itself refuses what it compiled for another version, GPU or driver."""
     folder = private_folder(FOLDER, make=True)
-    return None if folder is None else folder / f"{_key({'asks': 'kernels', **question})}.kernels"
+    if folder is not None:
+        with contextlib.suppress(OSError):
+            write_private(folder / name, content)
 
 
 def _built(
@@ -198,9 +195,8 @@ def _kept(
 
 
 def _engine(content: bytes, record: EngineRecord, source: Path, place: Path | None) -> Engine:
-    kernels = place.with_suffix(".kernels") if place is not None else None
     name = f"the engine of {source.name}"
-    return Engine(content, record, name, f"run: ffl-engine {source.parent}", place, kernels)
+    return Engine(content, record, name, f"run: ffl-engine {source.parent}", place)
 
 
 def _key(question: dict[str, Any]) -> str:

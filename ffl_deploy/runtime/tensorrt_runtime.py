@@ -92,10 +92,10 @@ class TensorRtSession(Session):
             compiled.deserialize(before)  # what does not fit is left out
         config.set_runtime_cache(compiled)
 
-        def keep() -> None:
+        def keep(name: str = engine.kernels) -> None:
             now = bytes(compiled.serialize())
             if now != before:
-                keep_kernels(engine.kernels, now)
+                keep_kernels(name, now)
 
         self._held.callback(keep)
         return config
