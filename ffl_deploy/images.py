@@ -7,13 +7,15 @@ so a file looks the same to all of them.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import io
 import logging
 import os
 import re
+import threading
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -37,7 +39,48 @@ from ffl_deploy.preprocessing import Pixels, Preprocessing
 # Formats by Pillow's names. MPO, what many phones write (a JPEG with further pictures behind the first one),
 # is opened as JPEG.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
-SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+class PhoneFormat(NamedTuple):
+    """A format that is read only where what reads it is installed. module: what has to be there; plugin: what
+    then teaches Pillow; how: what to do elsewhere."""
+
+    name: str  # Pillow's
+    signature: re.Pattern[bytes]
+    suffixes: tuple[str, ...]
+    module: str
+    plugin: str
+    how: str
+
+
+PHONE_FORMATS = (
+    PhoneFormat(
+        "HEIF",
+        re.compile(rb".{4}ftyp(heic|heix|heim|heis|hevc|mif1|msf1)", re.DOTALL),
+        (".heic", ".heif", ".hif"),
+        "pillow_heif",
+        "pillow_heif",
+        "with the extra heif of ffl-deploy, or convert it to JPEG",
+    ),
+    PhoneFormat(
+        "AVIF",
+        re.compile(rb".{4}ftyp(avif|avis)", re.DOTALL),
+        (".avif",),
+        "PIL._avif",
+        "PIL.AvifImagePlugin",
+        "with Pillow 11.3 or newer, or convert it to JPEG",
+    ),
+)
+
+
+READABLE = tuple(one for one in PHONE_FORMATS if importlib.util.find_spec(one.module) is not None)
+"""Those of PHONE_FORMATS that this environment reads."""
+UNREADABLE = tuple(one for one in PHONE_FORMATS if one not in READABLE)
+SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff",
+    *(suffix for one in READABLE for suffix in one.suffixes),
+)  # fmt: skip
+"""What a name has to end with for a file of a folder to be taken for an image."""
 # What people do send, and deserve a better answer than "not an image".
 UNSUPPORTED = tuple(
     (re.compile(pattern, re.DOTALL), name)
@@ -48,7 +91,6 @@ UNSUPPORTED = tuple(
         (rb"8BPS", "PSD"),
         (rb"\xb1\x68\xde\x3a", "DCX"),
         (rb"SIMPLE  =", "FITS"),
-        (rb".{4}ftyp(heic|heix|mif1|avif|avis)", "HEIF"),
         (rb"\xff\x0a|\x00{3}\x0cJXL ", "JPEG XL"),
         (rb"\x00{3}\x0cjP  ", "JPEG 2000"),
     )
@@ -98,7 +140,7 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Decoded:
             )
         if image.width == 0 or image.height == 0:
             raise ImageError("corrupt", "the image has no pixels")
-        animated = image.format != "MPO" and bool(getattr(image, "is_animated", False))
+        animated = image.format not in ("MPO", "HEIF") and bool(getattr(image, "is_animated", False))
         try:
             pixels = _decode_jpeg(data, image)
             if pixels is None:
@@ -124,12 +166,15 @@ def _opened(data: bytes, max_pixels: int) -> Image.Image:
         raise ImageError("empty", "the file is empty")
     try:
         _silence_pillow()
-        return Image.open(io.BytesIO(data), formats=FORMATS)
+        return Image.open(io.BytesIO(data), formats=formats_of(data))
     except Image.DecompressionBombError as error:
         raise ImageError("too_large", f"the image is larger than {_megapixels(max_pixels)}") from error
     except UnidentifiedImageError as error:
         if data.startswith(_MAGIC):
             raise ImageError("corrupt", "it begins like an image, but its header cannot be read") from error
+        for phone in UNREADABLE:
+            if phone.signature.match(data):
+                raise ImageError("unsupported", f"{phone.name} is read {phone.how}") from error
         for signature, name in UNSUPPORTED:
             if signature.match(data):
                 raise ImageError(
@@ -142,6 +187,37 @@ def _opened(data: bytes, max_pixels: int) -> Image.Image:
         raise ImageError(
             _code_of(error), f"the header cannot be read ({str(error) or type(error).__name__})"
         ) from error
+
+
+def formats_of(beginning: bytes) -> tuple[str, ...]:
+    """-> the formats, by Pillow's names, that a file with this beginning may have: FORMATS, and one of a
+    phone's where it begins like one, whose plugin is then loaded."""
+    for one in READABLE:
+        if one.signature.match(beginning):
+            with _LOADING:  # two threads at once would register it twice
+                _register(one.plugin)
+            return (*FORMATS, one.name)
+    return FORMATS
+
+
+_LOADING = threading.Lock()
+
+
+@functools.cache
+def _register(plugin: str) -> None:
+    module = importlib.import_module(plugin)
+    if plugin == "pillow_heif":
+        module.register_heif_opener(thumbnails=False)
+
+
+def size_of(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """-> (width, height) of an image file, by its header, as it lies there: not turned upright.
+    Raises anything that Pillow's plugins raise, and OSError."""
+    with open(path, "rb") as file:
+        beginning = file.read(32)
+        file.seek(0)
+        with Image.open(file, formats=formats_of(beginning)) as image:
+            return image.size
 
 
 def _code_of(error: Exception) -> str:
