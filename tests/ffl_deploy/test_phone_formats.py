@@ -28,7 +28,7 @@ Image.fromarray(pixels).save(sys.argv[1], quality=90, **({"exif": exif} if len(s
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """-> a folder with photo.heic and photo.avif of 40 x 30 pixels: black, and from the middle on red. Another
+    """-> a folder with photo.heic and photo.avif, 40 x 30 pixels: black, and from the middle on red. Another
     process writes them, in which nothing of ours is loaded."""
     folder = tmp_path_factory.mktemp("photos")
     for name, *turned in (("photo.heic",), ("photo.avif",), ("turned.avif", "turned")):
