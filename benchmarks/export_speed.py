@@ -23,8 +23,9 @@ import numpy as np
 import torch
 
 from export.write.half import write_half
+from export.write.int8_choice import Held, Judges
 from export.write.onnx_graph import DeployedModel, GraphOptions, write_onnx
-from export.write.quantize import Held, quantize
+from export.write.quantize import quantize
 from ffl_deploy.host import available_cores
 from ffl_deploy.networks.mutual import MutualNetwork, NetworkConfig
 from ffl_deploy.networks.targets import build_target, target_names
@@ -55,9 +56,8 @@ def build(
     write_half(folder / "model.onnx", folder / "model.bf16.onnx", "bf16")
     with torch.inference_mode():
         logits = model(torch.from_numpy(images))[0].numpy()
-    quantize(
-        folder / "model.onnx", folder, images, Held(images[:64], logits[:64]), Held(images[:64], logits[:64])
-    )
+    held = Held(images[:64], logits[:64])
+    quantize(folder / "model.onnx", folder, images, Judges(held, held))
     return model, network, images
 
 
@@ -68,7 +68,7 @@ def candidates(folder: Path, model: DeployedModel, threads: int) -> dict[str, Ca
     def eager(images: np.ndarray) -> Any:
         """PyTorch's default layout, NCHW; the pixels' own order would make it channels_last."""
         with torch.inference_mode():
-            logits = model.target(model.normalize(torch.from_numpy(images)).contiguous())
+            logits = model.target(model.normalise(torch.from_numpy(images)).contiguous())
             return logits, torch.softmax(logits, dim=1)
 
     def channels_last(images: np.ndarray) -> Any:

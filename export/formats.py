@@ -19,9 +19,10 @@ from export.check.evaluation import Evaluation, Reference, class_balanced
 from export.check.gates import HeldOut, file_batches
 from export.check.true_fp16 import check_true_fp16
 from export.write.half import write_half
+from export.write.int8_choice import Held, Judges
 from export.write.magnitudes import largest_magnitudes
 from export.write.onnx_graph import DeployedModel, GraphOptions, write_onnx
-from export.write.quantize import Held, quantize
+from export.write.quantize import quantize
 from export.write.ranges import IMAGES
 from export.write.trained_scales import trained_scales
 from ffl_deploy.bundle_files import GoldenSamples
@@ -122,13 +123,14 @@ def _int8(
 ) -> list[ModelFile]:
     evaluation, validation = context.evaluation, context.evaluation.data.validation
     rows = class_balanced(validation.labels, VALIDATION_IMAGES)
-    held = Held(validation.read(rows), evaluation.validation_logits[context.name][rows])
-    golden = Held(context.golden.images, context.golden.logits)
+    judges = Judges(
+        held=Held(validation.read(rows), evaluation.validation_logits[context.name][rows]),
+        golden=Held(context.golden.images, context.golden.logits),
+        batch=batch,
+    )
     trained = evaluation.quantized
     scales = None if trained is None else trained_scales(trained, context.name, source)
-    forms = quantize(
-        source, source.parent, evaluation.calibration_images(IMAGES), held, golden, batch, scales
-    )
+    forms = quantize(source, source.parent, evaluation.calibration_images(IMAGES), judges, scales)
     details = {
         name: Details(quantisation=form.choice, certificate=form.certificate) for name, form in forms.items()
     }

@@ -6,7 +6,7 @@ from collections.abc import Hashable
 from pathlib import Path
 from typing import Any, cast
 
-from export.write.quantize import Scales
+from export.write.qdq import Scales
 from ffl_deploy.errors import CheckError
 from ffl_deploy.networks.quantization import QuantizedNetwork
 from ffl_deploy.networks.targets import network_path

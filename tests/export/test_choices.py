@@ -13,7 +13,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from export.publish.cost import multiply_adds
 from export.publish.report import mark_pareto, recommend
-from export.write.quantize import BLOCKS, channel_scales, choose, sensitive_blocks
+from export.write.int8_choice import BLOCKS, choose, sensitive_blocks
+from export.write.qdq import channel_scales
 from export.write.ranges import chunk_size
 from ffl_deploy.manifest import Candidate
 from ffl_deploy.report import Limits, Row

@@ -96,20 +96,16 @@ def test_the_same_checkpoint_gives_the_same_bytes_in_another_process(
 
 
 def test_the_same_file_gives_the_same_other_forms(exported: Path, digits_run: Run, tmp_path: Path) -> None:
-    from export.write.quantize import Held, quantize
+    from export.write.int8_choice import Held, Judges
+    from export.write.quantize import quantize
 
     images, _, logits = digits_run.reference("best", "fused")
     written = []
     for turn in ("first", "second"):
         folder = tmp_path / turn
         folder.mkdir()
-        quantize(
-            exported / "fused" / "model.onnx",
-            folder,
-            images[:64],
-            Held(images[64:128], logits[64:128]),
-            Held(images[:64], logits[:64]),
-        )
+        judges = Judges(Held(images[64:128], logits[64:128]), Held(images[:64], logits[:64]))
+        quantize(exported / "fused" / "model.onnx", folder, images[:64], judges)
         for precision in ("fp16", "bf16"):
             write_half(exported / "fused" / "model.onnx", folder / f"model.{precision}.onnx", precision)
         written.append({path.name: path.read_bytes() for path in folder.iterdir()})

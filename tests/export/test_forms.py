@@ -15,8 +15,8 @@ from export.check.evaluation import Reference
 from export.check.gates import EXTRA_GATES, HeldOut, check_extras, measure_accuracy
 from export.check.localize import first_difference, layer_differences
 from export.cli import main
+from export.write.graph_parts import tail
 from export.write.onnx_graph import DeployedModel
-from export.write.quantize import _tail
 from ffl_deploy.bundle import load_bundle
 from ffl_deploy.command import run_command
 from ffl_deploy.data.datasets import ArraySplit
@@ -238,7 +238,7 @@ def test_int8_joins_classifiers_in_float(digits_run: Run, tmp_path: Path) -> Non
     flags = ["--target", "ensemble", "--precision", "int8", "--out", str(tmp_path)]
     assert run_command(main, [str(digits_run.folder), *flags]) == 0
     bundle = load_bundle(tmp_path / "ensemble")
-    classifiers, between = _tail(onnx.load(bundle.folder / "model.onnx"))
+    classifiers, between = tail(onnx.load(bundle.folder / "model.onnx"))
     assert [node.op_type for node in classifiers] == ["Gemm", "Gemm"]
     assert between, "what computes the mean"
     graph = onnx.load(bundle.folder / "model.int8.onnx").graph

@@ -9,7 +9,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from export.write.quantize import OPERATORS, name_nodes, write_form
+from export.write.graph_parts import OPERATORS, name_nodes
+from export.write.qdq import write_form
 from export.write.ranges import collect_ranges
 from ffl_deploy.runtime import import_onnxruntime
 from ffl_deploy.saturation import certify
