@@ -26,9 +26,13 @@ from export.write.quantize import quantize
 from export.write.ranges import IMAGES
 from export.write.trained_scales import trained_scales
 from ffl_deploy.bundle_files import GoldenSamples
+from ffl_deploy.contract import KEY, contract
 from ffl_deploy.errors import CheckError
-from ffl_deploy.manifest import DEFAULT_VARIANT, Details
+from ffl_deploy.manifest import DEFAULT_VARIANT, Details, InputTensor
+from ffl_deploy.parity import PARITY_GATES
+from ffl_deploy.probes import Probes
 from ffl_deploy.runtime import RUNTIMES
+from ffl_deploy.selfcheck import judged
 
 VALIDATION_IMAGES = 512  # on which quantisation methods are compared
 
@@ -66,6 +70,11 @@ class TargetContext:
     golden: GoldenSamples
     golden_files: tuple[str, ...]
     checkpoint_sha256: str
+    probes: Probes | None = None
+
+    def judged(self, images: np.ndarray, logits: np.ndarray, precision: str) -> Held:
+        """-> images and PyTorch's logits as ffl-verify will ask them of a file at this precision."""
+        return Held(*judged(images, logits, self.probes, PARITY_GATES[precision]))
 
     @cached_property
     def extras(self) -> dict[str, np.ndarray]:
@@ -89,7 +98,17 @@ def write_fp32(
     """Write `folder/model.onnx`, from which every other file is made once it has been verified.
     Raises CheckError."""
     source, shape = folder / "model.onnx", context.evaluation.run.preprocessing
-    metadata = {"ffl.target": context.name, "ffl.checkpoint_sha256": context.checkpoint_sha256}
+    run = context.evaluation.run
+    metadata = {
+        "ffl.target": context.name,
+        "ffl.checkpoint_sha256": context.checkpoint_sha256,
+        KEY: contract(
+            context.name,
+            run.classes,
+            InputTensor(run.preprocessing, batch=graph.batch),
+            context.model.temperature,
+        ),
+    }
     write_onnx(context.model, source, shape.height, shape.width, graph, metadata)
     if file_batches(source) != graph.batch:
         raise CheckError(

@@ -29,8 +29,9 @@ from ffl_deploy.markdown import megabytes, percent
 from ffl_deploy.networks.checkpoint import load_network
 from ffl_deploy.networks.mutual import MutualNetwork
 from ffl_deploy.networks.targets import build_target, target_names
+from ffl_deploy.probes import check_pixels
 from ffl_deploy.processor import description
-from ffl_deploy.run_directory import Run
+from ffl_deploy.run_directory import CONFIG, Run
 from ffl_deploy.runtime import import_onnxruntime
 from ffl_deploy.signing import signature_path
 from ffl_deploy.verified_on import Outcome, VerifiedOn
@@ -110,6 +111,9 @@ def export_target(
     target = build_target(loaded.network, name)
     reference = evaluation.reference(name)
     check_target(DeployedModel(target, run.mean, run.std).eval(), reference, name)
+    probes = run.probes(options.checkpoint, name)
+    if probes is not None:
+        check_pixels(probes, run.preprocessing, f"{run.folder / CONFIG}")
 
     # what goes into the graph, and what its files are compared with
     calibration = calibrate(evaluation, name)
@@ -123,6 +127,7 @@ def export_target(
         golden=golden_samples(model, reference, own, run),
         golden_files=tuple(own or ()),
         checkpoint_sha256=loaded.sha256,
+        probes=probes,
     )
 
     # the files, each one verified, then the bundle; its folder appears when all of it is there
@@ -147,6 +152,7 @@ def export_target(
             ),
             variants=variants,
             golden=context.golden,
+            probes=probes,
             origin=folder_given or f"held-out test images of {run.config.data_name}",
             toolchain=toolchain(),
             calibration=calibration,

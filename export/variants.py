@@ -109,8 +109,12 @@ def measured(
         source = folder / "model.onnx"
         return first_difference(file.path, context.model, images, precision, source, variant.runtime)
 
-    parity = check_parity(session, context.reference, precision, context.model.temperature, locate)
-    check_golden(session, context.golden, context.golden_files, precision, context.model.temperature)
+    reference, golden = (
+        context.judged(samples.images, samples.logits, precision)
+        for samples in (context.reference, context.golden)
+    )
+    parity = check_parity(session, reference, precision, context.model.temperature, locate)
+    check_golden(session, golden, context.golden_files, precision, context.model.temperature)
     accuracy = measure_accuracy(many or session, context.test, precision, callers)
     extras = check_extras(session, context.reference, context.extras, precision)
     timed = file.on_cpu or variant.runtime != "onnxruntime"

@@ -19,8 +19,9 @@ import msgspec
 import numpy as np
 
 from ffl_deploy.bundle_files import AUTO, BundleFiles, GoldenSamples, write_golden
+from ffl_deploy.contract import carries_contract
 from ffl_deploy.errors import CheckError, UsageError
-from ffl_deploy.files import did_you_mean, shown, write_atomically
+from ffl_deploy.files import did_you_mean, existing_folder, shown, write_atomically
 from ffl_deploy.manifest import (
     MANIFEST,
     SCHEMA,
@@ -35,6 +36,7 @@ from ffl_deploy.manifest import (
     write_manifest,
 )
 from ffl_deploy.preprocessing import Pixels
+from ffl_deploy.probes import Probes
 from ffl_deploy.verified_on import VerifiedOn
 
 if TYPE_CHECKING:
@@ -184,6 +186,7 @@ def load_bundle(folder: str | os.PathLike[str]) -> Bundle:
     Raises UsageError where there is no bundle, CheckError where there is a corrupt one.
     """
     folder = Path(os.path.abspath(folder))
+    folder = existing_folder(folder) or folder
     if not folder.is_dir():
         raise UsageError(
             f"{shown(folder)} is not a folder; give the folder that ffl-export wrote (it holds {MANIFEST})."
@@ -211,6 +214,7 @@ def write_bundle(
     variants: Sequence[Variant],
     golden: GoldenSamples,
     origin: str,
+    probes: Probes | None = None,
     toolchain: dict[str, str],
     calibration: Temperature | None = None,
     verified_on: list[VerifiedOn] | msgspec.UnsetType = msgspec.UNSET,
@@ -219,7 +223,9 @@ def write_bundle(
     """Make a bundle of `folder`, which holds the variants' files: golden samples, model card,
     and last the manifest.
 
-    Args: origin: where the golden images come from; card: -> README.md, from the manifest without `files`.
+    Args: origin: where the golden images come from; probes: the made-up pictures that go with them; card: ->
+    README.md, from the manifest without `files`. Raises CheckError where an ONNX file carries another
+    contract.
     """
     manifest = Manifest(
         schema=SCHEMA,
@@ -229,12 +235,15 @@ def write_bundle(
         outputs=list(outputs),
         source=source,
         variants=list(variants),
-        golden=write_golden(folder, golden, origin),
+        golden=write_golden(folder, golden, origin, probes),
         files={},
         toolchain=toolchain,
         calibration=calibration,
         verified_on=verified_on,
     )
+    for variant in variants:
+        if variant.file.endswith(".onnx"):
+            carries_contract(folder / variant.file, manifest)
     write_atomically(folder / "README.md", card(manifest))
     manifest = msgspec.structs.replace(manifest, files=file_records(folder))
     write_manifest(folder, manifest)

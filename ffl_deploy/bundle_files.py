@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ffl_deploy.arrays import read_arrays
+from ffl_deploy.contract import carries_contract
 from ffl_deploy.errors import CheckError, UsageError, choices_sentence
 from ffl_deploy.files import replace_file, sha256_of
 from ffl_deploy.manifest import DEFAULT_VARIANT, MANIFEST, Golden, Manifest, Variant
 from ffl_deploy.preprocessing import Preprocessing
+from ffl_deploy.probes import COUNT, MEMBERS, Probes, files_of
 from ffl_deploy.runtime import Session, open_session
 
 GOLDEN = "golden.npz"
@@ -74,7 +76,27 @@ class BundleFiles:
             raise CheckError(
                 f"{path} was changed since export (SHA-256 differs); export the bundle again or copy it anew."
             )
+        if name in self._models:
+            carries_contract(self.folder / self._models[name], self.manifest)
         return path
+
+    @cached_property
+    def _models(self) -> dict[str, str]:
+        """A variant's file -> the ONNX file that carries its contract: itself, or what an engine was built
+        from."""
+        models = {}
+        for variant in self.manifest.variants:
+            source = variant.details.engine.source if variant.details.engine else variant.file
+            if source.endswith(".onnx") and source in self.manifest.files:
+                models[variant.file] = source
+        return models
+
+    @cached_property
+    def bound(self) -> bool:
+        """Whether every model carries what the manifest says of it; older bundles' do not. Raises
+        CheckError."""
+        carried = [carries_contract(self.folder / model, self.manifest) for model in {*self._models.values()}]
+        return bool(carried) and all(carried)
 
     @property
     def temperature(self) -> float:
@@ -85,7 +107,7 @@ class BundleFiles:
     def golden(self) -> GoldenSamples:
         """-> the golden samples, after a check of their hash and shapes. Raises CheckError."""
         path = self.checked_file(self.manifest.golden.file)
-        arrays = read_arrays(path, GoldenSamples._fields)
+        arrays = read_arrays(path, GoldenSamples._fields, optional=())
         samples = GoldenSamples(**{name: arrays[name] for name in GoldenSamples._fields})
         size, count = self.preprocessing, len(np.atleast_1d(samples.labels))
         shapes = [(count, size.height, size.width, 3), (count,), (count, len(self.classes))]
@@ -103,6 +125,20 @@ class BundleFiles:
             )
         return samples
 
+    def probes(self) -> Probes | None:
+        """-> the made-up pictures that go with the golden samples, None in bundles from before there were
+        any. Raises CheckError."""
+        path = self.checked_file(self.manifest.golden.file)
+        arrays = read_arrays(path, optional=MEMBERS)
+        if not arrays:
+            return None
+        size, found = self.preprocessing, [arrays[name] for name in MEMBERS[-2:] if name in arrays]
+        shapes = [(COUNT, size.height, size.width, 3), (COUNT, len(self.classes))]
+        kinds = [array.dtype.kind for array in found]
+        if len(arrays) < len(MEMBERS) or [array.shape for array in found] != shapes or kinds != ["u", "f"]:
+            raise CheckError(f"{path} does not hold this bundle's sample pictures; export the bundle again.")
+        return Probes(files_of(arrays), *found)
+
     def open(
         self, variant: str | None = None, runtime: str | None = None, threads: int | None = None
     ) -> Session:
@@ -116,10 +152,11 @@ class BundleFiles:
         return open_session(self, self.variant(variant), runtime=runtime, threads=threads)
 
 
-def write_golden(folder: Path, samples: GoldenSamples, origin: str) -> Golden:
+def write_golden(folder: Path, samples: GoldenSamples, origin: str, probes: Probes | None = None) -> Golden:
     """Write `folder/golden.npz` and return its record;
     equal samples give equal bytes (NumPy dates no member)."""
     path = folder / GOLDEN
+    arrays: dict[str, Any] = samples._asdict() | ({} if probes is None else probes.arrays())
     with replace_file(path) as file:
-        np.savez_compressed(file, images=samples.images, labels=samples.labels, logits=samples.logits)
+        np.savez_compressed(file, **arrays)
     return Golden(GOLDEN, sha256_of(path), len(samples.labels), origin)

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import hashlib
 import os
+import re
+import secrets
 import shutil
-from collections.abc import Iterator
+import stat
+from collections.abc import Callable, Iterator
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import msgspec
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+"""A new file under a name that nothing has yet, not even a link."""
 
 
 def sha256_of(path: Path) -> str:
@@ -40,16 +53,21 @@ def did_you_mean(path: str | os.PathLike[str]) -> str:
 
 @contextlib.contextmanager
 def replace_file(path: Path) -> Iterator[BinaryIO]:
-    """Yield a temporary file beside `path`; when the block ends well it is synced and takes `path`'s place,
-    else removed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Yield a new file beside `path`; when the block ends well it is synced and takes `path`'s place and
+    mode, else it is removed. A link at `path` is replaced, never followed."""
+    make_folders(path.parent)
+    temporary = path.with_name(temporary_name(path.name, "tmp"))
+    mode = _mode_of(path, stat.S_ISREG)
+    descriptor = os.open(temporary, CREATE, 0o666 if mode is None else mode)
     try:
-        with open(temporary, "wb") as file:
+        with open(descriptor, "wb") as file:
+            _try_lock(descriptor)  # until it is closed: `remove_abandoned` knows by it whose writer is gone
+            if mode is not None:
+                os.fchmod(descriptor, mode)
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
@@ -78,39 +96,173 @@ def sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def replace_folder(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `folder`; when the block ends well it takes `folder`'s place,
+    """Yield an empty folder beside `folder`; when the block ends well it takes `folder`'s place and mode,
     else it is removed.
 
-    Between the two renames a kill can leave only `.NAME.old`; `existing_folder` then finds that one.
+    Two writers at once leave the whole of one, and each removes what it has replaced. Where the file system
+    cannot exchange two folders, a kill between two renames can leave only the old one, under another name;
+    `existing_folder` finds it.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new, old = folder.with_name(f".{folder.name}.new"), _old(folder)
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir()
+    make_folders(folder.parent)
+    remove_abandoned(folder, "new")
+    before = _temporaries(folder, "old")
+    new, held = _locked_folder(folder)
     try:
+        mode = _mode_of(folder, stat.S_ISDIR)
+        if mode is not None:
+            new.chmod(mode)
         yield new
-        for path in new.rglob("*"):
-            if path.is_file():
-                descriptor = os.open(path, os.O_RDONLY)
-                os.fsync(descriptor)
-                os.close(descriptor)
+        for parent, _, files in os.walk(new):
+            for name in files:
+                _sync(os.path.join(parent, name))
+            _sync(parent)
+        old = _put_in_place(new, folder)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(folder, old)
-    os.rename(new, folder)
+    finally:
+        os.close(held)
     sync_folder(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    for replaced in (old, *before):
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _locked_folder(folder: Path) -> tuple[Path, int]:
+    """-> (a new empty folder beside `folder`, its descriptor, which holds its lock)."""
+    while True:
+        new = folder.with_name(temporary_name(folder.name, "new"))
+        new.mkdir()
+        with contextlib.suppress(
+            FileNotFoundError
+        ):  # another writer's `remove_abandoned` saw it before its lock
+            held = os.open(new, os.O_RDONLY)
+            if fcntl is not None:
+                with contextlib.suppress(OSError):
+                    fcntl.flock(held, fcntl.LOCK_EX)
+            if new.is_dir():
+                return new, held
+            os.close(held)
+
+
+def _put_in_place(new: Path, folder: Path) -> Path:
+    """Give `new` the name `folder`; -> where what had that name before is now, if anything had."""
+    old = folder.with_name(temporary_name(folder.name, "old"))
+    while True:
+        if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+        try:
+            if folder.exists():
+                if _exchange(new, folder):
+                    return new
+                os.rename(folder, old)
+            os.rename(new, folder)
+            return old
+        except OSError as error:  # another writer was here between the look and the rename
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOENT) or not new.is_dir():
+                raise
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap the names of two folders in one step; -> False where system or file system cannot."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM):
+        return False
+    raise OSError(code, os.strerror(code), str(other))
 
 
 def existing_folder(folder: Path) -> Path | None:
     """-> `folder`, or the previous version that an interrupted `replace_folder` left behind, or None."""
-    if folder.is_dir():
-        return folder
-    return _old(folder) if _old(folder).is_dir() else None
+    for _ in range(3):  # it can come into its place between the two looks
+        if folder.is_dir():
+            return folder
+        left = [path for path in _temporaries(folder, "old") if path.is_dir()]
+        left += [
+            path for path in (folder.with_name(f".{folder.name}.old"),) if path.is_dir()
+        ]  # earlier versions'
+        with contextlib.suppress(FileNotFoundError):
+            if left:
+                return max(left, key=lambda path: path.stat().st_mtime)
+    return None
 
 
-def _old(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.old")
+def remove_abandoned(path: Path, kind: str) -> None:
+    """Remove the files or folders of `kind` ("tmp", "new", "old") that writers of `path` left who were
+    killed.
+
+    A living writer holds a lock on its own; one that is not locked, has such a name and is not a link is
+    ours.
+    """
+    for left in _temporaries(path, kind):
+        try:
+            descriptor = os.open(left, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError:
+            continue
+        try:
+            if _try_lock(descriptor) and os.fstat(descriptor).st_uid == os.geteuid():
+                if left.is_dir():
+                    shutil.rmtree(left, ignore_errors=True)
+                else:
+                    left.unlink(missing_ok=True)
+        finally:
+            os.close(descriptor)
+
+
+def temporary_name(name: str, kind: str) -> str:
+    """-> a name that nobody can foresee, by which `remove_abandoned` finds what a killed writer left."""
+    # a file's name has at most 255 bytes
+    return f".{os.fsdecode(os.fsencode(name)[:200])}.{secrets.token_hex(8)}.{kind}"
+
+
+def _temporaries(path: Path, kind: str) -> list[Path]:
+    start = re.escape(os.fsdecode(os.fsencode(path.name)[:200]))
+    pattern = re.compile(rf"\.{start}\.[0-9a-f]{{16}}\.{kind}", re.DOTALL)
+    try:
+        return [path.with_name(name) for name in os.listdir(path.parent) if pattern.fullmatch(name)]
+    except OSError:
+        return []
+
+
+def make_folders(folder: Path) -> None:
+    """Make `folder` and what is missing above it, durably."""
+    missing = []
+    while not folder.is_dir() and folder.parent != folder:
+        missing.append(folder)
+        folder = folder.parent
+    for one in reversed(missing):
+        one.mkdir(exist_ok=True)
+        sync_folder(one.parent)
+
+
+def _mode_of(path: Path, kind: Callable[[int], bool]) -> int | None:
+    """-> the permissions of what is at `path`, None where nothing of that kind is."""
+    try:
+        found = os.lstat(path).st_mode
+    except OSError:
+        return None
+    return stat.S_IMODE(found) & 0o777 if kind(found) else None
+
+
+def _try_lock(descriptor: int) -> bool:
+    """-> whether nobody else holds the lock of this open file; False too where there are no locks."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _sync(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

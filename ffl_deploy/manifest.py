@@ -8,7 +8,7 @@ the names inside a bundle are checked before any file is opened.
 from __future__ import annotations
 
 from pathlib import Path, PurePosixPath
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -29,10 +29,10 @@ class InputTensor(msgspec.Struct, frozen=True):
     any client feeds the pixels that `preprocessing` gives."""
 
     preprocessing: Preprocessing
-    name: str = "images"
-    dtype: str = "uint8"
-    layout: str = "NHWC"
-    color: str = "RGB"
+    name: Literal["images"] = "images"
+    dtype: Literal["uint8"] = "uint8"
+    layout: Literal["NHWC"] = "NHWC"
+    color: Literal["RGB"] = "RGB"
     batch: Annotated[int, msgspec.Meta(ge=1)] | None = None  # the only batch size the graph takes; None: any
 
 

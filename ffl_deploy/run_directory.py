@@ -19,6 +19,7 @@ from ffl_deploy.data.datasets import DataSpec
 from ffl_deploy.errors import CheckError, UsageError
 from ffl_deploy.files import did_you_mean, existing_folder
 from ffl_deploy.preprocessing import Preprocessing
+from ffl_deploy.probes import PREFIX, Probes, files_of
 
 SCHEMA = 1
 CONFIG = "config.json"
@@ -112,9 +113,16 @@ class Run:
         if key not in arrays:
             raise UsageError(
                 f"{self.folder / REFERENCE} has no logits of {key}; it has "
-                f"{', '.join(k for k in arrays if '/' in k)}."
+                f"{', '.join(name for name in arrays if '/' in name and not name.startswith(PREFIX))}."
             )
         return arrays["images"], arrays["labels"], arrays[key]
+
+    def probes(self, checkpoint: str, classifier: str) -> Probes | None:
+        """-> the made-up pictures with this classifier's logits; None in runs from before there were any."""
+        arrays = self._evaluation()
+        files, pixels = files_of(arrays), arrays.get(f"{PREFIX}pixels")
+        logits = arrays.get(f"{PREFIX}{checkpoint}/{classifier}")
+        return None if not files or pixels is None or logits is None else Probes(files, pixels, logits)
 
     def reference_rows(self) -> np.ndarray:
         """-> int64 [n]: which images of the test split those of `reference` are."""

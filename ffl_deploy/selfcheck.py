@@ -11,12 +11,14 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+import numpy as np
 
 from ffl_deploy import verdicts
 from ffl_deploy.errors import CheckError, FflError
 from ffl_deploy.files import shown
 from ffl_deploy.host import available_cores
 from ffl_deploy.parity import PARITY_GATES, ParityGate, ParityRecord, gate_precision, judge
+from ffl_deploy.probes import Probes, check_pixels
 from ffl_deploy.processor import kernels
 from ffl_deploy.runtime import Session, runtime_named
 from ffl_deploy.runtime.replay import golden_batches, measure
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from ffl_deploy.bundle_files import BundleFiles
     from ffl_deploy.manifest import Variant
 
-VERSION = 1
+VERSION = 2
 """Of what is compared and how; another number makes every remembered verdict ask again.
 The gates are part of the question."""
 
@@ -39,11 +41,25 @@ def golden_record(
     Args: batches: sizes to run at (1, 7 and all).
     Raises CheckError where the samples are damaged, or the session cannot run them.
     """
-    golden = bundle.golden()
-    sizes = golden_batches(len(golden.images)) if batches is None else batches
-    measured = measure(session.run, golden.images, golden.logits, sizes, bundle.temperature)
-    gate = gate_of(variant, session)
+    golden, gate = bundle.golden(), gate_of(variant, session)
+    images, logits = judged(golden.images, golden.logits, bundle.probes(), gate)
+    sizes = golden_batches(len(images)) if batches is None else batches
+    measured = measure(session.run, images, logits, sizes, bundle.temperature)
     return ParityRecord(gate, measured, judge(measured, gate))
+
+
+def judged(
+    images: np.ndarray, logits: np.ndarray, probes: Probes | None, gate: ParityGate
+) -> tuple[np.ndarray, np.ndarray]:
+    """-> the images and PyTorch's logits that `gate` is asked about: in fp32 those of the made-up pictures
+    too.
+
+    A coarser gate is a share of images like the run's own: scales are calibrated on those, and noise would
+    say nothing about them. What such a file is made from has been held to fp32's.
+    """
+    if probes is None or gate.precision != "fp32":
+        return images, logits
+    return np.concatenate([images, probes.pixels]), np.concatenate([logits, probes.logits])
 
 
 def gate_of(variant: Variant, session: Session) -> ParityGate:
@@ -88,6 +104,7 @@ def broken_gate(
     if question is not None and verdicts.recall(question) == "passed":
         return ""
     bundle.golden()  # damaged samples are the bundle's fault, and no other variant helps
+    check_preprocessing(bundle)
     try:
         record = golden_record(bundle, variant, session, batches)
     except CheckError as error:
@@ -95,6 +112,15 @@ def broken_gate(
     if question is not None and not record.verdict.failed:
         verdicts.remember(question, record.verdict.status)
     return reason(record)
+
+
+def check_preprocessing(bundle: BundleFiles) -> bool:
+    """-> whether the bundle holds pictures to see it by. Raises CheckError where this machine decodes or
+    resizes otherwise than training did."""
+    probes = bundle.probes()
+    if probes is not None:
+        check_pixels(probes, bundle.preprocessing, shown(bundle.folder))
+    return probes is not None
 
 
 def reason(record: ParityRecord) -> str:
@@ -148,6 +174,8 @@ def _question(
     bundle: BundleFiles, variant: Variant, session: Session, threads: int | None
 ) -> dict[str, Any] | None:
     """-> everything that a session's golden answers depend on; None where that is not known."""
+    import PIL
+
     described = kernels(session.runtime)
     if described is None or not session.version:
         return None
@@ -162,4 +190,5 @@ def _question(
         "threads": threads or available_cores(),
         "gate": msgspec.to_builtins(gate_of(variant, session)),
         "processor": described,
+        "pillow": PIL.__version__,
     }

@@ -2,8 +2,9 @@
 and does this machine compute what training computed?
 
 Checks, in this order: the manifest's schema and names; that the folder holds every listed file, unchanged,
-and no other; that no model keeps data elsewhere; the golden samples on the runtime that is installed. Needs
-neither torch nor onnx.
+and no other; that no model keeps data elsewhere, and each carries the classes, preprocessing and temperature
+that the manifest gives; that pictures are decoded and resized as in training; the golden samples on the
+runtime that is installed. Needs neither torch nor onnx.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ from ffl_deploy.manifest import MANIFEST, Variant
 from ffl_deploy.parity import ParityRecord
 from ffl_deploy.runtime.onnx_wire import refuse_external_data
 from ffl_deploy.saturation import check_certificate
-from ffl_deploy.selfcheck import golden_record, reason, refusal
+from ffl_deploy.selfcheck import check_preprocessing, golden_record, reason, refusal
 from ffl_deploy.signing import check_signature
+
+NOT_BOUND = "; its classes and preprocessing are not bound to its models (exported before they were)"
 
 
 def check_files(bundle: Bundle) -> int:
@@ -94,9 +97,10 @@ def verify(bundle: Bundle, variant: str | None = None, runtime: str | None = Non
     Raises CheckError at the first check that does not hold, UsageError where nothing could be run.
     """
     count = check_files(bundle)
+    prepared = ", pictures decoded and resized as in training" if check_preprocessing(bundle) else ""
     yield (
         f"{shown(bundle.folder)}: schema {bundle.manifest.schema}, target {bundle.manifest.target}, {count} "
-        "files as exported"
+        f"files as exported{prepared}{'' if bundle.bound else NOT_BOUND}"
     )
     if variant == AUTO:
         choice = bundle.fastest(runtime, remembered=False)

@@ -15,8 +15,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from ffl_deploy.bundle import Bundle, load_bundle, write_bundle
 from ffl_deploy.bundle_files import GoldenSamples
+from ffl_deploy.contract import KEY, contract
 from ffl_deploy.manifest import InputTensor, OutputTensor, Precision, Source, Variant
 from ffl_deploy.preprocessing import Preprocessing
+from ffl_deploy.probes import Probes, draw, prepared
 from ffl_deploy.runtime import import_onnxruntime
 
 CHANNELS = 8
@@ -37,6 +39,7 @@ def make_bundle(
     resize: str = "stretch",
     crop_fraction: float = 1.0,
     golden_count: int = 4,
+    bound: bool = True,
 ) -> Bundle:
     """Write a bundle into `folder` and load it.
 
@@ -48,7 +51,9 @@ def make_bundle(
         cam: the graph also gives `cam`, float32 [batch, size / 2, size / 2]: the mean of the feature maps.
         gray: the golden images are light strokes on black, as digits are.
         variants: names; each is the same fp32 graph in a file of its own.
-        wrong: of them, those whose file holds other weights: every hash is right, the answers are not.
+        bound: the models carry the contract and the golden samples made-up pictures; older bundles have
+        neither. wrong: of them, those whose file holds other weights: every hash is right, the answers are
+        not.
     """
     folder.mkdir(parents=True, exist_ok=True)
     files = {name: "model.onnx" if name == "fp32" else f"model.{name}.onnx" for name in variants}
@@ -58,6 +63,10 @@ def make_bundle(
         )
         for weights in (seed, seed + 1)
     )
+    input = InputTensor(Preprocessing(size, size, resize=resize, crop_fraction=crop_fraction))  # type: ignore[arg-type]
+    if bound:
+        for one in (model, other):
+            helper.set_model_props(one, {KEY: contract("fused", classes, input, 1.0)})
     for name, file in files.items():
         onnx.save(other if name in wrong else model, folder / file)
     rng = np.random.default_rng(seed)
@@ -70,6 +79,9 @@ def make_bundle(
     labels = np.arange(golden_count, dtype=np.int64) % len(classes)
     onnx.save(model, folder / "golden.onnx")
     golden = GoldenSamples(images, labels, _run(folder / "golden.onnx", images))
+    pictures = draw(input.preprocessing)
+    pixels = prepared(pictures, input.preprocessing)
+    probes = Probes(pictures, pixels, _run(folder / "golden.onnx", pixels)) if bound else None
     (folder / "golden.onnx").unlink()
     outputs = [
         OutputTensor("logits", ["batch", len(classes)], "unnormalised scores"),
@@ -83,7 +95,7 @@ def make_bundle(
         folder,
         target="fused",
         classes=classes,
-        input=InputTensor(Preprocessing(size, size, resize=resize, crop_fraction=crop_fraction)),  # type: ignore[arg-type]
+        input=input,
         outputs=outputs,
         source=Source(
             "tests", "best", "0" * 64, 1, "ffl", ["tiny", "tiny"], "noise", parameters=_parameters(model)
@@ -93,6 +105,7 @@ def make_bundle(
             for name, file in files.items()
         ],
         golden=golden,
+        probes=probes,
         origin="seeded noise",
         toolchain={"onnx": onnx.__version__},
         card=lambda _: "# A bundle for tests\n",

@@ -17,6 +17,7 @@ from ffl_deploy.data.datasets import ArraySplit, ImageData
 from ffl_deploy.files import existing_folder, replace_file, write_json
 from ffl_deploy.networks.checkpoint import MODEL, load_weights, read_checkpoint
 from ffl_deploy.networks.mutual import MutualNetwork, NetworkConfig
+from ffl_deploy.probes import PREFIX, draw, files_as_arrays, prepared
 from ffl_deploy.run_directory import PREDICTIONS, REFERENCE, SCHEMA, SUMMARY, ModelRecord, RunConfig
 from train.build import data_spec
 from train.config import TrainConfig
@@ -28,6 +29,7 @@ from train.options import options_to_json
 from train.state import Position
 
 REFERENCE_IMAGES = 256
+TWINS = 1000  # listed in config.json
 
 
 def describe(
@@ -54,6 +56,9 @@ def describe(
         split={
             "images_per_class": counts,
             "skipped": skipped,
+            "left_out": data.left_out,
+            "twins": [msgspec.to_builtins(twin) for twin in data.twins[:TWINS]],
+            "inputs_sha256": None if data.inputs is None else data.inputs.sha256,
             "in_memory": isinstance(data.train, ArraySplit),
         },
         model=ModelRecord(config.model.method, method.strong, msgspec.to_builtins(network)),
@@ -87,16 +92,23 @@ def finish(
     rows = np.unique(np.linspace(0, len(data.test) - 1, REFERENCE_IMAGES).round().astype(np.int64))
     images = data.test.read(rows)
     arrays: dict[str, Any] = {"images": images, "labels": data.test.labels[rows], "indices": rows}
-    normalized = batches.normalize(torch.from_numpy(images).to(place.device).permute(0, 3, 1, 2)).cpu()
+    files = draw(data.preprocessing)
+    pictures = prepared(files, data.preprocessing)
+    arrays |= files_as_arrays(files) | {f"{PREFIX}pixels": pictures}
+
+    def normalized(pixels: np.ndarray) -> torch.Tensor:
+        return batches.normalize(torch.from_numpy(pixels).to(place.device).permute(0, 3, 1, 2)).cpu()
+
     for name in ("ema", "last", "best"):  # best comes last: the accuracies below are its own
         # The main process alone reads: its folder need not be on the others' disks.
         checkpoint = existing_folder(folder / "checkpoints" / name) if place.world.is_main else None
         if checkpoint is not None:
             load_weights(network, read_checkpoint(checkpoint, (MODEL,)).tensors[MODEL], str(checkpoint))
-            arrays |= {
-                f"{name}/{classifier}": values
-                for classifier, values in reference_logits(network, normalized).items()
-            }
+            for prefix, pixels in (("", images), (PREFIX, pictures)):
+                arrays |= {
+                    f"{prefix}{name}/{classifier}": values
+                    for classifier, values in reference_logits(network, normalized(pixels)).items()
+                }
     place.world.share_weights(network)
     with place.exact() as exact:
         predicted = predictions(network, batches, "test", len(data.test), exact)

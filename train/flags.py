@@ -157,7 +157,13 @@ def override(options: T, typed: Mapping[str, Any]) -> T:
 def stored_options(typed: Typed) -> TrainConfig | None:
     """-> the options of the run that --resume names. Raises UsageError, CheckError."""
     resumed: Path | None = typed.get("output.resume")
-    return None if resumed is None else options_from_json(load_run(resumed).config.options)
+    if resumed is None:
+        return None
+    stored = load_run(resumed).config
+    config = options_from_json(stored.options)
+    # the data's folder as an absolute path: a run goes on from anywhere
+    root = None if stored.data.root is None else Path(stored.data.root)
+    return replace(config, data=replace(config.data, source=stored.data.source, root=root))
 
 
 def fine_tuned_options(typed: Typed) -> TrainConfig | None:
@@ -179,6 +185,18 @@ def starting_point(typed: Typed) -> TrainConfig:
     return stored_options(typed) or fine_tuned_options(typed) or recipe_for(typed)
 
 
+def _same_places(typed: Typed, stored: TrainConfig) -> Typed:
+    """-> `typed` with the data's folder, however it was spelled, as the run that is resumed spells it."""
+    source, same = typed.get("data.source"), dict(typed)
+    if source is not None and source != stored.data.source and Path(source).expanduser().is_dir():
+        absolute = Path(source).expanduser().absolute()
+        known = Path(stored.data.source)
+        same["data.source"] = (
+            stored.data.source if known.exists() and absolute.samefile(known) else str(absolute)
+        )
+    return same
+
+
 def configure(typed: Typed) -> TrainConfig:
     """-> the recipe's configuration, overridden by flags; with --resume the run's own, which flags may only
     repeat; with --quantize-aware that run's own, whose networks and images stay.
@@ -186,6 +204,8 @@ def configure(typed: Typed) -> TrainConfig:
     Raises UsageError.
     """
     stored = stored_options(typed)
+    if stored is not None:
+        typed = _same_places(typed, stored)
     started_from = stored or starting_point(typed)
     config = override(started_from, typed)
     if config.model.quantize_aware is not None and stored is None:

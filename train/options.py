@@ -14,8 +14,12 @@ from ffl_deploy.errors import CheckError, UsageError
 from train.config import TrainConfig
 from train.methods import METHODS
 
-# What a resumed run may do differently: none of it changes the result.
+# What a resumed run may do differently: none of it changes the result, or something else looks whether it
+# would.
 MAY_CHANGE = {
+    # by their content, and where they are now: `require_same_data` looks at that
+    "data.source",
+    "data.root",
     "output.resume",
     "output.out",
     "output.quiet",

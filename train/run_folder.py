@@ -10,12 +10,17 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
+import msgspec
 import torch
 
+from ffl_deploy.data.inputs import FILE, Inputs, changed_files
 from ffl_deploy.errors import UsageError
-from ffl_deploy.run_directory import CONFIG, RunConfig
+from ffl_deploy.run_directory import CONFIG, PREDICTIONS, REFERENCE, SUMMARY, RunConfig
 from train.config import TrainConfig
 from train.distributed import World
+
+WRITTEN = ("checkpoints", SUMMARY, REFERENCE, PREDICTIONS, "metrics.jsonl", "curves.png", "tensorboard")
+"""What a run writes beside its configuration."""
 
 
 def run_folder(config: TrainConfig, world: World) -> Path:
@@ -38,9 +43,11 @@ def require_new(folder: Path) -> None:
         raise UsageError(
             f"{folder} already holds a run; continue it with --resume {folder}, or choose another --out."
         )
-    if (folder / "checkpoints").exists():
+    taken = [name for name in WRITTEN if os.path.lexists(folder / name)]
+    if taken:
         raise UsageError(
-            f"{folder} holds checkpoints of a run without its {CONFIG}; remove them, or choose another --out."
+            f"{folder} holds {', '.join(taken)} but no {CONFIG}, so it is not known whose they are; move "
+            "them away, or choose another --out."
         )
 
 
@@ -92,8 +99,18 @@ def keep_threads(config: TrainConfig, stored: RunConfig | None) -> None:
         torch.set_num_threads(int(stored.toolchain["threads"]))
 
 
-def require_same_data(stored: RunConfig, found: RunConfig) -> None:
-    """Raise UsageError where the data are not those that the resumed run was started with."""
+def require_same_data(folder: Path, stored: RunConfig, found: RunConfig, inputs: Inputs | None) -> None:
+    """Raise UsageError, by name, where the data are not those that the run in `folder` was started with.
+
+    inputs: the data's files as they are now. Of runs from before those were recorded only counts and
+    statistics are compared.
+    """
+    known = stored.split.get("inputs_sha256")
+    if known is None and found.data.source != stored.data.source:
+        raise UsageError(
+            f"{folder} was begun by a version that did not record its files, so it cannot be seen whether "
+            f"{found.data.source} holds the same; put them back at {stored.data.source}, or start a new run."
+        )
     changes = [
         ("its classes", stored.classes, found.classes),
         ("the size of its images", stored.preprocessing, found.preprocessing),
@@ -101,12 +118,30 @@ def require_same_data(stored: RunConfig, found: RunConfig) -> None:
             (f"its {part} images", counts, found.split["images_per_class"][part])
             for part, counts in stored.split["images_per_class"].items()
         ),
-        ("its unreadable images", sorted(stored.split["skipped"]), sorted(found.split["skipped"])),
+        ("its unreadable images", _names(stored), _names(found)),
         ("the mean or standard deviation of its pixels", (stored.mean, stored.std), (found.mean, found.std)),
     ]
-    changed = [name for name, before, now in changes if before != now]
+    changed = [f"{name} changed" for name, before, now in changes if before != now]
+    if known is not None and known != found.split["inputs_sha256"]:
+        listed = folder / FILE
+        # by name where the list is there; it says more than the counts
+        changed = changed_files(listed, inputs) if listed.is_file() and inputs is not None else changed
+        changed = changed or ["its files changed"]
     if changed:
         raise UsageError(
-            f"{stored.data_name} is not what this run was started with: {', '.join(changed)} changed. "
-            "Give it back as it was, or start a new run."
+            f"{stored.data_name} is not what this run was started with: {', '.join(changed)}. Give it back "
+            "as it was, or start a new run."
         )
+
+
+def _names(config: RunConfig) -> list[str]:
+    """-> the unreadable images, below the data's folder, wherever that is now."""
+    start = os.path.join(config.data.source, "")
+    return sorted(name.removeprefix(start) for name in config.split["skipped"])
+
+
+def moved(stored: RunConfig, found: RunConfig) -> RunConfig:
+    """-> `stored`, which finds its data where they are now."""
+    options = {**stored.options, "data": {**stored.options["data"], "source": found.data.source}}
+    options["data"]["root"] = found.data.root
+    return msgspec.structs.replace(stored, data=found.data, options=options)

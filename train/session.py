@@ -12,9 +12,11 @@ import msgspec
 import torch
 
 from ffl_deploy.data.datasets import ImageData, load_data
+from ffl_deploy.data.inputs import FILE as INPUTS
+from ffl_deploy.data.twins import summary as twins_summary
 from ffl_deploy.files import existing_folder, write_json
 from ffl_deploy.networks.mutual import MutualNetwork
-from ffl_deploy.run_directory import CONFIG, SUMMARY, load_run
+from ffl_deploy.run_directory import CONFIG, REFERENCE, SUMMARY, load_run
 from train.build import (
     check_small_size,
     choose_network,
@@ -32,7 +34,7 @@ from train.methods import build_method
 from train.quantize_aware import QuantizeAwareTrainer, calibration_images, keep_teacher, load_teacher
 from train.randomness import seed_everything
 from train.record import draw_curves, read_metrics
-from train.run_folder import claim, keep_threads, require_same_data, run_folder, wanted_precision
+from train.run_folder import claim, keep_threads, moved, require_same_data, run_folder, wanted_precision
 from train.stopping import StopRequest, stop_on_signals
 
 
@@ -50,7 +52,9 @@ def run_training(config: TrainConfig, stop: StopRequest | None = None) -> int:
     ):
         # which run this is, and the arithmetic that it was begun with
         folder = run_folder(config, world)
-        if (folder / SUMMARY).is_file():
+        if config.output.resume is not None and all(
+            (folder / name).is_file() for name in (SUMMARY, REFERENCE)
+        ):
             say(f"{folder} is finished already; its results are in {folder / SUMMARY}.", config, world)
             return 0
         stored = None if config.output.resume is None else load_run(folder).config
@@ -81,8 +85,12 @@ def run_training(config: TrainConfig, stop: StopRequest | None = None) -> int:
         described = describe(config, data, architecture, method, place)
         folder = claim(folder, config, world, held)
         if stored is not None:
-            require_same_data(stored, described)
+            require_same_data(folder, stored, described, data.inputs)
+            if world.is_main and stored.data != described.data:
+                write_json(folder / CONFIG, moved(stored, described))
         elif world.is_main:
+            if data.inputs is not None:
+                data.inputs.write(folder / INPUTS)
             write_json(folder / CONFIG, described)
 
         if config.model.quantize_aware is not None and world.is_main:
@@ -117,6 +125,12 @@ def headline(folder: Path, config: TrainConfig, data: ImageData, network: Mutual
         lines.append(
             f"left out {count} unreadable image{'s' if count > 1 else ''} (listed in {folder / CONFIG})"
         )
+    if data.left_out:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in data.left_out.items())
+        lines.append(
+            f"passed over {sum(data.left_out.values())} files that are no images by their names: {reasons}"
+        )
+    lines += [f"{line}: such an accuracy says nothing about new images" for line in twins_summary(data.twins)]
     return "\n".join(lines)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from export.write.onnx_graph import Normalize
 from ffl_deploy.data.datasets import ImageData, Split, load_data
+from ffl_deploy.data.inputs import FILE, changed_files
 from ffl_deploy.errors import CheckError
 from ffl_deploy.parity import PARITY_GATES, compare, judge
 from ffl_deploy.run_directory import Run
@@ -55,6 +56,7 @@ class Evaluation:
             raise CheckError(
                 "the data's classes are not those of the run; give back the data that it was trained on."
             )
+        require_same_inputs(self.run, data)
         rows = self.run.reference_rows()
         images, labels, _ = self.run.reference(self.checkpoint, self.targets[0])
         if (
@@ -102,6 +104,28 @@ class Evaluation:
         """-> at most `limit` training images uint8 [n, h, w, 3],
         equally many of each class as far as they go."""
         return self.data.train.read(class_balanced(self.data.train.labels, limit, seed))
+
+
+def require_same_inputs(run: Run, data: ImageData) -> None:
+    """Raises CheckError where the data are cut or sized otherwise than the run's, or their files are others:
+    images that it trained on would count as held out."""
+    changed = []
+    split = run.config.split
+    if data.preprocessing != run.preprocessing:
+        changed.append(f"it is read as {data.preprocessing} and config.json says {run.preprocessing}")
+    for part, counts in split["images_per_class"].items():
+        images = getattr(data, part).labels
+        if np.bincount(images, minlength=len(data.classes)).tolist() != counts:
+            changed.append(f"it has {len(images)} {part} images, and had {sum(counts)}")
+    known, now = split.get("inputs_sha256"), data.inputs
+    if known is not None and now is not None and known != now.sha256:
+        listed = run.folder / FILE
+        changed = (changed_files(listed, now) if listed.is_file() else []) or changed or ["its files changed"]
+    if changed:
+        raise CheckError(
+            f"{run.config.data_name} is not what {run.folder} was trained on: {', '.join(changed)}; give it "
+            "back as it was, or train again."
+        )
 
 
 def class_balanced(labels: np.ndarray, limit: int, seed: int = 0) -> np.ndarray:

@@ -5,13 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from export.check.evaluation import Reference
 from export.outputs import FURTHER_OUTPUTS
-from ffl_deploy.bundle_files import GoldenSamples
 from ffl_deploy.data.datasets import Split
 from ffl_deploy.errors import CheckError
 from ffl_deploy.manifest import AccuracyRecord
@@ -41,6 +40,15 @@ fp16: as for logits, half of the largest; int8: three times the 0.03 to 0.06 of 
 CIFAR-100."""
 
 
+class Judged(Protocol):
+    """Images that a file is compared on: uint8 [n, h, w, 3], and PyTorch's logits float32 [n, classes]."""
+
+    @property
+    def images(self) -> np.ndarray: ...
+    @property
+    def logits(self) -> np.ndarray: ...
+
+
 class HeldOut(NamedTuple):
     """The images and PyTorch's answers that a variant's accuracy is paired with."""
 
@@ -50,7 +58,7 @@ class HeldOut(NamedTuple):
 
 def check_parity(
     session: Session,
-    reference: Reference,
+    reference: Judged,
     precision: str,
     temperature: float,
     locate: Callable[[np.ndarray], str],
@@ -82,7 +90,7 @@ def check_parity(
 
 
 def check_golden(
-    session: Session, golden: GoldenSamples, files: Sequence[str], precision: str, temperature: float
+    session: Session, golden: Judged, files: Sequence[str], precision: str, temperature: float
 ) -> None:
     """Compare a session with the golden logits as ffl-verify will.
     Raises CheckError that names the images which break the gate.
@@ -98,7 +106,7 @@ def check_golden(
     rows = range(len(logits))
     alone = [row for row in rows if judge({"1": compare(golden.logits[[row]], logits[[row]])}, gate).failed]
     broken = alone or [row for row in rows if logits[row].argmax() != golden.logits[row].argmax()]
-    named = ", ".join([files[row] for row in broken[:5]]) if files else ""
+    named = ", ".join([files[row] for row in broken if row < len(files)][:5])  # the others are made up
     advice = f"take {named} out of the --golden folder, or " if named else ""
     raise CheckError(
         f"variant {session.variant} does not give PyTorch's logits on the golden images "
@@ -143,7 +151,7 @@ def check_extras(
     return found
 
 
-def _worst_rows(session: Session, reference: Reference) -> np.ndarray:
+def _worst_rows(session: Session, reference: Judged) -> np.ndarray:
     """-> the rows whose logits differ most from the reference; NaN counts as most."""
     outputs = run_in_batches(session.run, reference.images.__getitem__, len(reference.images), ACCURACY_BATCH)
     difference = np.nan_to_num(np.abs(outputs.logits - reference.logits).max(axis=1), nan=np.inf)

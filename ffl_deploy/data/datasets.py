@@ -14,7 +14,9 @@ import numpy as np
 
 from ffl_deploy.arrays import read_arrays
 from ffl_deploy.data.folders import Cut, read_folder, unreadable
+from ffl_deploy.data.inputs import Inputs
 from ffl_deploy.data.splits import ArraySplit, FileSplit, Problems, Split, read_readable, stratified
+from ffl_deploy.data.twins import Twin
 from ffl_deploy.host import available_memory
 from ffl_deploy.images import prepare
 from ffl_deploy.preprocessing import Preprocessing
@@ -60,7 +62,9 @@ class DataSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class ImageData:
     """A data set, split. mean and std: per RGB channel of the training images, on the 0..255 scale.
 
-    skipped: path -> reason, of unreadable images that were left out.
+    skipped: path -> reason, of unreadable images that were left out; left_out: reason -> how many files a
+    folder holds that are no images by their names; inputs: its files as they were read; twins: pictures in
+    two splits. The last two are of folders alone.
     """
 
     name: str
@@ -72,6 +76,9 @@ class ImageData:
     validation: Split
     test: Split
     skipped: Problems = field(default_factory=dict)
+    left_out: dict[str, int] = field(default_factory=dict)
+    inputs: Inputs | None = None
+    twins: list[Twin] = field(default_factory=list)
 
 
 def load_data(spec: DataSpec, memory_limit: int | None = None) -> ImageData:
@@ -140,6 +147,7 @@ def _folder(spec: DataSpec, memory_limit: int) -> ImageData:
     return ImageData(
         root.resolve().name, content.classes, content.preprocessing, mean, std,
         content.train, content.validation, content.test, content.skipped,
+        content.left_out, content.inputs, content.twins,
     )  # fmt: skip
 
 

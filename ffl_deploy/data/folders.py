@@ -4,6 +4,7 @@ and read or left on disk."""
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,26 +12,34 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from ffl_deploy.data.inputs import Inputs, PartInputs, file_prints
 from ffl_deploy.data.splits import FileSplit, Paths, Problems, Split, in_threads, read_readable, stratified
+from ffl_deploy.data.twins import Printed, Twin, find_twins
 from ffl_deploy.errors import UsageError
 from ffl_deploy.files import did_you_mean, shown
 from ffl_deploy.images import FORMATS, MAX_PIXELS, SUFFIXES, ImageError, load
 from ffl_deploy.preprocessing import Preprocessing
 
+CLUTTER = ("thumbs.db", "desktop.ini")  # of operating systems; nobody misses it
+VALIDATION = ("val", "valid", "validation")
+"""What tools call the folder of validation images."""
 TAIL = 4096  # bytes at the end of a file in which its end marker is looked for
 
 
 class Listing(NamedTuple):
-    """The image files of one part, class by class. labels: int64 [n], indices into `classes`."""
+    """The image files of one part, class by class. labels: int64 [n], indices into `classes`; prints: uint64
+    [n], see `file_prints`; left_out: what was no image by its name: reason -> files."""
 
     folder: Path
     classes: tuple[str, ...]
     paths: Paths
     labels: np.ndarray
+    prints: np.ndarray
+    left_out: Counter[str]
 
     def take(self, rows: np.ndarray) -> Listing:
-        """-> these rows alone."""
-        return Listing(self.folder, self.classes, self.paths.take(rows), self.labels[rows])
+        """-> these rows (indices or a boolean mask) alone."""
+        return self._replace(paths=self.paths.take(rows), labels=self.labels[rows], prints=self.prints[rows])
 
 
 class Cut(NamedTuple):
@@ -49,6 +58,9 @@ class FolderContent(NamedTuple):
     validation: Split
     test: Split
     skipped: Problems
+    left_out: dict[str, int]  # reason -> files
+    inputs: Inputs
+    twins: list[Twin]
 
 
 def read_folder(
@@ -64,6 +76,8 @@ def read_folder(
     """
     parts = {name: find_images(folder) for name, folder in find_parts(root).items()}
     require_equal_classes(parts)
+    inputs = Inputs({part.folder.name: PartInputs(part.paths, part.prints) for part in parts.values()})
+    left_out = sum((part.left_out for part in parts.values()), Counter[str]())
     classes = parts["train"].classes
     size = image_size or own_size(parts["train"].paths)
     preprocessing = folder_preprocessing(size)
@@ -81,6 +95,7 @@ def read_folder(
     in_memory = sum(len(part.labels) for part in parts.values()) * size * size * 3 <= memory_limit
     skipped: Problems = {}
     splits: dict[str, Split] = {}
+    readable: dict[str, Listing] = {}
     for name, part in parts.items():
         if in_memory:
             splits[name], problems = read_readable(FileSplit(part.paths, part.labels, preprocessing))
@@ -88,6 +103,9 @@ def read_folder(
             splits[name], problems = leave_on_disk(
                 part, preprocessing, check_file if name == "train" else decode_file
             )
+        readable[name] = (
+            part.take(np.array([path not in problems for path in part.paths], bool)) if problems else part
+        )
         skipped |= problems
     if skipped and not skip_bad_images:
         raise unreadable(skipped)
@@ -104,8 +122,19 @@ def read_folder(
                 f"{shown(parts[name].folder)} has no readable image of {shorten(empty)}; add some or remove "
                 "the class."
             )
+    twins = find_twins(
+        {name: Printed(splits[name], part.paths, part.prints) for name, part in readable.items()}, root
+    )
     return FolderContent(
-        classes, preprocessing, splits["train"], splits["validation"], splits["test"], skipped
+        classes,
+        preprocessing,
+        splits["train"],
+        splits["validation"],
+        splits["test"],
+        skipped,
+        dict(sorted(left_out.items())),
+        inputs,
+        twins,
     )
 
 
@@ -117,16 +146,19 @@ def find_parts(root: Path) -> dict[str, Path]:
             f"--data {shown(root)}: there is no such folder; give a folder with train/CLASS/* and "
             f"test/CLASS/*, or one of digits, cifar10, cifar100.{did_you_mean(shown(root))}"
         )
-    has = {name for name in ("train", "test", "val") if (root / name).is_dir()}
-    if "train" not in has or not has & {"test", "val"}:
+    has = {name for name in ("train", "test", *VALIDATION) if (root / name).is_dir()}
+    held_out = [name for name in VALIDATION if name in has]
+    if len(held_out) > 1:
+        raise UsageError(
+            f"{shown(root)} has {' and '.join(f'{name}/' for name in held_out)}; keep one of them."
+        )
+    if "train" not in has or not has & {"test", *VALIDATION}:
         missing = "train/" if "train" not in has else "test/ (or val/)"
         raise UsageError(
             f"{shown(root)} has no {missing}; it needs train/CLASS/* and test/CLASS/* (or val/CLASS/*)."
         )
-    if "test" not in has:
-        return {"train": root / "train", "test": root / "val"}
-    found = {"train": root / "train", "test": root / "test"}
-    return found | {"validation": root / "val"} if "val" in has else found
+    found = {"train": root / "train", "test": root / ("test" if "test" in has else held_out[0])}
+    return found | {"validation": root / held_out[0]} if "test" in has and held_out else found
 
 
 def find_images(folder: Path) -> Listing:
@@ -150,8 +182,9 @@ def find_images(folder: Path) -> Listing:
             ) from None
     names: list[str] = []
     counts: list[int] = []
+    left_out: Counter[str] = Counter()
     for name in classes:
-        found = sorted(_image_names(folder / name, name))
+        found = sorted(_image_names(folder / name, name, left_out))
         names += found
         counts.append(len(found))
     empty = [name for name, count in zip(classes, counts, strict=True) if not count]
@@ -165,19 +198,30 @@ def find_images(folder: Path) -> Listing:
             f"{shown(folder)} has one class only ({classes[0]}); a classifier needs at least two."
         )
     labels = np.repeat(np.arange(len(classes), dtype=np.int64), counts)
-    return Listing(folder, tuple(classes), Paths.of(folder, names), labels)
+    with os.scandir(folder) as entries:
+        loose = sum(entry.name.lower().endswith(SUFFIXES) and entry.is_file() for entry in entries)
+    left_out.update({"in no class folder": loose} if loose else {})
+    paths = Paths.of(folder, names)
+    return Listing(folder, tuple(classes), paths, labels, file_prints(paths), left_out)
 
 
-def _image_names(folder: str | os.PathLike[str], prefix: str) -> Iterator[str]:
+def _image_names(folder: str | os.PathLike[str], prefix: str, left_out: Counter[str]) -> Iterator[str]:
     with os.scandir(folder) as entries:
         for entry in entries:
             name = f"{prefix}/{entry.name}"
             if entry.name.startswith("."):
                 continue
-            if entry.is_dir(follow_symlinks=False):  # a link to a folder could lead around in a circle
-                yield from _image_names(entry.path, name)
-            elif entry.name.lower().endswith(SUFFIXES) and entry.is_file():
+            if entry.is_dir(follow_symlinks=False):
+                yield from _image_names(entry.path, name, left_out)
+            elif entry.is_dir():  # it could lead around in a circle
+                left_out["links to folders"] += 1
+            elif not entry.is_file():
+                left_out["broken links and special files"] += 1
+            elif entry.name.lower().endswith(SUFFIXES):
                 yield name
+            elif entry.name.lower() not in CLUTTER:
+                suffix = os.path.splitext(entry.name)[1].lower()
+                left_out[f"called {suffix}" if suffix else "without a suffix"] += 1
 
 
 def require_equal_classes(parts: dict[str, Listing]) -> None:

@@ -106,7 +106,11 @@ class Paths(Sequence[str]):
     def __getitem__(self, row: int | slice) -> str | Paths:
         if isinstance(row, slice):
             return Paths(self.root, self._names, self._starts[row], self._ends[row])
-        return os.path.join(self.root, os.fsdecode(self._names[self._starts[row] : self._ends[row]]))
+        return os.path.join(self.root, self.name(row))
+
+    def name(self, row: int) -> str:
+        """-> a path relative to `root`."""
+        return os.fsdecode(self._names[self._starts[row] : self._ends[row]])
 
     def take(self, rows: np.ndarray) -> Paths:
         """-> these rows (indices or a boolean mask) alone; the names are shared."""

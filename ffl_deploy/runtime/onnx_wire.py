@@ -45,6 +45,19 @@ def refuse_external_data(path: Path) -> None:
         )
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """-> the model's own metadata (metadata_props); nothing of its graph is read. Raises CheckError."""
+    found: dict[str, str] = {}
+    try:
+        for number, value in _fields(memoryview(path.read_bytes())):
+            if number == 14 and isinstance(value, memoryview):
+                entry = {key: bytes(text) for key, text in _fields(value) if isinstance(text, memoryview)}
+                found[entry[1].decode()] = entry.get(2, b"").decode()
+    except (IndexError, KeyError, ValueError) as error:
+        raise CheckError(f"{path} is not a readable ONNX file ({error}); export the bundle again.") from error
+    return found
+
+
 def _external_tensors(message: memoryview, kind: str) -> Iterator[str]:
     name, external = "", False
     for number, value in _fields(message):

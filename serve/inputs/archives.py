@@ -125,7 +125,7 @@ def _member(path: str, name: str, classes: frozenset[str], read: partial[bytes])
     label = label_of(PurePosixPath(name).parts[:-1], classes)
     if "\0" in name:
         read = partial(refuse, "corrupt", "the member's name holds a NUL")
-    return Item(f"{displayed(path)}::{displayed(name)}", read, label, bound=True)
+    return Item(f"{displayed(path)}::{displayed(name)}", read, label, bound=True, source=path)
 
 
 def _is_other(name: str, skipped: Skipped) -> bool:

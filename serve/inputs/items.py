@@ -27,6 +27,7 @@ class Item(NamedTuple):
     label: str | None = None
     bound: bool = False
     file: str | None = None  # what `read` reads, where that is a file: another machine can read it too
+    source: str | None = None  # the archive or table that a `bound` item is read from
     held: int = 0  # bytes of it that are in memory already
 
     def loaded(self) -> Item:
@@ -44,7 +45,7 @@ class Item(NamedTuple):
         # as in the decoding threads: a fault of ours may cost this row, not those behind it
         except Exception as error:
             read = partial(refuse, "internal_error", f"{type(error).__name__}: {error}")
-        return Item(self.path, read, self.label, held=held)
+        return Item(self.path, read, self.label, file=None, source=self.file or self.source, held=held)
 
 
 @dataclass
@@ -71,6 +72,17 @@ def label_of(folders: Iterable[str], classes: frozenset[str]) -> str | None:
     """-> the first folder name that is a class of the bundle:
     how a folder of class folders labels its images."""
     return next((displayed(name) for name in folders if name in classes), None)
+
+
+def identity(item: Item) -> bytes:
+    """-> what tells whether an item is still the one it was: its name, its label, and size and time of its
+    file or of the archive or table that holds it. 8 us an item; nothing is read."""
+    try:
+        status = os.stat(item.file or item.source or "")
+        stamp = f"{status.st_size} {status.st_mtime_ns}"
+    except (OSError, ValueError):  # a name that no file can have
+        stamp = "-"
+    return "\0".join((item.path, item.label or "", stamp, "")).encode()
 
 
 def file_item(path: str, label: str | None = None) -> Item:

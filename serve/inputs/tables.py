@@ -211,7 +211,9 @@ def _cell_item(table: str, number: int, cell: Any, label: Any) -> Item:
     if not is_bytes(cell.type):
         # text that is not UTF-8 has no as_py()
         return _path_item(table, number, os.fsdecode(buffer.to_pybytes()), label)
-    return Item(f"{displayed(table)}::{number}", partial(_cell_bytes, buffer), _label(label), True)
+    return Item(
+        f"{displayed(table)}::{number}", partial(_cell_bytes, buffer), _label(label), True, source=table
+    )
 
 
 def _value(cell: Any) -> Any:

@@ -156,8 +156,9 @@ def plotted(report: LabelledReport, matrix: np.ndarray, classes: Sequence[str]) 
     figure.colorbar(shown, ax=left, label="share of the true class's rows")
     left.set(xlabel="predicted", ylabel="true", title=f"Confusion, accuracy {report.accuracy:.2%}")
     if len(classes) <= TICKS:
-        left.set_xticks(range(len(classes)), classes, rotation=90)
-        left.set_yticks(range(len(classes)), classes)
+        # a class's name is text, whatever dollar signs are in it
+        left.set_xticks(range(len(classes)), classes, rotation=90, parse_math=False)
+        left.set_yticks(range(len(classes)), classes, parse_math=False)
 
     # the reliability diagram
     bins = [b for b in report.calibration if b.rows]

@@ -6,12 +6,14 @@ import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
+import msgspec
+
 from ffl_deploy.errors import UsageError
-from serve.inputs.items import Item
+from serve.inputs.items import Item, displayed
 from serve.pipeline import Chunk, Classifier, chunks, run_pipeline
 from serve.predict.job import PredictRun
 from serve.predict.labelled import count_labels
-from serve.predict.shards import PredictRequest, ShardRecord, count, hash_names
+from serve.predict.shards import InputsHash, InputsHasher, PredictRequest, ShardRecord, changed_item, count
 from serve.predict.supervise import CarefulShardDone
 from serve.rows import OK, Row, encode
 
@@ -22,10 +24,13 @@ def predict_shards(run: PredictRun, items: Iterator[Item]) -> None:
     session = run.bundle.session(run.job.variant, run.job.runtime, threads=settings.threads)
     classifier = Classifier(session, run.bundle.classes, run.job.top_k, run.job.columns)
 
+    hashers: dict[int, InputsHasher] = {}
+
     def work() -> Iterator[Chunk]:
         for index, shard in unfinished(run, items):
-            first = index * settings.shard_size
-            guarded = (recovery.guarded(item, index, first + position) for position, item in enumerate(shard))
+            first, hashers[index] = index * settings.shard_size, InputsHasher()
+            passing = enumerate(hashers[index].passing(shard))
+            guarded = (recovery.guarded(item, index, first + position) for position, item in passing)
             yield from chunks(guarded, index, settings.batch_size)
 
     rows: list[Row] = []
@@ -36,9 +41,10 @@ def predict_shards(run: PredictRun, items: Iterator[Item]) -> None:
         run.totals.add_timing(batch.decode_seconds, [batch.infer_seconds])
         run.progress.advance(len(batch.rows), sum(row.status != OK for row in batch.rows))
         if batch.ends_shard:
-            data, record = encode_shard(rows, labels, run.shards.manifest.request, run.bundle.classes)
+            inputs = hashers.pop(batch.shard).result()
+            data, record = encode_shard(rows, labels, run.shards.manifest.request, run.bundle.classes, inputs)
             run.shards.commit(batch.shard, data, record)
-            run.totals.add_record(record, resumed=False)
+            run.totals.add_record(batch.shard, record, resumed=False)
             recovery.marker.finished(batch.shard + 1)
             if batch.shard == recovery.careful:
                 raise CarefulShardDone
@@ -58,19 +64,26 @@ def unfinished(run: PredictRun, items: Iterator[Item]) -> Iterator[tuple[int, It
         if record is None:
             yield index, shard
             continue
-        if hash_names(item.path for item in shard) != record.inputs_sha256:
-            raise inputs_changed(run, index)
-        run.totals.add_record(record, resumed=True)
+        if record.inputs_each is msgspec.UNSET:
+            raise UsageError(
+                f"{run.shards.folder} was begun by an earlier version, which did not record its inputs' "
+                "sizes and times; remove that folder and start again."
+            )
+        changed = changed_item(shard, InputsHash(record.inputs_sha256, record.inputs_each))
+        if changed:
+            raise inputs_changed(run, index, changed)
+        run.totals.add_record(index, record, resumed=True)
         run.job.recovery.marker.finished(index + 1)
         run.progress.advance(record.rows, record.rows - record.statuses.get(OK, 0))
     if shards.record(index + 1) is not None:
-        raise inputs_changed(run, index + 1)
+        raise inputs_changed(run, index + 1, "one that is gone now")
 
 
-def inputs_changed(run: PredictRun, index: int) -> UsageError:
+def inputs_changed(run: PredictRun, index: int, first: str) -> UsageError:
     return UsageError(
         f"the inputs changed since shard {index} of {run.shards.folder} was finished (a file was added, "
-        "removed or renamed); bring them back to what they were, or remove that folder and start again."
+        f"removed, renamed or written to, or a label changed; first: {displayed(first)}); bring them back to "
+        "what they were, or remove that folder and start again."
     )
 
 
@@ -81,14 +94,19 @@ def cut(items: Iterator[Item], size: int) -> Iterator[Iterator[Item]]:
 
 
 def encode_shard(
-    rows: Sequence[Row], labels: Iterable[str | None], request: PredictRequest, classes: Sequence[str]
+    rows: Sequence[Row],
+    labels: Iterable[str | None],
+    request: PredictRequest,
+    classes: Sequence[str],
+    inputs: InputsHash,
 ) -> tuple[bytes, ShardRecord]:
     """-> one shard's bytes and its record."""
     data = encode(rows, request.format, request.columns)
     return data, ShardRecord(
         rows=len(rows),
         sha256=hashlib.sha256(data).hexdigest(),
-        inputs_sha256=hash_names(row.path for row in rows),
+        inputs_sha256=inputs.sha256,
+        inputs_each=inputs.each,
         statuses=count(row.status for row in rows),
         labels=count(row.label for row in rows if row.label is not None),
         remarks=count(row.error for row in rows if row.status == OK and row.error),

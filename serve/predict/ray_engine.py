@@ -26,7 +26,7 @@ from serve.inputs.items import Item, read_file, refuse
 from serve.pipeline import Classifier, chunks, run_pipeline
 from serve.predict.job import Job, PredictRun
 from serve.predict.local import encode_shard, unfinished
-from serve.predict.shards import ShardRecord, ShardsManifest
+from serve.predict.shards import InputsHash, InputsHasher, ShardRecord, ShardsManifest
 from serve.rows import Row
 
 WINDOW = 1024  # shards in one Ray Data job
@@ -72,7 +72,8 @@ class ShardMaker:
             labels += done.labels
             decode_seconds += done.decode_seconds
             infer_seconds.append(done.infer_seconds)
-        data, record = encode_shard(rows, labels, self.manifest.request, self.bundle.classes)
+        inputs = InputsHash(str(batch["sha256"][0]), str(batch["each"][0]))
+        data, record = encode_shard(rows, labels, self.manifest.request, self.bundle.classes, inputs)
         result = MadeShard(index, data, record, decode_seconds, infer_seconds)
         return {"made": [msgspec.msgpack.encode(result)]}
 
@@ -129,14 +130,11 @@ def predict_shards(run: PredictRun, items: Iterator[Item]) -> None:
     CheckError when the cluster gives up."""
     ray = start_ray()
     try:
-        described = (
-            {"index": index, "items": msgspec.json.encode([plain(i) for i in shard])}
-            for index, shard in unfinished(run, items)
-        )
+        described = (described_shard(index, shard) for index, shard in unfinished(run, items))
         while window := next_window(described):
             for finished in mapped(ray, window, run):
                 run.shards.commit(finished.index, finished.data, finished.record)
-                run.totals.add_record(finished.record, resumed=False)
+                run.totals.add_record(finished.index, finished.record, resumed=False)
                 run.totals.add_timing(finished.decode_seconds, finished.infer_seconds)
                 run.progress.advance(
                     finished.record.rows, finished.record.rows - finished.record.statuses.get("ok", 0)
@@ -149,6 +147,13 @@ def predict_shards(run: PredictRun, items: Iterator[Item]) -> None:
         ) from error
     finally:
         ray.shutdown()
+
+
+def described_shard(index: int, shard: Iterator[Item]) -> dict[str, Any]:
+    """-> a shard as data, for whichever node makes it."""
+    hasher = InputsHasher()
+    items = msgspec.json.encode([plain(item) for item in hasher.passing(shard)])
+    return {"index": index, "items": items, **hasher.result()._asdict()}
 
 
 def next_window(described: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:

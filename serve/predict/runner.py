@@ -22,6 +22,8 @@ import msgspec
 from ffl_deploy.bundle import Bundle, load_bundle
 from ffl_deploy.bundle_files import AUTO
 from ffl_deploy.errors import CheckError, Interrupted, UsageError
+from ffl_deploy.files import sha256_of
+from ffl_deploy.manifest import FileRecord
 from serve.inputs.items import Item, displayed
 from serve.inputs.sources import Reading, check_inputs, count_inputs, is_pattern, matches, read_inputs
 from serve.pipeline import WorkSettings
@@ -29,8 +31,23 @@ from serve.predict import local
 from serve.predict.job import Job, PredictRun
 from serve.predict.labelled_report import make_report, report_path, report_screen, write_report
 from serve.predict.progress import Progress
-from serve.predict.shards import MANIFEST, PredictRequest, ShardsFolder, open_shards, shards_folder
-from serve.predict.summary import Summary, Totals, screen, summarise, summary_path, write_summary
+from serve.predict.shards import (
+    MANIFEST,
+    InputsHasher,
+    PredictRequest,
+    ShardsFolder,
+    open_shards,
+    shards_folder,
+)
+from serve.predict.summary import (
+    Summary,
+    Totals,
+    inputs_digest,
+    screen,
+    summarise,
+    summary_path,
+    write_summary,
+)
 from serve.predict.tuning import SMALL_RUN, choose_settings
 from serve.rows import assemble, format_of
 
@@ -55,7 +72,7 @@ def run_job(job: Job) -> int:
         job, choice = with_fastest(job, bundle)
     request = make_request(job, bundle)
     if finished:
-        return _already_finished(job, request)
+        return _already_finished(job, request, reading)
 
     # the inputs
     first, items = peek(read_inputs(job.inputs, reading), SMALL_RUN)
@@ -88,6 +105,8 @@ def run_job(job: Job) -> int:
             (shards.data_path(index) for index in range(totals.shards)), job.out, request.format, job.columns
         )
         summary = summarise(totals, shards.manifest, job.out, reading.skipped, time.perf_counter() - started)
+        summary.output = FileRecord(sha256_of(job.out), job.out.stat().st_size)
+        summary.inputs_sha256 = inputs_digest(totals.inputs[index] for index in range(totals.shards))
         if choice is not None:
             summary.auto = choice
         report = make_report(totals.labelled, bundle.classes, min(job.top_k, len(bundle.classes)))
@@ -210,8 +229,9 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _already_finished(job: Job, request: PredictRequest) -> int:
-    """The output is there and no unfinished run is: say so, unless it came from another request."""
+def _already_finished(job: Job, request: PredictRequest, reading: Reading) -> int:
+    """The output is there and no unfinished run is: say so, unless output, request or inputs are not what
+    they were; -> the number of rows with an error."""
     try:
         summary = msgspec.json.decode(summary_path(job.out).read_bytes(), type=Summary)
     except (OSError, msgspec.DecodeError, UnicodeDecodeError):
@@ -219,16 +239,39 @@ def _already_finished(job: Job, request: PredictRequest) -> int:
             f"{job.out} has no {summary_path(job.out).name} beside it that says which command wrote it; "
             "leave --resume away to replace it, or choose another --out."
         ) from None
+    otherwise = ""
     if summary.request != request:
+        otherwise = "is complete, but from another command"
+    elif summary.output is not msgspec.UNSET and (
+        job.out.stat().st_size != summary.output.bytes or sha256_of(job.out) != summary.output.sha256
+    ):
+        otherwise = "was changed since it was written"
+    elif summary.inputs_sha256 is not msgspec.UNSET and summary.inputs_sha256 != _inputs_now(
+        job, reading, summary.settings
+    ):
+        otherwise = (
+            "is complete, but its inputs changed since (a file was added, removed, renamed or written to)"
+        )
+    if otherwise:
         raise UsageError(
-            f"{job.out} is complete, but from another command; leave --resume away to replace it, or choose "
-            "another --out."
+            f"{job.out} {otherwise}; leave --resume away to replace it, or choose another --out."
         )
     if job.display == "screen":
         print(f"{job.out} is already complete.")
     elif job.display == "json":
         print(msgspec.json.encode(summary).decode())
-    return 0
+    return summary.errors
+
+
+def _inputs_now(job: Job, reading: Reading, settings: WorkSettings) -> str:
+    """-> the hash of all inputs as they are now; no image is read."""
+    hashes = []
+    for shard in local.cut(read_inputs(job.inputs, reading), settings.shard_size):
+        hasher = InputsHasher()
+        for _ in hasher.passing(shard):
+            pass
+        hashes.append(hasher.result().sha256)
+    return inputs_digest(hashes)
 
 
 def peek(items: Iterator[Item], limit: int) -> tuple[list[Item], Iterator[Item]]:

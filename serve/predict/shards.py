@@ -4,31 +4,37 @@ so that an interrupted run goes on where it stopped.
     FILE.parts/  manifest.json  lock  000000.parquet  000000.json  000001.parquet  000001.json ...
 
 A shard is finished when its record (the .json) is there: it is written after the rows, each through a
-temporary name, fsync and rename. The record holds a hash of the inputs' names, so a resume over changed
-inputs is refused instead of mixing two runs.
+temporary name, fsync and rename. The record holds a hash of its inputs (names, labels, sizes, times), so a
+resume over changed inputs is refused instead of mixing two runs.
 """
 
 from __future__ import annotations
 
 import contextlib
-import glob
 import hashlib
-import shutil
+import os
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TextIO
 
 import msgspec
 
 from ffl_deploy.errors import CheckError, UsageError
-from ffl_deploy.files import sha256_of, write_atomically, write_json
+from ffl_deploy.files import make_folders, remove_abandoned, sha256_of, write_atomically, write_json
+from serve.inputs.items import Item, identity
 from serve.pipeline import WorkSettings
 from serve.predict.labelled import LabelCounts
 from serve.rows import Format
 
 MANIFEST = "manifest.json"
+LOCK = "lock"
+OWN = re.compile(
+    rf"({MANIFEST}|{LOCK}|[0-9]{{6,}}\.(json|jsonl|csv|parquet)|\.({MANIFEST}|[0-9]{{6,}}\.[a-z]+)\.[0-9a-f]+\.tmp)"
+)
+"""Every name that a file in FILE.parts can have; a folder that holds another is not ours."""
 LOCK_PATIENCE = 2.0  # seconds; a killed run's worker needs a moment to go
 
 
@@ -52,6 +58,14 @@ class ShardsManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     settings: WorkSettings
 
 
+class InputsHash(NamedTuple):
+    """Of a shard's items in their order. each: four bytes of every item's own, in hex: to name the one that
+    changed."""
+
+    sha256: str
+    each: str
+
+
 class ShardRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A finished shard, and what the closing summary needs to know of it."""
 
@@ -62,6 +76,7 @@ class ShardRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     labels: dict[str, int]
     remarks: dict[str, int]
     labelled: LabelCounts
+    inputs_each: str | msgspec.UnsetType = msgspec.UNSET  # not of earlier versions, which hashed names alone
 
 
 class ShardsFolder:
@@ -92,7 +107,7 @@ class ShardsFolder:
 
     def remove(self) -> None:
         """Remove the folder; call it once the output is complete."""
-        shutil.rmtree(self.folder)
+        remove_own(self.folder)
 
 
 def shards_folder(out: Path) -> Path:
@@ -111,9 +126,7 @@ def open_shards(
     """
     folder = shards_folder(out)
     with locked(folder):
-        # of a run that was killed while it put the rows together
-        for left in out.parent.glob(f".{glob.escape(out.name)}.*.tmp"):
-            left.unlink(missing_ok=True)
+        remove_abandoned(out, "tmp")  # of a run that was killed while it put the rows together
         try:
             manifest = _existing(folder, request, resume)
             if manifest is None:
@@ -122,8 +135,30 @@ def open_shards(
             yield ShardsFolder(folder, manifest)
         except BaseException:
             if not any(folder.glob("[0-9]*.json")):  # nothing worth a resume
-                shutil.rmtree(folder, ignore_errors=True)
+                remove_own(folder)
             raise
+
+
+def foreign(folder: Path) -> list[str]:
+    """-> names in FILE.parts that no run of ours gives a file."""
+    return sorted(
+        entry.name
+        for entry in os.scandir(folder)
+        if not OWN.fullmatch(entry.name) or not entry.is_file(follow_symlinks=False)
+    )
+
+
+def remove_own(folder: Path) -> None:
+    """Remove our files from `folder`, and then the folder, unless something else is in it."""
+    others = foreign(folder)
+    for name in set(os.listdir(folder)) - set(others) - {LOCK}:
+        (folder / name).unlink(missing_ok=True)
+    (folder / LOCK).unlink(missing_ok=True)  # last: who waits for it begins anew then
+    if not others:
+        with contextlib.suppress(
+            OSError
+        ):  # another run has put its lock there meanwhile, or the folder is gone
+            folder.rmdir()
 
 
 def _existing(folder: Path, request: PredictRequest, resume: bool) -> ShardsManifest | None:
@@ -160,12 +195,20 @@ def locked(folder: Path) -> Iterator[None]:
 
     deadline = time.monotonic() + LOCK_PATIENCE
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
+        if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+            raise UsageError(f"{folder} is a link or a file; move it away, or choose another --out.")
+        make_folders(folder)
         try:
-            file = open(folder / "lock", "w")  # noqa: SIM115 held until the end of the block below
+            others = foreign(folder)
+            if others:
+                raise UsageError(
+                    f"{folder} holds what is not of ffl-predict ({', '.join(others[:3])}); move it away, or "
+                    "choose another --out."
+                )
+            descriptor = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         except FileNotFoundError:  # the run that had it has just finished and removed the folder
             continue
-        with file:
+        with os.fdopen(descriptor, "w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -175,17 +218,47 @@ def locked(folder: Path) -> Iterator[None]:
                     ) from None
                 time.sleep(0.05)
                 continue
-            if (folder / "lock").exists():
+            if _same_file(file, folder / LOCK):
                 yield
                 return
 
 
-def hash_names(names: Iterable[str]) -> str:
-    """-> SHA-256 of a list of names."""
-    digest = hashlib.sha256()
-    for name in names:
-        digest.update(name.encode() + b"\0")
-    return digest.hexdigest()
+def _same_file(file: TextIO, path: Path) -> bool:
+    """-> whether the open `file` is still the one at `path`."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path, follow_symlinks=False))
+    except FileNotFoundError:
+        return False
+
+
+class InputsHasher:
+    """Takes in a shard's items as they pass."""
+
+    def __init__(self) -> None:
+        self._whole = hashlib.sha256()
+        self._each: list[str] = []
+
+    def passing(self, items: Iterable[Item]) -> Iterator[Item]:
+        """Yield `items`, each taken in before it is read."""
+        for item in items:
+            one = hashlib.sha256(identity(item)).digest()
+            self._whole.update(one)
+            self._each.append(one[:4].hex())
+            yield item
+
+    def result(self) -> InputsHash:
+        return InputsHash(self._whole.hexdigest(), "".join(self._each))
+
+
+def changed_item(items: Iterable[Item], before: InputsHash) -> str:
+    """-> the name of the first item that is another one than `before`; "" where all are the same."""
+    hasher, position = InputsHasher(), 0
+    for position, item in enumerate(hasher.passing(items), start=1):
+        if not before.each.startswith(hasher._each[-1], 8 * (position - 1)):
+            return item.path
+    if 8 * position < len(before.each):
+        return f"input {position + 1}"
+    return "" if hasher.result() == before else "an input"
 
 
 def count(values: Iterable[str]) -> dict[str, int]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from ffl_deploy.fastest import Choice
 from ffl_deploy.files import write_json
+from ffl_deploy.manifest import FileRecord
 from serve.inputs.items import Skipped, displayed
 from serve.pipeline import WorkSettings
 from serve.predict.labelled import LabelCounts
@@ -57,16 +59,18 @@ class Totals:
     labels: Counter[str] = field(default_factory=Counter)
     remarks: Counter[str] = field(default_factory=Counter)
     labelled: LabelCounts = field(default_factory=LabelCounts)
+    inputs: dict[int, str] = field(default_factory=dict)  # shard -> hash of its inputs
     decode: Histogram = field(default_factory=Histogram)  # of an image, in its thread
     infer: Histogram = field(default_factory=Histogram)  # of a batch
 
-    def add_record(self, record: ShardRecord, resumed: bool) -> None:
+    def add_record(self, index: int, record: ShardRecord, resumed: bool) -> None:
         self.rows += record.rows
         self.resumed_rows += record.rows if resumed else 0
         self.statuses.update(record.statuses)
         self.labels.update(record.labels)
         self.remarks.update(record.remarks)
         self.labelled.add(record.labelled)
+        self.inputs[index] = record.inputs_sha256
 
     def add_timing(self, decode_seconds: Sequence[float], infer_seconds: Sequence[float]) -> None:
         """decode_seconds: of images; infer_seconds: of batches."""
@@ -107,6 +111,9 @@ class Summary(msgspec.Struct):
     skipped: dict[str, int]  # what folders and archives held that is no input
     request: PredictRequest
     settings: WorkSettings
+    # what `--resume` of the finished run looks at; absent from earlier versions' summaries
+    output: FileRecord | msgspec.UnsetType = msgspec.UNSET
+    inputs_sha256: str | msgspec.UnsetType = msgspec.UNSET
     # what --variant auto came to, if this session asked for it
     auto: Choice | msgspec.UnsetType = msgspec.UNSET
     labelled: LabelledNumbers | msgspec.UnsetType = msgspec.UNSET  # absent unless some inputs have a label
@@ -137,6 +144,11 @@ def summarise(
         request=manifest.request,
         settings=manifest.settings,
     )
+
+
+def inputs_digest(shards: Iterable[str]) -> str:
+    """-> one hash of those of all shards' inputs."""
+    return hashlib.sha256(" ".join(shards).encode()).hexdigest()
 
 
 def summary_path(out: Path) -> Path:

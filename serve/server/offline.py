@@ -33,9 +33,13 @@ def private_environment() -> Iterator[Path]:
     it is removed at the end."""
     os.environ.update(SILENCE)
     _remove_orphans()
-    folder = Path(tempfile.mkdtemp(prefix=PREFIX))
-    lock = os.open(folder / LOCK, os.O_CREAT | os.O_RDONLY, 0o600)
+    # Under a name that `_remove_orphans` of a server starting beside this one passes over, until it is
+    # locked.
+    made = Path(tempfile.mkdtemp(prefix=f".{PREFIX}"))
+    lock = os.open(made / LOCK, os.O_CREAT | os.O_EXCL | os.O_RDONLY, 0o600)
     fcntl.flock(lock, fcntl.LOCK_EX)
+    folder = made.with_name(made.name[1:])
+    made.rename(folder)
     previous = tempfile.tempdir
     tempfile.tempdir = str(folder)  # uploads pass through the standard library's temporary files
     os.environ["GRADIO_TEMP_DIR"] = str(folder / "gradio")

@@ -120,7 +120,7 @@ def test_every_bundle_verifies_and_tells_what_was_measured(exported: Path) -> No
     manifest = bundle.manifest
     assert [variant.name for variant in manifest.variants] == ["fp32", "int8", "int8-tensorrt"]
     assert bundle.variant().name == "fp32"
-    assert set(manifest.variants[0].parity.batches) == {"1", "2", "7", "64", "256"}
+    assert set(manifest.variants[0].parity.batches) == {"1", "2", "7", "64", "260"}, "four of them made up"
     assert manifest.variants[0].accuracy.verdict.status == "passed"
     assert (
         manifest.variants[1].accuracy.verdict.note == f"inconclusive (n = {manifest.variants[1].accuracy.n})"

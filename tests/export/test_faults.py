@@ -62,7 +62,7 @@ def export_with(
             fault(path)
 
         monkeypatch.setattr("export.formats.write_onnx", write)
-        monkeypatch.setattr("export.pipeline.fit_temperature", lambda *_: 1.0)  # the clean file has none
+        monkeypatch.setattr("export.temperature.fit_temperature", lambda *_: 1.0)  # the clean file has none
         code = run_command(
             main, [str(colour_run.folder), "--target", "fused", "--out", str(tmp_path / "out")]
         )

@@ -44,7 +44,19 @@ def test_checkpoints_without_a_configuration_are_not_taken_over(
 ) -> None:
     (tmp_path / "run" / "checkpoints" / "last").mkdir(parents=True)
     assert run_command(main, [*tiny_flags, "--out", str(tmp_path / "run")]) == 2
-    assert "holds checkpoints of a run without its config.json" in capsys.readouterr().err
+    assert "holds checkpoints but no config.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["summary.json", "curves.png", "metrics.jsonl", "test_predictions.npz"])
+def test_a_folder_with_files_of_others_is_not_taken_over(
+    tiny_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """A summary.json of another program said that the run was finished, and nothing was trained."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_text("mine")
+    assert run_command(main, [*tiny_flags, "--out", str(tmp_path / "run")]) == 2
+    assert f"holds {name} but no config.json" in capsys.readouterr().err
+    assert (tmp_path / "run" / name).read_text() == "mine"
 
 
 def begun(folder: Path) -> Path:
@@ -77,9 +89,7 @@ def test_a_run_does_not_go_on_with_other_images(
     Image.new("RGB", (20, 16), "white").save(where)
     assert run_command(main, ["--resume", str(run), "--quiet"]) == 2
     error = capsys.readouterr().err
-    assert (
-        "its train images" if change == "more" else "the mean or standard deviation of its pixels"
-    ) in error
+    assert ("train/cat/999.png is new" if change == "more" else "train/cat/000.png is another file") in error
     assert "Give it back as it was" in error
     assert (run / "config.json").read_bytes() == before
 

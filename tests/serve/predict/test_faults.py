@@ -94,8 +94,8 @@ def test_28_a_resume_repeats_the_bytes(
         96,
         {"not_an_image": 6, "ok": 294},
     )
-    assert predict(many, flags=(*FLAGS, "--resume"), out=f"cut.{format}").code == 0, (
-        "a finished run is finished"
+    assert predict(many, flags=(*FLAGS, "--resume"), out=f"cut.{format}").code == 3, (
+        "a finished run is finished, and ends as it did"
     )
 
 

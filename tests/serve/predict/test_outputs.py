@@ -119,10 +119,13 @@ def test_a_name_that_is_not_utf8_is_written_with_codes(
 
 def test_what_a_killed_run_left_is_removed(predict: Predict, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    left = tmp_path / "out" / ".predictions.jsonl.4711.tmp"
+    left = tmp_path / "out" / ".predictions.jsonl.0123456789abcdef.tmp"
     left.write_bytes(b"half a result")
+    own = tmp_path / "out" / ".predictions.jsonl.backup.tmp"
+    own.write_bytes(b"the user's")
     assert predict(folder).code == 0
     assert not left.exists()
+    assert own.read_bytes() == b"the user's"
 
 
 def test_a_worker_killed_once_reads_standard_input_again(

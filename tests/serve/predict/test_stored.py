@@ -60,8 +60,8 @@ def test_summary_and_report_are_written_byte_for_byte_as_before(kind: str, tmp_p
     # one shard of this session, one of an earlier one; of the empty run not even those
     totals = Totals()
     if kind != "empty":
-        totals.add_record(shard_record(kind == "labelled"), resumed=False)
-        totals.add_record(shard_record(kind == "labelled"), resumed=True)
+        totals.add_record(0, shard_record(kind == "labelled"), resumed=False)
+        totals.add_record(1, shard_record(kind == "labelled"), resumed=True)
         totals.add_timing([0.001, 0.002, 0.0101], [0.05, 0.2])
     skipped = Skipped()
     skipped.reasons.update({"symbolic links": 2, "files without an image suffix": 1})
