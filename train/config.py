@@ -173,8 +173,7 @@ class MachineOptions:
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto takes the GPU where there is one.")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
         "auto",
-        "Arithmetic of the two passes. auto: on a GPU bf16 if it has that, else fp16; on a CPU bf16 if "
-        "that is faster, else fp32.",
+        "Arithmetic of the two passes. auto: what measures fastest, fp32 or bf16 (fp16 on GPUs without it).",
     )
     threads: int | None = option(
         None,
@@ -184,6 +183,14 @@ class MachineOptions:
         ),
     )
     compile: bool = option(False, "Compile the network with torch.compile (pays on GPUs, not on CPUs).")
+    cuda_graph: Literal["auto", "on", "off"] = option(
+        "auto",
+        "Launch the whole step at once, as a CUDA graph. auto: where that measures faster.",
+    )
+    deterministic: bool = option(
+        False,
+        "On a GPU, the same bits in every run and after every --resume, at some speed (a CPU's always are).",
+    )
     sync_batchnorm: bool = option(False, "Batch normalisation over all processes (GPUs only).")
     workers: int | None = option(
         None,

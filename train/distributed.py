@@ -82,7 +82,10 @@ def process_group(world: World, device: torch.device) -> Iterator[None]:
     # the tensors they hold to the very end, where a thread that lets go of one aborts the process (seen in 1
     # of 25 runs on a busy machine).
     importlib.import_module("torch._dynamo")
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if device.type == "cuda":
+        distributed.init_process_group("nccl", device_id=device)  # else its barriers guess the GPU
+    else:
+        distributed.init_process_group("gloo")
     done = False
     try:
         yield

@@ -8,29 +8,34 @@ same bit for bit.
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
 
 from ffl_deploy.errors import CheckError, Interrupted
 from ffl_deploy.networks.mutual import MutualNetwork
+from train.background import Background
 from train.config import TrainConfig
+from train.cuda_graph import graphed
 from train.data.batches import Batch, Batches
+from train.ema import MovingAverage
 from train.evaluate import accuracies
 from train.machine import Place
 from train.meter import Meter
 from train.methods import Method
-from train.optimizer import build_optimizer, drop_gradients
+from train.optimizer import build_optimizer
 from train.randomness import seed_everything
 from train.record import Progress, Recorder
 from train.schedule import learning_rate, ramp_up
 from train.state import Position, TrainingState
+from train.step import Step
 from train.stopping import StopRequest
 
 AGREE_EVERY = 10  # steps between two questions to all processes whether to stop or save
@@ -67,18 +72,26 @@ class Trainer:
         self.steps = options.epochs * self.batches.steps_per_epoch
         self.optimizer = build_optimizer(self.network, options)
         self.scaler = torch.amp.GradScaler(self.place.device.type, enabled=self.place.precision == "fp16")
-        average = get_ema_multi_avg_fn(options.ema)
-        self.ema = (
-            AveragedModel(self.network, multi_avg_fn=average, use_buffers=True) if options.ema else None
-        )
+        self.ema = MovingAverage(self.network, options.ema) if options.ema else None
+        self.background = Background()
         self.state = self.build_state()
         self.position = self.state.restore()
         self.require_one_position()
         self.model = prepare(self.learner(), self.config, self.place)
+        parts = self.optimizer, self.scaler, self.ema, self.place
+        on_device = self.place.device.type == "cuda"
+        self.work = Step(self.network, self.model, self.method, *parts, options.clip, on_device)
+        self.take_step = graphed(self.work, self.config.machine, self.place, self.say)
 
     def build_state(self) -> TrainingState:
         """-> what is saved and restored."""
-        return TrainingState(self.folder, self.network, self.optimizer, self.scaler, self.ema)
+        parts = self.optimizer, self.scaler, self.ema, self.background
+        return TrainingState(self.folder, self.network, *parts)
+
+    def say(self, text: str) -> None:
+        """Tell the user, once and not for every process."""
+        if self.place.world.is_main and not self.config.output.quiet:
+            tqdm.write(text, file=sys.stderr)
 
     def learner(self) -> nn.Module:
         """-> what the steps call: it shares the network's weights,
@@ -110,7 +123,9 @@ class Trainer:
             for epoch in range(self.position.epoch, self.options.epochs):
                 self.train_epoch(epoch)
                 self.close_epoch(epoch)
+            self.background.wait()
         finally:
+            self.background.close()
             self.progress.close()
             if self.recorder is not None:
                 self.recorder.close()
@@ -135,6 +150,7 @@ class Trainer:
                 self.progress.show(epoch, self.steps, number + 1, *shown)
 
             # save where it is due, or end here; the last step of an epoch leaves that to close_epoch
+            self.background.check()
             if self.place.world.size == 1 or number % AGREE_EVERY == 0:
                 self.save_in_mid_epoch(epoch, step + 1)
         self.meter.flush()
@@ -143,35 +159,19 @@ class Trainer:
         """Step `number` of the run: the weights move once."""
         # dropout and the learning rate: functions of the step, so that a resumed run needs no state for them
         seed_everything(self.config.seed, "step", number * self.place.world.size + self.place.world.rank)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(number, self.steps, self.options)
-
-        # forward and backward; processes exchange gradients once, with the last micro-batch
         ramp = self.ramp(number // self.batches.steps_per_epoch)
-        for turn, batch in enumerate(micro_batches):
-            self.exchange_gradients(turn == len(micro_batches) - 1)
-            with self.place.autocast():
-                outputs = self.model(batch.images)
-            losses = self.method.losses(outputs, batch.soft_labels, ramp)
-            loss = torch.stack(list(losses.values())).sum() / len(micro_batches)
-            self.scaler.scale(loss).backward()
-            self.meter.add(number, losses, outputs.classifiers(), batch.labels)
-            self.position.images += len(batch.labels) * self.place.world.size
+        self.work.set(learning_rate(number, self.steps, self.options), ramp)
 
-        # update: what the method freezes has no gradient, so nothing of it moves
-        drop_gradients(self.method.frozen(self.network, number / self.steps, number))
-        if self.options.clip:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.network.parameters(), self.options.clip)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.ema is not None:
-            self.ema.update_parameters(self.network)
+        # the device's work, and what it measured
+        rows = self.take_step(micro_batches, self.method.frozen(self.network, number / self.steps, number))
+        for batch, row in zip(micro_batches, rows, strict=True):
+            self.meter.add(number, len(batch.labels), self.work.names, row)
+            self.position.images += len(batch.labels) * self.place.world.size
 
     def close_epoch(self, epoch: int) -> None:
         """Validate and save. Raises Interrupted where the run is to stop before its last epoch."""
         line = self.measured(epoch)
+        self.background.wait()  # so that no more than an epoch is ever unwritten
         position = self.position
         position.epoch, position.step, position.meter = epoch + 1, 0, None
 
@@ -192,6 +192,7 @@ class Trainer:
         self.progress.epoch(line, self.options.epochs)
 
         if self.place.any(self.stop.requested) and epoch + 1 < self.options.epochs:
+            self.background.wait()
             raise Interrupted(f"stopped after epoch {epoch + 1}; go on with: --resume {self.folder}")
 
     def measured(self, epoch: int) -> dict[str, Any]:
@@ -225,20 +226,16 @@ class Trainer:
         self.position.meter = self.meter.state(self.place)
         self.position.seconds = self.lap.seconds + time.monotonic() - self.lap.started
         if self.place.world.is_main:
+            self.background.wait()
             self.state.save(self.position)
         self.saved_at = time.monotonic()
         if stopping:
+            self.background.wait()
             raise Interrupted(f"stopped in epoch {epoch + 1}; go on with: --resume {self.folder}")
 
     def ramp(self, epoch: int) -> float:
         """-> the weight of the distillation terms."""
         return ramp_up(epoch, self.options.epochs, self.config.model.ramp_up)
-
-    def exchange_gradients(self, now: bool) -> None:
-        """Whether the next backward pass adds up the gradients of all processes;
-        the forward pass reads it."""
-        if isinstance(self.model, DistributedDataParallel):
-            self.model.require_backward_grad_sync = now
 
 
 def prepare(network: nn.Module, config: TrainConfig, place: Place) -> nn.Module:
@@ -246,7 +243,9 @@ def prepare(network: nn.Module, config: TrainConfig, place: Place) -> nn.Module:
     All share its weights."""
     model: nn.Module = network
     if config.machine.compile:
-        model.compile()  # in place, so that the state_dict keeps its names
+        # Beside the network, which is evaluated as it is. For each shape of a step anew: one graph for every
+        # number of images and of pixels would be slower than each of the four that a run has.
+        model = cast(nn.Module, torch.compile(network, dynamic=False))
     if place.world.size > 1:
         devices = [place.device] if place.device.type == "cuda" else None
         # evaluation shares them

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from ffl_deploy.errors import CheckError, UsageError
 from ffl_deploy.host import device_failed, keep_freed_memory, out_of_memory
 from train.config import MachineOptions
 from train.distributed import World
+from train.nvidia import driver_is_loaded, why_torch_has_no_gpu
 
 _TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -73,24 +75,30 @@ def choose_device(options: MachineOptions, world: World) -> torch.device:
             f"{world.size} processes but {torch.cuda.device_count()} GPUs; lower --nproc-per-node."
         )
     device = torch.device("cuda", world.local_rank)
+    repeat_every_bit(options.deterministic)  # before CUDA starts
     torch.cuda.set_device(device)
-    torch.backends.cudnn.benchmark = True  # shapes are the same every step
     torch.set_float32_matmul_precision("high")
     return device
 
 
+def repeat_every_bit(wanted: bool) -> None:
+    """Whether a GPU is to use algorithms alone that add in the same order every time; without, the fastest
+    for the shapes of the run's steps are tried out."""
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+    torch.use_deterministic_algorithms(wanted)
+    # a search for bugs, no part of the result
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = not wanted
+
+
 def why_no_gpu(world: World) -> str:
     """-> why this torch cannot train on the GPU that this process would take; empty where it can."""
-    if not torch.cuda.is_available():
-        if not torch.backends.cuda.is_built():
-            return "this torch is built without CUDA; install a CUDA build"
-        if driver_is_loaded():
-            needed = torch.version.cuda
-            return (
-                f"the NVIDIA driver is too old for the CUDA {needed} of this torch; update it, or install "
-                "an older torch"
-            )
-        return "torch finds no usable NVIDIA GPU here"
+    with warnings.catch_warnings():  # of torch, in several lines; the reason is told below, in one
+        warnings.simplefilter("ignore")
+        available = torch.cuda.is_available()
+    if not available:
+        return why_torch_has_no_gpu()
     if world.local_rank >= torch.cuda.device_count():
         return ""  # told with the number of processes
     major, minor = torch.cuda.get_device_capability(world.local_rank)
@@ -103,11 +111,6 @@ def why_no_gpu(world: World) -> str:
             f"(it has {', '.join(built)}); install another torch"
         )
     return ""
-
-
-def driver_is_loaded() -> bool:
-    """-> whether this machine runs NVIDIA's driver, whatever torch makes of it."""
-    return Path("/proc/driver/nvidia/version").exists()
 
 
 @contextmanager
@@ -127,6 +130,11 @@ def resources_in_one_sentence(options: MachineOptions) -> Iterator[None]:
                 f"the GPU failed ({first}); the last checkpoint is kept: run again with --resume, or with "
                 "--device cpu."
             ) from error
+        if "does not have a deterministic implementation" in first:
+            raise UsageError(
+                f"--deterministic: {first.split(' does not')[0]} has no deterministic implementation on a "
+                "GPU; leave the flag out, or choose other --branches."
+            ) from error
         if options.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise CheckError(
                 f"--compile failed ({first}); leave it out, or install what it needs."
@@ -134,8 +142,11 @@ def resources_in_one_sentence(options: MachineOptions) -> Iterator[None]:
         raise
 
 
-def choose_place(wanted: str, device: torch.device, world: World) -> Place:
-    """wanted: a precision or "auto", which every process of `world` resolves alike.
+def choose_place(
+    wanted: str, device: torch.device, world: World, fastest: Callable[[Place], str] | None = None
+) -> Place:
+    """wanted: a precision or "auto", which every process of `world` resolves alike. fastest: measures the
+    precisions of a GPU; without it `auto` is bf16 there, or fp16 where there is none.
     Raises UsageError for fp16 on a CPU.
 
     bf16 is taken at its word everywhere: a CPU without it emulates it, slowly.
@@ -145,9 +156,10 @@ def choose_place(wanted: str, device: torch.device, world: World) -> Place:
     if wanted != "auto":
         return Place(device, wanted, world)
     if device.type == "cuda":
-        return Place(
+        place = Place(
             device, "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16", world
         )
+        return place if fastest is None else replace(place, precision=fastest(place))
     return Place(device, world.agree("bf16" if bf16_speed_up() >= WORTH_IT else "fp32"), world)
 
 

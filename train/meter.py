@@ -3,7 +3,7 @@ without waiting for the device each step."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,30 +14,37 @@ from train.distributed import World
 from train.machine import Place
 
 
+class Names(NamedTuple):
+    """What a row of `measures` holds, in order."""
+
+    losses: tuple[str, ...] = ()
+    classifiers: tuple[str, ...] = ()
+
+
+@torch.no_grad()
+def measures(losses: dict[str, Tensor], classifiers: dict[str, Tensor], labels: Tensor) -> Tensor:
+    """losses: scalars; classifiers: logits [n, classes]; labels: int64 [n] -> float32 [losses + classifiers]
+    on the device: each loss, and each classifier's right answers."""
+    hits = [(logits.argmax(dim=1) == labels).sum().float() for logits in classifiers.values()]
+    return torch.stack([*(loss.detach().float() for loss in losses.values()), *hits])
+
+
 class Meter:
     """Collects a row of numbers per micro-batch on the device;
     `flush` brings them over and checks that they are finite."""
 
     def __init__(self) -> None:
-        self.names: list[str] = []  # of the losses
-        self.classifiers: list[str] = []
+        self.names: Names = Names()
         # losses (sums of means), hits, rows, images: float64, added in order of the steps
         self.sums = np.zeros(0)
         self.last_loss = float("nan")
         self._pending: list[tuple[int, int, Tensor]] = []  # step, images, losses and hits on the device
 
-    @torch.no_grad()
-    def add(
-        self, step: int, losses: dict[str, Tensor], classifiers: dict[str, Tensor], labels: Tensor
-    ) -> None:
-        """step: number within the run; losses: scalars; classifiers: logits [n, classes]; labels:
-        int64 [n]."""
-        if not self.names:
-            self.names, self.classifiers = list(losses), list(classifiers)
-        hits = [(logits.argmax(dim=1) == labels).sum().float() for logits in classifiers.values()]
-        row = torch.stack([*(loss.detach().float() for loss in losses.values()), *hits])
+    def add(self, step: int, images: int, names: Names, row: Tensor) -> None:
+        """step: number within the run; images: how many `row`, as `measures` gives it, is of."""
+        self.names = self.names if self.names.losses else names
         # numbers of the host stay there: sending them would wait for the device
-        self._pending.append((step, len(labels), row))
+        self._pending.append((step, images, row))
 
     def flush(self) -> None:
         """Take over what is pending. Raises CheckError that names the step
@@ -47,7 +54,7 @@ class Meter:
         rows = torch.stack([row for _, _, row in self._pending]).double().cpu().numpy()
         for (step, images, _), measured in zip(self._pending, rows, strict=True):
             row = np.append(measured, [1.0, images])
-            losses = dict(zip(self.names, row[: len(self.names)], strict=True))
+            losses = dict(zip(self.names.losses, row[: len(self.names.losses)], strict=True))
             if not np.isfinite(list(losses.values())).all():
                 shown = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
                 raise CheckError(
@@ -62,28 +69,26 @@ class Meter:
         """-> {"loss", "parts": means, "train": accuracies 0..1} over all processes."""
         sums = place.world.sum(torch.from_numpy(self.sums.copy()).to(place.device)).cpu().numpy()
         rows, images = sums[-2], sums[-1]
-        losses = {
-            name: float(value / rows) for name, value in zip(self.names, sums[: len(self.names)], strict=True)
-        }
-        hits = sums[len(self.names) : -2]
+        names, classifiers = self.names
+        losses = {name: float(value / rows) for name, value in zip(names, sums[: len(names)], strict=True)}
+        hits = sums[len(names) : -2]
         return {
             "loss": sum(losses.values()),
             "parts": losses,
-            "train": {
-                name: float(value / images) for name, value in zip(self.classifiers, hits, strict=True)
-            },
+            "train": {name: float(value / images) for name, value in zip(classifiers, hits, strict=True)},
         }
 
     def state(self, place: Place) -> dict[str, Any]:
         """-> what `restore` takes: the sums over all processes."""
         sums = place.world.sum(torch.from_numpy(self.sums.copy()).to(place.device))
-        return {"names": self.names, "classifiers": self.classifiers, "sums": sums.tolist()}
+        names, classifiers = map(list, self.names)
+        return {"names": names, "classifiers": classifiers, "sums": sums.tolist()}
 
     @classmethod
     def restore(cls, state: dict[str, Any] | None, world: World) -> Meter:
         """-> the meter at a checkpoint in mid-epoch; the first process carries on everybody's sums."""
         meter = cls()
         if state and state["sums"]:
-            meter.names, meter.classifiers = state["names"], state["classifiers"]
+            meter.names = Names(tuple(state["names"]), tuple(state["classifiers"]))
             meter.sums = np.array(state["sums"]) if world.is_main else np.zeros(len(state["sums"]))
         return meter

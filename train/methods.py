@@ -68,7 +68,7 @@ class Method:
     strong: str = "fused"  # the classifier that `best` is chosen by
     scales_trunk_gradient: bool = False  # divide the gradient that enters the trunk by the number of branches
 
-    def losses(self, outputs: Outputs, labels: Tensor, ramp: float) -> Losses:
+    def losses(self, outputs: Outputs, labels: Tensor, ramp: float | Tensor) -> Losses:
         """-> named scalars whose sum is minimised. labels: see cross_entropy; ramp: w in 0..1."""
         raise TypeError(f"{type(self).__name__} defines no losses")
 
@@ -115,7 +115,7 @@ class FFL(Method):
     ensemble_to_fused: bool = True  # EKD
     fused_to_branches: bool = True  # FKD
 
-    def losses(self, outputs: Outputs, labels: Tensor, ramp: float) -> Losses:
+    def losses(self, outputs: Outputs, labels: Tensor, ramp: float | Tensor) -> Losses:
         fused = _fused(outputs)
         losses = {**_branch_losses(outputs, labels), "ce/fused": cross_entropy(fused, labels)}
         if self.ensemble_to_fused:
@@ -134,7 +134,7 @@ class Vanilla(Method):
     maximum_branches: int | None = 1
     strong: str = "branch0"
 
-    def losses(self, outputs: Outputs, labels: Tensor, ramp: float) -> Losses:
+    def losses(self, outputs: Outputs, labels: Tensor, ramp: float | Tensor) -> Losses:
         return _branch_losses(outputs, labels)
 
 
@@ -145,7 +145,7 @@ class Independent(Method):
     shares_stages: bool = False
     strong: str = "ensemble"
 
-    def losses(self, outputs: Outputs, labels: Tensor, ramp: float) -> Losses:
+    def losses(self, outputs: Outputs, labels: Tensor, ramp: float | Tensor) -> Losses:
         return _branch_losses(outputs, labels)
 
 
@@ -158,7 +158,7 @@ class DML(Method):
     shares_stages: bool = False
     strong: str = "ensemble"
 
-    def losses(self, outputs: Outputs, labels: Tensor, ramp: float) -> Losses:
+    def losses(self, outputs: Outputs, labels: Tensor, ramp: float | Tensor) -> Losses:
         losses, z = _branch_losses(outputs, labels), outputs.branches
         for i, student in enumerate(z):
             peers = [distill(student, teacher, self.temperature) for j, teacher in enumerate(z) if j != i]
@@ -175,7 +175,7 @@ class ONE(Method):
     same_architecture: bool = True
     strong: str = "gated"
 
-    def losses(self, outputs: Outputs, labels: Tensor, ramp: float) -> Losses:
+    def losses(self, outputs: Outputs, labels: Tensor, ramp: float | Tensor) -> Losses:
         gated = _aggregated(outputs)
         losses = {**_branch_losses(outputs, labels), "ce/gated": cross_entropy(gated, labels)}
         for k, logits in enumerate(outputs.branches):
@@ -197,7 +197,7 @@ class CLILR(Method):
     strong: str = "ensemble"
     scales_trunk_gradient: bool = True
 
-    def losses(self, outputs: Outputs, labels: Tensor, ramp: float) -> Losses:
+    def losses(self, outputs: Outputs, labels: Tensor, ramp: float | Tensor) -> Losses:
         z = outputs.branches
         losses = {name: self.beta * loss for name, loss in _branch_losses(outputs, labels).items()}
         for k, logits in enumerate(z):
@@ -220,7 +220,7 @@ class OKDDip(Method):
     minimum_branches: int = 3
     strong: str = "branch0"
 
-    def losses(self, outputs: Outputs, labels: Tensor, ramp: float) -> Losses:
+    def losses(self, outputs: Outputs, labels: Tensor, ramp: float | Tensor) -> Losses:
         attended, peers = _aggregated(outputs), outputs.branches[1:]
         losses = _branch_losses(outputs, labels)
         for i, logits in enumerate(peers):
@@ -245,7 +245,7 @@ class DualNet(Method):
     auxiliary: float = 0.3
     joint: float = 0.1
 
-    def losses(self, outputs: Outputs, labels: Tensor, ramp: float) -> Losses:
+    def losses(self, outputs: Outputs, labels: Tensor, ramp: float | Tensor) -> Losses:
         losses = {name: self.auxiliary * loss for name, loss in _branch_losses(outputs, labels).items()}
         return {"ce/fused": cross_entropy(_fused(outputs), labels), **losses}
 

@@ -26,6 +26,7 @@ MAY_CHANGE = {
     "output.checkpoint_minutes",
     "machine.workers",
     "machine.memory_limit",
+    "machine.cuda_graph",
     "recipe",
 }
 

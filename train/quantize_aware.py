@@ -82,7 +82,9 @@ class Taught(Method):
 
     method: Method = field(default_factory=Method)
 
-    def losses(self, outputs: TaughtOutputs, labels: Tensor, ramp: float) -> dict[str, Tensor]:  # type: ignore[override]
+    def losses(  # type: ignore[override]
+        self, outputs: TaughtOutputs, labels: Tensor, ramp: float | Tensor
+    ) -> dict[str, Tensor]:
         student, parts = outputs.student, self.method.losses(outputs.student, labels, ramp)
         for name, logits in student.classifiers().items():
             if name == "fused" or name.startswith("branch"):
@@ -141,7 +143,8 @@ class QuantizeAwareTrainer(Trainer):
         super().__post_init__()
 
     def build_state(self) -> TrainingState:
-        return QuantizedState(self.folder, self.network, self.optimizer, self.scaler, self.ema, self.student)
+        parts = self.optimizer, self.scaler, self.ema, self.background
+        return QuantizedState(self.folder, self.network, *parts, self.student)
 
     def learner(self) -> nn.Module:
         return self.lesson

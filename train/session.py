@@ -26,11 +26,13 @@ from train.build import (
     synchronize_batchnorm,
 )
 from train.config import TrainConfig
+from train.cuda_graph import graphs_wanted
 from train.distributed import World, process_group, torchrun_world
 from train.finish import describe, finish
 from train.loop import Trainer
 from train.machine import Place, choose_device, choose_place, resources_in_one_sentence
 from train.methods import build_method
+from train.precision import fastest_precision
 from train.quantize_aware import QuantizeAwareTrainer, calibration_images, keep_teacher, load_teacher
 from train.randomness import seed_everything
 from train.record import draw_curves, read_metrics
@@ -43,7 +45,8 @@ def run_training(config: TrainConfig, stop: StopRequest | None = None) -> int:
     Without `stop` it listens to signals itself."""
     world = torchrun_world()
     listening = stop_on_signals() if stop is None else nullcontext(stop)
-    device = choose_device(config.machine, world)
+    with resources_in_one_sentence(config.machine):  # a GPU that is lost fails here
+        device = choose_device(config.machine, world)
     with (
         process_group(world, device),
         listening as stop,
@@ -60,7 +63,6 @@ def run_training(config: TrainConfig, stop: StopRequest | None = None) -> int:
         stored = None if config.output.resume is None else load_run(folder).config
         if device.type == "cpu":
             keep_threads(config, stored)
-        place = choose_place(wanted_precision(config, stored), device, world)
 
         # method, data, network, batches: whatever cannot work together is refused here,
         # before a folder exists
@@ -76,6 +78,9 @@ def run_training(config: TrainConfig, stop: StopRequest | None = None) -> int:
         if config.model.quantize_aware is not None:
             load_teacher(folder, config.model.quantize_aware, network)
             trainer = partial(QuantizeAwareTrainer, calibration=calibration_images(data))
+        fastest = partial(fastest_precision, network, method, config)
+        place = choose_place(wanted_precision(config, stored), device, world, fastest)
+        graphs_wanted(config.machine, place)
         check_small_size(config, network, place)
         if config.machine.sync_batchnorm:
             network = synchronize_batchnorm(network, place)

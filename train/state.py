@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from ffl_deploy.errors import CheckError
 from ffl_deploy.files import existing_folder
 from ffl_deploy.networks.checkpoint import MODEL, STATE, load_weights, read_checkpoint, save_checkpoint
 from ffl_deploy.networks.mutual import MutualNetwork
+from train.background import Background
+from train.ema import MovingAverage
 from train.optimizer import load_optimizer_tensors, optimizer_tensors
 
 OPTIMIZER = "optimiser"  # names of files in a checkpoint, which runs of earlier versions hold too
@@ -39,13 +42,18 @@ class Position:
 @dataclass(frozen=True)
 class TrainingState:
     """All that a run changes, and the folder that keeps it. ema: the moving average of the weights,
-    if there is one."""
+    if there is one; background: what writes.
+
+    A checkpoint is copied to the CPU when it is asked for, and written while training goes on; checkpoints
+    appear in the order in which they were asked for.
+    """
 
     folder: Path
     network: MutualNetwork
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    ema: AveragedModel | None
+    ema: MovingAverage | None
+    background: Background
 
     def save(self, position: Position) -> None:
         """Write checkpoint `last`, which `restore` goes on from.
@@ -66,17 +74,15 @@ class TrainingState:
         """Write checkpoint `name` with the weights of `network`.
         Raises CheckError before writing a bad weight."""
         weights = self.weights(name, network)
-        broken = [key for key, value in weights.items() if not torch.isfinite(value).all()]
-        if broken:
+        if broken := first_not_finite(weights):
             raise CheckError(
-                f"the weights are not finite after epoch {position.epoch} ({broken[0]}); the last checkpoint "
+                f"the weights are not finite after epoch {position.epoch} ({broken}); the last checkpoint "
                 "is kept. Lower --lr, add --clip 1.0 or use --precision fp32."
             )
-        save_checkpoint(
-            self.folder / "checkpoints" / name,
-            {MODEL: weights, **self.beside(), **(others or {})},
-            vars(position),
-        )
+        tensors = {MODEL: weights, **self.beside(), **(others or {})}
+        kept = {stem: on_cpu(named) for stem, named in tensors.items()}
+        state = copy.deepcopy(vars(position))
+        self.background.do(partial(save_checkpoint, self.folder / "checkpoints" / name, kept, state))
 
     def weights(self, name: str, network: nn.Module) -> Mapping[str, Tensor]:
         """-> what checkpoint `name` holds of `network`."""
@@ -114,3 +120,28 @@ class TrainingState:
             ) from error
         self.scaler.load_state_dict(position.scaler)
         return position
+
+
+def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """-> the name of the first tensor that holds an infinity or NaN. A GPU is asked once for all of them."""
+    floats = [value for value in tensors.values() if value.is_floating_point()]
+    # The largest absolute value of a tensor is finite where every value is.
+    if not floats or torch.isfinite(torch.stack(torch._foreach_norm(floats, float("inf")))).all():
+        return None
+    return next((name for name, value in tensors.items() if not torch.isfinite(value).all()), None)
+
+
+def on_cpu(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """-> copies on the CPU. Those of a GPU come over together, one transfer for each type of number."""
+    copies = {
+        name: value.detach().clone(memory_format=torch.contiguous_format)
+        for name, value in named.items()
+        if value.device.type == "cpu"
+    }
+    others = {name: value.detach() for name, value in named.items() if name not in copies}
+    for kind in {value.dtype for value in others.values()}:
+        alike = {name: value for name, value in others.items() if value.dtype == kind}
+        flat = torch.cat([value.reshape(-1) for value in alike.values()]).cpu()
+        parts = flat.split([value.numel() for value in alike.values()])
+        copies |= {name: part.view(alike[name].shape) for name, part in zip(alike, parts, strict=True)}
+    return {name: copies[name] for name in named}

@@ -1,7 +1,7 @@
 """Two steps of training on fake CUDA tensors:
 which copies between CPU and GPU the CPU would have to wait for.
 
-    python -m tests.train.gpu_waits METHOD PRECISION
+    python -m tests.train.gpu_waits METHOD:PRECISION ...
 
 A process of its own: what stands for a GPU here must not stay in the one that runs the other tests.
 """
@@ -27,11 +27,16 @@ from ffl_deploy.data.datasets import ArraySplit, ImageData
 from ffl_deploy.networks.mutual import MutualNetwork
 from ffl_deploy.preprocessing import Preprocessing
 from train.config import DataOptions, TrainConfig
+from train.cuda_graph import copies, fill
 from train.data.batches import InMemoryBatches, Plan, Shares
 from train.distributed import World
 from train.machine import Place
 from train.meter import Meter
 from train.methods import build_method
+from train.optimizer import build_optimizer
+from train.step import Step
+
+MICRO_BATCHES = 2
 
 
 class Copies(TorchDispatchMode):
@@ -76,7 +81,8 @@ def on_fake_gpu(network: nn.Module, device: torch.device) -> None:
 
 
 def watched_steps(method: str, precision: str) -> Copies:
-    """The real batches, forward pass, losses and meter of two steps; the backward pass needs a GPU."""
+    """The real batches, forward pass, losses and meter of two steps, and what a captured step is given; the
+    backward pass needs a GPU."""
     chosen, device = build_method(method, 3.0), torch.device("cuda:0")
     images = np.zeros((64, 32, 32, 3), np.uint8)
     split = ArraySplit(images, np.arange(64) % 10)
@@ -84,26 +90,34 @@ def watched_steps(method: str, precision: str) -> Copies:
     data = ImageData("noise", classes, Preprocessing(32, 32), (128.0,) * 3, (64.0,) * 3, split, split, split)
     config = TrainConfig(data=DataOptions(augment="crop"))
     config = replace(config, model=replace(config.model, method=method, branches=("resnet8", "resnet8")))
+    branches = chosen.branches_for(("resnet8", "resnet8"))
+    config = replace(config, model=replace(config.model, branches=branches))
     network = MutualNetwork(train.build.choose_network(config, chosen, data))
-    copies = Copies()
-    with FakeTensorMode(allow_non_fake_inputs=True), copies:
+    seen = Copies()
+    with FakeTensorMode(allow_non_fake_inputs=True), seen:
         on_fake_gpu(network, device)
         network.train()
-        batches = InMemoryBatches(data, Plan(config.data, 16, 0.1, 0, device, Shares(World(), 2)))
+        batches = InMemoryBatches(data, Plan(config.data, 16, 0.1, 0, device, Shares(World(), MICRO_BATCHES)))
         place, meter = Place(device, precision), Meter()
-        steps = batches.training(0, 0)
-        copies.watching = True
-        for number in range(2):
-            for batch in next(steps):
-                with place.autocast():
-                    outputs = network(batch.images)
-                losses = chosen.losses(outputs, batch.soft_labels, 0.5)
-                torch.stack(list(losses.values())).sum()
-                meter.add(number, losses, outputs.classifiers(), batch.labels)
-        copies.watching = False
-    return copies
+        optimizer = build_optimizer(network, config.optimisation)
+        scaler = torch.amp.GradScaler("cuda", enabled=False)
+        step = Step(network, network, chosen, optimizer, scaler, None, place, 0.0, on_device=True)
+        own = copies(next(batches.training(0, 0)))
+        seen.watching = True
+        for number, given in zip(range(2), batches.training(0, 0), strict=False):
+            step.set(0.1 / (number + 1), 0.5)
+            fill(own, given)
+            for batch in own:
+                _, row = step.forward(batch)
+                meter.add(number, len(batch.labels), step.names, row)
+        seen.watching = False
+    assert len(meter._pending) == 2 * MICRO_BATCHES
+    return seen
 
 
 if __name__ == "__main__":
-    found = watched_steps(*sys.argv[1:])
-    print(json.dumps({"blocking": found.blocking, "free": found.free}))
+    answers = {}
+    for wanted in sys.argv[1:]:
+        found = watched_steps(*wanted.split(":"))
+        answers[wanted] = {"blocking": found.blocking, "free": found.free}
+    print(json.dumps(answers))

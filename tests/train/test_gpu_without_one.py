@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,9 @@ from torch import nn
 import train.build
 import train.finish
 import train.machine
+import train.nvidia
+import train.session
+from ffl_deploy.command import run_command
 from ffl_deploy.data.datasets import ArraySplit, ImageData
 from ffl_deploy.errors import CheckError, UsageError
 from ffl_deploy.networks.mutual import MutualNetwork, NetworkConfig
@@ -32,6 +36,7 @@ from train.config import DataOptions, MachineOptions, TrainConfig
 from train.distributed import World
 from train.machine import Place, choose_device, resources_in_one_sentence
 from train.methods import METHODS
+from train.run import main
 
 TrainTiny = Callable[..., Path]
 
@@ -141,12 +146,44 @@ def test_errors_of_a_gpu_are_one_sentence(error: Exception, sentence: str) -> No
     assert "\n" not in str(caught.value)
 
 
+@dataclass
+class Driver:
+    """The library of a driver that runs CUDA up to `version` (1000 major + 10 minor), and starts with
+    `started`."""
+
+    version: int
+    started: int = 0
+
+    def cuDriverGetVersion(self, version: Any) -> int:
+        version._obj.value = self.version
+        return 0
+
+    def cuInit(self, flags: int) -> int:
+        return self.started
+
+    def cuGetErrorName(self, code: int, name: Any) -> int:
+        name._obj.value = {802: b"CUDA_ERROR_SYSTEM_NOT_READY"}[code]
+        return 0
+
+
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """A machine with an NVIDIA driver, as far as choose_device asks."""
 
-    def pretend(available: bool, capability: tuple[int, int] = (8, 0), built: bool = True) -> None:
+    def pretend(
+        available: bool,
+        capability: tuple[int, int] = (8, 0),
+        built: bool = True,
+        driver: Driver | None = None,
+        hidden: str | None = None,
+    ) -> None:
         cuda = torch.cuda
+        monkeypatch.setattr(train.nvidia, "library", lambda: driver)
+        monkeypatch.setattr(train.nvidia, "driver_is_loaded", lambda: True)
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if hidden is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
         monkeypatch.setattr(cuda, "is_available", lambda: available)
         monkeypatch.setattr(cuda, "device_count", lambda: 1)
         monkeypatch.setattr(cuda, "get_device_capability", lambda index: capability)
@@ -180,7 +217,27 @@ def test_a_gpu_that_this_torch_has_code_for_is_taken(
             "has no code for this GPU's compute capability 7.0 (it has sm_75",
         ),
         ({"available": True, "capability": (6, 0)}, "has no code for this GPU's compute capability 6.0"),
-        ({"available": False}, "the NVIDIA driver is too old for the CUDA"),
+        (
+            {"available": False, "driver": Driver(12080)},
+            "the NVIDIA driver is too old for the CUDA 13.0 of this",
+        ),
+        ({"available": False, "driver": Driver(12080)}, "(it runs up to CUDA 12.8); update it"),
+        (
+            {"available": False, "driver": Driver(13000, 802)},
+            "CUDA does not start (CUDA_ERROR_SYSTEM_NOT_READY)",
+        ),
+        (
+            {"available": False, "driver": Driver(13010, 100)},
+            "the NVIDIA driver finds no GPU; ask nvidia-smi",
+        ),
+        (
+            {"available": False, "driver": Driver(13010), "hidden": "7"},
+            "CUDA_VISIBLE_DEVICES=7 leaves no NVIDIA",
+        ),
+        (
+            {"available": False, "driver": None},
+            "libcuda.so.1 is not found; start the container with its GPUs",
+        ),
         ({"available": False, "built": False}, "this torch is built without CUDA"),
     ],
 )
@@ -193,6 +250,59 @@ def test_a_gpu_that_cannot_be_used_is_told_and_auto_takes_the_cpu(
     with pytest.raises(UsageError) as caught:
         choose_device(MachineOptions(device="cuda"), World())
     assert reason in str(caught.value)
+
+
+def test_a_gpu_that_is_lost_before_training_starts_is_a_sentence(
+    pretended: Callable[..., None],
+    tiny_flags: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pretended(True)
+
+    def lost(device: object) -> None:
+        raise torch.AcceleratorError("CUDA error: CUDA-capable device(s) is/are busy or unavailable\nmore")
+
+    monkeypatch.setattr(torch.cuda, "set_device", lost)
+    assert run_command(main, [*tiny_flags, "--out", str(tmp_path / "run"), "--device", "cuda"]) == 1
+    assert "the GPU failed (CUDA error: CUDA-capable device(s) is/are busy" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_fewer_gpus_than_processes_is_a_sentence(pretended: Callable[..., None]) -> None:
+    pretended(True)
+    with pytest.raises(UsageError, match="2 processes but 1 GPUs; lower --nproc-per-node"):
+        choose_device(MachineOptions(), World(1, 2, 1))
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_deterministic_sets_what_torch_asks_for(
+    wanted: bool, pretended: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretended(True)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", wanted)
+    monkeypatch.setitem(os.environ, "CUBLAS_WORKSPACE_CONFIG", "")
+    os.environ.pop("CUBLAS_WORKSPACE_CONFIG")
+    precision = torch.get_float32_matmul_precision()
+    try:
+        choose_device(MachineOptions(deterministic=wanted), World())
+        assert torch.are_deterministic_algorithms_enabled() is wanted
+        assert torch.backends.cudnn.benchmark is not wanted
+        assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) is wanted
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.set_float32_matmul_precision(precision)
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+
+
+def test_an_operation_without_a_deterministic_form_is_a_sentence() -> None:
+    with pytest.raises(UsageError) as caught, resources_in_one_sentence(MachineOptions(deterministic=True)):
+        raise RuntimeError(
+            "adaptive_max_pool2d_backward_cuda does not have a deterministic implementation, but you set "
+            "'torch.use_deterministic_algorithms(True)'. You can turn off"
+        )
+    assert str(caught.value).startswith("--deterministic: adaptive_max_pool2d_backward_cuda has no determin")
 
 
 def test_images_on_a_gpu_are_counted_as_they_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,17 +318,17 @@ def test_images_on_a_gpu_are_counted_as_they_are_held(monkeypatch: pytest.Monkey
         assert held_on_device(config, data, place) is held
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("method", ["ffl", "one"])
-def test_a_step_never_waits_for_the_gpu(method: str, precision: str) -> None:
-    assert method in METHODS
-    command = [sys.executable, "-m", "tests.train.gpu_waits", method, precision]
+def test_a_step_never_waits_for_the_gpu() -> None:
+    wanted = ["ffl:fp32", *(f"{name}:bf16" for name in METHODS)]
+    command = [sys.executable, "-m", "tests.train.gpu_waits", *wanted]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     copies = json.loads(done.stdout)
-    assert copies["blocking"] == []
-    assert copies["free"] > 0  # the draws went over, so copies are seen
+    assert list(copies) == wanted
+    for name, found in copies.items():
+        assert found["blocking"] == [], name
+        assert found["free"] > 0, name  # the draws went over, so copies are seen
 
 
 def test_seeding_a_step_asks_no_other_kind_of_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,12 +61,10 @@ class RandomCrops:
         # [n, 3, choices, choices, h, w], a view
         self.windows = images.unfold(2, height, 1).unfold(3, width, 1)
 
-    def __call__(self, indices: Tensor, draws: torch.Generator) -> Tensor:
-        """indices: int64 [b], on the device of the images -> uint8 [b, 3, h, w]."""
-        drawn = torch.stack(
-            [values.long() for values in draw_crops(len(indices), self.padding, self.flip, draws)]
-        )
-        top, left, mirrored = send(drawn, self.windows.device)
+    def __call__(self, draws: Tensor) -> Tensor:
+        """draws: int64 [4, b] on the device of the images, rows of them and what `draw_crops` drew
+        -> uint8 [b, 3, h, w]."""
+        indices, top, left, mirrored = draws
         batch = self.windows[indices, :, top, left]
         return torch.where(mirrored.bool()[:, None, None, None], batch.flip(3), batch) if self.flip else batch
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ffl_deploy.data.datasets import ArraySplit, ImageData
 from train.config import DataOptions
-from train.data.augment import RandomCrops, mix, send, shrink, soften
+from train.data.augment import RandomCrops, draw_crops, mix, send, shrink, soften
 from train.distributed import World
 from train.randomness import generator
 
@@ -143,17 +143,32 @@ class InMemoryBatches:
         self.steps_per_epoch = len(plan.order(len(self.labels), 0))
 
     def training(self, epoch: int, first_step: int) -> Iterator[list[Batch]]:
-        order, shares = self.plan.order(len(self.labels), epoch), self.plan.shares
-        for step in range(first_step, len(order)):
+        shares = self.plan.shares
+        for step, draws in enumerate(self.draws(epoch, first_step), start=first_step):
             number = epoch * self.steps_per_epoch + step
-            rows = send(order[step], self.plan.device)
-            images, labels = self.crops(rows, generator(self.plan.seed, "augment", number)), self.labels[rows]
+            images, labels = self.crops(draws), self.labels[draws[0]]
             cuts = list(
                 zip(images.tensor_split(shares.total), labels.tensor_split(shares.total), strict=True)
             )
             yield [
                 self.collate(*cuts[share], epoch, draw=number * shares.total + share) for share in shares.mine
             ]
+
+    def draws(self, epoch: int, first_step: int) -> Iterator[Tensor]:
+        """-> for each step int64 [4, b] on the device: rows of the images, and what `draw_crops` draws for
+        them.
+
+        Those of the whole epoch go to a GPU together, so that a step needs nothing of the host.
+        """
+        order = self.plan.order(len(self.labels), epoch)
+        steps = []
+        for step in range(first_step, len(order)):
+            draws = generator(self.plan.seed, "augment", epoch * self.steps_per_epoch + step)
+            cuts = draw_crops(len(order[step]), self.crops.padding, self.crops.flip, draws)
+            steps.append(torch.stack([order[step], *(values.long() for values in cuts)]))
+        if steps:
+            sizes = [values.shape[1] for values in steps]
+            yield from send(torch.cat(steps, dim=1), self.plan.device).split(sizes, dim=1)
 
     def evaluation(self, split: str) -> Iterator[tuple[Tensor, Tensor]]:
         held, world, device = self.held_out[split], self.plan.shares.world, self.plan.device

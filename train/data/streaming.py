@@ -43,6 +43,10 @@ class Pieces(NamedTuple):
     replaced: list[UnreadableImage]
 
 
+MOST_WORKERS = 16
+"""Processes that decode for one GPU, where --workers says nothing."""
+
+
 GRACE = 60
 """Seconds that a worker lives on after SIGTERM,
 which service managers send to all processes of a run at once."""
@@ -189,7 +193,9 @@ class StreamedBatches:
         self.data, self.plan, self.evaluation_batch = data, plan, evaluation_batch
         # processes on this machine, says torchrun
         beside = int(os.environ.get("LOCAL_WORLD_SIZE", plan.shares.world.size))
-        self.workers = max(1, available_cores() // beside) if workers is None else workers
+        # A worker holds some steps ahead; more than these are only memory in front of one GPU.
+        most = MOST_WORKERS if plan.device.type == "cuda" else available_cores()
+        self.workers = max(1, min(most, available_cores() // beside)) if workers is None else workers
         self.collate = Collate(data, plan)
         self.normalize = self.collate.normalize
         self.steps_per_epoch = len(plan.order(len(data.train), 0))

@@ -32,7 +32,8 @@ def test_random_crops_equal_the_naive_reference_bit_for_bit(padding: int, flip: 
     images = np.random.default_rng(0).integers(0, 256, (6, 7, 9, 3), dtype=np.uint8)
     indices = torch.tensor([5, 0, 0, 3, 1, 2, 4, 4, 4, 1])
     crops = RandomCrops(torch.from_numpy(images).permute(0, 3, 1, 2), padding, flip)
-    batch = crops(indices, generator(0, "augment", 3)).permute(0, 2, 3, 1).numpy()
+    drawn = draw_crops(10, padding, flip, generator(0, "augment", 3))
+    batch = crops(torch.stack([indices, *(values.long() for values in drawn)])).permute(0, 2, 3, 1).numpy()
     top, left, mirrored = (
         values.tolist() for values in draw_crops(10, padding, flip, generator(0, "augment", 3))
     )
