@@ -4,12 +4,13 @@
 # make test-all     adds slow, browser, fault and soak tests, and other processors
 # make test-processors  verifies bundles on emulated processors (needs qemu-user, else it says so and skips)
 # make bench        lists the measurements behind the numbers in docs/
+# make gpu-kit      packs .gpu/, what a bare machine with a GPU lacks: DATA=CIFAR-100's folder, OFFICIAL=a clone (docs/gpu-acceptance.md)
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
-.PHONY: help quickstart test check test-all test-processors bench clean
+.PHONY: help quickstart test check test-all test-processors bench gpu-kit clean
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
@@ -51,6 +52,9 @@ test-processors: $(VENV)/.ready-dev
 bench: $(VENV)/.ready-dev
 	@grep -l __main__ benchmarks/*.py benchmarks/page/*.py
 	@echo "each one prints its options with --help"
+
+gpu-kit: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.gpu_acceptance.kit $(if $(DATA),--data $(DATA)) $(if $(OFFICIAL),--official $(OFFICIAL))
 
 clean:
 	rm -rf $(VENV) runs bundles build dist *.egg-info

@@ -12,6 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import train.loop
+from export.cli import main as export_main
+from ffl_deploy.command import run_command
+from ffl_deploy.verify import main as verify_main
+from serve.predict.command import main as predict_main
+from tests.train.test_loop import assert_same_run
 from train.record import read_metrics
 
 pytestmark = [
@@ -92,3 +98,89 @@ def test_sync_batchnorm_under_torchrun(tiny_flags: list[str], tmp_path: Path) ->
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "summary.json").is_file()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_of_the_gpu_is_exported_verified_and_predicted_with(
+    precision: str, hues: Path, train_tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    """With TF32 in the reference logits, the gate of export refuses every run of a GPU."""
+    run = train_tiny("run", "--device", "cuda", "--precision", precision)
+    toolchain = json.loads((run / "config.json").read_text())["toolchain"]
+    assert (toolchain["device"], toolchain["precision"]) == (torch.cuda.get_device_name(), precision)
+    bundles, rows = tmp_path / "bundles", tmp_path / "rows.jsonl"
+    assert run_command(export_main, [str(run), "--target", "all", "--out", str(bundles)]) == 0
+    assert run_command(verify_main, [str(bundles / "fused")]) == 0
+    images = str(hues / "test")
+    assert run_command(predict_main, [str(bundles / "fused"), images, "--out", str(rows), "--quiet"]) == 0
+    answers = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert [row["status"] for row in answers] == ["ok"] * 18
+
+
+def trained(tiny_flags: list[str], out: Path, *flags: str) -> Path:
+    """Train in a process of its own: determinism is set up before CUDA starts."""
+    command = [sys.executable, "-m", "train.run", *tiny_flags, *flags, "--device", "cuda", "--deterministic"]
+    subprocess.run([*command, "--out", str(out)], check=True)
+    return out
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_captured_steps_have_the_bits_of_steps_as_they_are(
+    precision: str, tiny_flags: list[str], tmp_path: Path
+) -> None:
+    flags = ["--precision", precision, "--epochs", "4", "--ema", "0.9", "--small-size", "6"]
+    plain = trained(tiny_flags, tmp_path / "plain", *flags, "--cuda-graph", "off")
+    assert_same_run(trained(tiny_flags, tmp_path / "captured", *flags, "--cuda-graph", "on"), plain)
+
+
+STOPPED = """
+import sys
+import train.loop
+epoch = train.loop.Trainer.train_epoch
+def stopped(trainer, number):
+    if number == 1:
+        type(trainer.stop).requested = True
+    epoch(trainer, number)
+train.loop.Trainer.train_epoch = stopped
+from train.run import entry
+entry()
+"""
+
+
+def test_a_deterministic_run_that_is_resumed_has_the_same_bits(tiny_flags: list[str], tmp_path: Path) -> None:
+    flags, folder = ["--precision", "bf16", "--epochs", "3"], tmp_path / "stopped"
+    whole = trained(tiny_flags, tmp_path / "whole", *flags)
+    command = [sys.executable, "-c", STOPPED, *tiny_flags, *flags, "--device", "cuda", "--deterministic"]
+    assert subprocess.run([*command, "--out", str(folder)], check=False).returncode == 130
+    state = json.loads((folder / "checkpoints" / "last" / "state.json").read_text())
+    assert (state["epoch"], state["step"]) == (1, 1)  # in the middle of an epoch
+    subprocess.run([sys.executable, "-m", "train.run", "--resume", str(folder), "--quiet"], check=True)
+    assert_same_run(folder, whole)
+
+
+def test_auto_times_both_ways_and_tells(tiny_flags: list[str], tmp_path: Path) -> None:
+    flags = [flag for flag in tiny_flags if flag != "--quiet"]
+    command = [sys.executable, "-m", "train.run", *flags, "--epochs", "16", "--device", "cuda"]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "run")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "ms as a CUDA graph and" in done.stderr
+
+
+def test_no_step_waits_for_the_gpu(train_tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch makes an error of it; every tenth step reads the losses, and may."""
+    steps: list[int] = []
+
+    def watched(trainer: train.loop.Trainer, number: int, batches: list[object]) -> None:
+        steps.append(number)
+        torch.cuda.set_sync_debug_mode("error" if number > 4 else "default")
+        try:
+            step(trainer, number, batches)  # type: ignore[arg-type]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    step = train.loop.Trainer.step
+    monkeypatch.setattr(train.loop.Trainer, "step", watched)
+    train_tiny("run", "--device", "cuda", "--epochs", "4", "--ema", "0.9", "--cuda-graph", "off")
+    assert steps == list(range(16))

@@ -1,0 +1,42 @@
+"""The tests that only a GPU can decide."""
+
+from __future__ import annotations
+
+import sys
+from xml.etree import ElementTree
+
+from benchmarks.gpu_acceptance.report import Context
+from benchmarks.gpu_acceptance.training import run as start
+
+
+def run(context: Context) -> None:
+    context.need_gpu()
+    result = context.out / "gpu-tests.xml"
+    # tests/serve imports packages that a bare machine has not got
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "gpu",
+        "tests/train",
+        "tests/export",
+        f"--junitxml={result}",
+    ]
+    done = start([*command, "-p", "no:cacheprovider"])
+    context.report.note(code=done.returncode, said=done.stdout.strip().splitlines()[-1:])
+    outcomes: dict[str, list[str]] = {"passed": [], "failed": [], "skipped": []}
+    for case in ElementTree.parse(result).iter("testcase"):
+        kinds = {child.tag for child in case}
+        kind = "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
+        outcomes[kind].append(f"{case.get('classname')}.{case.get('name')}")
+    context.report.note(
+        passed=len(outcomes["passed"]), failed=outcomes["failed"], skipped=outcomes["skipped"]
+    )
+    context.report.must("tests ran", bool(outcomes["passed"]))
+    context.report.must("none failed", not outcomes["failed"] and done.returncode == 0)
+    others = [
+        name for name in outcomes["skipped"] if "rtx" not in name.lower() and "tensorrt" not in name.lower()
+    ]
+    context.report.must("none was skipped but TensorRT's", not others)

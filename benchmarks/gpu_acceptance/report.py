@@ -1,0 +1,72 @@
+"""What one stage finds, kept on disk as it is found: a stage that is ended at its limit leaves what it
+had."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ffl_deploy.files import write_atomically
+
+
+class NotHere(Exception):
+    """This machine lacks what the stage needs; the text says what."""
+
+
+@dataclass
+class Report:
+    """found: numbers and texts; checks: what must hold, and whether it does; left_out: what could not run."""
+
+    path: Path
+    found: dict[str, Any] = field(default_factory=dict)
+    checks: dict[str, bool] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+
+    def note(self, **found: Any) -> None:
+        self.found |= found
+        self.save()
+
+    def must(self, text: str, holds: bool) -> None:
+        """Something that must hold; the stage goes on either way."""
+        self.checks[text] = bool(holds) and self.checks.get(text, True)
+        self.save()
+
+    def leave_out(self, text: str) -> None:
+        """A part that this machine cannot run, and why."""
+        self.left_out.append(text)
+        self.save()
+
+    def save(self) -> None:
+        content = {"found": self.found, "checks": self.checks, "left_out": self.left_out}
+        write_atomically(self.path, json.dumps(content) + "\n")
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every stage is given. device: "cuda" or "cpu"; data: the kit's images; official: its clone of the
+    official code; work: what stages leave for later ones."""
+
+    out: Path
+    device: str
+    data: Path | None
+    official: Path | None
+    report: Report
+
+    @property
+    def work(self) -> Path:
+        return self.out / "work"
+
+    @property
+    def gpu(self) -> bool:
+        return self.device == "cuda"
+
+    def need_gpu(self) -> None:
+        if not self.gpu:
+            raise NotHere("needs an NVIDIA GPU")
+
+    def need_official(self) -> Path:
+        if self.official is None:
+            raise NotHere("needs the official code (--official CLONE)")
+        return self.official

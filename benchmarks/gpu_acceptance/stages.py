@@ -1,0 +1,55 @@
+"""The stages, the most valuable first. A stage is a module of `checks` with `run(context)`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Stage(NamedTuple):
+    """limit: seconds of the nine minutes; needs_gpu: whether it has nothing to do without one."""
+
+    name: str
+    limit: int
+    needs_gpu: bool
+    does: str
+    must_hold: str
+
+
+GPU, CPU = True, False
+
+STAGES = (
+    Stage("machine", 15, CPU, "GPU, driver, versions, free memory", "torch sees the GPU"),
+    Stage(
+        "chain", 60, CPU, "digits trained in fp32, bf16, fp16; exported, verified, predicted",
+        "every exit code is 0",
+    ),
+    Stage(
+        "exactness", 30, GPU, "reference logits of the GPU against those of the CPU, TF32 on and off",
+        "without TF32 at most 2e-5 of their standard deviation",
+    ),
+    Stage(
+        "tests", 75, GPU, "pytest -m gpu tests/train tests/export",
+        "all pass, none is skipped but TensorRT-RTX's",
+    ),
+    Stage("waits", 30, GPU, "steps in which a wait is an error; what a step launches", "no wait"),
+    Stage(
+        "speed", 120, CPU, "ours in every precision, as it is, as a CUDA graph, compiled; the official code",
+        "auto within 5 % of the best; not slower than the official code",
+    ),
+    Stage("bound", 30, GPU, "kernels alone, launches alone, the network alone", "nothing; shares are told"),
+    Stage(
+        "learning", 60, CPU, "ours and the official code for some epochs, two seeds",
+        "means within 2 points",
+    ),
+    Stage(
+        "resume", 40, CPU, "SIGTERM in an epoch, kill in a save, --deterministic",
+        "resumed, with the same bits",
+    ),
+    Stage("streaming", 30, CPU, "JPEGs from disk through worker processes", "no process is left behind"),
+    Stage("faults", 20, CPU, "out of memory, NaN", "one sentence, exit code 1, memory given back"),
+    Stage("processes", 30, CPU, "two processes, one that fails; NCCL", "all end within 60 seconds"),
+    Stage(
+        "buffers", 10, GPU, "engines' buffers on the GPU; ffl-engine where TensorRT is",
+        "memory is given back",
+    ),
+)  # fmt: skip
