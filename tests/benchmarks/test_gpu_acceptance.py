@@ -36,7 +36,7 @@ CODES = {
     "bad": "report.must('it works', True); report.must('it is fast', False)",
     "broken": "report.note(so_far=1); sys.exit('a sentence')",
     "crashed": "report.note(so_far=1); os.abort()",
-    "slow": "report.note(so_far=1); print(subprocess.Popen(['sleep', '600']).pid, flush=True); time.sleep(600)",
+    "slow": "report.note(so_far=1); print(subprocess.Popen(['sleep', '99']).pid, flush=True); time.sleep(99)",
     "lacking": "print('needs the official code'); sys.exit(77)",
     "partly": "report.leave_out('fp16: needs a GPU')",
 }
