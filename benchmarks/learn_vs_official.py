@@ -1,5 +1,5 @@
-"""Does this trainer learn what the official FFL code learns? The paper's recipe on both sides, CIFAR-100,
-ResNet-32.
+"""Does this trainer learn what the official FFL code learns? The paper's recipe on both
+sides, CIFAR-100, ResNet-32.
 
     python -m benchmarks.learn_vs_official --official CLONE --data DIR [--steps 30] [--epochs 3] [--seeds 2]
     [--images 10000]

@@ -20,8 +20,8 @@ GOLDEN_BYTES = 8 << 20  # of pixels; large images get fewer samples, so that a b
 def golden_samples(
     model: DeployedModel, reference: Reference, own: dict[str, np.ndarray] | None, run: Run
 ) -> GoldenSamples:
-    """-> `own` images with PyTorch's logits and labels unknown (-1), else class-balanced ones of training's
-    evaluation.
+    """-> `own` images with PyTorch's logits and labels unknown (-1), else class-balanced ones
+    of training's evaluation.
 
     own: file name -> image uint8 [height, width, 3].
     """

@@ -1,5 +1,5 @@
-"""A run directory -> bundles. For each target: write, compare, measure, and only then put the bundle in its
-place."""
+"""A run directory -> bundles. For each target: write, compare, measure, and only then put the
+bundle in its place."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def export_run(run: Run, options: ExportOptions, report: Callable[[str], None]) 
     """Export every target of `options`. Raises UsageError for what cannot be asked, CheckError where a gate
     does not hold.
 
-    report: receives one line per step. A target's folder appears, or is replaced, only when all its gates
-    held.
+    report: receives one line per step. A target's folder appears, or is replaced, only when
+    all its gates held.
     """
     # before any work: whatever can be refused
     loaded = load_network(run, options.checkpoint)

@@ -39,8 +39,8 @@ class VariantOptions:
 
 
 def build_variants(folder: Path, context: TargetContext, options: VariantOptions) -> list[Variant]:
-    """Write and verify everything that `options` asks for into `folder`, fp32 first. Raises CheckError,
-    UsageError."""
+    """Write and verify everything that `options` asks for into `folder`, fp32 first.
+    Raises CheckError, UsageError."""
 
     def finished(file: ModelFile) -> list[Variant]:
         variants = [
@@ -150,9 +150,9 @@ def open_file(file: ModelFile, runtime: str, name: str) -> tuple[Session, str, D
 def engine_variant(
     file: ModelFile, folder: Path, context: TargetContext, options: EngineOptions, batch: int | None
 ) -> Variant:
-    """Build a TensorRT engine from a verified file. Where this machine has the GPU that it is for, it is
-    verified and measured as any variant; elsewhere that is left to ffl-verify, or to ffl-engine, on such a
-    machine."""
+    """Build a TensorRT engine from a verified file. Where this machine has the GPU that it is for, it
+    is verified and measured as any variant; elsewhere that is left to ffl-verify, or to ffl-engine,
+    on such a machine."""
     name = f"{file.name.removesuffix('-tensorrt')}-engine"
     path = folder / "engines" / f"{name.removesuffix('-engine')}.engine"
     record = write_engine(file.path, path, options)

@@ -335,8 +335,8 @@ def prepare(pixels: Pixels, preprocessing: Preprocessing) -> Pixels:
 
 
 def load(path: str | os.PathLike[str], preprocessing: Preprocessing | None = None) -> Pixels:
-    """-> pixels of an image file, prepared for a network when `preprocessing` is given. Raises ImageError,
-    OSError."""
+    """-> pixels of an image file, prepared for a network when `preprocessing` is given.
+    Raises ImageError, OSError."""
     with open(path, "rb") as file:
         pixels = decode(file.read()).pixels
     return pixels if preprocessing is None else prepare(pixels, preprocessing)

@@ -49,8 +49,8 @@ def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> Interva
 
 
 def tango_interval(gained: int, lost: int, n: int, confidence: float = 0.95) -> Interval:
-    """-> score interval of the paired difference (gained - lost) / n (Tango, Statistics in Medicine 17,
-    1998).
+    """-> score interval of the paired difference (gained - lost) / n (Tango, Statistics in
+    Medicine 17, 1998).
 
     Unlike the Wald interval it does not collapse to a point where no pair is discordant.
     Raises ValueError for n < 1 or more discordant pairs than pairs.

@@ -66,8 +66,8 @@ def remark(variant: Variant) -> str:
 
 
 def _entries(folder: Path) -> Iterator[str]:
-    """-> names, relative to `folder`, of everything below it that is not a real folder: files, links,
-    devices."""
+    """-> names, relative to `folder`, of everything below it that is not a real folder:
+    files, links, devices."""
     for parent, folders, files in os.walk(folder):
         links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
         for name in [*files, *links]:

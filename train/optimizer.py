@@ -12,8 +12,8 @@ from train.config import OptimisationOptions
 
 
 def build_optimizer(network: MutualNetwork, options: OptimisationOptions) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum or AdamW; the fusion module has a weight decay of its own (Kim et al. 2019,
-    IV-A)."""
+    """SGD with Nesterov momentum or AdamW; the fusion module has a weight decay of its own (Kim
+    et al. 2019, IV-A)."""
     fusion = list(network.fusion.parameters()) if network.fusion is not None else []
     own = {id(parameter) for parameter in fusion}
     groups = [

@@ -143,8 +143,8 @@ def draw_reliability(path: Path) -> list[dict[str, Any]]:
 
 
 def draw_attention(path: Path) -> list[tuple[str, dict[str, tuple[str, float]]]]:
-    """Class activation maps of the committed bundles on the example images; -> image -> bundle -> (label,
-    confidence)."""
+    """Class activation maps of the committed bundles on the example images; -> image -> bundle
+    -> (label, confidence)."""
     bundles = [load_bundle(EXAMPLES / name) for name in ("fused", "branch0")]
     sessions = [bundle.session() for bundle in bundles]
     images = sorted((EXAMPLES / "images").glob("*.jpg"))
@@ -254,8 +254,8 @@ def pair_table(pairs: list[dict[str, Any]]) -> str:
 
 
 def alone_text(test_images: int) -> str:
-    """-> the model against the same network trained by itself for as many epochs; nothing where that was not
-    done."""
+    """-> the model against the same network trained by itself for as many epochs; nothing where
+    that was not done."""
     if not (STORED / "alone.json").is_file():
         return ""
     alone = json.loads((STORED / "alone.json").read_text())

@@ -39,8 +39,8 @@ class Reference:
 
 
 class Evaluation:
-    """PyTorch's side of the comparison for one run and checkpoint; each split is read and passed through
-    once.
+    """PyTorch's side of the comparison for one run and checkpoint; each split is read and
+    passed through once.
 
     loaded: the network with that checkpoint's weights; targets: the classifiers that are asked for.
     """

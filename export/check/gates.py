@@ -122,8 +122,8 @@ def check_extras(
     difference, in standard deviations of PyTorch's; None without further outputs. Raises CheckError where one
     is off or not finite.
 
-    expected: name -> [n, ...]. What belongs to the predicted class is compared where both sides predict the
-    same.
+    expected: name -> [n, ...]. What belongs to the predicted class is compared where both
+    sides predict the same.
     """
     if not expected:
         return None

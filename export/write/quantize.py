@@ -48,8 +48,8 @@ class Form:
 class Attempts:
     """Files of one form, written by any method and compared.
 
-    proto: the pre-processed fp32 model; ranges: method -> range of every tensor; scratch: the file of an
-    attempt.
+    proto: the pre-processed fp32 model; ranges: method -> range of every tensor; scratch: the
+    file of an attempt.
     """
 
     form: str

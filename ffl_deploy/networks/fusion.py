@@ -44,8 +44,8 @@ class Align(nn.Module):
 
 
 class FusionModule(nn.Module):
-    """Concatenation -> 3x3 depthwise -> BN -> ReLU -> 1x1 pointwise to `width` -> BN -> ReLU -> pooling ->
-    linear.
+    """Concatenation -> 3x3 depthwise -> BN -> ReLU -> 1x1 pointwise to `width` -> BN -> ReLU ->
+    pooling -> linear.
 
     shapes: (C, h, w) of each branch's last feature map; width: N of the paper,
     by default the first branch's channels.

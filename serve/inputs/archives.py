@@ -42,9 +42,9 @@ def is_tar(path: str) -> bool:
 def members(path: str, classes: frozenset[str], skipped: Skipped) -> Iterator[Item]:
     """Yield the image members of an archive as `archive::member`, in the archive's order.
 
-    A broken archive gives the members before the break, then one item with the archive's own name and the
-    status `corrupt_archive`. Links, devices, folders and other files (nested archives too) are counted in
-    `skipped`.
+    A broken archive gives the members before the break, then one item with the archive's own name and
+    the status `corrupt_archive`. Links, devices, folders and other files (nested archives too) are
+    counted in `skipped`.
     """
     read = _zip_members if is_zip(path) else _tar_members
     try:

@@ -225,8 +225,8 @@ def _spilled(names: list[bytes]) -> Iterator[bytes]:
 
 
 def count_inputs(inputs: Iterable[str], reading: Reading) -> int | None:
-    """-> how many items there are, from names and footers alone; None where only reading everything would
-    tell."""
+    """-> how many items there are, from names and footers alone; None where only reading
+    everything would tell."""
     total = 0
     for argument in inputs:
         if argument == STANDARD_INPUT:

@@ -130,9 +130,9 @@ class MicroBatcher:
     def _take(self) -> list[_Job]:
         """-> the jobs of the next batch, waiting for one; [] when closed.
 
-        At most this worker's share of all images that wait or run, rounded up: with 32 clients that each wait
-        for their answer, a worker that took all 32 would have the others wait for the next ones until it is
-        done.
+        At most this worker's share of all images that wait or run, rounded up: with 32 clients that
+        each wait for their answer, a worker that took all 32 would have the others wait for the next
+        ones until it is done.
         """
         with self._changed:
             while not self._jobs and not self._closed:
