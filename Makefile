@@ -3,6 +3,7 @@
 # make check        style, types, import rules
 # make test-all     adds slow, browser, fault and soak tests, and other processors
 # make test-processors  verifies bundles on emulated processors (needs qemu-user, else it says so and skips)
+# make test-web     the static page in Chromium: same pixels, same gates, same labels (needs chromium and npm, else it skips)
 # make bench        lists the measurements behind the numbers in docs/
 # make gpu-kit      packs .gpu/, what a bare machine with a GPU lacks: DATA=CIFAR-100's folder, OFFICIAL=a clone (docs/gpu-acceptance.md)
 VENV ?= .venv
@@ -10,7 +11,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
-.PHONY: help quickstart test check test-all test-processors bench gpu-kit clean
+.PHONY: help quickstart test check test-all test-processors test-web bench gpu-kit clean
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
@@ -48,6 +49,10 @@ test-all: $(VENV)/.ready-dev
 # Each test is one process of an emulated CPU, which uses one core.
 test-processors: $(VENV)/.ready-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_processors.py -n 2 --dist loadgroup
+
+# One browser at a time: the thousand pictures keep both cores busy.
+test-web: $(VENV)/.ready-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ffl_deploy/web -m "browser and not slow"
 
 bench: $(VENV)/.ready-dev
 	@grep -l __main__ benchmarks/*.py benchmarks/page/*.py

@@ -85,7 +85,6 @@ SUFFIXES = (
 UNSUPPORTED = tuple(
     (re.compile(pattern, re.DOTALL), name)
     for pattern, name in (
-        (rb"\s*(<\?xml.{0,4096})?(<!.{0,4096})?<svg", "SVG"),
         (rb"%!PS|\xc5\xd0\xd3\xc6", "EPS"),
         (rb"%PDF", "PDF"),
         (rb"8BPS", "PSD"),
@@ -98,6 +97,11 @@ UNSUPPORTED = tuple(
 MAX_PIXELS = 50_000_000
 BACKGROUND = (255, 255, 255)  # what transparent pixels are composited on
 
+MAX_SCANS = 500
+"""Of a progressive JPEG; cameras and encoders write about ten (the limit of libjpeg-turbo's LJT-01-003)."""
+MAX_SCANNED_PIXELS = 40 * MAX_PIXELS
+"""Scans times pixels: each scan passes over all blocks, however little it holds."""
+_SCAN = b"\xff\xda"
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*")
 _TRUNCATED = re.compile("truncated|unexpected end|premature end|eof", re.IGNORECASE)
 
@@ -140,6 +144,7 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Decoded:
             )
         if image.width == 0 or image.height == 0:
             raise ImageError("corrupt", "the image has no pixels")
+        _check_scans(data, image)
         animated = image.format not in ("MPO", "HEIF") and bool(getattr(image, "is_animated", False))
         try:
             pixels = _decode_jpeg(data, image)
@@ -175,11 +180,12 @@ def _opened(data: bytes, max_pixels: int) -> Image.Image:
         for phone in UNREADABLE:
             if phone.signature.match(data):
                 raise ImageError("unsupported", f"{phone.name} is read {phone.how}") from error
+        head = data[:8192].removeprefix(b"\xef\xbb\xbf").lstrip()
+        if head.startswith(b"<") and b"<svg" in head:
+            raise ImageError("unsupported", _convert("SVG")) from error
         for signature, name in UNSUPPORTED:
             if signature.match(data):
-                raise ImageError(
-                    "unsupported", f"{name} is not supported; convert it to PNG or JPEG"
-                ) from error
+                raise ImageError("unsupported", _convert(name)) from error
         raise ImageError("not_an_image", f"not one of {', '.join(FORMATS)}") from error
     except MemoryError:
         raise
@@ -218,6 +224,19 @@ def size_of(path: str | os.PathLike[str]) -> tuple[int, int]:
         file.seek(0)
         with Image.open(file, formats=formats_of(beginning)) as image:
             return image.size
+
+
+def _convert(name: str) -> str:
+    return f"{name} is not supported; convert it to PNG or JPEG"
+
+
+def _check_scans(data: bytes, image: Image.Image) -> None:
+    """Raises ImageError for a JPEG of so many scans that a few hundred bytes would cost minutes."""
+    if image.format not in ("JPEG", "MPO"):
+        return
+    scans = data.count(_SCAN)  # within a scan's data, 0xff is always followed by 0
+    if scans > MAX_SCANS or scans * image.width * image.height > MAX_SCANNED_PIXELS:
+        raise ImageError("too_large", f"a JPEG of {scans} scans of {image.width} x {image.height} pixels")
 
 
 def _code_of(error: Exception) -> str:

@@ -15,6 +15,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from ffl_deploy.errors import UsageError
+from serve.server.connections import bounded
 from serve.server.limits import LOOPBACK
 from serve.server.logs import log_config
 from serve.server.models import check_specs
@@ -96,6 +97,7 @@ def run_until_signal(settings: Settings, create_app: CreateApp) -> None:
             access_log=False,  # serve/server/tracking.py
             server_header=False,
             lifespan="on",
+            http=bounded(settings.limits),
             ws="none",
             backlog=BACKLOG,
             limit_concurrency=settings.limits.connections,

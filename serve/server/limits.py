@@ -11,6 +11,7 @@ import asyncio
 import base64
 import binascii
 import hmac
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 from urllib.parse import urlsplit
@@ -87,19 +88,21 @@ class Token:
         return hmac.compare_digest(secret, self._token)
 
 
+PIECE = 16 * 1024
+"""Bytes of a body that have to arrive within `Limits.body_pause_seconds`."""
 BUSY = Refused(503, "the server is busy with other bodies; try again", {"retry-after": "1"})
 
 
 class Bodies:
     """413 for a body over its route's limit, 408 for one that does not arrive,
-    503 when all bodies together are too many.
+    503 when all bodies together are too many, or those of one address more than its share.
 
     Args: limit_of: path -> largest body in bytes.
     """
 
     def __init__(self, app: ASGIApp, limits: Limits, limit_of: Callable[[str], int]) -> None:
         self.app, self.limits, self._limit_of = app, limits, limit_of
-        self._in_flight = 0
+        self._in_flight: Counter[str] = Counter()  # bytes, by address
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -115,7 +118,7 @@ class Bodies:
             return await Refused(415, "send the body without Content-Encoding")(scope, receive, send)
 
         # while it arrives, and until it is answered
-        body = _Body(self, receive, limit)
+        body = _Body(self, receive, limit, (scope.get("client") or ("",))[0])
         started = False
 
         async def watched_send(message: Message) -> None:
@@ -126,44 +129,49 @@ class Bodies:
             await send(message)
 
         try:
-            if not self.fits(size):
+            if not self.fits(size, body.address):
                 body.refuse(BUSY)
             await self.app(scope, body.receive, watched_send)
         except Refused:
             if started or body.refused is None:
                 raise
         finally:
-            self._in_flight -= body.reserved
+            self._in_flight[body.address] -= body.reserved
+            if not self._in_flight[body.address]:
+                del self._in_flight[body.address]
         if body.refused and not started:
             await body.refused(scope, receive, send)
         return None
 
-    def fits(self, size: int) -> bool:
-        """-> whether `size` further bytes may be held. What is announced only counts as it arrives:
-        it may never."""
-        return self._in_flight + size <= self.limits.bytes_in_flight
+    def fits(self, size: int, address: str) -> bool:
+        """-> whether `size` further bytes may be held for `address`. What is announced only counts as it
+        arrives: it may never."""
+        held = self._in_flight
+        share = self.limits.bytes_in_flight * (self.limits.share_of_address if address else 1)
+        return held.total() + size <= self.limits.bytes_in_flight and held[address] + size <= share
 
-    def take(self, size: int) -> bool:
+    def take(self, size: int, address: str) -> bool:
         """-> whether `size` further bytes are held from now on."""
-        if not self.fits(size):
+        if not self.fits(size, address):
             return False
-        self._in_flight += size
+        self._in_flight[address] += size
         return True
 
 
 class _Body:
     """One request's body on its way in."""
 
-    def __init__(self, owner: Bodies, receive: Receive, limit: int) -> None:
-        self._owner, self._receive, self._limit = owner, receive, limit
+    def __init__(self, owner: Bodies, receive: Receive, limit: int, address: str) -> None:
+        self._owner, self._receive, self._limit, self.address = owner, receive, limit, address
         self._read = self.reserved = 0
+        self._counted, self._waited = 0, 0.0  # bytes at the last piece that was progress, seconds since
         self._complete = False
         self._deadline: float | None = None
         self.refused: Refused | None = None
 
     def reserve(self, size: int) -> None:
         if size > self.reserved:
-            if not self._owner.take(size - self.reserved):
+            if not self._owner.take(size - self.reserved, self.address):
                 self.refuse(BUSY)
             self.reserved = size
 
@@ -176,12 +184,16 @@ class _Body:
             return await self._receive()  # waits for the client to go away
         limits, now = self._owner.limits, asyncio.get_running_loop().time()
         self._deadline = self._deadline or now + limits.body_seconds
+        pause = limits.body_pause_seconds - self._waited
         try:
-            async with asyncio.timeout_at(min(self._deadline, now + limits.body_pause_seconds)):
+            async with asyncio.timeout_at(min(self._deadline, now + pause)):
                 message = await self._receive()
         except TimeoutError:
             self.refuse(Refused(408, "the body arrives too slowly; send a smaller one"))
         self._read += len(message.get("body", b""))
+        self._waited += asyncio.get_running_loop().time() - now
+        if self._read - self._counted >= PIECE:  # a byte now and then is no progress
+            self._counted, self._waited = self._read, 0.0
         self._complete = not message.get("more_body", False)
         if self._read > self._limit:
             self.refuse(_too_large(self._limit))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -15,7 +17,7 @@ from ffl_deploy.bundle import Bundle, load_bundle
 from ffl_deploy.bundle_files import AUTO
 from ffl_deploy.errors import UsageError
 from ffl_deploy.host import available_cores
-from ffl_deploy.images import Decoded, decode, prepare
+from ffl_deploy.images import Decoded, ImageError, decode, prepare
 from ffl_deploy.manifest import Variant
 from ffl_deploy.preprocessing import Pixels
 from ffl_deploy.runtime import Outputs, Session
@@ -61,38 +63,97 @@ def _bad_rows(finite: np.ndarray) -> str:
 
 
 class Decoders:
-    """Decodes image files on a few threads; a file
-    that cannot be decoded fails its own request before it meets a batch."""
+    """Decodes image files on a few threads; a file that cannot be decoded fails its own request before it
+    meets a batch.
+
+    Requests take turns, a file at a time: one with 64 large pictures holds nobody else up for longer than one
+    of them takes. Used from one event loop.
+    """
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._threads = ThreadPoolExecutor(available_cores(), thread_name_prefix="decode")
+        self._free = available_cores()
+        self._threads = ThreadPoolExecutor(self._free, thread_name_prefix="decode")
+        self._requests: deque[deque[_Job]] = deque()
         self._waiting = 0
 
     async def decode(self, data: bytes) -> Decoded:
         """-> the decoded image. Raises ImageError, Overloaded."""
         return await self.run(lambda: decode(data, self._limits.pixels))
 
-    async def prepare(self, files: Iterable[bytes], model: ServedModel) -> np.ndarray:
+    async def prepare(self, files: Sequence[bytes], model: ServedModel) -> np.ndarray:
         """-> uint8 [n, height, width, 3]: what `model` is fed. Raises ImageError, Overloaded."""
         preprocessing = model.bundle.preprocessing
+        left = self._limits.request_pixels
 
         def one(data: bytes) -> Pixels:
-            return prepare(decode(data, self._limits.pixels).pixels, preprocessing)
+            nonlocal left
+            if left <= 0:
+                most = self._limits.request_pixels // 1_000_000
+                raise ImageError(
+                    "too_large", f"the images of this request have more than {most} megapixels together"
+                )
+            pixels = decode(data, self._limits.pixels).pixels
+            left -= pixels.shape[0] * pixels.shape[1]
+            return prepare(pixels, preprocessing)
 
-        return np.stack(await asyncio.gather(*[self.run(one, data) for data in files]))
+        return np.stack(await self._run([partial(one, data) for data in files]))
 
     async def run(self, function: Callable[..., T], *arguments: object) -> T:
-        if self._waiting >= self._limits.queued_decodes:
+        """-> what `function` gives on one of the threads. Raises what it raises, Overloaded."""
+        return (await self._run([partial(function, *arguments)]))[0]
+
+    async def _run(self, functions: Sequence[Callable[[], T]]) -> list[T]:
+        """-> the results of one request's jobs; of none of them, where one fails."""
+        if self._waiting + len(functions) > self._limits.queued_decodes:
             raise Overloaded
-        self._waiting += 1
+        loop = asyncio.get_running_loop()
+        jobs = deque(_Job(function, loop.create_future()) for function in functions)
+        futures = [job.future for job in jobs]
+        self._waiting += len(jobs)
+        self._requests.append(jobs)
+        self._start()
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
+            return await asyncio.gather(*futures)
         finally:
-            self._waiting -= 1
+            self._waiting -= len(futures)
+            jobs.clear()  # what has not begun never does
+            for future in futures:
+                future.cancel()
+
+    def _start(self) -> None:
+        """Give the free threads work, one file of each request after the other."""
+        while self._free and self._requests:
+            jobs = self._requests.popleft()
+            if not jobs:
+                continue
+            job = jobs.popleft()
+            self._requests.append(jobs)
+            self._free -= 1
+            running = asyncio.get_running_loop().run_in_executor(self._threads, job.function)
+            running.add_done_callback(partial(self._done, job))
+
+    def _done(self, job: _Job, running: asyncio.Future[Any]) -> None:
+        self._free += 1
+        self._start()
+        failure = running.exception() if not running.cancelled() else None
+        if job.future.done():
+            return
+        if running.cancelled():
+            job.future.cancel()
+        elif failure:
+            job.future.set_exception(failure)
+        else:
+            job.future.set_result(running.result())
 
     def close(self) -> None:
+        self._requests = deque()
         self._threads.shutdown(cancel_futures=True)
+
+
+class _Job(NamedTuple):
+    function: Callable[[], Any]
+    future: asyncio.Future[Any]
 
 
 def check_specs(specs: Iterable[ModelSpec]) -> None:

@@ -25,7 +25,11 @@ IMAGES, ENCODED = "images", "encoded"
 HEADER_LENGTH = "inference-header-content-length"
 VERSION = "1"  # a bundle is immutable; a new export is served under a new name or by a restart
 
-Parameters = dict[str, Any]
+Parameters = dict[str, str | int | float | bool]
+
+# A request has one input and a few outputs: more than these in its JSON part is no request. Counted before it
+# is parsed, which takes 30 times its size where it is all braces, and stops every other answer meanwhile.
+MAX_OBJECTS, MAX_KEYS, MAX_SHAPE_BYTES = 1000, 4000, 200
 
 
 class ProtocolError(Exception):
@@ -36,10 +40,21 @@ class Tensor(msgspec.Struct):
     """An input as the client describes it."""
 
     name: str
-    shape: list[int]
     datatype: str
+    raw_shape: msgspec.Raw = msgspec.field(name="shape")
     parameters: Parameters = {}
     data: msgspec.Raw = msgspec.Raw(b"")
+
+    @property
+    def shape(self) -> list[int]:
+        """Raises ProtocolError where it is none."""
+        text = bytes(self.raw_shape)
+        try:
+            if len(text) > MAX_SHAPE_BYTES:
+                raise ValueError
+            return msgspec.json.decode(text, type=list[int])
+        except (msgspec.DecodeError, ValueError) as error:
+            raise ProtocolError(f"the shape of input {self.name!r} is no list of whole numbers") from error
 
 
 class RequestedOutput(msgspec.Struct):
@@ -118,8 +133,11 @@ def read_request(body: bytes, header_length: int | None, signature: Signature) -
         raise ProtocolError(f"{HEADER_LENGTH} is {header_length}, but the body has {len(body)} bytes")
     # the JSON part
     view = memoryview(body)
+    part = body if header_length is None else bytes(view[:header_length])
+    if part.count(b"{") > MAX_OBJECTS or part.count(b":") > MAX_KEYS:
+        raise ProtocolError("the JSON part has more objects or fields than a request can have")
     try:
-        header = _decode_header(view if header_length is None else view[:header_length])
+        header = _decode_header(part)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ProtocolError(
             f"the JSON part is not a valid request: {error} (to send a photograph as it is: POST /classify)"
@@ -217,10 +235,9 @@ def _raw_data(tensor: Tensor, raw: memoryview | None) -> memoryview | None:
 def _uint8_tensor(tensor: Tensor, raw: memoryview | None) -> np.ndarray:
     count = math.prod(tensor.shape)
     if raw is None:
+        data = bytes(tensor.data)
+        _check_numbers(tensor, data, count)
         try:
-            # numpy would take them for 1 and 0
-            if b"true" in (data := bytes(tensor.data)) or b"false" in data:
-                raise ValueError
             values = np.asarray(msgspec.json.decode(data))
         except (msgspec.DecodeError, ValueError, RecursionError) as error:
             raise ProtocolError(f"the data of input {tensor.name!r} is not an array of numbers") from error
@@ -228,18 +245,41 @@ def _uint8_tensor(tensor: Tensor, raw: memoryview | None) -> np.ndarray:
         if values.dtype.kind != "i" or (values.size and (values.min() < 0 or values.max() > 255)):
             raise ProtocolError(f"the data of input {tensor.name!r} has to be whole numbers from 0 to 255")
         if values.size != count or (values.ndim != 1 and list(values.shape) != tensor.shape):
-            raise ProtocolError(
-                f"the data of input {tensor.name!r} does not have the {count} values of its shape"
-            )
+            raise _wrong_count(tensor, count)
         return values.astype(np.uint8).reshape(tensor.shape)
     if len(raw) != count:
         raise ProtocolError(f"input {tensor.name!r} has {len(raw)} bytes, its shape needs {count}")
     return np.frombuffer(raw, np.uint8).reshape(tensor.shape)
 
 
+def _check_numbers(tensor: Tensor, data: bytes, count: int) -> None:
+    """Raises ProtocolError for what cannot be `count` numbers, in lists of the tensor's shape or flat.
+
+    By counting characters: to parse what is no tensor, such as a million empty lists, stops every other
+    answer for seconds.
+    """
+    # true and false would be 1 and 0
+    if any(character in data for character in (b"t", b"f", b"n", b"{", b'"')):
+        raise ProtocolError(
+            f"the data of input {tensor.name!r} is not an array of numbers; it has to be whole numbers "
+            "from 0 to 255"
+        )
+    lists = 1 + sum(math.prod(tensor.shape[:depth]) for depth in range(1, len(tensor.shape)))
+    if data.count(b"[") > lists or data.count(b",") != count - 1:
+        raise _wrong_count(tensor, count)
+
+
+def _wrong_count(tensor: Tensor, count: int) -> ProtocolError:
+    return ProtocolError(f"the data of input {tensor.name!r} does not have the {count} values of its shape")
+
+
 def _bytes_tensor(tensor: Tensor, raw: memoryview | None) -> list[bytes]:
     """BYTES elements: in raw form each has a little-endian uint32 length before it."""
     if raw is None:
+        if bytes(tensor.data).count(b",") > tensor.shape[0]:
+            raise ProtocolError(
+                f"input {tensor.name!r} has more elements than the {tensor.shape[0]} of its shape"
+            )
         try:
             texts = msgspec.json.decode(tensor.data, type=list[str])
             elements = [base64.b64decode(text, validate=True) for text in texts]
@@ -247,7 +287,7 @@ def _bytes_tensor(tensor: Tensor, raw: memoryview | None) -> list[bytes]:
             raise ProtocolError(f"the data of input {tensor.name!r} has to be base64 strings") from error
     else:
         elements, position = [], 0
-        while position < len(raw):
+        while position < len(raw) and len(elements) <= tensor.shape[0]:
             end = position + 4
             if end <= len(raw):
                 end += struct.unpack_from("<I", raw, position)[0]

@@ -23,15 +23,20 @@ class Limits:
     upload_folder_bytes: int = 2048 * MIB  # of all uploads that are kept
     bytes_in_flight: int = 512 * MIB  # of all bodies that are being read or answered
     body_seconds: float = 600.0  # until a request's body has arrived
-    body_pause_seconds: float = 20.0  # between two pieces of it
+    body_pause_seconds: float = 20.0  # for 16 KiB of it
+    share_of_address: float = 0.5  # of bytes_in_flight
     pixels: int = MAX_PIXELS  # of one image, by its header
+    request_pixels: int = 8 * MAX_PIXELS  # of the images of one request, together
     images_per_request: int = 64
     queued_images: int = 1024  # that wait for one model
     queued_decodes: int = 256  # image files that wait for a decoder
     demo_queue: int = 64  # demo actions that wait
     # open pages and API calls of which Gradio keeps a state; more than can wait or run
     demo_sessions: int = 128
-    connections: int = 1000
+    connections: int = 1000  # beyond them those that wait are closed, the longest first
+    silent_connections: int = 100  # of one address, that have never sent a request
+    header_bytes: int = 64 * 1024  # of one request, its address included
+    header_seconds: float = 20.0  # until they have arrived
     batch_images: int = 10_000  # of one batch in the demo
 
 

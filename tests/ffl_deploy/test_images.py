@@ -264,3 +264,48 @@ def test_threads_see_every_plugin_registered(photo: Image.Image) -> None:
     with ThreadPoolExecutor(8) as pool:
         shapes = {decoded.pixels.shape for decoded in pool.map(decode, data)}
     assert shapes == {(47, 61, 3)}
+
+
+def with_scans(size: tuple[int, int], scans: int) -> bytes:
+    """-> a progressive JPEG whose last scan is there so often that it has `scans` of them."""
+    buffer = io.BytesIO()
+    Image.new("RGB", size, (200, 30, 30)).save(buffer, "JPEG", progressive=True)
+    data = buffer.getvalue()
+    last = data[data.rindex(b"\xff\xda") : -2]
+    return data[:-2] + last * (scans - data.count(b"\xff\xda")) + data[-2:]
+
+
+@pytest.mark.parametrize(("size", "scans"), [((64, 64), 501), ((64, 64), 3000), ((7000, 7000), 45)])
+def test_scans_that_cost_minutes_are_refused_before_decoding(
+    size: tuple[int, int], scans: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """138 KB of 600 scans took 44 s (libjpeg-turbo's LJT-01-003)."""
+    data = with_scans(size, scans)
+    monkeypatch.setattr(images, "_decode_jpeg", lambda *_: pytest.fail("it was decoded"))
+    with pytest.raises(ImageError, match=f"{scans} scans") as refused:
+        decode(data)
+    assert refused.value.code == "too_large"
+
+
+def test_a_progressive_jpeg_of_a_camera_is_decoded() -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (1200, 900), (200, 30, 30)).save(buffer, "JPEG", progressive=True)
+    assert buffer.getvalue().count(b"\xff\xda") > 5
+    assert decode(buffer.getvalue()).pixels.shape == (900, 1200, 3)
+
+
+@pytest.mark.parametrize(
+    ("begin", "code"),
+    [
+        (b"<?xml" + b"<!" * 100_000, "not_an_image"),
+        (b"<!" * 100_000, "not_an_image"),
+        (b" " * 4_000_000, "not_an_image"),
+        (b" \n<!-- a comment -->\n<svg/>", "unsupported"),
+        (b"\xef\xbb\xbf<svg/>", "unsupported"),
+    ],
+)
+def test_what_is_no_image_is_told_without_looking_far(begin: bytes, code: str) -> None:
+    """A pattern that went back and forth over `<!` took 0.4 s for 12 KB."""
+    with pytest.raises(ImageError) as refused:
+        decode(begin)
+    assert refused.value.code == code

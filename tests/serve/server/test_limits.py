@@ -23,7 +23,7 @@ import httpx
 import pytest
 
 from ffl_deploy.bundle import Bundle
-from serve.server.limits import Bodies
+from serve.server.limits import PIECE, Bodies
 from serve.server.offline import SILENCE, private_environment
 from serve.server.settings import Limits, ModelSpec, Settings
 
@@ -240,6 +240,78 @@ def test_many_large_bodies_at_once_are_503_instead_of_memory() -> None:
         await asyncio.gather(*tasks)
         await request(bodies)
         assert statuses == [503] * 3 + [200] * 3
+
+    asyncio.run(main())
+
+
+def test_one_address_never_holds_all_of_the_room() -> None:
+    """Sixteen bodies of one client that never ended kept everybody else out for ten minutes."""
+    answered: list[str] = []
+    release = asyncio.Event()
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await release.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def request(bodies: Any, address: str) -> None:
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request", "body": b"x" * 20, "more_body": False}
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                answered.append(f"{address} {message['status']}")
+
+        scope = {"type": "http", "path": "/", "headers": [], "client": (address, 1)}
+        await bodies(scope, receive, send)
+
+    async def main() -> None:
+        bodies = Bodies(application, Limits(bytes_in_flight=100, share_of_address=0.5), lambda path: 50)
+        tasks = [asyncio.create_task(request(bodies, name)) for name in "aaaabb"]
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert answered == ["a 503"] * 2
+        release.set()
+        await asyncio.gather(*tasks)
+        assert sorted(answered) == ["a 200"] * 2 + ["a 503"] * 2 + ["b 200"] * 2
+        await request(bodies, "a")
+        assert answered[-1] == "a 200"
+
+    asyncio.run(main())
+
+
+def test_a_byte_now_and_then_is_no_progress() -> None:
+    """Nothing here waits: the loop's clock is moved on by every piece."""
+    statuses: list[int] = []
+    now = 0.0
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        while (await receive()).get("more_body"):
+            pass
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            statuses.append(message["status"])
+
+    def body(piece: bytes, seconds: float, count: int) -> Any:
+        left = count
+
+        async def receive() -> dict[str, Any]:
+            nonlocal now, left
+            now, left = now + seconds, left - 1
+            await asyncio.sleep(0)
+            return {"type": "http.request", "body": piece, "more_body": left > 0}
+
+        return receive
+
+    async def main() -> None:
+        asyncio.get_running_loop().time = lambda: now  # type: ignore[method-assign]
+        bodies = Bodies(application, Limits(), lambda path: 1 << 30)
+        scope = {"type": "http", "path": "/", "headers": []}
+        await bodies(scope, body(b"x", 15, 60), send)
+        await bodies(scope, body(b"x" * PIECE, 15, 20), send)
+        assert statuses == [408, 200]
 
     asyncio.run(main())
 

@@ -7,6 +7,7 @@ import json
 import struct
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -86,7 +87,8 @@ def test_encoded_files_in_both_forms() -> None:
         (body({"data": [256] * 36}), None, "whole numbers from 0 to 255"),
         (body({"data": [-1] * 36}), None, "whole numbers from 0 to 255"),
         (body({"data": ["a"] * 36}), None, "whole numbers"),
-        (body({"data": [[1], [1, 2]]}), None, "not an array of numbers"),
+        (body({"data": [[1], [1, 2]]}), None, "does not have the 36 values"),
+        (body({"data": [[[1] * 9] * 3, [[1] * 9]]}), None, "not an array of numbers"),
         (body({"data": [1] * 35}), None, "36 values"),
         (body({"data": None}), None, "neither data nor"),
         (body({"parameters": {"binary_data_size": 36}}), None, "both data and"),
@@ -199,3 +201,37 @@ def test_a_length_of_thousands_of_digits_is_refused() -> None:
     scope = {"headers": [(b"inference-header-content-length", b"1" * 5000)]}
     with pytest.raises(ProtocolError, match="has to be a whole number"):
         v2._header_length(scope)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (body({"data": [[]] * 100_000}), "does not have the 36 values"),
+        (body({"data": [{}] * 100_000}), "more objects or fields"),
+        (body({"data": [{}] * 36}), "not an array of numbers"),
+        (body({"data": [[[[[]]]]] * 36}), "does not have the 36 values"),
+        (body({"shape": [1] * 1000}), "shape of input"),
+        (body({"shape": "x"}), "shape of input"),
+        (body({"parameters": {str(i): 1 for i in range(5000)}}), "more objects or fields"),
+        (body({"parameters": {"a": [1]}}), "not a valid request"),
+        (body(outputs=[{"name": "logits"}] * 2000), "more objects or fields"),
+        (
+            body({"name": "encoded", "shape": [1], "datatype": "BYTES", "data": [""] * 10_000}),
+            "more elements than the 1",
+        ),
+        (body(extra=[{}] * 2000), "more objects or fields"),
+    ],
+)
+def test_what_would_be_slow_to_parse_is_refused_before(
+    content: bytes, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight MiB of empty lists stopped every other answer for seven seconds."""
+    parse = msgspec.json.decode
+
+    def small_parse(data: bytes, **options: Any) -> Any:
+        assert len(data) < 2000, "what is large is looked at before it is parsed"
+        return parse(data, **options)
+
+    monkeypatch.setattr(msgspec.json, "decode", small_parse)
+    with pytest.raises(ProtocolError, match=says):
+        read_request(content, None, SIGNATURE)
