@@ -24,6 +24,7 @@ from ffl_deploy.files import shown
 from ffl_deploy.manifest import MANIFEST, Variant
 from ffl_deploy.parity import ParityRecord
 from ffl_deploy.runtime.onnx_wire import refuse_external_data
+from ffl_deploy.runtime.operators import refuse_foreign_operators
 from ffl_deploy.saturation import check_certificate
 from ffl_deploy.selfcheck import check_preprocessing, golden_record, reason, refusal
 from ffl_deploy.signing import check_signature
@@ -42,6 +43,7 @@ def check_files(bundle: Bundle) -> int:
         path = bundle.checked_file(name)
         if name.endswith(".onnx"):
             refuse_external_data(path)
+            refuse_foreign_operators(path)
     extra = sorted(set(_entries(bundle.folder)) - set(listed) - {MANIFEST})
     if extra:
         raise CheckError(

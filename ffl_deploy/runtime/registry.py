@@ -14,6 +14,7 @@ from ffl_deploy.installed import missing
 from ffl_deploy.manifest import Manifest, Variant
 from ffl_deploy.runtime.onnx_runtime import OnnxRuntimeSession, require_start
 from ffl_deploy.runtime.onnx_wire import refuse_external_data
+from ffl_deploy.runtime.operators import refuse_foreign_operators
 from ffl_deploy.runtime.session import FixedBatchSession, Session
 
 Opener = Callable[[Path, Variant, int | None], Session]
@@ -154,6 +155,7 @@ def open_session(
         )
     if model.suffix == ".onnx":
         refuse_external_data(model)
+        refuse_foreign_operators(model)
     session, fixed = opened_by.open(model, variant, threads), bundle.manifest.input.batch
     return FixedBatchSession(session, fixed) if fixed else session
 

@@ -26,6 +26,7 @@ from serve.server.models import ServedModel
 from serve.server.service import Service
 
 CHUNK, CHUNK_BYTES = 32, 128 * 2**20
+MAX_DIRECTORY_BYTES = 8 * 2**20  # of an uploaded zip: some 80,000 members
 UNCERTAIN = 12  # images in the gallery
 PATIENCE_SECONDS = 60.0
 
@@ -118,7 +119,7 @@ def read_files(paths: Sequence[str], skipped: Skipped) -> Iterator[Item]:
     for path in paths:
         folder = f"{Path(path).parent}/"
         found = (
-            archives.members(path, frozenset(), skipped)
+            archives.members(path, frozenset(), skipped, MAX_DIRECTORY_BYTES)
             if path.lower().endswith(archives.ZIP_SUFFIXES)
             else [file_item(path)]
         )

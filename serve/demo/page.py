@@ -18,10 +18,9 @@ from serve.demo.batch_tab import batch_tab
 from serve.demo.classify_tab import ask_endpoint, classify_tab, draw_tab
 from serve.demo.guard import upload_folder
 from serve.demo.samples import drawing_style, write_examples
-from serve.demo.sessions import bound_states, finished_sessions_forgotten
+from serve.demo.sessions import bound_states, swept
 from serve.server.service import Service
 
-CACHE_SECONDS = (300, 3600)  # how often uploads are pruned, and from what age
 FONT = ["system-ui", "sans-serif"]
 # Small images stay crisp; the columns of models stack on a phone; focus is always visible.
 CSS = """
@@ -47,9 +46,7 @@ def build(service: Service) -> gr.Blocks:
     models = list(service.models.values())
     examples = write_examples(models[0].bundle, upload_folder() / "examples")
     style = drawing_style(models[0].bundle)
-    with gr.Blocks(
-        title="ffl-deploy", analytics_enabled=False, fill_width=True, delete_cache=CACHE_SECONDS
-    ) as page:
+    with gr.Blocks(title="ffl-deploy", analytics_enabled=False, fill_width=True) as page:
         gr.HTML(_heading(service))
         if style:
             with gr.Tab("Draw", id="draw"):
@@ -94,9 +91,9 @@ def _which_model_tab(service: Service) -> None:
         gr.HTML(
             f"<p><strong>What to ship:</strong> {html.escape(report.advice)}</p>", elem_classes=["advice"]
         )
-        if report.picture:
+        if report.picture and (picture := _copied(report.picture)):
             gr.Image(
-                _copied(report.picture),
+                picture,
                 label="Accuracy against latency and size (Pareto)",
                 alt_text="Accuracy against latency and size of every target and variant",
                 interactive=False,
@@ -121,12 +118,11 @@ def _which_model_tab(service: Service) -> None:
 
 
 def _copied(picture: Path) -> str:
-    """Gradio hands out files of its own folder only."""
+    """-> the copy, "" where it is no picture. Gradio hands out files of its own folder only."""
     folder = upload_folder() / "reports"
     folder.mkdir(parents=True, exist_ok=True)
     copy = folder / f"{len(os.listdir(folder))}-{picture.name}"
-    copy.write_bytes(picture.read_bytes())
-    return str(copy)
+    return str(copy) if reports.write_picture(picture, copy) else ""
 
 
 @contextlib.asynccontextmanager
@@ -159,5 +155,5 @@ async def mounted(service: Service) -> AsyncIterator[FastAPI]:
         route.app for route in app.routes if isinstance(route, Mount) and isinstance(route.app, App)
     ]
     service.endless.append(page_app.stop_event.set)  # every open page holds a heartbeat stream
-    async with app.router.lifespan_context(app), finished_sessions_forgotten(page):
+    async with app.router.lifespan_context(app), swept(page, upload_folder()):
         yield app

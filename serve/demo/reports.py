@@ -3,20 +3,26 @@ else what the manifests say."""
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from PIL import Image
 
 from ffl_deploy.bundle import Bundle
+from ffl_deploy.images import ImageError, decode
 from ffl_deploy.manifest import Variant
 from ffl_deploy.report import PICTURE, REPORT, Report, Row
 from serve.server.logs import LOGGER
 from serve.server.models import ServedModel
 
+MOST_REPORT_BYTES, MOST_PICTURE_BYTES, MOST_PICTURE_PIXELS = 16 << 20, 16 << 20, 20_000_000
 COLUMNS = (
     "model",
     "variant",
@@ -65,7 +71,7 @@ def reports(models: Iterable[ServedModel]) -> list[ShownReport]:
                     file.recommendation.reason,
                     file.machine,
                     rows,
-                    picture if picture.is_file() else None,
+                    picture if picture.is_file() and not picture.is_symlink() else None,
                 )
             )
     return found
@@ -74,14 +80,43 @@ def reports(models: Iterable[ServedModel]) -> list[ShownReport]:
 def read_report(path: Path) -> Report | None:
     """-> the report, or None where there is none or not a valid one: the demo goes on without it."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Report)
+        return msgspec.json.decode(read_regular(path, MOST_REPORT_BYTES), type=Report)
     except FileNotFoundError:
         return None
     except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
-        logging.getLogger(LOGGER).warning(
-            "export report left out", extra={"file": str(path), "reason": str(error)}
-        )
+        _left_out(path, error)
         return None
+
+
+def read_regular(path: Path, most: int) -> bytes:
+    """-> the file's bytes. What lies beside a bundle came with it: a link there could lead to any file of
+    this machine, and a device or a pipe never ends. Raises OSError for these, and for more than `most`
+    bytes."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > most:
+            raise OSError(errno.EINVAL, f"not a plain file of at most {most} bytes", str(path))
+        return file.read(most)
+
+
+def write_picture(picture: Path, target: Path) -> bool:
+    """Write the report's picture, decoded and encoded again, as the PNG `target`; -> whether it is one."""
+    try:
+        pixels = decode(read_regular(picture, MOST_PICTURE_BYTES), MOST_PICTURE_PIXELS).pixels
+    except FileNotFoundError:
+        return False
+    except (OSError, ImageError) as error:
+        _left_out(picture, error)
+        return False
+    Image.fromarray(pixels).save(target)
+    return True
+
+
+def _left_out(path: Path, error: Exception) -> None:
+    logging.getLogger(LOGGER).warning(
+        "export report left out", extra={"file": str(path), "reason": str(error)}
+    )
 
 
 def table(models: Iterable[ServedModel]) -> list[list[str]]:

@@ -3,6 +3,8 @@ so member names cannot lead anywhere."""
 
 from __future__ import annotations
 
+import os
+import struct
 import tarfile
 import zipfile
 import zlib
@@ -29,6 +31,12 @@ TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz
 # since a few zeros are harmless.
 MAX_EXPANSION = 200
 FREE_BYTES = 2**30
+MAX_NAME_BYTES = 2**20
+"""Of the headers that tar puts before a member for its long name: tarfile reads them whole."""
+LONGEST_END = 22 + 65535 + 20
+"""Of a zip: its end record, the comment in it, and the locator before it."""
+MAX_DIRECTORY_BYTES = 2**29
+"""Of a zip's directory, which zipfile reads whole and keeps at nine times its size."""
 
 
 def is_zip(path: str) -> bool:
@@ -39,16 +47,20 @@ def is_tar(path: str) -> bool:
     return path.lower().endswith(TAR_SUFFIXES)
 
 
-def members(path: str, classes: frozenset[str], skipped: Skipped) -> Iterator[Item]:
+def members(
+    path: str, classes: frozenset[str], skipped: Skipped, most_directory: int = MAX_DIRECTORY_BYTES
+) -> Iterator[Item]:
     """Yield the image members of an archive as `archive::member`, in the archive's order.
 
-    A broken archive gives the members before the break, then one item with the archive's own name and
-    the status `corrupt_archive`. Links, devices, folders and other files (nested archives too) are
-    counted in `skipped`.
+    A broken archive gives the members before the break, then one item with the archive's own name and the
+    status `corrupt_archive`. Links, devices, folders and other files (nested archives too) are counted in
+    `skipped`. most_directory: bytes of a zip's directory, which is read whole.
     """
-    read = _zip_members if is_zip(path) else _tar_members
     try:
-        yield from read(path, classes, skipped)
+        if is_zip(path):
+            yield from _zip_members(path, classes, skipped, most_directory)
+        else:
+            yield from _tar_members(path, classes, skipped)
     except MemoryError:
         raise
     # zipfile, tarfile and their decompressors raise almost anything on hostile bytes
@@ -57,7 +69,9 @@ def members(path: str, classes: frozenset[str], skipped: Skipped) -> Iterator[It
         yield failed_item(path, code, f"the archive cannot be read to its end ({error})")
 
 
-def _zip_members(path: str, classes: frozenset[str], skipped: Skipped) -> Iterator[Item]:
+def _zip_members(path: str, classes: frozenset[str], skipped: Skipped, most_directory: int) -> Iterator[Item]:
+    if (size := directory_bytes(path)) > most_directory:
+        raise zipfile.BadZipFile(f"its directory has {size} bytes, more than {most_directory}")
     with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
             # is_dir() looks at the last character
@@ -68,6 +82,43 @@ def _zip_members(path: str, classes: frozenset[str], skipped: Skipped) -> Iterat
                 skipped.reasons["symbolic links"] += 1
                 continue
             yield _member(path, info.filename, classes, partial(_read_zip_member, archive, info))
+
+
+def directory_bytes(path: str) -> int:
+    """-> the size of a zip's directory, as its end record says (APPNOTE 4.3.14 to 4.3.16); 0 where there is
+    none, the whole file's where it says nothing that fits."""
+    with open(path, "rb") as file:
+        length = file.seek(0, os.SEEK_END)
+        file.seek(max(0, length - LONGEST_END))
+        end = file.read()
+        start = end.rfind(b"PK\5\6")
+        if start < 0 or start + 16 > len(end):
+            return 0
+        (size,) = struct.unpack_from("<I", end, start + 12)
+        if size < 0xFFFFFFFF:
+            return min(size, length)
+        # the record of large archives, which a locator before the other one points at
+        if end[max(0, start - 20) :].startswith(b"PK\6\7"):
+            file.seek(min(length, struct.unpack_from("<Q", end, start - 12)[0]))
+            large = file.read(48)
+            if large.startswith(b"PK\6\6") and len(large) == 48:
+                return min(struct.unpack_from("<Q", large, 40)[0], length)
+        return length
+
+
+class _TarInfo(tarfile.TarInfo):
+    """Headers as tarfile reads them, but for names that would fill the memory before anybody sees them."""
+
+    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.size > MAX_NAME_BYTES and self.type in NAME_HEADERS:
+            raise tarfile.ReadError(f"a member's name has {self.size} bytes: a decompression bomb")
+        return super()._proc_member(archive)  # type: ignore[misc]
+
+
+NAME_HEADERS = (
+    tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)  # fmt: skip
 
 
 def _read_zip_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
@@ -90,7 +141,7 @@ def _read_zip_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
 
 
 def _tar_members(path: str, classes: frozenset[str], skipped: Skipped) -> Iterator[Item]:
-    with open(path, "rb") as raw, tarfile.open(fileobj=raw, mode="r|*") as archive:
+    with open(path, "rb") as raw, tarfile.open(fileobj=raw, mode="r|*", tarinfo=_TarInfo) as archive:
         for info in archive:
             unpacked = info.offset_data + info.size
             if unpacked > FREE_BYTES and unpacked > MAX_EXPANSION * max(raw.tell(), 1):

@@ -179,6 +179,26 @@ def test_external_data_is_refused_even_where_every_hash_is_right(bundle: Path, v
         load_bundle(bundle).session()
 
 
+def test_a_loop_is_refused_even_where_every_hash_is_right(bundle: Path, verify: Verify) -> None:
+    """ONNX's Loop may run 2^62 rounds, and no signal ends a native call."""
+    path = bundle / "model.onnx"
+    model = onnx.load(path)
+    condition = onnx.helper.make_tensor_value_info("c", onnx.TensorProto.BOOL, [])
+    count = onnx.helper.make_tensor_value_info("i", onnx.TensorProto.INT64, [])
+    again = onnx.helper.make_tensor_value_info("d", onnx.TensorProto.BOOL, [])
+    body = onnx.helper.make_graph(
+        [onnx.helper.make_node("Identity", ["c"], ["d"])], "body", [count, condition], [again]
+    )
+    model.graph.node.append(onnx.helper.make_node("Loop", ["", ""], [], body=body, name="endless"))
+    onnx.save(model, path)
+    relist(bundle)
+    with pytest.raises(CheckError, match="control flow Loop"):
+        load_bundle(bundle).session()
+    code, _, err = verify(bundle)
+    assert code == 1
+    assert "control flow Loop" in err
+
+
 def test_external_data_is_found_wherever_a_tensor_can_hide(tmp_path: Path) -> None:
     tensor = onnx.helper.make_tensor("hidden", onnx.TensorProto.FLOAT, [1], b"\0\0\0\0", raw=True)
     inside = onnx.helper.make_node("Constant", [], ["y"], value=tensor)

@@ -587,3 +587,140 @@ def test_bind_to_the_world_warns(two_bundles: tuple[Bundle, Bundle]) -> None:
         process.terminate()  # at once: a signal during start-up must not be lost
         process.communicate(timeout=60)
     assert process.returncode == 0
+
+
+def test_a_path_of_half_a_million_folders_is_refused_by_its_length(demo: Any) -> None:
+    """To resolve it stopped the whole server for 35 s."""
+    from serve.demo.guard import _in_upload_folder, upload_folder
+
+    folder = str(upload_folder())
+    assert _in_upload_folder(f"{folder}/a/x.png")
+    for path in (
+        f"{folder}/" + "a/" * 500_000 + "x.png",
+        f"{folder}/../x.png",
+        f"{folder}/a/../../x.png",
+        f"{folder}/./x.png",
+        f"{folder}",
+        f"{folder}x/x.png",
+        "/etc/passwd",
+        "x.png",
+        f"{folder}/a\0/x.png",
+    ):
+        assert not _in_upload_folder(path), path[:200]
+    reference = file_data(path=f"{folder}/" + "a/" * 2000)
+    assert call(demo, reference).status_code in (403, 413)
+
+
+@pytest.mark.parametrize(
+    "query", ["upload_id=" + "a" * 41, "upload_id=%41", "upload_id=a&x=1", "x=1", "upload_id="]
+)
+def test_uploads_have_no_parameters_that_are_remembered(demo: Any, query: str) -> None:
+    for method, path in (("GET", "upload_progress"), ("POST", "upload")):
+        response = httpx.request(method, f"{demo.url}/gradio_api/{path}?{query}", files={"files": b"x"})
+        assert response.status_code == 400
+
+
+def test_the_progress_of_uploads_is_bounded() -> None:
+    from gradio.routes import file_upload_statuses
+
+    from serve.demo.sessions import UPLOADS_REMEMBERED, forget_progress
+
+    async def ask() -> None:
+        for number in range(UPLOADS_REMEMBERED + 50):
+            file_upload_statuses.set_done(f"id{number}")
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(file_upload_statuses.is_tracked(f"asked{number}"), 0.0001)
+
+    asyncio.run(ask())
+    forget_progress()
+    assert len(file_upload_statuses._statuses) == len(file_upload_statuses._signals) == UPLOADS_REMEMBERED
+    assert f"id{UPLOADS_REMEMBERED + 49}" in file_upload_statuses._statuses
+
+
+def test_small_files_count_as_what_they_take(tmp_path: Path) -> None:
+    """28,010 files of 8 bytes took 111 MiB of the disk and counted as 0.1 MiB."""
+    from serve.demo.guard import ENTRY_BYTES, _folder_bytes
+
+    for number in range(50):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "x").write_bytes(b"12345678")
+    assert _folder_bytes(tmp_path) >= 100 * ENTRY_BYTES
+
+
+def test_old_uploads_are_pruned_with_their_folders_while_others_arrive(tmp_path: Path) -> None:
+    from serve.demo.sessions import prune
+
+    for name in ("examples/0.png", "reports/0-report.png", "aa/old.png", "bb/kept.png", "tmp1"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "empty").mkdir()
+    keep = {str(tmp_path / "bb/kept.png")}
+    assert prune(tmp_path, 3600, keep) == set(), "nothing is an hour old"
+    assert prune(tmp_path, -1, keep) == {str(tmp_path / "aa/old.png")}
+    left = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*"))
+    assert left == [
+        "bb",
+        "bb/kept.png",
+        "examples",
+        "examples/0.png",
+        "reports",
+        "reports/0-report.png",
+        "tmp1",
+    ]
+
+
+def test_a_sweep_that_fails_is_not_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradio's own pruning ended for good with the first set that changed meanwhile."""
+    from serve.demo import sessions
+
+    swept: list[int] = []
+
+    def fail(page: Any) -> None:
+        swept.append(1)
+        raise RuntimeError("Set changed size during iteration")
+
+    monkeypatch.setattr(sessions, "SWEEP_SECONDS", 0.0)
+    monkeypatch.setattr(sessions, "forget_finished", fail)
+
+    async def main() -> None:
+        async with sessions.swept(Any, tmp_path):  # type: ignore[arg-type]
+            while len(swept) < 3:
+                await asyncio.sleep(0)
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_what_lies_beside_a_bundle_is_shown_only_if_it_is_plain(tmp_path: Path) -> None:
+    """A link named report.png gave any file of the server to any client."""
+    from PIL import Image
+
+    from serve.demo.reports import read_regular, read_report, write_picture
+
+    secret = tmp_path / "secret"
+    secret.write_text("TOP-SECRET-KEY")
+    link, target = tmp_path / "report.png", tmp_path / "shown.png"
+    link.symlink_to(secret)
+    assert not write_picture(link, target)
+    link.unlink()
+    for content in (b"TOP-SECRET-KEY", b""):
+        link.write_bytes(content)
+        assert not write_picture(link, target)
+    assert not target.exists()
+    hidden = tmp_path / "hidden.png"
+    Image.new("RGB", (4, 3), (9, 8, 7)).save(hidden)
+    link.write_bytes(hidden.read_bytes() + b"TOP-SECRET-KEY")
+    assert write_picture(link, target)
+    assert b"SECRET" not in target.read_bytes()
+    with Image.open(target) as shown:
+        assert shown.size == (4, 3)
+
+    report = tmp_path / "report.json"
+    for device in ("/dev/zero", str(secret)):
+        report.unlink(missing_ok=True)
+        report.symlink_to(device)
+        assert read_report(report) is None
+    report.unlink()
+    os.mkfifo(report)
+    assert read_report(report) is None
+    with pytest.raises(OSError, match="plain file of at most 3 bytes"):
+        read_regular(secret, 3)
