@@ -65,9 +65,13 @@ class Precision(msgspec.Struct, frozen=True):
     computed: str
 
 
-class AccuracyRecord(msgspec.Struct, frozen=True):
+class AccuracyRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     """Top-1 accuracy of a variant on the whole test set, paired with PyTorch's on the same images;
-    shares of 1."""
+    shares of 1.
+
+    right: which of the images it got right, in their order (see `statistics.packed`), so that variants and
+    targets can be paired with each other; absent in bundles from before that.
+    """
 
     value: float
     interval: Interval  # Wilson, 95 %
@@ -78,6 +82,7 @@ class AccuracyRecord(msgspec.Struct, frozen=True):
     calibration_error: float
     gate: str
     verdict: Verdict
+    right: str = ""
 
 
 class LatencyRecord(msgspec.Struct, frozen=True):

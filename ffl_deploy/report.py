@@ -34,6 +34,7 @@ class Row(msgspec.Struct, frozen=True):
     images_per_second: float | None = None
     best_batch: int | None = None
     pareto: bool = False
+    images: int | None = None  # that the accuracy is of
 
     @property
     def name(self) -> str:
@@ -71,10 +72,14 @@ class Limits(msgspec.Struct, frozen=True):
 
 
 class Recommendation(msgspec.Struct, frozen=True):
-    """artefact: TARGET/VARIANT, or None where nothing keeps the limits; reason: one sentence."""
+    """artefact: TARGET/VARIANT, or None where nothing keeps the limits; reason: one sentence.
+
+    undecided: the artefacts, this one among them, that the test images cannot tell from the most accurate.
+    """
 
     artefact: str | None
     reason: str
+    undecided: list[str] = []
 
 
 class Report(msgspec.Struct, frozen=True):

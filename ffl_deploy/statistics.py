@@ -3,6 +3,7 @@ NumPy and the standard library alone."""
 
 from __future__ import annotations
 
+import base64
 import math
 from statistics import NormalDist
 
@@ -114,6 +115,19 @@ def paired_difference(reference_right: np.ndarray, candidate_right: np.ndarray) 
         p_worse=p_worse,
         p_different=p_different,
     )
+
+
+def packed(right: np.ndarray) -> str:
+    """bool [n] -> base64 of its bits, the first image's first: 10,000 images take 1.7 kB."""
+    return base64.b64encode(np.packbits(right.astype(bool)).tobytes()).decode()
+
+
+def unpacked(text: str, n: int) -> np.ndarray:
+    """The inverse of `packed`. Raises ValueError where the text is not of `n` images."""
+    bits = np.unpackbits(np.frombuffer(base64.b64decode(text, validate=True), np.uint8))
+    if len(bits) != -(-n // 8) * 8:
+        raise ValueError(f"{len(bits)} bits are not those of {n} images")
+    return bits[:n].astype(bool)
 
 
 def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:

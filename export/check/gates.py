@@ -28,7 +28,7 @@ from ffl_deploy.parity import (
 from ffl_deploy.runtime import Session
 from ffl_deploy.runtime.replay import golden_batches, measure, run_in_batches
 from ffl_deploy.runtime.session import Outputs
-from ffl_deploy.statistics import expected_calibration_error, paired_difference, wilson_interval
+from ffl_deploy.statistics import expected_calibration_error, packed, paired_difference, wilson_interval
 
 BATCHES = (1, 2, 7, 64)
 """Compared besides all the reference images at once: one, the traced size, an odd one, a common one."""
@@ -190,6 +190,7 @@ def measure_accuracy(session: Session, test: HeldOut, precision: str, callers: i
         calibration_error=expected_calibration_error(outputs.probabilities, labels),
         gate=gate.precision,
         verdict=verdict,
+        right=packed(right),
     )
 
 

@@ -6,18 +6,21 @@ without a new export.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import msgspec
 
 from export.publish.cost import multiply_adds
+from export.publish.undecided import behind
 from ffl_deploy.bundle import Bundle, load_bundle
 from ffl_deploy.errors import CheckError, UsageError
 from ffl_deploy.files import write_atomically, write_json
-from ffl_deploy.manifest import DEFAULT_VARIANT, MANIFEST, Variant
+from ffl_deploy.manifest import DEFAULT_VARIANT, MANIFEST, AccuracyRecord, Variant
 from ffl_deploy.markdown import NOT_MEASURED, fill, megabytes, percent, table, within
 from ffl_deploy.report import PICTURE, REPORT, Limits, Recommendation, Report, Row
+from ffl_deploy.statistics import Interval
 
 PAGE, BODY = (Path(__file__).with_name(name) for name in ("report.md", "report_body.md"))
 COLUMNS = (
@@ -34,6 +37,9 @@ COLUMNS = (
     "p50 / p95 ms",
     "images/s (batch)",
 )
+EMPTY: Mapping[str, AccuracyRecord] = MappingProxyType({})
+SAME_LATENCY = 1.1
+"""Medians of windows on a shared machine differ by this much, run to run."""
 NEAR_BEST = 0.005
 """Accuracy that may be given up for speed: half a point, which the int8 gate also allows."""
 
@@ -55,7 +61,13 @@ def write_report(folder: Path, limits: Limits) -> Report:
         variant.latency for bundle in bundles for variant in bundle.manifest.variants if variant.latency
     ]
     machine = "; ".join(sorted({latency.where for latency in latencies}))
-    report = Report(rows, limits, recommend(rows, limits), machine)
+    records = {
+        f"{bundle.manifest.target}/{variant.name}": variant.accuracy
+        for bundle in bundles
+        for variant in bundle.manifest.variants
+        if variant.accuracy
+    }
+    report = Report(rows, limits, recommend(rows, limits, records), machine)
     write_json(folder / REPORT, report)
     write_atomically(folder / "report.md", markdown(report))
     from export.publish.plot import draw_report
@@ -98,6 +110,7 @@ def _row(target: str, parameters: int, cost: int, variant: Variant) -> Row:
         p95_ms=latency.p95_ms if latency else None,
         images_per_second=latency.best_images_per_second if latency else None,
         best_batch=latency.best_batch if latency else None,
+        images=accuracy.n if accuracy else None,
     )
 
 
@@ -114,8 +127,15 @@ def mark_pareto(rows: Sequence[Row]) -> list[Row]:
     return [msgspec.structs.replace(row, pareto=row.measured and not dominated(row)) for row in rows]
 
 
-def recommend(rows: Sequence[Row], limits: Limits) -> Recommendation:
-    """-> the fastest artefact within half a point of the most accurate one that keeps the limits, and why."""
+def recommend(
+    rows: Sequence[Row], limits: Limits, records: Mapping[str, AccuracyRecord] = EMPTY
+) -> Recommendation:
+    """-> what to ship of what keeps the limits, and why.
+
+    The fastest of those whose accuracy is that of the most accurate: within half a point of it, or so near
+    that the test images cannot tell them apart; of equally fast ones the smallest. records: Row.name ->
+    accuracy, of the same images.
+    """
     measured = [row for row in rows if row.measured]
     fitting = [row for row in measured if not limits.broken_by(row)]
     if not measured:
@@ -127,21 +147,48 @@ def recommend(rows: Sequence[Row], limits: Limits) -> Recommendation:
             f"no artefact keeps the limits; {nearest.name} comes nearest ({_facts(nearest)}) and breaks "
             f"{' and '.join(limits.broken_by(nearest))}: relax that, or train another network.",
         )
+
+    # the most accurate, and what may be taken in its place
     best = max(fitting, key=lambda row: (_accuracy(row), -_latency(row)))
-    near = [row for row in fitting if _accuracy(row) >= _accuracy(best) - NEAR_BEST]
-    chosen = min(near, key=lambda row: (_latency(row), -_accuracy(row), row.bytes))
+    intervals = {row.name: behind(records.get(best.name), records.get(row.name)) for row in fitting}
+    undecided = [row for row in fitting if (found := intervals[row.name]) is not None and found.low <= 0]
+    near = [row for row in fitting if row in undecided or _accuracy(row) >= _accuracy(best) - NEAR_BEST]
+
+    # the fastest of these; a tenth of a latency is noise, and then size decides
+    fastest = min(map(_latency, near))
+    chosen = min(
+        (row for row in near if _latency(row) <= SAME_LATENCY * fastest),
+        key=lambda row: (row.bytes, _latency(row), -_accuracy(row)),
+    )
+    reason = f"{chosen.name} ({_facts(chosen)}) {_why(chosen, best, limits, intervals[chosen.name])}"
+    names = [row.name for row in undecided] if len(undecided) > 1 else []
+    if names and best.images:
+        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        reason += f"; {best.images:,} test images cannot tell {shown} apart, more of them would"
+    return Recommendation(chosen.name, f"{reason}{_caveat(chosen)}.", names)
+
+
+def _why(chosen: Row, best: Row, limits: Limits, interval: Interval | None) -> str:
+    """-> what makes `chosen` the one to ship, beside `best`, the most accurate."""
     under = "of those that keep the limits" if limits != Limits() else "of all"
     if chosen == best:
-        reason = (
-            f"{chosen.name} ({_facts(chosen)}) is the most accurate {under}, and none near it is "
-            f"faster{_caveat(chosen)}."
+        return f"is the most accurate {under}, and none near it is faster"
+    points = 100 * (_accuracy(best) - _accuracy(chosen))
+    times = _latency(best) / _latency(chosen)
+    gain = (
+        f"{times:.1f} times as fast"
+        if times >= SAME_LATENCY
+        else f"{best.bytes / chosen.bytes:.1f} times as small"
+    )
+    if points > 100 * NEAR_BEST and interval is not None:
+        return (
+            f"is the fastest {under} that the test images cannot tell from the most accurate, {best.name} "
+            f"({_facts(best)}; {points:.1f} points more, 95 % interval {100 * interval.low:+.1f} to "
+            f"{100 * interval.high:+.1f}), and {gain}"
         )
-        return Recommendation(chosen.name, reason)
-    faster, points = _latency(best) / _latency(chosen), 100 * (_accuracy(best) - _accuracy(chosen))
-    return Recommendation(
-        chosen.name,
-        f"{chosen.name} ({_facts(chosen)}) is the fastest {under} within half a point of the most accurate, "
-        f"{best.name} ({_facts(best)}): {faster:.1f} times as fast for {points:.2f} points{_caveat(chosen)}.",
+    return (
+        f"is the fastest {under} within half a point of the most accurate, {best.name} ({_facts(best)}): "
+        f"{gain} for {points:.2f} points"
     )
 
 
@@ -173,22 +220,33 @@ def markdown(report: Report) -> str:
 
 
 def body(report: Report) -> str:
-    """-> the recommendation, then the table, in which `*` marks the Pareto front of accuracy and latency."""
+    """-> the recommendation, then the table, the most accurate first; `*` marks the Pareto front of accuracy
+    and latency, `~` what the test images cannot tell from the most accurate."""
     recommended = "Recommended" if report.recommendation.artefact else "Nothing to recommend"
     return fill(
         BODY,
         advice=f"{recommended}: {report.recommendation.reason}",
-        artefacts=table(COLUMNS, map(_cells, report.rows)),
+        artefacts=table(COLUMNS, [_cells(row, report.recommendation) for row in best_first(report.rows)]),
         machine=report.machine or "nothing",
     )
 
 
-def _cells(row: Row) -> list[str]:
+def best_first(rows: Sequence[Row]) -> list[Row]:
+    """-> the most accurate first; what was not measured comes last."""
+    return sorted(rows, key=lambda row: (not row.measured, -(row.accuracy or 0), row.p50_ms or 0))
+
+
+def _cells(row: Row, advice: Recommendation) -> list[str]:
     """-> the cells of an artefact, under COLUMNS; what was not measured is a dash."""
+    marks = [
+        " `*`" if row.pareto else "",
+        " `~`" if row.name in advice.undecided else "",
+        " **recommended**" if row.name == advice.artefact else "",
+    ]
     interval = "" if row.accuracy is None else f" ({within(row.accuracy_low, row.accuracy_high)})"
     return [
         row.target,
-        f"{row.variant} ({row.runtime}){' `*`' if row.pareto else ''}",
+        f"{row.variant} ({row.runtime}){''.join(marks)}",
         row.precision,
         f"{row.parameters:,}",
         f"{row.multiply_adds / 1e6:.1f} M",

@@ -12,14 +12,17 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from export.publish.cost import multiply_adds
-from export.publish.report import mark_pareto, recommend
+from export.publish.report import body, mark_pareto, recommend
+from export.publish.undecided import behind
 from export.write.int8_choice import BLOCKS, choose, sensitive_blocks
 from export.write.qdq import channel_scales
 from export.write.ranges import chunk_size
-from ffl_deploy.manifest import Candidate
-from ffl_deploy.report import Limits, Row
+from ffl_deploy.manifest import AccuracyRecord, Candidate
+from ffl_deploy.parity import Verdict
+from ffl_deploy.report import Limits, Recommendation, Report, Row
 from ffl_deploy.runtime.latency import measure_latency
 from ffl_deploy.saturation import PAIR, largest_pair
+from ffl_deploy.statistics import packed, paired_difference, tango_interval, unpacked, wilson_interval
 
 
 def measurer(
@@ -178,6 +181,94 @@ def test_an_unproven_accuracy_is_said_and_an_unmeasured_artefact_never_recommend
     unsure = [msgspec.structs.replace(ROWS[1], accuracy_gate="inconclusive (n = 359)")]
     assert "inconclusive (n = 359)" in recommend(unsure, Limits()).reason
     assert recommend([ROWS[4]], Limits()).artefact is None
+
+
+def accuracy(right: np.ndarray) -> AccuracyRecord:
+    """-> the record of a variant that got these images right."""
+    return AccuracyRecord(
+        value=float(right.mean()),
+        interval=wilson_interval(int(right.sum()), len(right)),
+        n=len(right),
+        split="test",
+        top1_agreement=1.0,
+        difference=paired_difference(right, right),
+        calibration_error=0.0,
+        gate="fp32",
+        verdict=Verdict("passed", []),
+        right=packed(right),
+    )
+
+
+def of_images(name: str, record: AccuracyRecord, p50: float, size: int) -> Row:
+    target, _, variant = name.partition("/")
+    return msgspec.structs.replace(
+        row(target, variant, record.value, p50, size),
+        accuracy_low=record.interval.low, accuracy_high=record.interval.high, images=record.n,
+    )  # fmt: skip
+
+
+def test_where_images_cannot_tell_targets_apart_the_smallest_and_fastest_is_recommended() -> None:
+    """A newcomer's case: 120 images, 98 against 95 right; three images decided what to ship."""
+    fused, branch, slower = np.ones(120, bool), np.ones(120, bool), np.ones(120, bool)
+    fused[:22] = branch[10:35] = slower[:23] = False
+    records = {
+        "fused/int8": accuracy(fused),
+        "branch0/fp32": accuracy(branch),
+        "fused/fp32": accuracy(slower),
+    }
+    rows = [
+        of_images("fused/int8", records["fused/int8"], 0.90, 700_000),
+        of_images("fused/fp32", records["fused/fp32"], 1.60, 2_000_000),
+        of_images("branch0/fp32", records["branch0/fp32"], 0.36, 1_100_000),
+    ]
+    advice = recommend(rows, Limits(), records)
+    assert advice.artefact == "branch0/fp32"
+    assert set(advice.undecided) == {"fused/int8", "branch0/fp32", "fused/fp32"}
+    assert "cannot tell from the most accurate, fused/int8" in advice.reason
+    assert "2.5 points more, 95 % interval" in advice.reason
+    assert "2.5 times as fast" in advice.reason
+    assert "120 test images cannot tell fused/int8, fused/fp32, branch0/fp32 apart" in advice.reason
+    assert recommend(rows, Limits(min_accuracy=0.81), records).artefact == "fused/int8"
+
+
+def test_the_interval_is_of_the_same_images() -> None:
+    """Nearly the same mistakes: as independent images 2,000 would not decide; paired, they do."""
+    best, other = np.ones(2000, bool), np.ones(2000, bool)
+    best[:400] = False
+    other[:430] = False
+    records = {"a/fp32": accuracy(best), "b/fp32": accuracy(other)}
+    rows = [of_images("a/fp32", records["a/fp32"], 2.0, 1), of_images("b/fp32", records["b/fp32"], 1.0, 1)]
+    assert records["b/fp32"].interval.high > records["a/fp32"].interval.low
+    assert recommend(rows, Limits(), records).artefact == "a/fp32"
+    assert recommend(rows, Limits(), records).undecided == []
+    assert behind(records["a/fp32"], records["b/fp32"]) == tango_interval(30, 0, 2000)
+    before = msgspec.structs.replace(records["b/fp32"], right="")
+    assert behind(records["a/fp32"], before) is None
+    assert recommend(rows, Limits(), {}).artefact == "a/fp32"
+
+
+def test_of_equally_fast_ones_the_smallest_is_taken() -> None:
+    right = np.arange(300) > 20
+    records = {name: accuracy(right) for name in ("a/fp32", "a/int8")}
+    rows = [of_images("a/fp32", records["a/fp32"], 1.00, 4), of_images("a/int8", records["a/int8"], 1.05, 1)]
+    assert recommend(rows, Limits(), records).artefact == "a/int8"
+
+
+@pytest.mark.parametrize("n", [1, 7, 8, 9, 1000])
+def test_which_images_are_right_survives_being_packed(n: int) -> None:
+    right = np.random.default_rng(n).random(n) < 0.7
+    np.testing.assert_array_equal(unpacked(packed(right), n), right)
+    with pytest.raises(ValueError, match="images"):
+        unpacked(packed(right), n + 8)
+
+
+def test_the_page_marks_what_is_recommended_and_begins_with_the_best() -> None:
+    advice = Recommendation("branch0/int8", "because.", ["fused/int8", "branch0/int8"])
+    page = body(Report(mark_pareto(ROWS[::-1]), Limits(), advice))
+    table = [line for line in page.splitlines() if line.startswith("| ") and "target" not in line]
+    assert [line.split()[1] for line in table] == ["fused", "fused", "branch0", "branch0", "fused"]
+    assert ["recommended" in line for line in table] == [False, False, False, True, False]
+    assert ["`~`" in line for line in table] == [False, True, False, True, False]
 
 
 def test_multiply_adds_are_counted_from_the_shapes(tmp_path: Path) -> None:
