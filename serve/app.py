@@ -14,7 +14,7 @@ from starlette.routing import Route
 from serve.demo.guard import DemoGuard, largest_demo_body
 from serve.demo.slot import DemoSlot
 from serve.server import classify, v2
-from serve.server.limits import LOOPBACK, Bodies, HostAndOrigin, Token
+from serve.server.limits import Bodies, HostAndOrigin, Token, own_hosts
 from serve.server.service import Phase, Service
 from serve.server.settings import Settings
 from serve.server.tracking import Tracking
@@ -70,10 +70,7 @@ def create_app(settings: Settings, stop: Callable[[], None] = lambda: None) -> F
     app.add_middleware(Bodies, limits=settings.limits, limit_of=largest_body)
     if settings.token:
         app.add_middleware(Token, token=settings.token)
-    local = settings.host in LOOPBACK
-    app.add_middleware(
-        HostAndOrigin, hosts=(*LOOPBACK, *settings.allowed_hosts) if local else settings.allowed_hosts
-    )
+    app.add_middleware(HostAndOrigin, hosts=own_hosts(settings.host, settings.allowed_hosts))
     app.add_middleware(Tracking, service=service)
     return app
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from serve.server.limits import ANY_HOST
 from serve.server.offline import SILENCE
 from serve.server.settings import Limits, ModelSpec, Settings
 
@@ -57,7 +58,15 @@ class Bundles:
     async def __init__(self, bundles: Sequence[str], variant: str | None, threads: int) -> None:  # type: ignore[misc]  # Ray awaits it
         models = tuple(ModelSpec.parse(text, variant) for text in bundles)
         # The cluster's proxy is the only one who connects; it bounds the queue and sets the Host.
-        settings = Settings(models, host="0.0.0.0", demo=False, workers=1, threads=threads, limits=Limits())
+        settings = Settings(
+            models,
+            host="0.0.0.0",
+            allowed_hosts=(ANY_HOST,),
+            demo=False,
+            workers=1,
+            threads=threads,
+            limits=Limits(),
+        )
         self._app = create_app(settings)
         self._service = self._app.state.service
         await self._service.load_models()

@@ -113,7 +113,7 @@ def build_parser(demo_alone: bool = False) -> Parser:
         action="append",
         default=[],
         metavar="NAME",
-        help="a further Host name clients use; may be repeated",
+        help="a further Host name clients use, * for any; may be repeated (default: this machine's)",
     )
 
     ending = parser.add_argument_group("its end, and what it logs")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -22,6 +24,7 @@ from serve.server.models import check_specs
 from serve.server.offline import private_environment
 from serve.server.service import Phase, Service
 from serve.server.settings import Settings
+from serve.server.stray import stray_output_logged
 
 # Longer than what clients and balancers keep idle connections for,
 # so that they close first and never meet a closed one.
@@ -84,7 +87,9 @@ def serve(settings: Settings, create_app: CreateApp) -> None:
 
 def run_until_signal(settings: Settings, create_app: CreateApp) -> None:
     """The part of `serve` that listens. Raises what it raises."""
-    with open_port(settings.host, settings.port) as port:
+    # where programs read the log, nothing but the log comes there
+    stray = stray_output_logged() if settings.log_format == "json" else contextlib.nullcontext(sys.stderr)
+    with open_port(settings.host, settings.port) as port, stray as log:
         address, number = port.getsockname()[:2]
         # the application, which may stop the server that it is given to
         app = create_app(settings, lambda: server.stop())
@@ -93,7 +98,7 @@ def run_until_signal(settings: Settings, create_app: CreateApp) -> None:
 
         config = uvicorn.Config(
             app,
-            log_config=log_config(settings.log_format),
+            log_config=log_config(settings.log_format, log),
             access_log=False,  # serve/server/tracking.py
             server_header=False,
             lifespan="on",

@@ -49,7 +49,9 @@ from serve.demo.__main__ import main
 bundles = [str(folder.parent) for folder in sorted(Path(__file__).parent.glob("bundles/*/bundle.json"))]
 address = "0.0.0.0" if os.environ.get("SPACE_ID") else "127.0.0.1"
 port = os.environ.get("PORT", "7860")
-sys.exit(run_command(main, [*bundles, "--host", address, "--port", port, *sys.argv[1:]]))
+# the platform's own proxy is the only one who connects
+hosts = ["--allow-host", "*"] if os.environ.get("SPACE_ID") else []
+sys.exit(run_command(main, [*bundles, "--host", address, "--port", port, *hosts, *sys.argv[1:]]))
 '''
 
 

@@ -11,8 +11,10 @@ import asyncio
 import base64
 import binascii
 import hmac
+import ipaddress
+import socket
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NoReturn
 from urllib.parse import urlsplit
 
@@ -23,17 +25,34 @@ from serve.server.responses import Refused
 from serve.server.settings import Limits
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+ADDRESSES = "<any address>"
 PROBES = ("/v2/health/live", "/v2/health/ready")  # kubelets carry no token and name the pod's address as Host
+
+
+ANY_HOST = "*"
+NOT_OURS = "this server does not answer for that Host; start it with --allow-host NAME if it should"
+
+
+def own_hosts(host: str, allowed: Sequence[str]) -> frozenset[str]:
+    """-> the names that clients may call a server that listens on `host`; ANY_HOST among them: whatever they
+    like. allowed: what --allow-host says."""
+    names = {*LOOPBACK, *allowed}
+    if host not in LOOPBACK:
+        machine = socket.gethostname().lower()
+        short = machine.partition(".")[0]
+        names |= {host.lower(), machine, short, f"{short}.local", ADDRESSES}
+    return frozenset(names)
 
 
 class HostAndOrigin:
     """403 for a foreign Origin, 421 for a Host that is not ours
     (a foreign page's name rebound to this address).
 
-    Args: hosts: names without port that clients may use; empty: any, for servers bound to more than loopback.
+    Args: hosts: names without port that clients may use. With ADDRESSES among them any address will do,
+    since only a name can be rebound; with ANY_HOST anything will.
     """
 
-    def __init__(self, app: ASGIApp, hosts: Sequence[str]) -> None:
+    def __init__(self, app: ASGIApp, hosts: Collection[str]) -> None:
         self.app, self.hosts = app, frozenset(hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -41,14 +60,27 @@ class HostAndOrigin:
             return await self.app(scope, receive, send)
         headers = Headers(scope=scope)
         host, origin = headers.get("host", ""), headers.get("origin")
-        if self.hosts and _host_name(f"//{host}") not in self.hosts:
-            return await Refused(421, "this server does not answer for that Host")(scope, receive, send)
+        if not self._is_ours(_host_name(f"//{host}")):
+            return await Refused(421, NOT_OURS)(scope, receive, send)
         # A page may call the server that it came from, port included, and no other page may.
         if origin is not None and origin.partition("://")[2].lower() != host.lower():
             return await Refused(403, "requests from pages of another origin are refused")(
                 scope, receive, send
             )
         return await self.app(scope, receive, send)
+
+    def _is_ours(self, name: str | None) -> bool:
+        if ANY_HOST in self.hosts or name in self.hosts:
+            return True
+        return ADDRESSES in self.hosts and name is not None and _is_address(name)
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 def _host_name(url: str) -> str | None:

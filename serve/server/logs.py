@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from typing import Any
+from typing import Any, TextIO
 
 LOGGER = "ffl.serve"
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message", "taskName"}
@@ -42,7 +42,7 @@ class TextFormatter(logging.Formatter):
         return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
 
 
-def log_config(log_format: str) -> dict[str, Any]:
+def log_config(log_format: str, stream: TextIO) -> dict[str, Any]:
     """-> a `logging.config.dictConfig` for this server and uvicorn. log_format: `json` or `text`."""
     formatter = {"json": "serve.server.logs.JsonFormatter", "text": "serve.server.logs.TextFormatter"}[
         log_format
@@ -51,9 +51,7 @@ def log_config(log_format: str) -> dict[str, Any]:
         "version": 1,
         "disable_existing_loggers": False,
         "formatters": {"ours": {"()": formatter}},
-        "handlers": {
-            "stderr": {"class": "logging.StreamHandler", "stream": "ext://sys.stderr", "formatter": "ours"}
-        },
+        "handlers": {"stderr": {"class": "logging.StreamHandler", "stream": stream, "formatter": "ours"}},
         "loggers": {
             LOGGER: {"handlers": ["stderr"], "level": "INFO", "propagate": False},
             "uvicorn": {"handlers": ["stderr"], "level": "WARNING", "propagate": False},

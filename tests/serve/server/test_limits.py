@@ -23,7 +23,7 @@ import httpx
 import pytest
 
 from ffl_deploy.bundle import Bundle
-from serve.server.limits import PIECE, Bodies
+from serve.server.limits import PIECE, Bodies, HostAndOrigin, own_hosts
 from serve.server.offline import SILENCE, private_environment
 from serve.server.settings import Limits, ModelSpec, Settings
 
@@ -64,6 +64,45 @@ def test_a_post_from_a_foreign_page_is_never_executed(demo: Any, path: str, orig
     response = httpx.post(demo.url + path, content=b"{}", headers={"origin": origin})
     assert response.status_code == 403
     assert "another origin" in response.json()["error"]
+
+
+@pytest.mark.parametrize(
+    ("listens", "allowed", "host", "is_ours"),
+    [
+        ("127.0.0.1", (), "localhost:7860", True),
+        ("127.0.0.1", (), "10.0.0.7:7860", False),
+        ("0.0.0.0", (), "10.0.0.7:7860", True),
+        ("0.0.0.0", (), "[fe80::1]:7860", True),
+        ("0.0.0.0", (), "localhost", True),
+        ("0.0.0.0", (), "this-machine:7860", True),
+        ("0.0.0.0", (), "this-machine.local", True),
+        ("0.0.0.0", (), "evil.example", False),
+        ("0.0.0.0", (), "10.0.0.7.evil.example", False),
+        ("0.0.0.0", (), "", False),
+        ("0.0.0.0", (), "[::", False),
+        ("0.0.0.0", ("models.example",), "models.example", True),
+        ("0.0.0.0", ("*",), "evil.example", True),
+        ("models.example", (), "models.example:80", True),
+    ],
+)
+def test_an_open_server_answers_for_its_names_and_for_addresses(
+    listens: str, allowed: tuple[str, ...], host: str, is_ours: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A page's name can be rebound to this machine's address; an address cannot be rebound to anything."""
+    monkeypatch.setattr(socket, "gethostname", lambda: "This-Machine.example.net")
+    statuses: list[int] = []
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            statuses.append(message["status"])
+
+    guarded = HostAndOrigin(application, own_hosts(listens, allowed))
+    scope = {"type": "http", "path": "/", "headers": [(b"host", host.encode())]}
+    asyncio.run(guarded(scope, None, send))  # type: ignore[arg-type]
+    assert statuses == [200 if is_ours else 421]
 
 
 def test_its_own_page_may_post(demo: Any) -> None:
@@ -563,6 +602,55 @@ def test_log_lines_cannot_be_forged() -> None:
     line = JsonFormatter().format(record)
     assert "\n" not in line
     assert json.loads(line)["path"] == "/\r\nfake"
+
+
+def test_what_libraries_print_is_logged_a_record_a_line() -> None:
+    code = """
+import logging, logging.config, os, sys
+from serve.server.logs import log_config
+from serve.server.stray import stray_output_logged
+print("before", file=sys.stderr)
+with stray_output_logged() as real:
+    logging.config.dictConfig(log_config("json", real))
+    print("Traceback (most recent call last):\\n  in a library\\n", file=sys.stderr)
+    print("progress", end="")
+    print(" done")
+    os.write(2, b"Fax4Decode: bad code\\n{")
+    print("x" * 5000, file=sys.stderr)
+    logging.getLogger("ffl.serve").warning("ours")
+print("after", file=sys.stderr)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    first, *lines, last = done.stderr.splitlines()
+    assert (first, last, done.stdout) == ("before", "after", "")
+    records = [json.loads(line) for line in lines]
+    assert {(record["message"], record.get("stream")) for record in records} == {
+        ("Traceback (most recent call last):", "stderr"),
+        ("  in a library", "stderr"),
+        ("progress done", "stdout"),
+        ("Fax4Decode: bad code", "native"),
+        ("{", "native"),
+        ("x" * 2000, "stderr"),
+        ("ours", None),
+    }
+
+
+def test_the_log_of_bad_demo_requests_is_one_object_a_line(
+    two_bundles: tuple[Bundle, Bundle], serve_process: Start
+) -> None:
+    """Seven of them gave 80 lines of Gradio's tracebacks."""
+    with serve_process(str(two_bundles[0].folder), "--access-log") as running:
+        for content in (b'{"data": [1]}', b'{"data": "x"}', b"{}", b'{"data": [{"path": null}]}'):
+            httpx.post(f"{running.url}/gradio_api/call/classify", content=content)
+        httpx.post(
+            f"{running.url}/gradio_api/queue/join",
+            json={"data": [], "fn_index": 10**6, "session_hash": "x"},
+        )
+        httpx.post(f"{running.url}/gradio_api/run/nothing", content=b'{"data": []}')
+        records = [json.loads(line) for line in running.read_log().splitlines()]
+    assert sum("status" in record for record in records) >= 6
 
 
 def test_bind_to_the_world_warns(two_bundles: tuple[Bundle, Bundle]) -> None:
