@@ -135,7 +135,7 @@ class Run:
                 f"{self.folder} has no {REFERENCE}, which training writes at its end; finish it with: "
                 f"ffl-train --resume {self.folder}"
             )
-        return read_arrays(path, ("images", "labels", "indices"), optional=())
+        return read_arrays(path, ("images", "labels", "indices"))
 
 
 def load_run(folder: str | os.PathLike[str]) -> Run:

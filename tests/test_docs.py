@@ -59,7 +59,7 @@ PATH = re.compile(rf"(?<![\w/.])((?:{'|'.join(PACKAGES)})/[\w/.*-]+\.(?:py|md|js
 DOTTED = re.compile(rf"(?<![\w/.-])((?:{'|'.join(PACKAGES[:5])})(?:\.(?!py\b|md\b)[a-zA-Z_]\w*)+)")
 
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]+")
-FOREIGN = ("ray start", "pip ", "docker ", "git ")  # commands of others
+FOREIGN = ("ray start", "curl ", "pip ", "docker ", "git ")  # commands of others
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -68,6 +68,13 @@ def test_files_and_names_that_a_page_mentions_are_there(page: Path) -> None:
     paths = [path for span in text for path in PATH.findall(span) if not PLACEHOLDER.search(path)]
     assert [path for path in paths if not (ROOT / path).exists()] == []
     assert [dotted for span in text for dotted in DOTTED.findall(span) if not exists(dotted)] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tests_that_a_page_names_are_there(page: Path) -> None:
+    tests = "\n".join(path.read_text() for path in ROOT.glob("tests/**/*.py"))
+    named = {span for span in spans(page) if re.fullmatch(r"test_\w+", span)}
+    assert {name for name in named if f"def {name}(" not in tests} == set()
 
 
 def flag_names(options: object) -> Iterator[str]:
