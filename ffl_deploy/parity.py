@@ -160,11 +160,15 @@ def compare(
         raise CheckError(
             "the reference logits hold NaN or infinity; train or load a checkpoint that did not diverge."
         )
+
+    # rows that are no numbers are counted, the others compared
     finite = np.isfinite(candidate).all(axis=1)
     if probabilities is not None:
         finite &= np.isfinite(probabilities).all(axis=1)
     non_finite = int((~finite).sum())
     r, c = reference[finite].astype(np.float64), candidate[finite].astype(np.float64)
+
+    # logits: largest difference, direction, distribution, order
     std = float(reference.std(dtype=np.float64)) or 1.0
     max_abs = float(np.abs(r - c).max(initial=0.0))
     cosine = _cosines(r, c)
@@ -172,10 +176,13 @@ def compare(
     kl = (np.exp(log_r) * (log_r - log_c)).sum(axis=1)
     top1_mismatches, top1_ties = _disagreements(r, c, 1, TIE * std)
     top5_mismatches, top5_ties = _disagreements(r, c, 5, TIE * std)
+
+    # probabilities: what the candidate's own logits give
     error = None
     if probabilities is not None:
         expected = np.exp(log_softmax(c / temperature))
         error = float(np.abs(probabilities[finite] - expected).max(initial=0.0))
+
     return ParityMetrics(
         n=len(reference),
         non_finite=non_finite,

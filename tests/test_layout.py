@@ -9,6 +9,7 @@ may import from any floor.
 from __future__ import annotations
 
 import graphlib
+import re
 from collections.abc import Mapping, Set
 from pathlib import Path
 
@@ -53,6 +54,22 @@ def floors_of(rooms: Mapping[str, Set[str]]) -> dict[str, int]:
     for room in graphlib.TopologicalSorter(rooms).static_order():
         floors[room] = 1 + max((floors[other] for other in rooms[room]), default=0)
     return floors
+
+
+def test_every_file_is_on_the_map() -> None:
+    """docs/architecture.md names it in the section of its package; a new file gets a word or two there."""
+    root = Path(__file__).parents[1]
+    house = (
+        (root / "docs" / "architecture.md").read_text().split("## The house")[1].split("Rules, checked")[0]
+    )
+    sections = dict(re.findall(r"^    (\w+)/ (.*?)(?=^    \w|\Z)", house, re.S | re.M))
+    missing = [
+        str(path.relative_to(root))
+        for package in PACKAGES
+        for path in sorted((root / package).rglob("*.py"))
+        if not path.stem.startswith("__") and not re.search(rf"\b{path.stem}\b", sections[package])
+    ]
+    assert missing == []
 
 
 @pytest.mark.parametrize("package", PACKAGES)

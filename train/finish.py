@@ -4,6 +4,7 @@ at the end."""
 from __future__ import annotations
 
 import copy
+import math
 import platform
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,7 @@ def finish(
 ) -> None:
     """Read the test set, once, with the best weights and in full precision; store predictions, accuracies,
     reference logits."""
+    # the images that export compares files on: of the test set, and drawn ones
     rows = np.unique(np.linspace(0, len(data.test) - 1, REFERENCE_IMAGES).round().astype(np.int64))
     images = data.test.read(rows)
     arrays: dict[str, Any] = {"images": images, "labels": data.test.labels[rows], "indices": rows}
@@ -99,6 +101,7 @@ def finish(
     def normalized(pixels: np.ndarray) -> torch.Tensor:
         return batches.normalize(torch.from_numpy(pixels).to(place.device).permute(0, 3, 1, 2)).cpu()
 
+    # the logits of each checkpoint on them
     for name in ("ema", "last", "best"):  # best comes last: the accuracies below are its own
         # The main process alone reads: its folder need not be on the others' disks.
         checkpoint = existing_folder(folder / "checkpoints" / name) if place.world.is_main else None
@@ -110,9 +113,13 @@ def finish(
                     for classifier, values in reference_logits(network, normalized(pixels)).items()
                 }
     place.world.share_weights(network)
+
+    # the whole test set with the best weights
     with place.exact() as exact:
         predicted = predictions(network, batches, "test", len(data.test), exact)
     accuracy = {name: float(np.mean(labels == data.test.labels)) for name, labels in predicted.items()}
+
+    # the summary last: its presence says that the run is finished
     if place.world.is_main:
         with replace_file(folder / PREDICTIONS) as file:
             answers: dict[str, Any] = {"labels": data.test.labels, **predicted}
@@ -121,9 +128,8 @@ def finish(
             np.savez_compressed(file, **arrays)
         summary = {
             "accuracy": {name: round(value, 6) for name, value in accuracy.items()},
-            "images_per_second": round(position.images / position.seconds, 1)
-            if position.seconds
-            else 0.0,  # trained elsewhere
+            # 0 where it was trained elsewhere
+            "images_per_second": round(position.images / (position.seconds or math.inf), 1),
             "seconds": round(position.seconds, 1),
             "classes": list(data.classes),
             "epochs": position.epoch,
@@ -131,4 +137,4 @@ def finish(
             "best_validation_accuracy": position.best_accuracy if position.best_accuracy >= 0 else None,
             "test_images": len(data.test),
         }
-        write_json(folder / SUMMARY, summary)  # last: its presence says that the run is finished
+        write_json(folder / SUMMARY, summary)

@@ -125,7 +125,8 @@ def write_onnx(
             f"{training[0]} is in training mode, so its BatchNorm would use batch statistics; call .eval() "
             "first."
         )
-    # Traced with two images: a batch of one would be taken for a constant.
+
+    # traced with two images: a batch of one would be taken for a constant
     example = torch.zeros(options.batch or 2, height, width, 3, dtype=torch.uint8)
     shapes = None if options.batch else {"images": {0: torch.export.Dim("batch", min=1, max=65536)}}
     try:
@@ -147,6 +148,8 @@ def write_onnx(
             f"PyTorch {torch.__version__} cannot export this target at opset {options.opset}: {reason}"
         ) from error
     assert program is not None
+
+    # the same bytes on every machine
     proto = program.model_proto
     _strip(proto)
     onnx.helper.set_model_props(proto, metadata)

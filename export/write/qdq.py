@@ -49,10 +49,12 @@ def write_form(
     from onnxruntime.quantization import QuantType
     from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
+    # which layers; the logits themselves stay in fp32, since 256 levels would make ties of close classes
     scales = scales or Scales()
-    # The logits themselves stay in fp32: 256 levels would make ties of close classes.
     options: dict[str, Any] = {"OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"]}
     excluded = {*outside_the_network(proto), *activation_products(proto), *float_layers}
+
+    # which scales
     overrides: dict[str, Any] = _weight_overrides(proto, excluded, scales)
     if form == "tensorrt":
         options |= {"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False}
@@ -61,6 +63,8 @@ def write_form(
             name: [{"scale": np.array(scale, np.float32), "zero_point": np.array(zero_point, np.uint8)}]
             for name, (scale, zero_point) in scales.activations.items()
         }
+
+    # the file
     quantizer = QDQQuantizer(
         model=copy.deepcopy(proto),
         per_channel=True,

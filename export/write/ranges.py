@@ -42,6 +42,7 @@ def collect_ranges(
         create_calibrator,
     )
 
+    # a file that gives every tensor, and two histograms of different width
     calibrator = create_calibrator(
         model,
         operators,
@@ -53,12 +54,16 @@ def collect_ranges(
     narrow = HistogramCollector(method="entropy", num_bins=128, num_quantized_bins=128, **common)
     names = [output.name for output in calibrator.infer_session.get_outputs()]
     wanted = set(calibrator.tensors_to_calibrate)
+
+    # as many images at a time as memory allows, or as the file takes
     chunk = batch or chunk_size(
         sum(value.nbytes for value in calibrator.infer_session.run(None, {"images": images[:1]}))
     )
     if batch:
         images = np.resize(images, (-(-len(images) // batch) * batch, *images.shape[1:]))
-    with contextlib.redirect_stdout(io.StringIO()):  # the collectors print as they go
+
+    # one pass over the images fills both; the collectors print as they go
+    with contextlib.redirect_stdout(io.StringIO()):
         for start in range(0, len(images), chunk):
             values = calibrator.infer_session.run(None, {"images": images[start : start + chunk]})
             tensors = {name: value for name, value in zip(names, values, strict=True) if name in wanted}
