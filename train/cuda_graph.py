@@ -17,10 +17,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from ffl_deploy.errors import UsageError
 from train.config import MachineOptions
 from train.data.batches import Batch
-from train.machine import Place
+from train.machine import Place, why_no_graph
 from train.step import Step
 
 WARM = 3  # steps of a shape that run as they are before it is captured
@@ -216,15 +215,8 @@ def fill(own: list[Batch], batches: list[Batch]) -> None:
 
 
 def graphs_wanted(options: MachineOptions, place: Place) -> bool:
-    """-> whether steps are to be captured. Raises UsageError where they cannot be and `on` asks for it."""
-    why = ""
-    if place.device.type != "cuda":
-        why = "needs an NVIDIA GPU"
-    elif place.world.size > 1:
-        why = "is for one process, and several share this run"
-    if why and options.cuda_graph == "on":
-        raise UsageError(f"--cuda-graph on {why}; leave it out.")
-    return not why and options.cuda_graph != "off"
+    """-> whether steps are to be captured."""
+    return options.cuda_graph != "off" and not why_no_graph(place.device, place.world)
 
 
 def graphed(

@@ -142,17 +142,30 @@ def resources_in_one_sentence(options: MachineOptions) -> Iterator[None]:
         raise
 
 
+def require_possible(options: MachineOptions, device: torch.device, world: World) -> None:
+    """Raise UsageError for options that this device cannot follow."""
+    if device.type == "cpu" and options.precision == "fp16":
+        raise UsageError("--precision fp16 needs a GPU; CPUs train in fp32, or in bf16 where that is faster.")
+    why = why_no_graph(device, world)
+    if options.cuda_graph == "on" and why:
+        raise UsageError(f"--cuda-graph on {why}; leave it out.")
+
+
+def why_no_graph(device: torch.device, world: World) -> str:
+    """-> why no step of this process can be captured as a CUDA graph; empty where one can."""
+    if device.type != "cuda":
+        return "needs an NVIDIA GPU"
+    return "is for one process, and several share this run" if world.size > 1 else ""
+
+
 def choose_place(
     wanted: str, device: torch.device, world: World, fastest: Callable[[Place], str] | None = None
 ) -> Place:
     """wanted: a precision or "auto", which every process of `world` resolves alike. fastest: measures the
     precisions of a GPU; without it `auto` is bf16 there, or fp16 where there is none.
-    Raises UsageError for fp16 on a CPU.
 
     bf16 is taken at its word everywhere: a CPU without it emulates it, slowly.
     """
-    if device.type == "cpu" and wanted == "fp16":
-        raise UsageError("--precision fp16 needs a GPU; CPUs train in fp32, or in bf16 where that is faster.")
     if wanted != "auto":
         return Place(device, wanted, world)
     if device.type == "cuda":

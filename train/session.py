@@ -26,11 +26,10 @@ from train.build import (
     synchronize_batchnorm,
 )
 from train.config import TrainConfig
-from train.cuda_graph import graphs_wanted
 from train.distributed import World, process_group, torchrun_world
 from train.finish import describe, finish
 from train.loop import Trainer
-from train.machine import Place, choose_device, choose_place, resources_in_one_sentence
+from train.machine import Place, choose_device, choose_place, require_possible, resources_in_one_sentence
 from train.methods import build_method
 from train.precision import fastest_precision
 from train.quantize_aware import QuantizeAwareTrainer, calibration_images, keep_teacher, load_teacher
@@ -63,6 +62,7 @@ def run_training(config: TrainConfig, stop: StopRequest | None = None) -> int:
         stored = None if config.output.resume is None else load_run(folder).config
         if device.type == "cpu":
             keep_threads(config, stored)
+        require_possible(config.machine, device, world)
 
         # method, data, network, batches: whatever cannot work together is refused here,
         # before a folder exists
@@ -80,7 +80,6 @@ def run_training(config: TrainConfig, stop: StopRequest | None = None) -> int:
             trainer = partial(QuantizeAwareTrainer, calibration=calibration_images(data))
         fastest = partial(fastest_precision, network, method, config)
         place = choose_place(wanted_precision(config, stored), device, world, fastest)
-        graphs_wanted(config.machine, place)
         check_small_size(config, network, place)
         if config.machine.sync_batchnorm:
             network = synchronize_batchnorm(network, place)

@@ -20,7 +20,7 @@ from train.cuda_graph import TIMED, WARM, GraphedStep, graphs_wanted
 from train.data.batches import Batch
 from train.distributed import World
 from train.ema import MovingAverage
-from train.machine import Place
+from train.machine import Place, require_possible
 from train.methods import METHODS, Method, build_method
 from train.optimizer import build_optimizer
 from train.schedule import learning_rate
@@ -165,7 +165,7 @@ def captured_on_cpu(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
 
     monkeypatch.setattr(train.loop, "graphed", graphed)
     monkeypatch.setattr(train.loop, "Step", lambda *parts: Step(*parts[:-1], on_device=True))
-    monkeypatch.setattr("train.session.graphs_wanted", lambda options, place: True)
+    monkeypatch.setattr("train.session.require_possible", lambda *_: None)
     return made
 
 
@@ -192,7 +192,9 @@ def test_a_graph_is_asked_for_where_there_can_be_one() -> None:
     assert not graphs_wanted(MachineOptions(), cpu)
     several = Place(torch.device("cuda", 0), "fp32", World(0, 2, 0))
     assert not graphs_wanted(MachineOptions(), several)
+    on = MachineOptions(cuda_graph="on")
+    require_possible(on, gpu.device, gpu.world)
     with pytest.raises(UsageError, match="--cuda-graph on needs an NVIDIA GPU"):
-        graphs_wanted(MachineOptions(cuda_graph="on"), cpu)
+        require_possible(on, cpu.device, cpu.world)
     with pytest.raises(UsageError, match="--cuda-graph on is for one process"):
-        graphs_wanted(MachineOptions(cuda_graph="on"), several)
+        require_possible(on, several.device, several.world)

@@ -18,7 +18,7 @@ from ffl_deploy.run_directory import CONFIG, load_run
 from train.build import check_small_size
 from train.config import DataOptions, MachineOptions, ModelOptions, TrainConfig
 from train.distributed import World
-from train.machine import Place, bf16_speed_up, choose_place, resources_in_one_sentence
+from train.machine import Place, bf16_speed_up, choose_place, require_possible, resources_in_one_sentence
 
 CPU = torch.device("cpu")
 
@@ -37,7 +37,7 @@ def test_a_precision_that_was_asked_for_is_not_measured(monkeypatch: pytest.Monk
     monkeypatch.setattr(train.machine, "bf16_speed_up", lambda: pytest.fail("measured"))
     assert choose_place("bf16", CPU, World()).precision == "bf16"
     with pytest.raises(UsageError, match="--precision fp16 needs a GPU"):
-        choose_place("fp16", CPU, World())
+        require_possible(MachineOptions(precision="fp16"), CPU, World())
 
 
 def test_bf16_is_not_tried_where_it_would_be_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
