@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -245,3 +246,27 @@ def test_it_runs_to_its_end_on_a_cpu(tmp_path: Path) -> None:
     assert {line["stage"]: line["why"] for line in lines if line["status"] == "failed"} == {}
     assert [line["stage"] for line in lines] == [stage.name for stage in STAGES]
     assert code == 3
+
+
+def test_the_kit_installs_its_wheels_apart_and_hands_on_what_it_holds(tmp_path: Path) -> None:
+    (tmp_path / "kit" / "wheels").mkdir(parents=True)
+    (tmp_path / "kit" / "wheels" / "a.whl").touch()
+    (tmp_path / "kit" / "cifar.npz").touch()
+    script = Path(kit.__file__).with_name("run.sh")
+    (tmp_path / "kit" / "run.sh").write_text(script.read_text())
+    python = tmp_path / "bin" / "python3"
+    python.parent.mkdir()
+    python.write_text('#!/bin/sh\necho "${PYTHONPATH:-none} $*" >> "$CALLS"\n')
+    python.chmod(0o755)
+    environment = {"PATH": f"{python.parent}:{os.environ['PATH']}", "CALLS": str(tmp_path / "calls")}
+    command = ["sh", str(tmp_path / "kit" / "run.sh"), str(tmp_path / "out"), "--minutes", "3"]
+    subprocess.run(command, env=environment, cwd=tmp_path, check=True)
+    install, start = (tmp_path / "calls").read_text().splitlines()
+    site = tmp_path / "out" / "site"
+    assert install.startswith("none -m pip install")
+    assert "--no-index" in install
+    assert install.endswith(f"--target {site} {tmp_path}/kit/wheels/a.whl")
+    assert start == (
+        f"{site}:{tmp_path} -m benchmarks.gpu_acceptance --out {tmp_path}/out "
+        f"--data {tmp_path}/kit/cifar.npz --minutes 3"
+    )
