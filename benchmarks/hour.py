@@ -23,6 +23,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from ffl_deploy import markdown
 from ffl_deploy.arrays import read_arrays
 from ffl_deploy.command import run_command
 from ffl_deploy.errors import UsageError
@@ -63,31 +64,34 @@ def curve(folder: Path, rate: float | None = None) -> dict[str, Any]:
 
 def table(curves: dict[str, dict[str, Any]]) -> str:
     """-> test accuracies with intervals, and the validation accuracy of the fused classifier on the way."""
-    lines = [
-        "| | epochs | minutes | fused % (95 % interval) | ensemble % | branches % |",
-        "|---|---|---|---|---|---|",
-    ]
+    reached_in_test = []
     for name, one in curves.items():
         share = {key: 100 * hits / one["test_images"] for key, hits in one["test"].items()}
         interval = wilson_interval(one["test"]["fused"], one["test_images"])
         branches = " and ".join(f"{value:.2f}" for key, value in share.items() if key.startswith("branch"))
-        lines.append(
-            f"| {name} | {len(one['minutes'])} | {one['minutes'][-1]:.0f} | **{share['fused']:.2f}** "
-            f"({100 * interval.low:.2f} to {100 * interval.high:.2f}) | {share['ensemble']:.2f} | "
-            f"{branches} |"
+        reached_in_test.append(
+            [
+                name,
+                f"{len(one['minutes'])}",
+                f"{one['minutes'][-1]:.0f}",
+                f"**{share['fused']:.2f}** ({markdown.within(interval.low, interval.high)})",
+                f"{share['ensemble']:.2f}",
+                branches,
+            ]
         )
+    test = markdown.table(
+        ["", "epochs", "minutes", "fused % (95 % interval)", "ensemble %", "branches %"], reached_in_test
+    )
+
     marks = range(10, 61, 10)
-    lines += [
-        "",
-        f"| fused, validation %, after | {' | '.join(f'{minute} min' for minute in marks)} |",
-        "|---" * 7 + "|",
-    ]
+    on_the_way = []
     for name, one in curves.items():
-        cells = [reached(one, minute) for minute in marks]
-        lines.append(
-            f"| {name} | {' | '.join('' if cell is None else f'{100 * cell:.1f}' for cell in cells)} |"
-        )
-    return "\n".join(lines)
+        values = [reached(one, minute) for minute in marks]
+        on_the_way.append([name, *("" if value is None else f"{100 * value:.1f}" for value in values)])
+    validation = markdown.table(
+        ["fused, validation %, after", *(f"{minute} min" for minute in marks)], on_the_way
+    )
+    return f"{test}\n\n{validation}"
 
 
 def reached(one: dict[str, Any], minute: float) -> float | None:

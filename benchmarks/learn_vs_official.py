@@ -29,6 +29,7 @@ import torch
 
 from benchmarks.flags import two_sides_parser
 from benchmarks.official import OurTraining, cifar_images, official_training, our_training
+from ffl_deploy import markdown
 from ffl_deploy.command import run_command
 from ffl_deploy.data.datasets import ImageData
 from ffl_deploy.errors import UsageError
@@ -181,33 +182,23 @@ class Stored:
 def arithmetic_table(losses: dict[str, list[float]]) -> str:
     official = np.array(losses["official"])
     shown = sorted({0, 1, 2, 4, 9, len(official) - 1} & set(range(len(official))))
-    lines = [
-        f"| step | {' | '.join(str(step + 1) for step in shown)} | largest difference |",
-        "|---|" + "---|" * (len(shown) + 1),
-    ]
+    rows = []
     for name, values in losses.items():
         difference = np.abs(np.array(values) / official - 1).max()
-        cells = [f"{values[step]:.5f}" for step in shown] + [
-            "" if name == "official" else f"{difference:.1e}"
-        ]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        compared = "" if name == "official" else f"{difference:.1e}"
+        rows.append([name, *(f"{values[step]:.5f}" for step in shown), compared])
+    return markdown.table(["step", *(str(step + 1) for step in shown), "largest difference"], rows)
 
 
 def learning_table(runs: dict[str, list[dict[str, Any]]]) -> str:
     """-> a row per run and epoch: training loss, and test accuracy of every classifier."""
-    lines = [
-        f"| epoch | side | seed | loss | {' | '.join(f'{name} %' for name in CLASSIFIERS)} |",
-        "|" + "---|" * 8,
-    ]
+    rows = []
     for epoch in range(len(runs["official"][0]["loss"])):
         for side, results in runs.items():
             for seed, result in enumerate(results):
                 cells = [f"{100 * result['test'][epoch][name]:.2f}" for name in CLASSIFIERS]
-                lines.append(
-                    f"| {epoch + 1} | {side} | {seed} | {result['loss'][epoch]:.3f} | {' | '.join(cells)} |"
-                )
-    return "\n".join(lines)
+                rows.append([f"{epoch + 1}", side, f"{seed}", f"{result['loss'][epoch]:.3f}", *cells])
+    return markdown.table(["epoch", "side", "seed", "loss", *(f"{name} %" for name in CLASSIFIERS)], rows)
 
 
 def main(argv: list[str]) -> int:

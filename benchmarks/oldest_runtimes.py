@@ -24,6 +24,7 @@ import numpy as np
 
 from export.cli import main as export_main
 from export.write.onnx_graph import OPSETS
+from ffl_deploy import markdown
 from ffl_deploy.bundle import load_bundle
 from ffl_deploy.parity import PARITY_GATES, compare, judge
 
@@ -137,7 +138,7 @@ def table(results: dict[str, dict[str, dict[str, str]]]) -> str:
     """results: package -> version -> "opset form" -> outcome; -> Markdown,
     the oldest version for each opset and form."""
     packages = list(results)
-    lines = ["| opset | form | " + " | ".join(packages) + " |", "|---" * (2 + len(packages)) + "|"]
+    rows = []
     keys = dict.fromkeys(
         key for versions in results.values() for outcomes in versions.values() for key in outcomes
     )
@@ -150,8 +151,8 @@ def table(results: dict[str, dict[str, dict[str, str]]]) -> str:
                 if outcomes.get(key) in ("right", "read")
             ]
             cells.append(good[0] if good else "none")
-        lines.append("| " + " | ".join([*key.split(), *cells]) + " |")
-    return "\n".join(lines)
+        rows.append([*key.split(), *cells])
+    return markdown.table(["opset", "form", *packages], rows)
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,11 +39,14 @@ from PIL import Image
 from ffl_deploy.bundle import Bundle, load_bundle, write_bundle
 from ffl_deploy.bundle_files import GoldenSamples
 from ffl_deploy.host import available_cores
+from ffl_deploy.images import load
 from ffl_deploy.manifest import InputTensor, OutputTensor, Precision, Source, Variant
 from ffl_deploy.preprocessing import Preprocessing
 from serve.inputs.items import file_item
 from serve.pipeline import prepare_item
 
+OPERATORS = ("Conv", "Gemm", "MatMul", "Add", "Relu", "MaxPool", "GlobalAveragePool", "ReduceMean")
+GOLDEN = 8  # photos that a session answers as PyTorch does before it is used
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -109,16 +112,53 @@ def write_photos(folder: Path, count: int) -> None:
 
 
 def build_bundle(folder: Path, name: str, size: int, weights: Path, photos: list[Path]) -> Bundle:
-    """A timm model as a bundle with the variants fp32 and int8 (U8S8,
-    what ONNX Runtime's CPU is fast with)."""
+    """-> a timm model as a bundle with the variants fp32 and int8; its weights go to `weights`, for timm."""
     import timm
     import torch
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
-    from onnxruntime.quantization.shape_inference import quant_pre_process
     from safetensors.torch import save_file
 
+    torch.manual_seed(0)
+    network = timm.create_model(name).eval()
+    save_file(network.state_dict(), weights)
+    folder.mkdir()
+    preprocessing = Preprocessing(size, size, resize="crop", crop_fraction=0.95, filter="bicubic")
+    golden = np.stack([load(photo, preprocessing) for photo in photos[:GOLDEN]])
+    logits = write_fp32(network, folder / "model.onnx", golden)
+    write_int8(folder / "model.onnx", folder / "model.int8.onnx", photos, preprocessing)
+    write_bundle(
+        folder,
+        target="benchmark",
+        classes=[str(i) for i in range(1000)],
+        input=InputTensor(preprocessing),
+        outputs=[OutputTensor("logits", ["batch", 1000]), OutputTensor("probabilities", ["batch", 1000])],
+        source=Source(
+            run="benchmark",
+            checkpoint="last",
+            checkpoint_sha256="0" * 64,
+            epoch=0,
+            method="none",
+            branches=[name],
+            data="none",
+            parameters=sum(p.numel() for p in network.parameters()),
+        ),
+        variants=[
+            Variant.of_file(folder, folder / file, variant, "onnxruntime", Precision(variant, variant))
+            for variant, file in (("fp32", "model.onnx"), ("int8", "model.int8.onnx"))
+        ],
+        golden=GoldenSamples(golden, np.full(len(golden), -1), logits),
+        origin="the photos",
+        toolchain={"torch": str(torch.__version__)},
+        card=lambda manifest: f"# {manifest.source.branches[0]} for measuring\n",
+    )
+    return load_bundle(folder)
+
+
+def write_fp32(network: Any, path: Path, images: np.ndarray) -> np.ndarray:
+    """Write the network behind its normalisation; -> its logits on `images`, uint8 [n, height, width, 3]."""
+    import torch
+
     class Deployed(torch.nn.Module):
-        def __init__(self, network: torch.nn.Module) -> None:
+        def __init__(self) -> None:
             super().__init__()
             self.network = network
             self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1) * 255)
@@ -128,15 +168,11 @@ def build_bundle(folder: Path, name: str, size: int, weights: Path, photos: list
             logits = self.network((images.permute(0, 3, 1, 2).float() - self.mean) / self.std)
             return logits, logits.softmax(1)
 
-    torch.manual_seed(0)
-    network = timm.create_model(name).eval()
-    save_file(network.state_dict(), weights)
-    folder.mkdir()
-    example = torch.zeros(2, size, size, 3, dtype=torch.uint8)
+    deployed, example = Deployed().eval(), torch.from_numpy(images)
     torch.onnx.export(
-        Deployed(network).eval(),
+        deployed,
         (example,),
-        folder / "model.onnx",
+        path,
         dynamo=True,
         external_data=False,
         input_names=["images"],
@@ -144,75 +180,39 @@ def build_bundle(folder: Path, name: str, size: int, weights: Path, photos: list
         dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
         verbose=False,
     )
-    preprocessing = Preprocessing(size, size, resize="crop", crop_fraction=0.95, filter="bicubic")
+    with torch.inference_mode():
+        return deployed(example)[0].numpy()
+
+
+def write_int8(source: Path, path: Path, photos: list[Path], preprocessing: Preprocessing) -> None:
+    """Quantise `source` on 64 photos (U8S8, what ONNX Runtime's CPU is fast with)."""
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
 
     class Photos(CalibrationDataReader):
         def __init__(self) -> None:
-            self.items: Iterator[dict[str, np.ndarray]] = iter(
-                {
-                    "images": np.stack(
-                        [
-                            p
-                            for p in [prepare_item(file_item(str(path)), preprocessing).pixels]
-                            if p is not None
-                        ]
-                    )
-                }
-                for path in photos[:64]
-            )
+            self.rest = iter(photos[:64])
 
-        def get_next(self) -> dict[str, np.ndarray]:
-            return next(self.items, None)  # type: ignore[return-value]  # None ends the calibration
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            for photo in self.rest:
+                pixels = prepare_item(file_item(str(photo)), preprocessing).pixels
+                if pixels is not None:
+                    return {"images": pixels[None]}
+            return None
 
-    quant_pre_process(folder / "model.onnx", folder / "prepared.onnx", skip_symbolic_shape=True)
+    prepared = path.with_name("prepared.onnx")
+    quant_pre_process(source, prepared, skip_symbolic_shape=True)
     quantize_static(
-        folder / "prepared.onnx",
-        folder / "model.int8.onnx",
+        prepared,
+        path,
         Photos(),
         quant_format=QuantFormat.QDQ,
-        op_types_to_quantize=[
-            "Conv",
-            "Gemm",
-            "MatMul",
-            "Add",
-            "Relu",
-            "MaxPool",
-            "GlobalAveragePool",
-            "ReduceMean",
-        ],
+        op_types_to_quantize=list(OPERATORS),
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
         per_channel=True,
     )
-    (folder / "prepared.onnx").unlink()
-    noise = np.random.default_rng(0).integers(0, 256, (2, size, size, 3), dtype=np.uint8)
-    golden = GoldenSamples(noise, np.array([-1, -1]), np.zeros((2, 1000), np.float32))
-    write_bundle(
-        folder,
-        target="benchmark",
-        classes=[str(i) for i in range(1000)],
-        input=InputTensor(preprocessing),
-        outputs=[OutputTensor("logits", ["batch", 1000]), OutputTensor("probabilities", ["batch", 1000])],
-        source=Source(
-            "benchmark",
-            "last",
-            "0" * 64,
-            0,
-            "none",
-            [name],
-            "none",
-            sum(p.numel() for p in network.parameters()),
-        ),
-        variants=[
-            Variant.of_file(folder, folder / file, variant, "onnxruntime", Precision(variant, variant))
-            for variant, file in (("fp32", "model.onnx"), ("int8", "model.int8.onnx"))
-        ],
-        golden=golden,
-        origin="noise",
-        toolchain={"torch": str(torch.__version__)},
-        card=lambda manifest: f"# {manifest.source.branches[0]} for measuring\n",
-    )
-    return load_bundle(folder)
+    prepared.unlink()
 
 
 @dataclass(frozen=True)
@@ -286,80 +286,56 @@ def infer_rate(bundle: Bundle, variant: str, settings: dict[str, int], batches: 
         return Rate.of(calls * len(batch), lambda: list(pool.map(session.run, [batch] * calls)))
 
 
+def timed(command: Sequence[object]) -> tuple[subprocess.CompletedProcess[str], float, float]:
+    """-> what the command said, and its wall and processor seconds."""
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    seconds, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(map(str, command))}\n{done.stderr}")
+    return done, seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
 def predict(bundle: Bundle, folder: Path, variant: str) -> dict[str, Any]:
     """-> the closing summary of one ffl-predict, with the wall and processor seconds of the whole command."""
-    out = folder / f"{variant}.parquet"
-    command = [
-        sys.executable,
-        "-m",
-        "serve.predict",
-        str(bundle.folder),
-        str(folder / "photos"),
-        "--out",
-        str(out),
-    ]
-    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    run = subprocess.run(
-        [*command, "--variant", variant, "--json"], capture_output=True, text=True, check=True
-    )
-    seconds, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
-    processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return json.loads(run.stdout) | {"wall_seconds": seconds, "processor_seconds": processor}
+    command = [sys.executable, "-m", "serve.predict", bundle.folder, folder / "photos", "--json"]
+    done, seconds, processor = timed([*command, "--variant", variant, "--out", folder / f"{variant}.parquet"])
+    return json.loads(done.stdout) | {"wall_seconds": seconds, "processor_seconds": processor}
+
+
+def timm_rate(
+    arguments: argparse.Namespace, folder: Path, weights: Path, workers: int, batch: int
+) -> tuple[float, float, float]:
+    """-> (images/s of its loop, wall and processor seconds of the whole command)."""
+    command = [sys.executable, arguments.timm, folder / "photos"]
+    command += ["--model", arguments.model, "--checkpoint", weights, "--img-size", arguments.size]
+    command += ["--device", "cpu", "-j", workers, "-b", batch, "--results-file", folder / "timm.csv"]
+    command += ["--crop-pct", "0.95", "--interpolation", "bicubic", "--topk", "5"]
+    command += ["--label-type", "name", "--exclude-output"]
+    done, seconds, processor = timed([*command, "--no-console-results", "--log-freq", "1"])
+    averages = re.findall(r"Time [\d.]+ \(([\d.]+)\)", done.stdout + done.stderr)
+    batches = -(-arguments.images // batch)
+    assert len(averages) == batches, done.stderr
+    return arguments.images / (float(averages[-1]) * batches), seconds, processor
 
 
 def against_timm(
     bundle: Bundle, folder: Path, arguments: argparse.Namespace, weights: Path
 ) -> dict[str, Any]:
-    """-> images/s of timm's script (its best configuration) and of ffl-predict, in turn,
-    and the ratios' medians."""
-
-    def timm_rate(workers: int, batch: int) -> tuple[float, float, float]:
-        """-> (images/s of its loop, wall and processor seconds of the whole command)."""
-        command = [
-            sys.executable,
-            str(arguments.timm),
-            str(folder / "photos"),
-            "--model",
-            arguments.model,
-            "--checkpoint",
-            str(weights),
-        ]
-        command += [
-            "--device",
-            "cpu",
-            "-j",
-            str(workers),
-            "-b",
-            str(batch),
-            "--img-size",
-            str(arguments.size),
-            "--topk",
-            "5",
-        ]
-        command += [
-            "--crop-pct",
-            "0.95",
-            "--interpolation",
-            "bicubic",
-            "--label-type",
-            "name",
-            "--exclude-output",
-        ]
-        command += ["--results-file", str(folder / "timm.csv"), "--no-console-results", "--log-freq", "1"]
-        before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-        run = subprocess.run(command, capture_output=True, text=True, check=True)
-        seconds, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
-        averages = re.findall(r"Time [\d.]+ \(([\d.]+)\)", run.stdout + run.stderr)
-        batches = -(-arguments.images // batch)
-        assert len(averages) == batches, run.stderr
-        processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-        return arguments.images / (float(averages[-1]) * batches), seconds, processor
-
-    tried = {(workers, batch): timm_rate(workers, batch)[0] for workers in (1, 2) for batch in (16, 64)}
+    """-> images/s of timm's script (its best configuration) and of ffl-predict, in turn, and the ratios'
+    medians."""
+    # timm's best configuration here
+    tried = {
+        (workers, batch): timm_rate(arguments, folder, weights, workers, batch)[0]
+        for workers in (1, 2)
+        for batch in (16, 64)
+    }
     best = max(tried, key=lambda key: tried[key])
+
+    # in turn
     rounds = []
     for _ in range(arguments.rounds):
-        rate, seconds, processor = timm_rate(*best)
+        rate, seconds, processor = timm_rate(arguments, folder, weights, *best)
         row: dict[str, Any] = {"timm": {"images_per_second": rate, "wall": seconds, "processor": processor}}
         for variant in ("fp32", "int8"):
             summary = predict(bundle, folder, variant)

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.flags import two_sides_parser
+from ffl_deploy import markdown
 from ffl_deploy.command import run_command
 from ffl_deploy.host import available_cores
 from ffl_deploy.runtime.latency import machine_name
@@ -208,19 +209,25 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    lines = [
-        "| | precision | ms a step | quartiles | images/s | waiting for data | peak memory |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     for name in SIDES:
         seconds = np.array([block["seconds"] for block in result["blocks"][name]])
         loading = np.array([block["loading"] for block in result["blocks"][name]])
         low, middle, high = np.percentile(seconds, [25, 50, 75]) * 1e3
-        lines.append(
-            f"| {name} | {result['precision'][name]} | {middle:.0f} | {low:.0f}-{high:.0f} | "
-            f"{128e3 / middle:.0f} | {np.median(loading / seconds):.1%} | {result['peak_mib'][name]} MiB |"
+        rows.append(
+            [
+                name,
+                result["precision"][name],
+                f"{middle:.0f}",
+                f"{low:.0f}-{high:.0f}",
+                f"{128e3 / middle:.0f}",
+                f"{np.median(loading / seconds):.1%}",
+                f"{result['peak_mib'][name]} MiB",
+            ]
         )
-    return "\n".join(lines)
+    return markdown.table(
+        ["", "precision", "ms a step", "quartiles", "images/s", "waiting for data", "peak memory"], rows
+    )
 
 
 def main(argv: list[str]) -> int:
