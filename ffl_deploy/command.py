@@ -32,7 +32,20 @@ def positive(text: str) -> int:
     return value
 
 
-NUMBERS: dict[Any, str] = {int: "a whole number", positive: "a whole number", float: "a number"}
+def gpu_number(text: str) -> int:
+    """-> the number of a GPU in a flag's value, at least 0; as a `type` of argparse."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"counts GPUs from 0, so it cannot be {value}")
+    return value
+
+
+NUMBERS: dict[Any, str] = {
+    int: "a whole number",
+    positive: "a whole number",
+    gpu_number: "a whole number",
+    float: "a number",
+}
 """A flag's type -> what to call its values."""
 
 

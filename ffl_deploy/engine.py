@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from ffl_deploy.bundle import Bundle, load_bundle
-from ffl_deploy.command import Parser, run_command
+from ffl_deploy.command import Parser, gpu_number, run_command
 from ffl_deploy.errors import DONE, UsageError
 from ffl_deploy.files import shown
 from ffl_deploy.selfcheck import golden_record, reason, refusal
@@ -113,7 +113,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--device",
         metavar="N",
-        type=int,
+        type=gpu_number,
         help="the GPU to build on, as nvidia-smi counts (default: the first)",
     )
     parser.add_argument(

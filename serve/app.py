@@ -25,7 +25,7 @@ def create_app(settings: Settings, stop: Callable[[], None] = lambda: None) -> F
 
     Args: stop: called when loading failed; `app.state.service.failure` then says why.
     """
-    service = Service(settings)
+    service = Service(settings, stop)
     slot = DemoSlot(service)
 
     @contextlib.asynccontextmanager

@@ -15,6 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ffl_deploy.bundle import load_bundle
+from ffl_deploy.bundle_files import AUTO
+from ffl_deploy.runtime import runtime_named
 from serve.server.limits import ANY_HOST
 from serve.server.offline import SILENCE
 from serve.server.settings import Limits, ModelSpec, Settings
@@ -39,6 +42,10 @@ class Arguments(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     replicas: int | None = None  # a fixed number; else between min_replicas and max_replicas
     min_replicas: int = 2  # with one, a rolling update stops it before its successor is ready
     max_replicas: int = 4
+    runtime: str | None = None  # default: the one that the variant was verified with
+    gpus: float | None = (
+        None  # of one replica, such as 0.5; default: 1 where the runtime computes on a GPU, else 0
+    )
     threads: int = 1  # cores of one replica
     ongoing: int = 64  # requests that one replica works on
     queued: int = 256  # requests that wait for a replica; more get 503
@@ -55,7 +62,9 @@ class Captured:
 class Bundles:
     """One replica: a process with its own sessions, batchers and metrics."""
 
-    async def __init__(self, bundles: Sequence[str], variant: str | None, threads: int) -> None:  # type: ignore[misc]  # Ray awaits it
+    async def __init__(  # type: ignore[misc]  # Ray awaits it
+        self, bundles: Sequence[str], variant: str | None, runtime: str | None, threads: int
+    ) -> None:
         models = tuple(ModelSpec.parse(text, variant) for text in bundles)
         # The cluster's proxy is the only one who connects; it bounds the queue and sets the Host.
         settings = Settings(
@@ -63,6 +72,7 @@ class Bundles:
             host="0.0.0.0",
             allowed_hosts=(ANY_HOST,),
             demo=False,
+            runtime=runtime,
             workers=1,
             threads=threads,
             limits=Limits(),
@@ -113,9 +123,26 @@ def app(arguments: dict[str, str]) -> ray_serve.Application:
         **scaling,
         max_ongoing_requests=given.ongoing,
         max_queued_requests=given.queued,
-        ray_actor_options={"num_cpus": given.threads},
+        ray_actor_options={"num_cpus": given.threads, "num_gpus": gpus_of_replica(given, folders)},
     )
-    return deployment.bind(folders, given.variant, given.threads)
+    return deployment.bind(folders, given.variant, given.runtime, given.threads)
+
+
+def gpus_of_replica(given: Arguments, bundles: Sequence[str]) -> float:
+    """-> what Ray is asked for, so that a replica is started where there is a GPU, and sees no other.
+
+    Raises UsageError for an unknown runtime or variant.
+    """
+    if given.gpus is not None:
+        return given.gpus
+    specs = [ModelSpec.parse(text, given.variant) for text in bundles]
+    variants = [spec for spec in specs if spec.variant != AUTO]
+    runtimes = (
+        [given.runtime]
+        if given.runtime
+        else [load_bundle(spec.folder).variant(spec.variant).runtime for spec in variants]
+    )
+    return float(any(runtime_named(name).gpu for name in runtimes))
 
 
 def _absolute(text: str) -> str:

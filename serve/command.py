@@ -6,9 +6,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ffl_deploy.command import Parser, positive, run_command
+from ffl_deploy.command import Parser, gpu_number, positive, run_command
 from ffl_deploy.errors import DONE, UsageError
 from ffl_deploy.runtime import RUNTIMES
+from ffl_deploy.runtime.gpu import use_gpu
 from serve.server.settings import Limits, ModelSpec, Settings
 
 
@@ -75,9 +76,14 @@ def build_parser(demo_alone: bool = False) -> Parser:
     computing.add_argument(
         "--workers",
         type=positive,
-        default=2,
         metavar="N",
-        help="runs of one model at a time; 1 answers a lone request soonest (default: 2)",
+        help="runs of one model at a time; 1 answers a lone request soonest (default: 2; on a GPU 1)",
+    )
+    computing.add_argument(
+        "--gpu",
+        type=gpu_number,
+        metavar="N",
+        help="the GPU to compute on, as nvidia-smi counts, with a --runtime on one (default: 0)",
     )
     computing.add_argument(
         "--max-batch",
@@ -151,6 +157,7 @@ def parse_arguments(argv: Sequence[str], demo_alone: bool = False) -> Settings:
         threads=given.threads,
         max_batch=given.max_batch,
         workers=given.workers,
+        gpu=given.gpu,
         token=_read_token(given.token_file) if given.token_file else None,
         allowed_hosts=tuple(name.lower() for name in given.allow_host),
         drain_seconds=given.drain,
@@ -181,6 +188,8 @@ def _read_token(path: Path) -> str:
 
 def run(settings: Settings) -> int:
     """Serve until SIGTERM or SIGINT; -> exit code. Raises UsageError, CheckError."""
+    if settings.gpu is not None:
+        use_gpu(settings.gpu)
     from serve.app import create_app  # FastAPI and uvicorn take a second, which --help does without
     from serve.lifecycle import serve
 

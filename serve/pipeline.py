@@ -17,6 +17,7 @@ from typing import NamedTuple, TypeVar
 import msgspec
 import numpy as np
 
+from ffl_deploy.errors import DeviceLost
 from ffl_deploy.images import ImageError, decode, prepare
 from ffl_deploy.preprocessing import Pixels, Preprocessing
 from ffl_deploy.runtime import Outputs, Session
@@ -99,6 +100,8 @@ class Classifier:
     def _classified(self, good: Sequence[Prepared]) -> list[Row]:
         try:
             outputs = self.session.run(np.stack([item.pixels for item in good if item.pixels is not None]))
+        except DeviceLost:  # no image's fault, and no later batch can do better
+            raise
         except Exception as error:  # every runtime has its own classes; none of them may cost the other rows
             if len(good) > 1:  # out of memory, mostly: smaller batches may do
                 half = len(good) // 2

@@ -4,7 +4,7 @@ Runtimes are imported when a session is opened, so a machine needs only the one 
 """
 
 from ffl_deploy.runtime.onnx_runtime import OnnxRuntimeSession, import_onnxruntime
-from ffl_deploy.runtime.registry import RUNTIMES, open_session, runtime_named
+from ffl_deploy.runtime.registry import RUNTIMES, open_session, require_gpu_runtime, runtime_named
 from ffl_deploy.runtime.session import Outputs, Session
 
 __all__ = [
@@ -14,5 +14,6 @@ __all__ = [
     "Session",
     "import_onnxruntime",
     "open_session",
+    "require_gpu_runtime",
     "runtime_named",
 ]

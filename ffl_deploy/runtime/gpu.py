@@ -204,6 +204,18 @@ def checked(cuda: Any, answer: tuple[Any, ...]) -> Any:
     return values[0] if values else None
 
 
+def identity() -> dict[str, str]:
+    """-> {"gpu": what decides the answers of this machine's}, {} where cuda-bindings is not there to ask.
+
+    Raises UsageError where there is no GPU that can be used.
+    """
+    try:
+        import cuda.bindings.runtime  # noqa: F401
+    except ImportError:
+        return {}
+    return {"gpu": str(this_gpu())}
+
+
 @cache
 def described() -> str:
     """-> the GPU's name and capability for people, "GPU" where cuda-bindings is not there to ask."""

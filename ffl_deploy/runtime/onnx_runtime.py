@@ -110,7 +110,7 @@ class OnnxRuntimeSession(Session):
         return dict(zip(self._outputs, values, strict=True))
 
     def warm_up_sizes(self, largest: int) -> list[int]:
-        return padded_sizes(largest) if self._on_gpu else super().warm_up_sizes(largest)
+        return padded_sizes(largest) if self._on_gpu else []
 
     def close(self) -> None:
         if self._on_gpu:

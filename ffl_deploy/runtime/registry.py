@@ -160,6 +160,13 @@ def open_session(
     return FixedBatchSession(session, fixed) if fixed else session
 
 
+def require_gpu_runtime(name: str) -> None:
+    """Raise UsageError where `name` computes on the processor, and a GPU was asked for."""
+    if not runtime_named(name).gpu:
+        on_gpu = " or ".join(f"--runtime {runtime.name}" for runtime in RUNTIMES.values() if runtime.gpu)
+        raise UsageError(f"--gpu names a GPU, and {name} computes on the processor; add {on_gpu}.")
+
+
 def runtime_named(name: str) -> Runtime:
     """-> its row of RUNTIMES. Raises UsageError where there is none."""
     if name in RETIRED:

@@ -158,6 +158,9 @@ class TensorRtSession(Session):
             )
         return lane.results()
 
+    def warm_up_sizes(self, largest: int) -> list[int]:
+        return sorted({min(most, largest) for least, _, most in self._profiles if least <= largest})
+
     def close(self) -> None:
         """Give the device memory back; the session cannot be used afterwards."""
         self._finalizer()

@@ -7,11 +7,12 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
-from ffl_deploy.command import Parser, positive, run_command
-from ffl_deploy.errors import DONE, SOME_INPUTS_FAILED, Interrupted, UsageError
+from ffl_deploy.command import Parser, gpu_number, positive, run_command
+from ffl_deploy.errors import DONE, SOME_INPUTS_FAILED, CheckError, Interrupted, UsageError
 from serve.inputs.standard_input import STANDARD_INPUT, spool_standard_input
-from serve.predict.supervise import Recovery, supervise
+from serve.predict.supervise import Recovery, WorkerDied, supervise
 
 DESCRIPTION = """\
 Classify images with an exported bundle: exactly one row per input, in input order.
@@ -65,6 +66,12 @@ def build_parser() -> Parser:
         default="local",
         help="ray: Ray Data, on this machine or a cluster",
     )
+    parser.add_argument(
+        "--gpu",
+        metavar="N",
+        type=gpu_or_all,
+        help="with a --runtime on one: which, as nvidia-smi counts, or all, a process for each (default: 0)",
+    )
     reading = parser.add_argument_group("reading")
     reading.add_argument(
         "--column", metavar="NAME", help="of tables: paths or image bytes (default: path, image, ...)"
@@ -94,10 +101,23 @@ def build_parser() -> Parser:
     return parser
 
 
+def gpu_or_all(text: str) -> int | Literal["all"]:
+    """-> the value of --gpu; as a `type` of argparse."""
+    if text == "all":
+        return "all"
+    try:
+        return gpu_number(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither the number of a GPU nor all") from None
+
+
 def main(argv: Sequence[str]) -> int:
     """Run in this process: for tests and for programs that call the command."""
     arguments = build_parser().parse_args(argv)
-    return delivered(arguments, lambda out: run(arguments, out, Recovery()))
+    try:
+        return delivered(arguments, lambda out: run(arguments, out, Recovery()))
+    except WorkerDied as died:  # nobody supervises
+        raise CheckError(str(died)) from None
 
 
 def supervised_main(argv: Sequence[str]) -> int:
@@ -131,6 +151,11 @@ def run(arguments: argparse.Namespace, out: Path, recovery: Recovery) -> int:
     from serve.predict.job import Job
     from serve.predict.runner import run_job
 
+    if isinstance(arguments.gpu, int):
+        from ffl_deploy.runtime.gpu import use_gpu
+
+        use_gpu(arguments.gpu)  # before anything asks CUDA
+
     job = Job(
         bundle=arguments.bundle,
         inputs=list(arguments.inputs),
@@ -148,6 +173,7 @@ def run(arguments: argparse.Namespace, out: Path, recovery: Recovery) -> int:
         shard_size=arguments.shard_size,
         resume=arguments.resume,
         engine=arguments.engine,
+        gpu=arguments.gpu,
         recovery=recovery,
         quiet=arguments.quiet,
         display="quiet" if arguments.quiet or not arguments.out else "json" if arguments.json else "screen",

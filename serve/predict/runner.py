@@ -21,9 +21,11 @@ import msgspec
 
 from ffl_deploy.bundle import Bundle, load_bundle
 from ffl_deploy.bundle_files import AUTO
-from ffl_deploy.errors import CheckError, Interrupted, UsageError
+from ffl_deploy.errors import CheckError, DeviceLost, Interrupted, UsageError
 from ffl_deploy.files import sha256_of
 from ffl_deploy.manifest import FileRecord
+from ffl_deploy.runtime import require_gpu_runtime, runtime_named
+from ffl_deploy.runtime.gpu import identity as gpu_identity
 from serve.inputs.items import Item, displayed
 from serve.inputs.sources import Reading, check_inputs, count_inputs, is_pattern, matches, read_inputs
 from serve.pipeline import WorkSettings
@@ -71,6 +73,7 @@ def run_job(job: Job) -> int:
     if job.variant == AUTO:
         job, choice = with_fastest(job, bundle)
     request = make_request(job, bundle)
+    check_gpu(job, request.runtime)
     if finished:
         return _already_finished(job, request, reading)
 
@@ -92,6 +95,7 @@ def run_job(job: Job) -> int:
     with (
         stop_signals(job.out),
         full_disks(job.out),
+        kept_on_a_lost_gpu(job.out),
         open_shards(job.out, request, settings, resume) as shards,
     ):
         check_overrides(job, shards)
@@ -167,12 +171,28 @@ def check_output(job: Job) -> None:
             raise UsageError(f"--out {job.out} would replace an input ({argument}); choose another file.")
 
 
+def check_gpu(job: Job, runtime: str) -> None:
+    """Raise UsageError where --gpu names one that nothing would compute on."""
+    if job.gpu is None:
+        return
+    require_gpu_runtime(runtime)
+    if job.engine == "ray":
+        raise UsageError(
+            "--gpu is about this machine, and Ray gives each worker a GPU of its own; leave --gpu away, or "
+            "--engine ray."
+        )
+
+
 def engine_of(job: Job) -> Callable[[PredictRun, Iterator[Item]], None]:
     """-> what makes the shards; Ray is imported only where it is asked for."""
     if job.engine == "ray":
         from serve.predict import ray_engine
 
         return ray_engine.predict_shards
+    if job.gpu == "all":
+        from serve.predict import gpus
+
+        return gpus.predict_shards
     return local.predict_shards
 
 
@@ -214,12 +234,16 @@ def make_request(job: Job, bundle: Bundle) -> PredictRequest:
         columns=job.columns,
         inputs=[displayed(argument) for argument in job.inputs],
         options={"column": job.column, "label_column": job.label_column, "follow_links": job.follow_links},
-        toolchain={
-            name: found
-            for name in ("onnxruntime", "openvino", "pillow", "pyarrow")
-            if (found := _version(name))
-        },
+        toolchain=_toolchain(job, job.runtime or variant.runtime),
     )
+
+
+def _toolchain(job: Job, runtime: str) -> dict[str, str]:
+    """-> the versions of what decides the last bits; and the GPU, where this machine's computes."""
+    row = runtime_named(runtime)
+    names = dict.fromkeys(("onnxruntime", "openvino", *row.packages, "pillow", "pyarrow"))
+    versions = {name: found for name in names if (found := _version(name))}
+    return versions | (gpu_identity() if row.gpu and job.engine == "local" else {})
 
 
 def _version(package: str) -> str | None:
@@ -295,6 +319,19 @@ def full_disks(out: Path) -> Iterator[None]:
         raise CheckError(
             f"the disk is full ({error.filename or out}); free some space and run the same command with "
             "--resume, the finished part is kept."
+        ) from error
+
+
+@contextmanager
+def kept_on_a_lost_gpu(out: Path) -> Iterator[None]:
+    """Say of a GPU that failed for good that nothing finished is lost. Raises CheckError."""
+    try:
+        yield
+    except DeviceLost as error:
+        raise CheckError(
+            f"{str(error).removesuffix('; start the command again.')}; the finished part is in "
+            f"{shards_folder(out)}: "
+            "the same command with --resume goes on."
         ) from error
 
 

@@ -66,7 +66,7 @@ class Recovery:
         from the careful shard on."""
         if number in self.quarantined:
             message = "the worker process died on this image; look at it in isolation"
-            return item._replace(read=partial(refuse, "crashed", message), bound=False)
+            return item._replace(read=partial(refuse, "crashed", message), bound=False, file=None)
         if self.careful is None or shard < self.careful:
             return item
         item = item.loaded() if item.bound else item
@@ -82,6 +82,16 @@ class Recovery:
             finally:
                 self.marker.trying(None)
             return data
+
+
+class WorkerDied(Exception):
+    """Raised in the child where a process of its own was killed: the child then dies likewise, and what it
+    was at is tried again as if the child itself had worked on it."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"a worker died ({name}); the finished part is kept: the same command with --resume goes on."
+        )
 
 
 class CarefulShardDone(Exception):
@@ -144,6 +154,8 @@ def _in_child(run: Callable[[], int]) -> int:
             code = run()
         except CarefulShardDone:
             code = AGAIN
+        except WorkerDied:
+            os.kill(os.getpid(), signal.SIGKILL)
         except KeyboardInterrupt:  # before `run` could make a sentence of it
             code = INTERRUPTED
         # a fault of ours, or FFL_DEBUG: nobody above prints it, since this process ends here

@@ -4,6 +4,7 @@ so tests may run several servers."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from prometheus_client import (
     CollectorRegistry,
@@ -15,6 +16,8 @@ from prometheus_client import (
     generate_latest,
 )
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+from ffl_deploy.runtime.gpu import Memory
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -53,6 +56,7 @@ class Metrics:
             registry=registry,
         )
         self.model_info = Info("ffl_model", "What is served.", ["model"], registry=registry)
+        self.gpu_memory: Gauge | None = None  # where no model computes on a GPU
 
     def observe_batch(self, model: str, images: int, seconds: float) -> None:
         """A model has run; called from its batcher's thread."""
@@ -63,6 +67,23 @@ class Metrics:
     def watch_queue(self, model: str, waiting: Callable[[], int]) -> None:
         """Let the gauge of `model` call `waiting` when it is scraped."""
         self.queue.labels(model).set_function(waiting)
+
+    def watch_gpu(self, name: str, memory: Callable[[], Memory | None]) -> None:
+        """Show the memory of the GPU that models compute on; it is asked for when it is scraped."""
+
+        def bytes_of(kind: str) -> float:
+            found = memory()
+            return float("nan") if found is None else float(getattr(found, kind))
+
+        if self.gpu_memory is None:
+            self.gpu_memory = Gauge(
+                "ffl_gpu_memory_bytes",
+                "Of the GPU's own memory: all of it, and what is used by any process.",
+                ["gpu", "kind"],
+                registry=self.registry,
+            )
+        for kind in Memory._fields:
+            self.gpu_memory.labels(name, kind).set_function(partial(bytes_of, kind))
 
     def text(self) -> bytes:
         """-> the exposition format of all metrics."""

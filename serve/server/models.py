@@ -15,12 +15,12 @@ import numpy as np
 
 from ffl_deploy.bundle import Bundle, load_bundle
 from ffl_deploy.bundle_files import AUTO
-from ffl_deploy.errors import UsageError
+from ffl_deploy.errors import DeviceLost, UsageError
 from ffl_deploy.host import available_cores
 from ffl_deploy.images import Decoded, ImageError, decode, prepare
 from ffl_deploy.manifest import Variant
 from ffl_deploy.preprocessing import Pixels
-from ffl_deploy.runtime import Outputs, Session
+from ffl_deploy.runtime import Outputs, Session, require_gpu_runtime, runtime_named
 from ffl_deploy.selfcheck import require_golden
 from ffl_deploy.verify import check_files
 from serve.server.batcher import MicroBatcher, Overloaded
@@ -31,6 +31,10 @@ T = TypeVar("T")
 
 ObserveBatch = Callable[[str, int, float], None]
 """Called after each run with (model name, images, seconds)."""
+
+
+DeviceFailed = Callable[[DeviceLost], None]
+"""Called when a GPU failed in a way that only a new process comes back from."""
 
 
 class NonFinite(Exception):
@@ -169,7 +173,9 @@ def check_specs(specs: Iterable[ModelSpec]) -> None:
         names.add(spec.name)
 
 
-def open_model(spec: ModelSpec, settings: Settings, observe: ObserveBatch) -> ServedModel:
+def open_model(
+    spec: ModelSpec, settings: Settings, observe: ObserveBatch, lost: DeviceFailed = lambda error: None
+) -> ServedModel:
     """Load and verify one bundle: every file's hash,
     then the golden samples through the session that will serve.
 
@@ -177,13 +183,14 @@ def open_model(spec: ModelSpec, settings: Settings, observe: ObserveBatch) -> Se
     """
     bundle = load_bundle(spec.folder)
     check_files(bundle)
-    workers = min(settings.workers, available_cores())
-    threads = settings.threads or max(1, available_cores() // workers)
+    _, threads = workers_and_threads(settings, settings.runtime)
     choice = bundle.fastest(settings.runtime, threads) if spec.variant == AUTO else None
     variant = bundle.variant(choice.variant if choice else spec.variant)
-    session = bundle.session(
-        variant.name, choice.runtime if choice else settings.runtime, threads, check=False
-    )
+    runtime = choice.runtime if choice else settings.runtime or variant.runtime
+    if settings.gpu is not None:
+        require_gpu_runtime(runtime)
+    workers, threads = workers_and_threads(settings, runtime)
+    session = bundle.session(variant.name, runtime, threads, check=False)
     outputs = verify(bundle, variant, session, settings.max_batch, threads)
     preprocessing = bundle.preprocessing
     shapes = {name: values.shape[1:] for name, values in outputs._asdict().items() if values is not None}
@@ -196,8 +203,16 @@ def open_model(spec: ModelSpec, settings: Settings, observe: ObserveBatch) -> Se
         settings.limits.images_per_request,
         platform=f"{session.runtime}_{session.computed or variant.precision.computed}",
     )
+
+    def run(images: np.ndarray) -> Outputs:
+        try:
+            return session.run(images)
+        except DeviceLost as error:
+            lost(error)
+            raise
+
     batcher = MicroBatcher(
-        session.run,
+        run,
         max_batch=settings.max_batch,
         workers=workers,
         max_queue=settings.limits.queued_images,
@@ -205,6 +220,16 @@ def open_model(spec: ModelSpec, settings: Settings, observe: ObserveBatch) -> Se
         name=spec.name,
     )
     return ServedModel(spec.name, bundle, variant, session, batcher, signature, choice.why if choice else "")
+
+
+def workers_and_threads(settings: Settings, runtime: str | None) -> tuple[int, int]:
+    """-> (runs of one model at a time, cores of each).
+
+    Two runs share the cores of a processor; of a GPU they would halve the batches and take turns.
+    """
+    on_gpu = runtime is not None and runtime_named(runtime).gpu
+    workers = min(settings.workers or (1 if on_gpu else 2), available_cores())
+    return workers, settings.threads or max(1, available_cores() // workers)
 
 
 def verify(
@@ -217,7 +242,10 @@ def verify(
     Raises CheckError.
     """
     require_golden(bundle, variant, session, threads, batches=[1, max_batch])
-    return session.run(bundle.golden().images[:1])
+    images = bundle.golden().images
+    for size in session.warm_up_sizes(max_batch):
+        session.run(np.resize(images, (size, *images.shape[1:])))
+    return session.run(images[:1])
 
 
 async def timed_infer(model: ServedModel, images: np.ndarray) -> tuple[Outputs, float]:

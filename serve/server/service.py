@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable
 from enum import Enum
 
+from ffl_deploy.errors import DeviceLost
+from ffl_deploy.runtime.gpu import memory
 from serve.server.logs import LOGGER
 from serve.server.metrics import Metrics
 from serve.server.models import Decoders, ServedModel, open_model
@@ -26,13 +28,14 @@ class Service:
     """`models` is complete in phase READY: a model is listed once it is verified,
     the service is ready once all are."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
+    def __init__(self, settings: Settings, stop: Callable[[], None] = lambda: None) -> None:
+        """stop: ends the server; may be called from any thread."""
+        self.settings, self.stop = settings, stop
         self.metrics = Metrics()
         self.decoders = Decoders(settings.limits)
         self.models: dict[str, ServedModel] = {}
         self.phase = Phase.STARTING
-        self.failure: Exception | None = None  # why loading ended; the command raises it
+        self.failure: Exception | None = None  # why loading, or serving, ended; the command raises it
         self.url = ""  # where it listens, once it does
         # called to end the streams that would never end by themselves
         self.endless: list[Callable[[], None]] = []
@@ -43,7 +46,9 @@ class Service:
         """Open and verify every bundle, one after the other: each already uses all cores. Raises CheckError,
         UsageError."""
         for spec in self.settings.models:
-            model = await asyncio.to_thread(open_model, spec, self.settings, self.metrics.observe_batch)
+            model = await asyncio.to_thread(
+                open_model, spec, self.settings, self.metrics.observe_batch, self.lose
+            )
             self.models[spec.name] = model
             self.metrics.watch_queue(spec.name, lambda batcher=model.batcher: batcher.waiting_images)  # type: ignore[misc]
             identity = {
@@ -51,11 +56,23 @@ class Service:
                 "runtime": model.session.runtime,
                 "bundle_sha256": model.bundle.sha256,
             }
+            if model.session.gpu:
+                self.metrics.watch_gpu(model.session.gpu, memory)
             self.metrics.model_info.labels(spec.name).info(identity)
             chosen = {"why": model.why} if model.why else {}
             self.log.info(
                 "model verified", extra={"model": spec.name, "folder": str(spec.folder), **identity, **chosen}
             )
+
+    def lose(self, error: DeviceLost) -> None:
+        """A GPU failed for good: no answer can come from this process any more. It is not ready from now on,
+        and ends with the reason, so that whoever started it starts another. Called from a batcher's
+        thread."""
+        if self.failure is None:
+            self.failure = error
+            self.become(Phase.DRAINING)
+            self.log.error("the GPU failed", extra={"reason": str(error)})
+            self.stop()
 
     def become(self, phase: Phase) -> None:
         """Enter `phase`, never going back: a draining server does not become ready again."""

@@ -74,7 +74,8 @@ class Settings:
     demo: bool = True  # serve the Gradio demo at /
     runtime: str | None = None
     threads: int | None = None  # of one run; None shares the cores among the workers
-    workers: int = 2  # runs of one model at a time, at most one for each core
+    workers: int | None = None  # runs of one model at a time, at most one for each core; None: 2, on a GPU 1
+    gpu: int | None = None  # of this machine, for a runtime on one; None: the first
     max_batch: int = 32  # images in one run of a model
     token: str | None = field(default=None, repr=False)
     allowed_hosts: tuple[str, ...] = ()  # further Host names, behind a proxy or in a cluster

@@ -337,3 +337,10 @@ def install(monkeypatch: pytest.MonkeyPatch, cuda: Cuda, flavour: str = "tensorr
         monkeypatch.setattr(f"ffl_deploy.runtime.{name}.installed_flavour", lambda: flavour)
     monkeypatch.setattr("ffl_deploy.runtime.tensorrt_modules.installed_flavour", lambda: flavour)
     return module
+
+
+def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let --gpu set its variables for this test alone, and find none set."""
+    for name in ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"):
+        monkeypatch.setenv(name, "")  # remembers what was there
+        monkeypatch.delenv(name)

@@ -24,9 +24,14 @@ from ffl_deploy.engine import main
 from ffl_deploy.errors import CheckError, UsageError
 from ffl_deploy.manifest import MANIFEST
 from ffl_deploy.runtime import tensorrt_cache
-from tests.ffl_deploy.stub_tensorrt import VERSION, Cuda, install
+from tests.ffl_deploy.stub_tensorrt import VERSION, Cuda, install, own_environment
 
 MakeBundle = Callable[..., Bundle]
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    own_environment(monkeypatch)
 
 
 @pytest.fixture

@@ -356,8 +356,8 @@ def test_it_is_live_before_it_is_ready_and_ready_only_when_every_bundle_is_verif
     ports: queue.Queue[int] = queue.Queue()
     real_init = serve.server.service.Service.__init__
 
-    def init(self: Any, settings: Settings) -> None:
-        real_init(self, settings)
+    def init(self: Any, settings: Settings, *rest: Any) -> None:
+        real_init(self, settings, *rest)
         ports.put(settings.port)
 
     monkeypatch.setattr(serve.server.service.Service, "__init__", init)

@@ -180,3 +180,22 @@ def test_an_unknown_argument_is_refused() -> None:
     with pytest.raises(msgspec.ValidationError, match="replica"):
         app({"bundles": "x", "replica": "2"})
     assert Arguments("x").replicas is None
+
+
+@pytest.mark.parametrize(
+    ("given", "gpus"),
+    [
+        ({}, 0),
+        ({"runtime": "onnxruntime-cuda"}, 1),
+        ({"runtime": "tensorrt", "gpus": 0.5}, 0.5),
+        ({"runtime": "openvino"}, 0),
+    ],
+)
+def test_a_replica_on_a_gpu_asks_ray_for_one(tiny_bundle: Bundle, given: dict[str, Any], gpus: float) -> None:
+    pytest.importorskip("ray")
+    from serve.cluster import app
+
+    arguments = {name: str(value) for name, value in {"bundles": tiny_bundle.folder, **given}.items()}
+    deployment = app(arguments)._bound_deployment
+    assert deployment.ray_actor_options["num_gpus"] == gpus
+    assert deployment.init_args[2] == given.get("runtime")

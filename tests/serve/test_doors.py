@@ -25,7 +25,8 @@ from ffl_deploy.errors import CheckError
 from ffl_deploy.fastest import Timings
 from ffl_deploy.runtime import OnnxRuntimeSession, Outputs, Session
 from serve.pipeline import WorkSettings
-from serve.predict.ray_engine import MadeShard, Refused, ShardMaker
+from serve.predict.ray_engine import RayShardMaker
+from serve.predict.shard_maker import MadeShard, Refused
 from serve.predict.shards import ShardsManifest, shards_folder
 from serve.server.settings import ModelSpec, Settings
 
@@ -174,8 +175,8 @@ def test_a_ray_worker_sends_back_why_it_does_not_answer(half_wrong: Bundle, tmp_
     answers = []
     for variant in ("int8", "fp32"):
         manifest = shard_manifest(half_wrong, variant, tmp_path / "rows.jsonl")
-        maker = ShardMaker(str(half_wrong.folder), variant, None, manifest)
-        (made,) = maker({"index": np.array([7]), "items": [b"[]"]})["made"]
+        maker = RayShardMaker(str(half_wrong.folder), variant, None, manifest)
+        (made,) = maker({"number": np.array([7]), "items": [b"[]"], "sha256": ["0"], "each": [""]})["made"]
         answers.append(msgspec.msgpack.decode(made, type=MadeShard | Refused))
     refused, made = answers
     assert isinstance(refused, Refused)

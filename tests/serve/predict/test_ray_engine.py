@@ -17,7 +17,7 @@ import pytest
 from ffl_deploy.bundle import Bundle
 from serve.inputs.items import failed_item, file_item
 from serve.predict import ray_engine
-from serve.predict.ray_engine import PlainItem, item_of, plain
+from serve.predict.shard_maker import PlainItem, item_of, plain
 
 Photo = Callable[..., bytes]
 Predict = Callable[..., Any]
@@ -45,7 +45,7 @@ def test_without_ray_the_engine_is_refused(
     monkeypatch.setitem(sys.modules, "ray", None)
     run = predict(folder, flags=["--engine", "ray"])
     assert run.code == 2
-    assert "ffl-deploy[ray]" in run.stderr
+    assert "[ray]" in run.stderr
     assert not run.out.parent.exists() or not any(run.out.parent.iterdir())
 
 
