@@ -21,7 +21,7 @@ import numpy as np
 
 from ffl_deploy.errors import CheckError, DeviceLost, UsageError
 from ffl_deploy.host import available_cores
-from ffl_deploy.installed import install_command, missing
+from ffl_deploy.installed import MissingPackage, install_command, missing
 from ffl_deploy.runtime import gpu
 from ffl_deploy.runtime.onnx_binding import BoundRuns
 from ffl_deploy.runtime.session import Outputs, Session, outputs_from, padded_sizes
@@ -69,6 +69,7 @@ class OnnxRuntimeSession(Session):
         self, model: Path, variant: str, threads: int | None = None, runtime: str = "onnxruntime"
     ) -> None:
         ort, provider = import_onnxruntime(), require_provider(runtime)
+        _require_device(provider)
         self.runtime, self.variant = runtime, variant
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or available_cores()
@@ -162,10 +163,7 @@ def require_start(runtime: str) -> None:
     provider = require_provider(runtime)
     if provider.device == "cpu":
         return
-    with contextlib.suppress(ImportError):
-        import cuda.bindings.runtime  # noqa: F401  it tells why there is no GPU
-
-        gpu.this_gpu()
+    _require_device(provider)
     ort = import_onnxruntime()
     options = ort.SessionOptions()
     options.log_severity_level = 4
@@ -176,6 +174,14 @@ def require_start(runtime: str) -> None:
             f"ONNX Runtime {ort.__version__} cannot start {provider.name}: {_reason(error)}"
         ) from error
     _refuse_fallback(session, provider)
+
+
+def _require_device(provider: Provider) -> None:
+    """Raise UsageError, with the reason, where a provider's GPU is not there. ONNX Runtime would print lines
+    of its own about it, and none that says what to do."""
+    with contextlib.suppress(MissingPackage):
+        if provider.device != "cpu":
+            gpu.this_gpu()
 
 
 def import_onnxruntime() -> Any:

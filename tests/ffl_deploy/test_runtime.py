@@ -80,6 +80,8 @@ def test_a_provider_that_falls_back_silently_is_an_error(
     """onnxruntime-gpu without a working GPU opens the session on the CPU and says nothing."""
     import onnxruntime
 
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # whatever this machine has
+
     class Fallen:
         def __init__(self, *_: object, **__: object) -> None: ...
 
@@ -93,9 +95,11 @@ def test_a_provider_that_falls_back_silently_is_an_error(
         get_available_providers=lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"],
     )
     monkeypatch.setattr("ffl_deploy.runtime.onnx_runtime.import_onnxruntime", lambda: fake)
-    with pytest.raises(UsageError, match="fell back to CPUExecutionProvider"):
+    with pytest.raises(UsageError, match=r"^no NVIDIA GPU is visible|^there is no NVIDIA driver"):
         OnnxRuntimeSession(tiny_bundle.folder / "model.onnx", "fp32", runtime="onnxruntime-cuda")
     monkeypatch.setattr("ffl_deploy.runtime.gpu.this_gpu", lambda: None)
+    with pytest.raises(UsageError, match="fell back to CPUExecutionProvider"):
+        OnnxRuntimeSession(tiny_bundle.folder / "model.onnx", "fp32", runtime="onnxruntime-cuda")
     with pytest.raises(UsageError, match="fell back to CPUExecutionProvider"):
         RUNTIMES["onnxruntime-cuda"].require()  # before any work, though the provider is listed
     fake.get_available_providers = lambda: ["CPUExecutionProvider"]
