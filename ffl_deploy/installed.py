@@ -48,7 +48,7 @@ PACKAGES = {
     "openvino": Package("OpenVINO", "openvino"),
     "tensorrt": Package("TensorRT", "tensorrt"),
     "tensorrt_rtx": Package("TensorRT for RTX", "tensorrt-rtx"),
-    "cuda": Package("cuda-bindings", "tensorrt"),
+    "cuda": Package("cuda-bindings", "gpu"),
     # prediction and serving
     "pyarrow": Package("PyArrow (Parquet)", "predict"),
     "simplejpeg": Package("simplejpeg", "predict"),
