@@ -17,7 +17,7 @@ from ffl_deploy.runtime import RUNTIMES
 
 if TYPE_CHECKING:
     from ffl_deploy.bundle import Bundle
-    from ffl_deploy.report import Limits
+    from ffl_deploy.report import ArtefactLimits
     from ffl_deploy.runtime.tensorrt_build import EngineOptions
 
 
@@ -266,10 +266,10 @@ def _publish(bundles: Sequence[Bundle], arguments: argparse.Namespace) -> None:
         print(f"{space}: a Hugging Face Space; start it here with: {start}", flush=True)
 
 
-def _limits(arguments: argparse.Namespace) -> Limits:
+def _limits(arguments: argparse.Namespace) -> ArtefactLimits:
     """-> what --max-latency-ms, --min-accuracy and --max-bytes ask for.
     Raises UsageError for impossible values."""
-    from ffl_deploy.report import Limits
+    from ffl_deploy.report import ArtefactLimits
 
     if arguments.min_accuracy is not None and not 0 <= arguments.min_accuracy <= 1:
         raise UsageError(
@@ -281,10 +281,10 @@ def _limits(arguments: argparse.Namespace) -> Limits:
             raise UsageError(
                 f"--{flag.replace('_', '-')} {value:g} leaves nothing to recommend; give a positive number."
             )
-    return Limits(arguments.max_latency_ms, arguments.min_accuracy, arguments.max_bytes)
+    return ArtefactLimits(arguments.max_latency_ms, arguments.min_accuracy, arguments.max_bytes)
 
 
-def _report(folder: Path, limits: Limits) -> int:
+def _report(folder: Path, limits: ArtefactLimits) -> int:
     """Write the report over the bundles in `folder` and print its recommendation; -> exit code."""
     from export.publish.report import require, write_report
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-class Traced(NamedTuple):
+class ForwardPass(NamedTuple):
     """The values of a forward pass that an output can be made from."""
 
     features: Tensor  # [n, channels, height, width], of the last stage
@@ -35,11 +35,11 @@ class FurtherOutput:
     name: str
     help: str
     description: str
-    compute: Callable[[Traced], Tensor]
+    compute: Callable[[ForwardPass], Tensor]
     of_predicted_class: bool = False
 
 
-def _class_activation_map(values: Traced) -> Tensor:
+def _class_activation_map(values: ForwardPass) -> Tensor:
     """-> [n, height, width], whose spatial mean plus the class's bias is its logit (Zhou et al. 2016, eq.
     2)."""
     weights = values.classifier.weight[values.logits.argmax(dim=1)]

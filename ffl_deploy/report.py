@@ -11,7 +11,7 @@ REPORT = "report.json"
 PICTURE = "report.png"
 
 
-class Row(msgspec.Struct, frozen=True):
+class Artefact(msgspec.Struct, frozen=True):
     """One artefact: a variant of a target. None where it was not measured here
     (an engine without its GPU)."""
 
@@ -45,7 +45,7 @@ class Row(msgspec.Struct, frozen=True):
         return self.accuracy is not None and self.p50_ms is not None
 
 
-class Limits(msgspec.Struct, frozen=True):
+class ArtefactLimits(msgspec.Struct, frozen=True):
     """What an artefact has to keep: p50 latency of one image in ms, accuracy as a share of 1,
     size in bytes."""
 
@@ -53,7 +53,7 @@ class Limits(msgspec.Struct, frozen=True):
     min_accuracy: float | None = None
     max_bytes: int | None = None
 
-    def broken_by(self, row: Row) -> dict[str, float]:
+    def broken_by(self, row: Artefact) -> dict[str, float]:
         """-> limit in words -> by which share of it `row` breaks it; what was not measured keeps no limit."""
         broken = {}
         if self.max_latency_ms is not None and not (
@@ -85,7 +85,7 @@ class Recommendation(msgspec.Struct, frozen=True):
 class Report(msgspec.Struct, frozen=True):
     """`report.json`."""
 
-    rows: list[Row]
-    limits: Limits
+    rows: list[Artefact]
+    limits: ArtefactLimits
     recommendation: Recommendation
     machine: str = ""

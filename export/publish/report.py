@@ -19,7 +19,7 @@ from ffl_deploy.errors import CheckError, UsageError
 from ffl_deploy.files import write_atomically, write_json
 from ffl_deploy.manifest import DEFAULT_VARIANT, MANIFEST, AccuracyRecord, Variant
 from ffl_deploy.markdown import NOT_MEASURED, fill, megabytes, percent, table, within
-from ffl_deploy.report import PICTURE, REPORT, Limits, Recommendation, Report, Row
+from ffl_deploy.report import PICTURE, REPORT, Artefact, ArtefactLimits, Recommendation, Report
 from ffl_deploy.statistics import Interval
 
 PAGE, BODY = (Path(__file__).with_name(name) for name in ("report.md", "report_body.md"))
@@ -44,7 +44,7 @@ NEAR_BEST = 0.005
 """Accuracy that may be given up for speed: half a point, which the int8 gate also allows."""
 
 
-def write_report(folder: Path, limits: Limits) -> Report:
+def write_report(folder: Path, limits: ArtefactLimits) -> Report:
     """Write `report.md`, `report.json` and `report.png` into `folder`, over the bundles inside it.
 
     Raises UsageError where there is no bundle. Nothing is raised where no artefact keeps the limits:
@@ -82,16 +82,16 @@ def require(report: Report) -> None:
         raise CheckError(report.recommendation.reason)
 
 
-def bundle_rows(bundle: Bundle) -> list[Row]:
-    """-> one Row per variant."""
+def bundle_rows(bundle: Bundle) -> list[Artefact]:
+    """-> one Artefact per variant."""
     manifest = bundle.manifest
     cost = multiply_adds(bundle.checked_file(bundle.variant(DEFAULT_VARIANT).file))
     return [_row(manifest.target, manifest.source.parameters, cost, variant) for variant in manifest.variants]
 
 
-def _row(target: str, parameters: int, cost: int, variant: Variant) -> Row:
+def _row(target: str, parameters: int, cost: int, variant: Variant) -> Artefact:
     accuracy, latency, parity = variant.accuracy, variant.latency, variant.parity
-    return Row(
+    return Artefact(
         target=target,
         variant=variant.name,
         runtime=variant.runtime,
@@ -114,13 +114,13 @@ def _row(target: str, parameters: int, cost: int, variant: Variant) -> Row:
     )
 
 
-def mark_pareto(rows: Sequence[Row]) -> list[Row]:
+def mark_pareto(rows: Sequence[Artefact]) -> list[Artefact]:
     """-> the rows, those marked than which no other is both faster (p50) and at least as accurate,
     or the reverse."""
 
     points = [(_latency(row), -_accuracy(row)) for row in rows if row.measured]  # smaller is better in both
 
-    def dominated(row: Row) -> bool:
+    def dominated(row: Artefact) -> bool:
         own = (_latency(row), -_accuracy(row))
         return any(point != own and point[0] <= own[0] and point[1] <= own[1] for point in points)
 
@@ -128,12 +128,12 @@ def mark_pareto(rows: Sequence[Row]) -> list[Row]:
 
 
 def recommend(
-    rows: Sequence[Row], limits: Limits, records: Mapping[str, AccuracyRecord] = EMPTY
+    rows: Sequence[Artefact], limits: ArtefactLimits, records: Mapping[str, AccuracyRecord] = EMPTY
 ) -> Recommendation:
     """-> what to ship of what keeps the limits, and why.
 
     The fastest of those whose accuracy is that of the most accurate: within half a point of it, or so near
-    that the test images cannot tell them apart; of equally fast ones the smallest. records: Row.name ->
+    that the test images cannot tell them apart; of equally fast ones the smallest. records: Artefact.name ->
     accuracy, of the same images.
     """
     measured = [row for row in rows if row.measured]
@@ -168,9 +168,9 @@ def recommend(
     return Recommendation(chosen.name, f"{reason}{_caveat(chosen)}.", names)
 
 
-def _why(chosen: Row, best: Row, limits: Limits, interval: Interval | None) -> str:
+def _why(chosen: Artefact, best: Artefact, limits: ArtefactLimits, interval: Interval | None) -> str:
     """-> what makes `chosen` the one to ship, beside `best`, the most accurate."""
-    under = "of those that keep the limits" if limits != Limits() else "of all"
+    under = "of those that keep the limits" if limits != ArtefactLimits() else "of all"
     if chosen == best:
         return f"is the most accurate {under}, and none near it is faster"
     points = 100 * (_accuracy(best) - _accuracy(chosen))
@@ -192,7 +192,7 @@ def _why(chosen: Row, best: Row, limits: Limits, interval: Interval | None) -> s
     )
 
 
-def _caveat(row: Row) -> str:
+def _caveat(row: Artefact) -> str:
     return (
         f"; whether its accuracy held is {row.accuracy_gate}"
         if row.accuracy_gate.startswith("inconclusive")
@@ -200,17 +200,17 @@ def _caveat(row: Row) -> str:
     )
 
 
-def _accuracy(row: Row) -> float:
+def _accuracy(row: Artefact) -> float:
     assert row.accuracy is not None
     return row.accuracy
 
 
-def _latency(row: Row) -> float:
+def _latency(row: Artefact) -> float:
     assert row.p50_ms is not None
     return row.p50_ms
 
 
-def _facts(row: Row) -> str:
+def _facts(row: Artefact) -> str:
     return f"{percent(_accuracy(row))}, {_latency(row):.2f} ms, {megabytes(row.bytes)} MB"
 
 
@@ -231,12 +231,12 @@ def body(report: Report) -> str:
     )
 
 
-def best_first(rows: Sequence[Row]) -> list[Row]:
+def best_first(rows: Sequence[Artefact]) -> list[Artefact]:
     """-> the most accurate first; what was not measured comes last."""
     return sorted(rows, key=lambda row: (not row.measured, -(row.accuracy or 0), row.p50_ms or 0))
 
 
-def _cells(row: Row, advice: Recommendation) -> list[str]:
+def _cells(row: Artefact, advice: Recommendation) -> list[str]:
     """-> the cells of an artefact, under COLUMNS; what was not measured is a dash."""
     marks = [
         " `*`" if row.pareto else "",

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from export.outputs import FURTHER_OUTPUTS, Traced
+from export.outputs import FURTHER_OUTPUTS, ForwardPass
 from export.write.onnx_file import save_onnx
 from ffl_deploy.errors import CheckError, UsageError
 
@@ -85,7 +85,7 @@ class DeployedModel(nn.Module):
         features = target.features(normalized)
         embedding = features.mean(dim=(2, 3))
         logits = target.classifier(embedding)
-        traced = Traced(features, embedding, logits, target.classifier)
+        traced = ForwardPass(features, embedding, logits, target.classifier)
         further = [FURTHER_OUTPUTS[name].compute(traced) for name in self.extras]
         return logits, torch.softmax(logits / self.temperature, dim=1), *further
 

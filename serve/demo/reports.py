@@ -18,7 +18,7 @@ from PIL import Image
 from ffl_deploy.bundle import Bundle
 from ffl_deploy.images import ImageError, decode
 from ffl_deploy.manifest import Variant
-from ffl_deploy.report import PICTURE, REPORT, Report, Row
+from ffl_deploy.report import PICTURE, REPORT, Artefact, Report
 from serve.server.logs import LOGGER
 from serve.server.models import ServedModel
 
@@ -134,7 +134,7 @@ def card(bundle: Bundle) -> str:
     return path.read_text(encoding="utf-8") if path.is_file() else "This bundle has no model card."
 
 
-def _report_row(row: Row, models: Iterable[ServedModel]) -> list[str]:
+def _report_row(row: Artefact, models: Iterable[ServedModel]) -> list[str]:
     served = [
         model.name
         for model in models

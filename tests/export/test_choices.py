@@ -19,7 +19,7 @@ from export.write.qdq import channel_scales
 from export.write.ranges import chunk_size
 from ffl_deploy.manifest import AccuracyRecord, Candidate
 from ffl_deploy.parity import Verdict
-from ffl_deploy.report import Limits, Recommendation, Report, Row
+from ffl_deploy.report import Artefact, ArtefactLimits, Recommendation, Report
 from ffl_deploy.runtime.latency import measure_latency
 from ffl_deploy.saturation import PAIR, largest_pair
 from ffl_deploy.statistics import packed, paired_difference, tango_interval, unpacked, wilson_interval
@@ -137,9 +137,9 @@ def test_calibration_takes_as_many_images_as_their_activations_leave_room_for() 
 
 def row(
     target: str, variant: str, accuracy: float | None, p50: float | None, size: int, gate: str = "passed"
-) -> Row:
+) -> Artefact:
     measured = (accuracy, accuracy, accuracy, 0.0, "passed", gate, p50, p50, 1.0, 1)
-    return Row(target, variant, "onnxruntime", "f", size, "fp32 / fp32", 1, 1, *measured)
+    return Artefact(target, variant, "onnxruntime", "f", size, "fp32 / fp32", 1, 1, *measured)
 
 
 ROWS = [
@@ -160,15 +160,15 @@ def test_the_front_is_what_nothing_beats_in_both() -> None:
 @pytest.mark.parametrize(
     ("limits", "artefact"),
     [
-        (Limits(), "fused/int8"),  # within half a point of 96.0 and faster
-        (Limits(min_accuracy=0.959), "fused/fp32"),
-        (Limits(max_latency_ms=0.5), "branch0/int8"),
-        (Limits(max_bytes=600_000), "fused/int8"),
-        (Limits(max_bytes=500_000), "branch0/int8"),
-        (Limits(min_accuracy=0.95, max_latency_ms=0.5), None),
+        (ArtefactLimits(), "fused/int8"),  # within half a point of 96.0 and faster
+        (ArtefactLimits(min_accuracy=0.959), "fused/fp32"),
+        (ArtefactLimits(max_latency_ms=0.5), "branch0/int8"),
+        (ArtefactLimits(max_bytes=600_000), "fused/int8"),
+        (ArtefactLimits(max_bytes=500_000), "branch0/int8"),
+        (ArtefactLimits(min_accuracy=0.95, max_latency_ms=0.5), None),
     ],
 )
-def test_the_recommendation_keeps_the_limits(limits: Limits, artefact: str | None) -> None:
+def test_the_recommendation_keeps_the_limits(limits: ArtefactLimits, artefact: str | None) -> None:
     recommendation = recommend(ROWS, limits)
     assert recommendation.artefact == artefact
     if artefact is None:
@@ -179,8 +179,8 @@ def test_the_recommendation_keeps_the_limits(limits: Limits, artefact: str | Non
 
 def test_an_unproven_accuracy_is_said_and_an_unmeasured_artefact_never_recommended() -> None:
     unsure = [msgspec.structs.replace(ROWS[1], accuracy_gate="inconclusive (n = 359)")]
-    assert "inconclusive (n = 359)" in recommend(unsure, Limits()).reason
-    assert recommend([ROWS[4]], Limits()).artefact is None
+    assert "inconclusive (n = 359)" in recommend(unsure, ArtefactLimits()).reason
+    assert recommend([ROWS[4]], ArtefactLimits()).artefact is None
 
 
 def accuracy(right: np.ndarray) -> AccuracyRecord:
@@ -199,7 +199,7 @@ def accuracy(right: np.ndarray) -> AccuracyRecord:
     )
 
 
-def of_images(name: str, record: AccuracyRecord, p50: float, size: int) -> Row:
+def of_images(name: str, record: AccuracyRecord, p50: float, size: int) -> Artefact:
     target, _, variant = name.partition("/")
     return msgspec.structs.replace(
         row(target, variant, record.value, p50, size),
@@ -221,14 +221,14 @@ def test_where_images_cannot_tell_targets_apart_the_smallest_and_fastest_is_reco
         of_images("fused/fp32", records["fused/fp32"], 1.60, 2_000_000),
         of_images("branch0/fp32", records["branch0/fp32"], 0.36, 1_100_000),
     ]
-    advice = recommend(rows, Limits(), records)
+    advice = recommend(rows, ArtefactLimits(), records)
     assert advice.artefact == "branch0/fp32"
     assert set(advice.undecided) == {"fused/int8", "branch0/fp32", "fused/fp32"}
     assert "cannot tell from the most accurate, fused/int8" in advice.reason
     assert "2.5 points more, 95 % interval" in advice.reason
     assert "2.5 times as fast" in advice.reason
     assert "120 test images cannot tell fused/int8, fused/fp32, branch0/fp32 apart" in advice.reason
-    assert recommend(rows, Limits(min_accuracy=0.81), records).artefact == "fused/int8"
+    assert recommend(rows, ArtefactLimits(min_accuracy=0.81), records).artefact == "fused/int8"
 
 
 def test_the_interval_is_of_the_same_images() -> None:
@@ -239,19 +239,19 @@ def test_the_interval_is_of_the_same_images() -> None:
     records = {"a/fp32": accuracy(best), "b/fp32": accuracy(other)}
     rows = [of_images("a/fp32", records["a/fp32"], 2.0, 1), of_images("b/fp32", records["b/fp32"], 1.0, 1)]
     assert records["b/fp32"].interval.high > records["a/fp32"].interval.low
-    assert recommend(rows, Limits(), records).artefact == "a/fp32"
-    assert recommend(rows, Limits(), records).undecided == []
+    assert recommend(rows, ArtefactLimits(), records).artefact == "a/fp32"
+    assert recommend(rows, ArtefactLimits(), records).undecided == []
     assert behind(records["a/fp32"], records["b/fp32"]) == tango_interval(30, 0, 2000)
     before = msgspec.structs.replace(records["b/fp32"], right="")
     assert behind(records["a/fp32"], before) is None
-    assert recommend(rows, Limits(), {}).artefact == "a/fp32"
+    assert recommend(rows, ArtefactLimits(), {}).artefact == "a/fp32"
 
 
 def test_of_equally_fast_ones_the_smallest_is_taken() -> None:
     right = np.arange(300) > 20
     records = {name: accuracy(right) for name in ("a/fp32", "a/int8")}
     rows = [of_images("a/fp32", records["a/fp32"], 1.00, 4), of_images("a/int8", records["a/int8"], 1.05, 1)]
-    assert recommend(rows, Limits(), records).artefact == "a/int8"
+    assert recommend(rows, ArtefactLimits(), records).artefact == "a/int8"
 
 
 @pytest.mark.parametrize("n", [1, 7, 8, 9, 1000])
@@ -264,7 +264,7 @@ def test_which_images_are_right_survives_being_packed(n: int) -> None:
 
 def test_the_page_marks_what_is_recommended_and_begins_with_the_best() -> None:
     advice = Recommendation("branch0/int8", "because.", ["fused/int8", "branch0/int8"])
-    page = body(Report(mark_pareto(ROWS[::-1]), Limits(), advice))
+    page = body(Report(mark_pareto(ROWS[::-1]), ArtefactLimits(), advice))
     table = [line for line in page.splitlines() if line.startswith("| ") and "target" not in line]
     assert [line.split()[1] for line in table] == ["fused", "fused", "branch0", "branch0", "fused"]
     assert ["recommended" in line for line in table] == [False, False, False, True, False]
