@@ -2,9 +2,13 @@
 and what each way to save some brings.
 
     python -m benchmarks.train_step [--rounds 12] [--compile] [--json OUT]
+    python -m benchmarks.train_step --device cuda [--json OUT]
 
 The variants take turns in one process and are compared round by round; the allocator's setting belongs to a
 process, so that two processes take turns for it. Random images: speed does not depend on them.
+
+On a GPU: what a step launches, copies and waits for, in fp32 and bf16, as it is and as a CUDA graph; the
+share of the time that its kernels alone take is how near it is to its bound.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import json
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,11 +29,19 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from benchmarks.gpu_acceptance.checks.bound import replays
+from benchmarks.gpu_acceptance.checks.waits import profiled, waited
+from benchmarks.gpu_acceptance.images import decoded
+from benchmarks.gpu_acceptance.training import Setting, Training
+from ffl_deploy.command import run_command
+from ffl_deploy.errors import UsageError
 from ffl_deploy.host import keep_freed_memory
+from ffl_deploy.markdown import table
 from ffl_deploy.networks import resnet
 from ffl_deploy.networks.mutual import MutualNetwork, NetworkConfig
 from train.config import OptimisationOptions
 from train.methods import build_method
+from train.nvidia import why_torch_has_no_gpu
 from train.optimizer import build_optimizer
 
 BATCH = 128
@@ -85,6 +98,47 @@ def replaced(forward: Any) -> Iterator[None]:
         yield
     finally:
         resnet.BasicBlock.forward = own  # type: ignore[method-assign]
+
+
+def trained_step() -> Step:
+    """-> a step of `Trainer`: with batch, seeds and meter."""
+    data = decoded(None)
+    return Training(data, "cpu", Setting("fp32", BATCH), Path(tempfile.mkdtemp())).step
+
+
+def on_gpu(target: Path | None) -> int:
+    """Print, and store in `target`, what a step does on a GPU; -> exit code."""
+    if not torch.cuda.is_available():
+        raise UsageError(f"--device cuda: {why_torch_has_no_gpu()}.")
+    data, results = decoded(None), {}
+    head = [
+        "ms a step",
+        "launches",
+        "graph launches",
+        "kernels",
+        "copies",
+        "waits",
+        "busy share",
+        "share of the bound",
+    ]
+    print(table(["step", *head], []))
+    for precision in ("fp32", "bf16"):
+        for graph in ("off", "on"):
+            training = Training(data, "cuda", Setting(precision, BATCH, graph), Path(tempfile.mkdtemp()))
+            training.seconds(40)  # warm: algorithms are chosen, steps captured
+            seconds = float(np.median([training.seconds(20) for _ in range(5)]))
+            with tempfile.TemporaryDirectory() as folder:
+                found = profiled(training, Path(folder) / "trace.json")
+            found |= {"ms a step": 1e3 * seconds, "waits": len(waited(training))}
+            found["share of the bound"] = replays(training) / seconds if graph == "on" else None
+            results[training.name] = found
+            cells = ["-" if found[name] is None else f"{found[name]:.4g}" for name in head]
+            print(f"| {training.name} | {' | '.join(cells)} |", flush=True)
+    if target is not None:
+        target.write_text(
+            json.dumps({"gpu": torch.cuda.get_device_name(), "steps": results}, indent=2) + "\n"
+        )
+    return 0
 
 
 def plain_blocks(step: Step) -> Step:
@@ -157,6 +211,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument(
         "--compile", action="store_true", help="torch.compile too, which takes minutes to start"
@@ -167,11 +222,14 @@ def main(argv: list[str]) -> int:
     if arguments.allocator:
         allocator_child(arguments.allocator == "tuned")
         return 0
+    if arguments.device == "cuda":
+        return on_gpu(arguments.json)
     allocators = compare_allocators(arguments.rounds)
     keep_freed_memory()
     base = build()
     variants = {
         "as trained (fp32, channels_last)": base,
+        "by the trainer itself, with its data": trained_step(),
         "activations out of place": plain_blocks(build()),
         "contiguous layout (NCHW)": build(layout=torch.contiguous_format),
         "bf16": build(bf16=True),
@@ -208,4 +266,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(main))

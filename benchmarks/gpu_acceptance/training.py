@@ -70,7 +70,7 @@ class Training:
         network = MutualNetwork(choose_network(config, method, data)).to(place.device)
         network = network.to(memory_format=torch.channels_last)
         batches = make_batches(config, data, place)
-        self.place, self.said = place, list[str]()
+        self.name, self.place, self.said = setting.name, place, list[str]()
         self.trainer = Trainer(network, method, batches, config, place, folder, StopRequest())
         self.trainer.say = self.said.append  # type: ignore[method-assign]
         if hasattr(self.trainer.take_step, "say"):
