@@ -86,8 +86,9 @@ def ignored(path: str) -> bool:
 
 def test_there_are_the_three_images() -> None:
     assert list(STAGES) == ["wheel", "base", *TARGETS]
-    known = set("ARG WORKDIR COPY RUN ENV USER VOLUME EXPOSE HEALTHCHECK ENTRYPOINT CMD".split())
-    assert {word for instructions in STAGES.values() for word, _ in instructions} <= known
+    known = r"ARG|WORKDIR|COPY|RUN|ENV|USER|VOLUME|EXPOSE|HEALTHCHECK|ENTRYPOINT|CMD"
+    words = {word for instructions in STAGES.values() for word, _ in instructions}
+    assert [word for word in words if not re.fullmatch(known, word)] == []
 
 
 @pytest.mark.parametrize("target", TARGETS)
