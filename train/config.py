@@ -38,6 +38,8 @@ def option(
     return field(default=default, metadata={"help": Help(text, metavar, flag, choices)})
 
 
+NAMED_DATA = ("digits", "cifar10", "cifar100")
+"""What --data takes beside a folder."""
 Names = tuple[str, ...]
 """One flag value with commas, as in --branches resnet32,resnet32."""
 
@@ -48,7 +50,7 @@ class DataOptions:
 
     source: str = option(
         "digits",
-        "What to train on: a data set's name, or a folder with train/CLASS/* and test/CLASS/* (or val/).",
+        "What to train on: a data set's name; a folder with CLASS/*, or with train/CLASS/* and test/CLASS/*.",
         metavar="digits|cifar10|cifar100|DIR",
         flag="data",
     )

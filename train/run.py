@@ -6,10 +6,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from ffl_deploy.command import run_command
-from train.config import TrainConfig
+from ffl_deploy.data.folders import find_parts
+from train.config import NAMED_DATA, TrainConfig
 from train.flags import Flags, configure, starting_point
 from train.options import flatten, options_to_json
 from train.recipes import RECIPES
@@ -29,10 +31,12 @@ def main(argv: Sequence[str]) -> int:
         print_recipes()
         return 0
     if typed.pop("help", False):
-        Flags(
-            PROGRAM, starting_point(typed), examples=EXAMPLES
-        ).show_help()  # with the defaults of what was chosen
+        # with the defaults of what was chosen
+        Flags(PROGRAM, starting_point(typed), examples=EXAMPLES).show_help()
     config = configure(typed)
+    if config.output.resume is None and config.data.source not in NAMED_DATA:
+        # a mistyped folder is told before torch comes
+        find_parts(Path(config.data.source).expanduser())
     from train.session import run_training  # torch takes seconds to import, which --help should not wait for
 
     return run_training(config)

@@ -9,12 +9,14 @@ from functools import partial
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import torch
 
 from ffl_deploy.data.datasets import ImageData, load_data
 from ffl_deploy.data.inputs import FILE as INPUTS
 from ffl_deploy.data.twins import summary as twins_summary
 from ffl_deploy.files import existing_folder, write_json
+from ffl_deploy.networks.backbones import is_library_name
 from ffl_deploy.networks.mutual import MutualNetwork
 from ffl_deploy.run_directory import CONFIG, REFERENCE, SUMMARY, load_run
 from train.build import (
@@ -27,7 +29,9 @@ from train.build import (
 )
 from train.config import TrainConfig
 from train.distributed import World, process_group, torchrun_world
+from train.estimate import require_memory, shapes_alone, time_line
 from train.finish import describe, finish
+from train.guidance import advice, no_better_than_chance
 from train.loop import Trainer
 from train.machine import Place, choose_device, choose_place, require_possible, resources_in_one_sentence
 from train.methods import build_method
@@ -70,10 +74,13 @@ def run_training(config: TrainConfig, stop: StopRequest | None = None) -> int:
         method.check(config.model.branches)
         data = load_data(data_spec(config), memory_limit(config))
         architecture = choose_network(config, method, data)
+        require_memory(shapes_alone(architecture), config, device, world.size)
         seed_everything(config.seed, "weights")
         # A run that is resumed has weights of its own.
         pretrained = config.model.pretrained and existing_folder(folder / "checkpoints" / "last") is None
         network = MutualNetwork(architecture, pretrained).to(device).to(memory_format=torch.channels_last)
+        if any(is_library_name(name) for name in config.model.branches):
+            require_memory(shapes_alone(architecture, network), config, device, world.size)
         trainer: Callable[..., Trainer] = Trainer
         if config.model.quantize_aware is not None:
             load_teacher(folder, config.model.quantize_aware, network)
@@ -102,11 +109,14 @@ def run_training(config: TrainConfig, stop: StopRequest | None = None) -> int:
 
         # train, then test once
         say(headline(folder, config, data, network, place), config, world)
+        if world.is_main and not config.output.quiet:
+            for line in (*advice(config, data), *time_line(network, config, place, len(data.train))):
+                say(line, config, world)
         position = trainer(network, method, batches, config, place, folder, stop).run()
         finish(folder, network, batches, data, place, position)
     if world.is_main:
         draw_curves(read_metrics(folder), folder / "curves.png")
-        say(closing(folder), config, world)
+        say(closing(folder, data.test.labels), config, world)
     return 0
 
 
@@ -138,14 +148,16 @@ def headline(folder: Path, config: TrainConfig, data: ImageData, network: Mutual
     return "\n".join(lines)
 
 
-def closing(folder: Path) -> str:
-    """-> the last lines on the screen: test accuracy of every classifier, and what to do next."""
+def closing(folder: Path, labels: np.ndarray) -> str:
+    """-> the last lines on the screen: test accuracy of every classifier, and what to do next.
+    labels: int64 [n], of the test images."""
     summary = msgspec.json.decode((folder / SUMMARY).read_bytes())
     rows = [f"  {name:<10}{100 * value:6.2f} %" for name, value in summary["accuracy"].items()]
     return "\n".join(
         [
             f"test accuracy ({summary['test_images']} images, weights of epoch {summary['best_epoch']}):",
             *rows,
+            *filter(None, [no_better_than_chance(summary["accuracy"], labels, len(summary["classes"]))]),
             (
                 f"{summary['seconds']:.0f} s, {summary['images_per_second']:.0f} images/s; next: ffl-export "
                 f"{folder} --target all"

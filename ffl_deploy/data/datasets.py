@@ -13,7 +13,8 @@ import msgspec
 import numpy as np
 
 from ffl_deploy.arrays import read_arrays
-from ffl_deploy.data.folders import Cut, read_folder, unreadable
+from ffl_deploy.data.flat import read_flat
+from ffl_deploy.data.folders import Cut, find_parts, read_folder, unreadable
 from ffl_deploy.data.inputs import Inputs
 from ffl_deploy.data.splits import ArraySplit, FileSplit, Problems, Split, read_readable, stratified
 from ffl_deploy.data.twins import Twin
@@ -45,7 +46,8 @@ STATISTICS_SAMPLE = 20_000  # images
 class DataSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Which images a run uses, and how they are split and sized; stored in the run's configuration.
 
-    source: "digits", "cifar10", "cifar100" or a folder with train/CLASS/* and test/CLASS/* (or val/).
+    source: "digits", "cifar10", "cifar100" or a folder with CLASS/*, or with
+    train/CLASS/* and test/CLASS/* (or val/).
     root: where CIFAR's files lie. image_size: side length in pixels; None takes the data's own.
     validation: share of the training images, per class, that is held out to choose the best epoch.
     """
@@ -64,7 +66,8 @@ class ImageData:
 
     skipped: path -> reason, of unreadable images that were left out; left_out: reason -> how many files a
     folder holds that are no images by their names; inputs: its files as they were read; twins: pictures in
-    two splits. The last two are of folders alone.
+    two splits; split_here: whether the test images were held out of a folder that has none apart. The last
+    three are of folders alone.
     """
 
     name: str
@@ -79,6 +82,7 @@ class ImageData:
     left_out: dict[str, int] = field(default_factory=dict)
     inputs: Inputs | None = None
     twins: list[Twin] = field(default_factory=list)
+    split_here: bool = False
 
 
 def load_data(spec: DataSpec, memory_limit: int | None = None) -> ImageData:
@@ -142,12 +146,18 @@ def _resized(split: ArraySplit, preprocessing: Preprocessing) -> ArraySplit:
 def _folder(spec: DataSpec, memory_limit: int) -> ImageData:
     root = Path(spec.source).expanduser()
     cut = Cut(spec.validation, spec.split_seed)
-    content = read_folder(root, spec.image_size, cut, memory_limit, spec.skip_bad_images)
+    parts = find_parts(root)
+    split_here = "test" not in parts
+    content = (
+        read_flat(parts["train"], spec.image_size, cut, memory_limit, spec.skip_bad_images)
+        if split_here
+        else read_folder(root, spec.image_size, cut, memory_limit, spec.skip_bad_images)
+    )
     mean, std = folder_statistics(content.train, content.preprocessing, spec.skip_bad_images)
     return ImageData(
         root.resolve().name, content.classes, content.preprocessing, mean, std,
         content.train, content.validation, content.test, content.skipped,
-        content.left_out, content.inputs, content.twins,
+        content.left_out, content.inputs, content.twins, split_here,
     )  # fmt: skip
 
 

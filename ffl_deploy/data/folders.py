@@ -17,7 +17,7 @@ from ffl_deploy.data.splits import FileSplit, Paths, Problems, Split, in_threads
 from ffl_deploy.data.twins import Printed, Twin, find_twins
 from ffl_deploy.errors import UsageError
 from ffl_deploy.files import did_you_mean, shown
-from ffl_deploy.images import FORMATS, MAX_PIXELS, SUFFIXES, ImageError, load
+from ffl_deploy.images import FORMATS, MAX_PIXELS, SUFFIXES, ImageError, load, size_of
 from ffl_deploy.preprocessing import Preprocessing
 
 CLUTTER = ("thumbs.db", "desktop.ini")  # of operating systems; nobody misses it
@@ -139,26 +139,53 @@ def read_folder(
 
 
 def find_parts(root: Path) -> dict[str, Path]:
-    """-> "train", "test" and, where the folder holds its own, "validation" -> its folder.
-    Raises UsageError."""
+    """-> "train", "test" and, where the folder holds its own, "validation" -> its folder; "train" alone where
+    there is nothing but class folders (see flat.py). Raises UsageError."""
     if not root.is_dir():
         raise UsageError(
-            f"--data {shown(root)}: there is no such folder; give a folder with train/CLASS/* and "
-            f"test/CLASS/*, or one of digits, cifar10, cifar100.{did_you_mean(shown(root))}"
+            f"--data {shown(root)}: there is no such folder; give a folder with CLASS/*, or with "
+            f"train/CLASS/* and test/CLASS/*, or one of digits, cifar10, cifar100.{did_you_mean(shown(root))}"
         )
     has = {name for name in ("train", "test", *VALIDATION) if (root / name).is_dir()}
     held_out = [name for name in VALIDATION if name in has]
+    classes = set(subfolders(root)) - has
+    # a class of trains among cars and buses is no part
+    if not has or (classes and not any(subfolders(root / name) for name in has)):
+        return {"train": require_whole(root)}
     if len(held_out) > 1:
         raise UsageError(
             f"{shown(root)} has {' and '.join(f'{name}/' for name in held_out)}; keep one of them."
         )
-    if "train" not in has or not has & {"test", *VALIDATION}:
-        missing = "train/" if "train" not in has else "test/ (or val/)"
+    if "train" not in has:
         raise UsageError(
-            f"{shown(root)} has no {missing}; it needs train/CLASS/* and test/CLASS/* (or val/CLASS/*)."
+            f"{shown(root)} has no train/; it needs train/CLASS/* and test/CLASS/* (or val/CLASS/*), or "
+            "class folders alone."
         )
+    if has == {"train"}:
+        return {"train": root / "train"}
     found = {"train": root / "train", "test": root / ("test" if "test" in has else held_out[0])}
     return found | {"validation": root / held_out[0]} if "test" in has and held_out else found
+
+
+def subfolders(folder: Path) -> list[str]:
+    """-> names of the folders in `folder` that are not hidden."""
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+
+
+def require_whole(root: Path) -> Path:
+    """-> `root`, a folder of class folders. Raises UsageError where it is one part of a whole that is split
+    already: its test images would never be seen."""
+    parent = root.absolute().parent
+    beside = [
+        name for name in ("train", "test", *VALIDATION) if name != root.name and (parent / name).is_dir()
+    ]
+    if root.name in ("train", "test", *VALIDATION) and beside:
+        raise UsageError(
+            f"{shown(root)} lies beside {beside[0]}/ and is one part of {shown(parent)}. Did you mean "
+            f"--data {shown(parent)}?"
+        )
+    return root
 
 
 def find_images(folder: Path) -> Listing:
@@ -167,8 +194,7 @@ def find_images(folder: Path) -> Listing:
     Hidden files and folders (.DS_Store, macOS's ._* files) are passed over.
     Raises UsageError for no class or an empty one.
     """
-    with os.scandir(folder) as entries:
-        classes = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    classes = subfolders(folder)
     if not classes:
         raise UsageError(
             f"{shown(folder)} has no class folders; put the images of each class into {shown(folder)}/CLASS/."
@@ -244,14 +270,20 @@ def folder_preprocessing(size: int) -> Preprocessing:
 
 def own_size(paths: Sequence[str]) -> int:
     """-> the side that suits these images: their median shorter side, a multiple of 8 from 8 to 64."""
+    side = median_side(paths)
+    return int(np.clip(side // 8 * 8, 8, 64)) if side else 32
+
+
+def median_side(paths: Sequence[str]) -> int:
+    """-> pixels: the median shorter side of about 200 of these images, by their headers; 0 where none can be
+    read."""
     sides = []
     for row in range(0, len(paths), max(1, len(paths) // 200)):
         try:
-            with Image.open(paths[row], formats=FORMATS) as image:
-                sides.append(min(image.size))
+            sides.append(min(size_of(paths[row])))
         except Exception:  # Pillow's plugins raise what they like; reported with its reason when it is read
             continue
-    return int(np.clip(np.median(sides) // 8 * 8, 8, 64)) if sides else 32
+    return int(np.median(sides)) if sides else 0
 
 
 def leave_on_disk(

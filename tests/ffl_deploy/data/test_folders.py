@@ -34,13 +34,18 @@ def test_missing_folder(tmp_path: Path) -> None:
 
 
 def test_empty_folder(tmp_path: Path) -> None:
-    assert f"{tmp_path} has no train/" in refuse(tmp_path)
+    assert f"{tmp_path} has no class folders" in refuse(tmp_path)
 
 
-def test_no_test_set(image_folder: MakeFolder) -> None:
+def test_no_training_set(image_folder: MakeFolder) -> None:
     folder = image_folder()
-    shutil.rmtree(folder / "test")
-    assert "has no test/ (or val/)" in refuse(folder)
+    shutil.rmtree(folder / "train")
+    assert "has no train/" in refuse(folder)
+
+
+def test_one_part_of_a_folder_is_not_taken_for_all_of_it(image_folder: MakeFolder) -> None:
+    folder = image_folder()
+    assert f"Did you mean --data {folder}?" in refuse(folder / "train")
 
 
 def test_train_without_classes(image_folder: MakeFolder) -> None:

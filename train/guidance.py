@@ -1,0 +1,80 @@
+"""What a newcomer would ask about own photographs: is the network right for so many, is the size, is the
+result more than chance; each answered with what to type."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from ffl_deploy.data.datasets import ImageData
+from ffl_deploy.data.folders import median_side
+from ffl_deploy.images import UNREADABLE
+from ffl_deploy.installed import install_command
+from ffl_deploy.statistics import wilson_interval
+from train.config import TrainConfig
+
+FEW = 5000
+"""Training images below which published weights are the advice: they have seen a million, and none of these
+classes has enough."""
+PUBLISHED_SIZES = (64, 96, 128, 160, 192, 224)
+"""Sides for networks whose weights were trained at 224 pixels; smaller is faster and less accurate."""
+COARSE = 3
+"""How many times larger photographs may be than the network's input before it is worth a line."""
+
+
+def advice(config: TrainConfig, data: ImageData) -> list[str]:
+    """-> lines about a folder's images, before training; none about data sets that come with a recipe."""
+    if data.inputs is None:
+        return []
+    lines = []
+    if data.split_here:
+        lines.append(
+            f"{config.data.source} holds no test images of its own: a fifth of each class was held out for "
+            "the test, equal pictures together"
+        )
+    lines += _formats(data.left_out)
+    if config.output.resume is not None or config.model.quantize_aware is not None:
+        return lines
+    size = data.preprocessing.width
+    side = max((median_side(part.files) for part in data.inputs.parts.values()), default=0)
+    better = max((one for one in PUBLISHED_SIZES if one <= side), default=0)
+    if len(data.train) < FEW and not config.model.pretrained and better:
+        names = ",".join(["torchvision:resnet18"] * max(2, len(config.model.branches)))
+        lines.append(
+            f"{len(data.train):,} photographs are few for a network that knows nothing yet; one that starts "
+            f"from published weights learns more from them: ffl-train --data {config.data.source} "
+            f"--branches {names} --pretrained --image-size {min(better, 128)}"
+        )
+    elif side >= COARSE * size and config.data.image_size is None and better:
+        lines.append(
+            f"photographs of about {side} pixels are read at {size}x{size}; for finer detail, which takes "
+            f"longer: --image-size {min(better, 2 * size)}"
+        )
+    return lines
+
+
+def _formats(left_out: Mapping[str, int]) -> list[str]:
+    lines = []
+    for one in UNREADABLE:
+        count = sum(left_out.get(f"called {suffix}", 0) for suffix in one.suffixes)
+        if count:
+            how = f"run: {install_command('heif')}" if one.name == "HEIF" else "update Pillow"
+            lines.append(f"{count} of these are {one.name} photographs, which can be read; {how}")
+    return lines
+
+
+def no_better_than_chance(accuracy: Mapping[str, float], labels: np.ndarray, classes: int) -> str:
+    """-> a sentence where no classifier is surely better than always naming the most frequent class; else ''.
+
+    accuracy: share of 1 of each classifier; labels: int64 [n], of the test images.
+    """
+    chance = float(np.bincount(labels, minlength=classes).max() / len(labels))
+    best = max(accuracy.values())
+    if wilson_interval(round(best * len(labels)), len(labels)).low > chance:
+        return ""
+    return (
+        f"{100 * chance:.0f} % is chance for {classes} classes of these test images, and nothing here is "
+        "surely above it: train longer (--epochs), start from published weights (--pretrained), or look "
+        "whether the folders' names fit what is in them."
+    )
