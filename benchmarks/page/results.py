@@ -1,10 +1,10 @@
 """docs/results.md from stored JSON: what the CIFAR-100 model of examples/cifar100 reaches,
 and how it was trained.
 
-results.md, alone.md and the files of comparison_text.py hold the page's sentences and commands, this file the
-values. With --run, --report and --reliability what the page
-needs of the model is stored in docs/results/, once; what train.compare wrote is copied to docs/. Without
-flags the page and its figures are made again, which needs neither the runs nor the data.
+results.md, alone.md and the files of comparison_text.py and fine_tuning.py hold the page's sentences and
+commands, this file the values. With --run, --report, --reliability and --fine-tuned what the page needs of
+the model is stored in docs/results/, once; what train.compare wrote is copied to docs/. Without flags the page
+and its figures are made again, which needs neither the runs nor the data.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
+from benchmarks.page import fine_tuning
 from benchmarks.page.comparison_text import comparison_text
+from benchmarks.page.pairs import pair_table
 from export.publish.plot import draw_report
 from export.publish.report import body
 from ffl_deploy.arrays import read_arrays
@@ -191,6 +193,7 @@ def page() -> str:
         PAGE,
         **model_values(training),
         alone=alone_text(training["summary"]["test_images"]),
+        fine_tuning=fine_tuning.text(STORED),
         report=body(report).rstrip(),
         calibrations=calibration_list(draw_reliability(STORED / "reliability.png")),
         attention=attention_table(draw_attention(STORED / "cam.png")),
@@ -232,25 +235,6 @@ def wilson_of(share: float, images: int) -> tuple[str, str]:
     """-> the ends of an accuracy's 95 % interval."""
     interval = wilson_interval(round(share * images), images)
     return f"{interval.low:.2%}", f"{interval.high:.2%}"
-
-
-def pair_table(pairs: list[dict[str, Any]]) -> str:
-    rows = []
-    for pair in pairs:
-        low, high = (100 * pair["interval"][side] for side in ("low", "high"))
-        rows.append(
-            [
-                pair["other"],
-                pair["one"],
-                f"{100 * pair['delta']:+.2f}",
-                f"{low:+.2f} to {high:+.2f}",
-                f"{pair['gained']} / {pair['lost']}",
-                f"{pair['p_different']:.2g}",
-            ]
-        )
-    return table(
-        ["", "minus", "points", "95 % interval (Tango)", "right: only first / only second", "p"], rows
-    )
 
 
 def alone_text(test_images: int) -> str:
@@ -308,6 +292,13 @@ def main(argv: list[str]) -> int:
         metavar="JSON",
         help="TARGET.report.json of ffl-predict",
     )
+    parser.add_argument(
+        "--fine-tuned",
+        type=Path,
+        nargs=3,
+        metavar=("RUN", "BEFORE", "BUNDLES"),
+        help="store this finished run of --quantize-aware, the run that it goes on from, and its export",
+    )
     arguments = parser.parse_args(argv)
     if (arguments.run is None) != (arguments.report is None):
         raise UsageError("--run and --report belong together; give both.")
@@ -315,6 +306,8 @@ def main(argv: list[str]) -> int:
         collect(arguments.run, arguments.report, arguments.reliability)
     if arguments.alone:
         collect_alone(arguments.alone)
+    if arguments.fine_tuned:
+        fine_tuning.collect(*arguments.fine_tuned, STORED)
     (DOCS / "results.md").write_text(page())
     print(DOCS / "results.md")
     return 0
