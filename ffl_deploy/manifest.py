@@ -172,6 +172,13 @@ class HalfRecord(msgspec.Struct, frozen=True):
     true_fp16: ParityMetrics | None = None  # computed as GPUs compute it
 
 
+LIMIT = 2**15 - 1
+ACTIVATION = 255
+"""The largest activation that a kernel multiplies: of uint8 as they are, of int8 shifted by 128."""
+PAIR = LIMIT // ACTIVATION
+"""Largest sum of two int8 weights of one output channel, so that two products of it stay in 16 bits: 128."""
+
+
 class Certificate(msgspec.Struct, frozen=True):
     """The largest |sum of two products side by side| that any kernel can meet in the file,
     of `layers` int8 layers."""

@@ -14,14 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from ffl_deploy.errors import CheckError
-from ffl_deploy.manifest import Certificate
+from ffl_deploy.manifest import ACTIVATION, LIMIT, Certificate
 from ffl_deploy.runtime.onnx_wire import Graph, Node, read_graph
-
-LIMIT = 2**15 - 1
-ACTIVATION = 255
-"""The largest activation that a kernel multiplies: of uint8 as they are, of int8 shifted by 128."""
-PAIR = LIMIT // ACTIVATION
-"""Largest sum of two weights of one output channel: 128."""
 
 _WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _OTHER_PRODUCTS = ("Einsum", "DeformConv", "Attention", "RNN", "GRU", "LSTM")

@@ -3,8 +3,8 @@ and how it was trained.
 
 results.md, alone.md and the files of comparison_text.py and fine_tuning.py hold the page's sentences and
 commands, this file the values. With --run, --report, --reliability and --fine-tuned what the page needs of
-the model is stored in docs/results/, once; what train.compare wrote is copied to docs/. Without flags the page
-and its figures are made again, which needs neither the runs nor the data.
+the model is stored in docs/results/, once; what train.compare wrote is copied to docs/. Without flags the
+page and its figures are made again, which needs neither the runs nor the data.
 """
 
 from __future__ import annotations

@@ -24,7 +24,8 @@ from export.write.graph_parts import (
 )
 from export.write.onnx_file import finish
 from ffl_deploy.files import write_atomically
-from ffl_deploy.saturation import PAIR, largest_pair
+from ffl_deploy.manifest import PAIR
+from ffl_deploy.saturation import largest_pair
 
 
 @dataclass(frozen=True)

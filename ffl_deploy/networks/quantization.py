@@ -24,14 +24,12 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from ffl_deploy.errors import CheckError
+from ffl_deploy.manifest import PAIR
 from ffl_deploy.networks.mutual import MutualNetwork, Outputs
 from ffl_deploy.networks.tracing import trace
 
 LEVELS = 255
 """The largest uint8."""
-PAIR = 128
-"""Largest |sum| of two weights of an output channel, in steps: twice 255 times weights is the most that x86
-kernels without VNNI add up in 16 bits (ffl_deploy/saturation.py, which proves it of a written file)."""
 _PAIR_STEP = (1 + 2**-20) / PAIR
 
 

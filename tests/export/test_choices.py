@@ -17,11 +17,11 @@ from export.publish.undecided import behind
 from export.write.int8_choice import BLOCKS, choose, sensitive_blocks
 from export.write.qdq import channel_scales
 from export.write.ranges import chunk_size
-from ffl_deploy.manifest import AccuracyRecord, Candidate
+from ffl_deploy.manifest import PAIR, AccuracyRecord, Candidate
 from ffl_deploy.parity import Verdict
 from ffl_deploy.report import Artefact, ArtefactLimits, Recommendation, Report
 from ffl_deploy.runtime.latency import measure_latency
-from ffl_deploy.saturation import PAIR, largest_pair
+from ffl_deploy.saturation import largest_pair
 from ffl_deploy.statistics import packed, paired_difference, tango_interval, unpacked, wilson_interval
 
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ffl_deploy.errors import CheckError, UsageError
+from ffl_deploy.manifest import PAIR
 from ffl_deploy.networks.mutual import MutualNetwork, NetworkConfig
 from ffl_deploy.networks.quantization import ActivationQuantizer, QuantizedNetwork, weight_scales
 from ffl_deploy.networks.tracing import trace
-from ffl_deploy.saturation import PAIR, largest_pair
+from ffl_deploy.saturation import largest_pair
 
 IMAGES = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(3)) - 0.4
 
