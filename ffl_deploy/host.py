@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import mmap
 import os
 import sys
@@ -17,8 +18,42 @@ HEAP = 8 * _BLOCK
 
 
 def available_cores() -> int:
-    """-> cores this process may use, which in a container is often fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """-> cores this process may use, which in a container is often fewer than the machine has: by affinity,
+    or by the quota of its control group, whichever is less. More threads than a quota feeds wait for one
+    another."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = cpu_quota()
+    return cores if quota is None else max(1, min(cores, int(quota + 0.5)))
+
+
+@functools.cache
+def cpu_quota(
+    membership: Path = Path("/proc/self/cgroup"), cgroup: Path = Path("/sys/fs/cgroup")
+) -> float | None:
+    """-> cores' worth of time that the control group of this process, or one above it, is given; None where
+    it has no quota (docker --cpus, Kubernetes' limits.cpu). Versions 1 and 2 of cgroups."""
+    found = []
+    with contextlib.suppress(OSError):
+        for line in membership.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers and "cpu" not in controllers.split(","):
+                continue
+            root = cgroup / "cpu" if controllers else cgroup
+            # in a container the path may be the host's, and the group itself lies at the root
+            place = root / path.lstrip("/")
+            above = [folder for folder in place.parents if root in folder.parents]
+            found += [_quota(folder) for folder in {root, place, *above}]
+    return min((quota for quota in found if quota), default=None)
+
+
+def _quota(folder: Path) -> float | None:
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = (folder / "cpu.max").read_text().split()
+        return None if quota == "max" else int(quota) / int(period)
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        return int(quota) / int(period) if int(quota) > 0 else None
+    return None
 
 
 def available_memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:

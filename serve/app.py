@@ -9,15 +9,21 @@ from collections.abc import AsyncIterator, Callable
 
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
+from starlette.middleware.gzip import GZipMiddleware
 from starlette.routing import Route
 
 from serve.demo.guard import DemoGuard, largest_demo_body
 from serve.demo.slot import DemoSlot
 from serve.server import classify, v2
+from serve.server.compression import Inflate
 from serve.server.limits import Bodies, HostAndOrigin, Token, own_hosts
 from serve.server.service import Phase, Service
 from serve.server.settings import Settings
 from serve.server.tracking import Tracking
+
+COMPRESSED_FROM, COMPRESSION_LEVEL = 16 * 1024, 1
+"""Answers of the protocol from so many bytes on are compressed for clients that ask for it, fast rather than
+small: logits hardly compress, JSON does."""
 
 
 def create_app(settings: Settings, stop: Callable[[], None] = lambda: None) -> FastAPI:
@@ -54,7 +60,7 @@ def create_app(settings: Settings, stop: Callable[[], None] = lambda: None) -> F
 
     app.add_route("/metrics", metrics)
     app.add_route("/v2", v2.Descriptions(service).server)
-    app.mount("/v2", v2.routes(service))
+    app.mount("/v2", GZipMiddleware(v2.routes(service), COMPRESSED_FROM, COMPRESSION_LEVEL))
     if settings.protocol:
         app.router.routes.append(Route(classify.PATH, classify.Classify(service)))
     app.mount("/", DemoGuard(slot, service))
@@ -68,6 +74,7 @@ def create_app(settings: Settings, stop: Callable[[], None] = lambda: None) -> F
         )
 
     app.add_middleware(Bodies, limits=settings.limits, limit_of=largest_body)
+    app.add_middleware(Inflate, prefix="/v2/")
     if settings.token:
         app.add_middleware(Token, token=settings.token)
     app.add_middleware(HostAndOrigin, hosts=own_hosts(settings.host, settings.allowed_hosts))

@@ -25,6 +25,9 @@ RunModel = Callable[[np.ndarray], Outputs]
 Observe = Callable[[int, float], None]
 """Called after every run of the model with (images, seconds)."""
 
+Waited = Callable[[float], None]
+"""Called with the seconds that a request has waited for its run."""
+
 
 class Overloaded(Exception):
     """The queue is full; the client should come back later."""
@@ -39,6 +42,7 @@ class _Job:
     images: np.ndarray
     future: asyncio.Future[Outputs]
     loop: asyncio.AbstractEventLoop = field(repr=False)
+    queued_at: float = field(default_factory=time.perf_counter)
 
 
 class MicroBatcher:
@@ -60,9 +64,10 @@ class MicroBatcher:
         max_queue: int,
         workers: int = 1,
         observe: Observe | None = None,
+        waited: Waited | None = None,
         name: str = "model",
     ) -> None:
-        self._run, self._observe = run, observe
+        self._run, self._observe, self._waited = run, observe, waited
         self._max_batch, self._max_queue = max_batch, max_queue
         self._jobs: deque[_Job] = deque()
         self._waiting_images = self._running_images = 0
@@ -117,6 +122,10 @@ class MicroBatcher:
 
     def _work(self) -> None:
         while jobs := self._take():
+            if self._waited:
+                now = time.perf_counter()
+                for job in jobs:
+                    self._waited(now - job.queued_at)
             results = self._run_together(jobs)
             with self._changed:
                 self._running_images -= sum(len(job.images) for job in jobs)

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -26,6 +26,7 @@ from ffl_deploy.verify import check_files
 from serve.server.batcher import MicroBatcher, Overloaded
 from serve.server.protocol import Signature
 from serve.server.settings import Limits, ModelSpec, Settings
+from serve.server.statistics import ModelStatistics
 
 T = TypeVar("T")
 
@@ -52,6 +53,7 @@ class ServedModel:
     batcher: MicroBatcher
     signature: Signature
     why: str = ""  # this variant, where the machine chose it
+    statistics: ModelStatistics = field(default_factory=ModelStatistics)
 
     async def infer(self, images: np.ndarray) -> Outputs:
         """uint8 [n, height, width, 3] -> Outputs. Raises NonFinite, Overloaded."""
@@ -211,15 +213,23 @@ def open_model(
             lost(error)
             raise
 
+    statistics = ModelStatistics()
+
+    def ran(images: int, seconds: float) -> None:
+        observe(spec.name, images, seconds)
+        statistics.ran(images, seconds)
+
     batcher = MicroBatcher(
         run,
         max_batch=settings.max_batch,
         workers=workers,
         max_queue=settings.limits.queued_images,
-        observe=lambda images, seconds: observe(spec.name, images, seconds),
+        observe=ran,
+        waited=statistics.waited,
         name=spec.name,
     )
-    return ServedModel(spec.name, bundle, variant, session, batcher, signature, choice.why if choice else "")
+    why = choice.why if choice else ""
+    return ServedModel(spec.name, bundle, variant, session, batcher, signature, why, statistics)
 
 
 def workers_and_threads(settings: Settings, runtime: str | None) -> tuple[int, int]:

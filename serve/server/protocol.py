@@ -118,6 +118,21 @@ class Signature:
             },
         }
 
+    def config(self, max_batch: int) -> dict[str, Any]:
+        """-> the answer to GET /v2/models/NAME/config: what Triton's model configuration says of it."""
+        return {
+            "name": self.name,
+            "platform": self.platform,
+            "backend": "ffl-serve",
+            "max_batch_size": self.max_images,
+            "input": [{"name": IMAGES, "data_type": "TYPE_UINT8", "dims": [self.height, self.width, 3]}],
+            "output": [
+                {"name": name, "data_type": "TYPE_FP32", "dims": list(shape)}
+                for name, shape in self.outputs.items()
+            ],
+            "dynamic_batching": {"preferred_batch_size": [max_batch], "max_queue_delay_microseconds": 0},
+        }
+
 
 _decode_header = msgspec.json.Decoder(Header).decode
 _encode_header = msgspec.json.Encoder().encode
@@ -152,6 +167,7 @@ def read_request(body: bytes, header_length: int | None, signature: Signature) -
             f"give exactly one input, {IMAGES!r} or {ENCODED!r}; this request has {len(header.inputs)}"
         )
     tensor = header.inputs[0]
+    _refuse_shared_memory(tensor)
     images, encoded = None, []
     if tensor.name == IMAGES:
         _check(tensor, "UINT8", [signature.height, signature.width, 3], signature)
@@ -165,6 +181,7 @@ def read_request(body: bytes, header_length: int | None, signature: Signature) -
     # the outputs asked for
     outputs = header.outputs or [RequestedOutput(name) for name in signature.outputs]
     for output in outputs:
+        _refuse_shared_memory(output)
         if output.name not in signature.outputs:
             raise ProtocolError(f"unknown output; {signature.name} gives {', '.join(signature.outputs)}")
     if len({output.name for output in outputs}) != len(outputs):
@@ -199,6 +216,12 @@ def write_response(
         answer["id"] = request.id
     header = _encode_header(answer)
     return [header, *raw], (len(header) if raw else None)
+
+
+def _refuse_shared_memory(tensor: Tensor | RequestedOutput) -> None:
+    """A client would read a region that nobody has written."""
+    if "shared_memory_region" in tensor.parameters:
+        raise ProtocolError("shared memory is not supported; send and take tensors in the body")
 
 
 def _check(tensor: Tensor, datatype: str, image_shape: list[int], signature: Signature) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import numpy as np
 from starlette.datastructures import Headers
@@ -37,11 +38,14 @@ def routes(service: Service) -> Router:
     found: list[BaseRoute] = [Route("/health/live", described.live), Route("/health/ready", described.ready)]
     if service.settings.protocol:
         infer = Infer(service)
+        found.append(Route("/models/stats", described.all_statistics))  # before a model of that name
         found += [Route("/", described.server), Route("/repository/index", described.index, methods=["POST"])]
         for model in ("/models/{name}", "/models/{name}/versions/{version}"):
             found += [
                 Route(model, described.model),
                 Route(model + "/ready", described.model_ready),
+                Route(model + "/config", described.config),
+                Route(model + "/stats", described.statistics),
                 Route(model + "/infer", infer, methods=["POST"]),
             ]
     return Router(found, redirect_slashes=False, default=_not_found)
@@ -50,7 +54,8 @@ def routes(service: Service) -> Router:
 async def _not_found(scope: Scope, receive: Receive, send: Send) -> None:
     raise HTTPException(
         404,
-        "the inference protocol has no such route; it has /v2/models/NAME, POST /v2/models/NAME/infer, "
+        "the inference protocol has no such route; it has /v2/models/NAME[/config, /stats], "
+        "POST /v2/models/NAME/infer, "
         "/v2/health/ready and POST /v2/repository/index; for labels of a photograph see POST /classify",
     )
 
@@ -73,7 +78,7 @@ class Descriptions:
         self.service = service
 
     async def server(self, request: Request) -> Response:
-        extensions = ["binary_tensor_data", "classification", "model_repository"]
+        extensions = ["binary_tensor_data", "classification", "model_configuration", "statistics"]
         return json_response(
             {"name": "ffl-serve", "version": ffl_deploy.__version__, "extensions": extensions}
         )
@@ -92,6 +97,20 @@ class Descriptions:
         name = self._model(request).name
         draining = self.service.phase in (Phase.DRAINING, Phase.CLOSING)
         return json_response({"name": name, "ready": not draining}, 503 if draining else 200)
+
+    async def config(self, request: Request) -> Response:
+        model = self._model(request)
+        return json_response(model.signature.config(self.service.settings.max_batch))
+
+    async def statistics(self, request: Request) -> Response:
+        model = self._model(request)
+        return json_response({"model_stats": [model.statistics.described(model.name, VERSION)]})
+
+    async def all_statistics(self, request: Request) -> Response:
+        models = self.service.models.values()
+        return json_response(
+            {"model_stats": [model.statistics.described(model.name, VERSION) for model in models]}
+        )
 
     async def index(self, request: Request) -> Response:
         states = {spec.name: spec.name in self.service.models for spec in self.service.settings.models}
@@ -114,6 +133,7 @@ class Infer:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         model = find_model(self.service, scope["path_params"]["name"], scope["path_params"].get("version"))
+        began = time.perf_counter()
         try:
             body = await read_body(receive)
             async with while_connected(receive):
@@ -122,23 +142,31 @@ class Infer:
             return
         except REFUSALS as error:
             response = refusal(error, model.name)
+        counted = model.statistics.success if response.status_code < 400 else model.statistics.fail
+        counted.add(time.perf_counter() - began)
         await response(scope, receive, send)
 
     async def _answer(self, model: ServedModel, body: bytes, header_length: int | None) -> Response:
         # what is asked
+        began = time.perf_counter()
         json_bytes = len(body) if header_length is None else header_length
         if json_bytes > PARSE_INLINE_BYTES:
             request = await asyncio.to_thread(read_request, body, header_length, model.signature)
         else:
             request = read_request(body, header_length, model.signature)
 
+        images = await self._images(model, request)
+        model.statistics.input.add(time.perf_counter() - began)
+
         # the model, in a batch with whoever asks at the same time
-        outputs = await model.infer(await self._images(model, request))
+        outputs = await model.infer(images)
         results = {name: values for name, values in outputs._asdict().items() if values is not None}
 
+        began = time.perf_counter()
         # the answer: JSON, with raw tensors behind it if the client wants them
         buffers, length = write_response(model.signature, request, results)
         content = buffers[0] if len(buffers) == 1 else b"".join(buffers)
+        model.statistics.output.add(time.perf_counter() - began)
         if length is None:
             return Response(content, media_type="application/json")
         return Response(content, headers={HEADER_LENGTH: str(length)}, media_type="application/octet-stream")

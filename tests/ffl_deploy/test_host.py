@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ffl_deploy.host import available_memory, keep_freed_memory
+from ffl_deploy import host
+from ffl_deploy.host import available_cores, available_memory, cpu_quota, keep_freed_memory
 
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -28,6 +29,43 @@ def test_the_smaller_of_machine_and_container(tmp_path: Path) -> None:
     assert available_memory(tmp_path, tmp_path) == 600_000
     (tmp_path / "memory.max").write_text("max\n")
     assert available_memory(tmp_path, tmp_path) == 4000 * 1024
+
+
+@pytest.mark.parametrize(
+    ("membership", "files", "cores"),
+    [
+        ("0::/\n", {"cpu.max": "150000 100000\n"}, 1.5),
+        ("0::/\n", {"cpu.max": "max 100000\n"}, None),
+        ("0::/a/b\n", {"a/b/cpu.max": "max 100000\n", "a/cpu.max": "50000 100000\n"}, 0.5),
+        ("0::/a/b\n", {"a/b/cpu.max": "400000 100000\n", "a/cpu.max": "200000 100000\n"}, 2.0),
+        ("0::/of/the/host\n", {"cpu.max": "300000 100000\n"}, 3.0),
+        (
+            "5:cpuset:/x\n4:cpu,cpuacct:/docker/1\n",
+            {"cpu/docker/1/cpu.cfs_quota_us": "250000\n", "cpu/docker/1/cpu.cfs_period_us": "100000\n"},
+            2.5,
+        ),
+        ("4:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
+        ("0::/\n", {"cpu.max": "nonsense"}, None),
+        ("0::/\n", {}, None),
+    ],
+)
+def test_the_quota_of_the_control_group(
+    membership: str, files: dict[str, str], cores: float | None, tmp_path: Path
+) -> None:
+    (tmp_path / "membership").write_text(membership)
+    for name, text in files.items():
+        (tmp_path / "cgroup" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "cgroup" / name).write_text(text)
+    assert cpu_quota(tmp_path / "membership", tmp_path / "cgroup") == cores
+
+
+@pytest.mark.parametrize(("quota", "cores"), [(None, 32), (0.5, 1), (0.1, 1), (1.5, 2), (3.4, 3), (64.0, 32)])
+def test_more_threads_than_a_quota_feeds_are_not_started(
+    quota: float | None, cores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host.os, "sched_getaffinity", lambda _: set(range(32)), raising=False)
+    monkeypatch.setattr(host, "cpu_quota", lambda: quota)
+    assert available_cores() == cores
 
 
 def test_without_proc_half_of_what_is_built_in(tmp_path: Path) -> None:
