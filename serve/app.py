@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable
 
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
+from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.routing import Route
 
@@ -17,6 +18,8 @@ from serve.demo.slot import DemoSlot
 from serve.server import classify, v2
 from serve.server.compression import Inflate
 from serve.server.limits import Bodies, HostAndOrigin, Token, own_hosts
+from serve.server.protocol import HEADER_LENGTH
+from serve.server.proxies import Forwarded
 from serve.server.service import Phase, Service
 from serve.server.settings import Settings
 from serve.server.tracking import Tracking
@@ -77,8 +80,21 @@ def create_app(settings: Settings, stop: Callable[[], None] = lambda: None) -> F
     app.add_middleware(Inflate, prefix="/v2/")
     if settings.token:
         app.add_middleware(Token, token=settings.token)
-    app.add_middleware(HostAndOrigin, hosts=own_hosts(settings.host, settings.allowed_hosts))
+    if settings.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.allowed_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=[HEADER_LENGTH, "x-request-id"],
+        )
+    app.add_middleware(
+        HostAndOrigin,
+        hosts=own_hosts(settings.host, settings.allowed_hosts),
+        origins=settings.allowed_origins,
+    )
     app.add_middleware(Tracking, service=service)
+    app.add_middleware(Forwarded, root_path=settings.root_path, proxies=settings.trusted_proxies)
     return app
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ipaddress
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from ffl_deploy.command import Parser, gpu_number, positive, run_command
 from ffl_deploy.errors import DONE, UsageError
@@ -122,6 +124,25 @@ def build_parser(demo_alone: bool = False) -> Parser:
         help="a further Host name clients use, * for any; may be repeated (default: this machine's)",
     )
 
+    behind = parser.add_argument_group("behind a proxy, and for pages elsewhere")
+    behind.add_argument(
+        "--root-path", default="", metavar="/PATH", help="the prefix under which a proxy shows the server"
+    )
+    behind.add_argument(
+        "--trust-proxy",
+        action="append",
+        default=[],
+        metavar="ADDRESS",
+        help="a proxy or network whose X-Forwarded-For, -Proto and -Host are believed; may be repeated",
+    )
+    behind.add_argument(
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="URL",
+        help="a page elsewhere that may call /v2 and /classify, as https://shop.example; may be repeated",
+    )
+
     ending = parser.add_argument_group("its end, and what it logs")
     ending.add_argument(
         "--drain",
@@ -160,12 +181,44 @@ def parse_arguments(argv: Sequence[str], demo_alone: bool = False) -> Settings:
         gpu=given.gpu,
         token=_read_token(given.token_file) if given.token_file else None,
         allowed_hosts=tuple(name.lower() for name in given.allow_host),
+        allowed_origins=tuple(_origin(text) for text in given.allow_origin),
+        root_path=_root_path(given.root_path),
+        trusted_proxies=tuple(_proxy(text) for text in given.trust_proxy),
         drain_seconds=given.drain,
         shutdown_seconds=given.shutdown,
         access_log=given.access_log,
         log_format=given.log_format or ("text" if sys.stderr.isatty() else "json"),
         limits=Limits(queued_images=given.max_queue, body_bytes=given.max_body_mib << 20),
     )
+
+
+def _root_path(text: str) -> str:
+    """-> the prefix `/app` of what --root-path says; "" for none. Raises UsageError."""
+    path = "/" + text.strip("/") if text.strip("/") else ""
+    if not path.isascii() or any(character in path for character in "?#%\\ \"'<>") or "//" in path:
+        raise UsageError(f"--root-path {text!r} is no path; give for example /app.")
+    return path
+
+
+def _proxy(text: str) -> str:
+    """-> an address, a network, or * for all, as --trust-proxy says it. Raises UsageError."""
+    if text != "*":
+        try:
+            ipaddress.ip_network(text, strict=False)
+        except ValueError:
+            raise UsageError(
+                f"--trust-proxy {text!r} is no address; give the proxy's, such as 127.0.0.1 or 10.0.0.0/8."
+            ) from None
+    return text
+
+
+def _origin(text: str) -> str:
+    parts = urlsplit(text)
+    if parts.scheme not in ("http", "https") or not parts.netloc or parts.path.strip("/") or parts.query:
+        raise UsageError(
+            f"--allow-origin {text!r} is no origin; give scheme and name, as in https://shop.example."
+        )
+    return f"{parts.scheme}://{parts.netloc}".lower()
 
 
 def _read_token(path: Path) -> str:

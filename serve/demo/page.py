@@ -138,6 +138,7 @@ async def mounted(service: Service) -> AsyncIterator[FastAPI]:
         app,
         page,
         path="/",
+        root_path=service.settings.root_path or None,
         allowed_paths=[],
         show_error=False,
         max_file_size=service.settings.limits.upload_bytes,

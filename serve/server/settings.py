@@ -79,6 +79,9 @@ class Settings:
     max_batch: int = 32  # images in one run of a model
     token: str | None = field(default=None, repr=False)
     allowed_hosts: tuple[str, ...] = ()  # further Host names, behind a proxy or in a cluster
+    allowed_origins: tuple[str, ...] = ()  # pages elsewhere that may call /v2 and /classify
+    root_path: str = ""  # the prefix under which a proxy shows the server, such as /app
+    trusted_proxies: tuple[str, ...] = ()  # whose X-Forwarded-* is believed
     drain_seconds: float = 1.0  # between "not ready" and closing the port
     shutdown_seconds: float = 30.0  # for requests in flight
     access_log: bool = False
