@@ -53,6 +53,8 @@ class DemoGuard:
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self.app, self.limits = app, service.settings.limits
+        prefix = re.escape(service.settings.root_path + FILE)
+        self._own_url = re.compile(rf"(https?://[^/]+)?{prefix}")
         self._uploads = 0  # in progress
         self._kept_bytes, self._measure_at = 0, 0.0
 
@@ -73,7 +75,7 @@ class DemoGuard:
                 if path.rstrip("/") == UPLOAD:
                     await self._check_room(scope)
                     return await self._upload(scope, receive, send)
-                receive = await _checked_json(receive)
+                receive = await _checked_json(receive, self._own_url)
         except Refused as refused:
             return await refused(scope, receive, send)
         return await self.app(scope, receive, _with_page_headers(send))
@@ -156,7 +158,7 @@ def _folder_bytes(folder: Path) -> int:
     return total
 
 
-async def _checked_json(receive: Receive) -> Receive:
+async def _checked_json(receive: Receive, own_url: re.Pattern[str]) -> Receive:
     """Read a JSON body (its size is bounded already), check what it points at;
     -> a receive that gives it again."""
     pieces: list[bytes] = []
@@ -169,7 +171,7 @@ async def _checked_json(receive: Receive) -> Receive:
         more = message.get("more_body", False)
     body = b"".join(pieces)
     try:
-        _check_references(msgspec.json.decode(body) if body else None)
+        _check_references(msgspec.json.decode(body) if body else None, own_url)
     except (msgspec.DecodeError, RecursionError):
         raise Refused(400, "the body is not valid JSON") from None
     given = False
@@ -184,19 +186,19 @@ async def _checked_json(receive: Receive) -> Receive:
     return again
 
 
-def _check_references(value: Any) -> None:
+def _check_references(value: Any, own_url: re.Pattern[str]) -> None:
     """Refuse a path outside the upload folder and any URL but that of an upload; `data:` counts as a URL."""
     if isinstance(value, list):
         for item in value:
-            _check_references(item)
+            _check_references(item, own_url)
     elif isinstance(value, dict):
         path, url = value.get("path"), value.get("url")
         if isinstance(path, str) and path and not _in_upload_folder(path):
             raise Refused(403, "only files that were uploaded here can be named; see the route upload")
-        if isinstance(url, str) and url and not re.match(rf"(https?://[^/]+)?{re.escape(FILE)}", url):
+        if isinstance(url, str) and url and not own_url.match(url):
             raise Refused(403, "URLs are not read; upload the file first")
         for item in value.values():
-            _check_references(item)
+            _check_references(item, own_url)
 
 
 # The browser itself then refuses any request off the machine. Gradio's page needs inline scripts,
