@@ -16,7 +16,7 @@ from ffl_deploy.bundle import Bundle, load_bundle
 from ffl_deploy.command import Parser, gpu_number, run_command
 from ffl_deploy.errors import DONE, UsageError
 from ffl_deploy.files import shown
-from ffl_deploy.selfcheck import golden_record, reason, refusal
+from ffl_deploy.selfcheck import check_preprocessing, golden_record, reason, refusal
 from ffl_deploy.verify import summary
 
 SECONDS = 0.3  # of measurement at each batch size
@@ -35,6 +35,7 @@ def build_and_verify(
     from ffl_deploy.runtime.gpu import this_gpu
     from ffl_deploy.runtime.latency import measure_latency
     from ffl_deploy.runtime.onnx_wire import refuse_external_data
+    from ffl_deploy.runtime.operators import refuse_foreign_operators
     from ffl_deploy.runtime.session import FixedBatchSession, Session
     from ffl_deploy.runtime.tensorrt_cache import engine_here, forget
     from ffl_deploy.runtime.tensorrt_runtime import TensorRtSession
@@ -42,12 +43,13 @@ def build_and_verify(
     chosen = bundle.variant(variant)
     if not chosen.file.endswith(".onnx"):
         raise UsageError(
-            f"variant {chosen.name} of {shown(bundle.folder)} is an engine already; give the --variant of an "
-            "ONNX "
-            "file."
+            f"variant {chosen.name} of {shown(bundle.folder)} is an engine already; give the --variant of "
+            "an ONNX file."
         )
     source = bundle.checked_file(chosen.file)
     refuse_external_data(source)
+    refuse_foreign_operators(source)
+    check_preprocessing(bundle)
     gpu = this_gpu()
     yield f"{shown(bundle.folder)}: {chosen.name} for {gpu}"
 
@@ -97,13 +99,11 @@ def main(argv: Sequence[str]) -> int:
         ),
         description=(
             "Build a TensorRT engine of a bundle's model for this machine's GPU, verify it on the golden "
-            "samples, "
-            "and keep it for --runtime tensorrt."
+            "samples, and keep it for --runtime tensorrt."
         ),
         epilog=(
-            "Exit: 0 built and verified; 1 it does not give PyTorch's answers, or cannot be built; 2 no GPU, "
-            "no "
-            "TensorRT, unusable flags. See docs/gpu.md."
+            "Exit: 0 built and verified; 1 it does not give PyTorch's answers, or cannot be built; 2 no "
+            "GPU, no TensorRT, unusable flags. See docs/gpu.md."
         ),
     )
     parser.add_argument(

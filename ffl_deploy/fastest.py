@@ -24,6 +24,7 @@ from ffl_deploy.host import available_cores
 from ffl_deploy.parity import PARITY_GATES, PRECISIONS
 from ffl_deploy.processor import kernels, nvidia
 from ffl_deploy.runtime import RUNTIMES, Session
+from ffl_deploy.runtime.tensorrt_cache import is_kept
 
 if TYPE_CHECKING:
     from ffl_deploy.bundle_files import BundleFiles
@@ -149,11 +150,21 @@ def _combinations(bundle: BundleFiles, runtime: str | None) -> list[tuple[Varian
     ]
     pairs = {(variant.file, variant.precision.computed, name): (variant, name) for variant, name in own[::-1]}
     if runtime is None:
+        anywhere += [(variant, "tensorrt") for variant in _with_engines(bundle)]
         for variant, name in anywhere:
             pairs.setdefault((variant.file, variant.precision.computed, name), (variant, name))
     return sorted(
         pairs.values(), key=lambda pair: (_coarseness(pair[0]), own.index(pair) if pair in own else len(own))
     )
+
+
+def _with_engines(bundle: BundleFiles) -> list[Variant]:
+    """-> the ONNX variants of which an engine was built for this GPU before: it takes no minutes to open."""
+    return [
+        variant
+        for variant in bundle.manifest.variants
+        if variant.file.endswith(".onnx") and is_kept(variant.sha256)
+    ]
 
 
 def _coarseness(variant: Variant) -> int:
@@ -246,6 +257,7 @@ def _question(bundle: BundleFiles, runtime: str | None, threads: int | None) -> 
         "gates": msgspec.to_builtins(PARITY_GATES),
         "processor": kernels("onnxruntime"),
         "gpu": nvidia(),
+        "engines": [variant.name for variant in _with_engines(bundle)],
     }
 
 

@@ -143,8 +143,7 @@ def visible_gpu(number: int) -> str:
     if number >= len(given):
         raise UsageError(
             f"there is no GPU {number} among the {len(given)} of {VISIBLE}={os.environ[VISIBLE]}; they are "
-            "counted "
-            "from 0."
+            "counted from 0."
         )
     return given[number]
 

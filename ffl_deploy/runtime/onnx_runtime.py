@@ -132,8 +132,7 @@ def _refuse_fallback(session: Any, provider: Provider) -> None:
     if chosen != provider.name:
         raise UsageError(
             f"ONNX Runtime could not start {provider.name} and fell back to {chosen}; check the GPU's "
-            "driver, CUDA "
-            "and cuDNN libraries (docs/gpu.md), or use --runtime onnxruntime."
+            "driver, CUDA and cuDNN libraries (docs/gpu.md), or use --runtime onnxruntime."
         )
 
 

@@ -116,9 +116,8 @@ _ROWS = (
 RUNTIMES = {runtime.name: runtime for runtime in _ROWS}
 RETIRED = {
     "onnxruntime-tensorrt": (
-        "ONNX Runtime's TensorRT provider is not used any more (it needs TensorRT 10 and computes fp32 files "
-        "in "
-        "TF32); use --runtime tensorrt, which builds an engine of the same file at first use"
+        "ONNX Runtime's TensorRT provider is not used any more (it needs TensorRT 10 and computes fp32 "
+        "files in TF32); use --runtime tensorrt, which builds an engine of the same file at first use"
     )
 }
 """Runtimes of earlier versions -> what to use instead."""
@@ -150,8 +149,7 @@ def open_session(
         kind = "a TensorRT engine" if model.suffix == ".engine" else "an ONNX file"
         raise UsageError(
             f"variant {variant.name} of {bundle.folder} is {kind}, which {opened_by.name} does not read; "
-            "give another "
-            "--variant."
+            "give another --variant."
         )
     if model.suffix == ".onnx":
         refuse_external_data(model)

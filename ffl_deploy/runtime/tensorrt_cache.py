@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from ffl_deploy.errors import CheckError
+from ffl_deploy.errors import CheckError, UsageError
 from ffl_deploy.files import sha256_of
 from ffl_deploy.manifest import EngineRecord
 from ffl_deploy.private_cache import make_room, private_folder, read_private, write_private
@@ -87,15 +87,9 @@ def engine_here(source: Path, batches: tuple[int, ...] | None = None, again: boo
     Args: batches: what to optimize it for (what is kept was made for, else BATCHES); again: build it in any
     case. Raises UsageError where TensorRT or a GPU is missing, CheckError where TensorRT refuses the file.
     """
-    flavour = installed_flavour()
-    version = str(import_tensorrt(flavour).__version__)
-    gpu = this_gpu()
-    machine = {
-        "format": FORMAT,
-        "tensorrt": [flavour, version],
-        "gpu": [gpu.name, gpu.compute_capability, gpu.driver],
-    }
-    question = {"asks": "engine", "source": sha256_of(source), **machine}
+    flavour, gpu = installed_flavour(), this_gpu()
+    machine = _machine(flavour, gpu)
+    question = _question(sha256_of(source), machine)
     folder = private_folder(FOLDER, make=True)
     key = _key(question)
     with _locked(folder, key):
@@ -109,6 +103,28 @@ def engine_here(source: Path, batches: tuple[int, ...] | None = None, again: boo
         return _built(
             folder, source, question, machine, gpu, EngineOptions(flavour, None, batches or BATCHES)
         )
+
+
+def is_kept(source_sha256: str) -> bool:
+    """-> whether an engine for this GPU of the ONNX file with this hash was built before."""
+    folder = private_folder(FOLDER)
+    if folder is None:
+        return False
+    with contextlib.suppress(UsageError):  # no TensorRT, no GPU
+        question = _question(source_sha256, _machine(installed_flavour(), this_gpu()))
+        return (folder / f"{_key(question)}.json").is_file()
+    return False
+
+
+def _machine(flavour: str, gpu: Gpu) -> dict[str, Any]:
+    version = str(import_tensorrt(flavour).__version__)
+    described = [gpu.name, gpu.compute_capability, gpu.driver]
+    return {"format": FORMAT, "tensorrt": [flavour, version], "gpu": described}
+
+
+def _question(source_sha256: str, machine: dict[str, Any]) -> dict[str, Any]:
+    """-> everything that an engine depends on."""
+    return {"asks": "engine", "source": source_sha256, **machine}
 
 
 def forget(engine: Engine) -> None:

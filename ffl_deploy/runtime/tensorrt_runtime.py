@@ -257,12 +257,10 @@ def check_machine(engine: Engine, version: str, gpu: Gpu) -> None:
     if record.version != version:
         raise OtherMachine(
             f"{engine.name} was built by {record.flavour} {record.version}, this machine has {version}, and "
-            "engines "
-            f"do not carry over; {engine.rebuild}."
+            f"engines do not carry over; {engine.rebuild}."
         )
     if record.compute_capabilities and gpu.compute_capability not in record.compute_capabilities:
         raise OtherMachine(
             f"{engine.name} was built for compute capability {', '.join(record.compute_capabilities)}, this "
-            "GPU has "
-            f"{gpu.compute_capability}; {engine.rebuild}."
+            f"GPU has {gpu.compute_capability}; {engine.rebuild}."
         )

@@ -135,8 +135,7 @@ def actor_count(needs: dict[str, int], cluster: dict[str, float], shards: int) -
         if gpus < 1:
             raise UsageError(
                 "no node of the Ray cluster has a GPU; start Ray where there is one (ray start "
-                "--num-gpus=N), or use "
-                "a --runtime on the processor."
+                "--num-gpus=N), or use a --runtime on the processor."
             )
         room = min(room, gpus)
     return max(1, min(shards, room))

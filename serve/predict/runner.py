@@ -330,8 +330,7 @@ def kept_on_a_lost_gpu(out: Path) -> Iterator[None]:
     except DeviceLost as error:
         raise CheckError(
             f"{str(error).removesuffix('; start the command again.')}; the finished part is in "
-            f"{shards_folder(out)}: "
-            "the same command with --resume goes on."
+            f"{shards_folder(out)}: the same command with --resume goes on."
         ) from error
 
 

@@ -69,7 +69,7 @@ def test_an_engine_is_built_verified_measured_and_kept(
     assert said[1].startswith(f"built by tensorrt {VERSION} in ")
     assert "for batches 1, 8, 256 (" in said[1]
     assert said[1].endswith(f"kept in {engines}")
-    assert said[2].startswith("fp32 on tensorrt: 12 images at batches 1, 7, 12: max logit difference ")
+    assert said[2].startswith("fp32 on tensorrt: 16 images at batches 1, 7, 16: max logit difference ")
     assert said[2].endswith("top-1 agreement 100 %, fp32 gate passed")
     assert "ms for one image; images/s: " in said[3]
     assert [rate.split(" at ")[1] for rate in said[3].split(", ")] == ["batch 1", "batch 8", "batch 256"]
@@ -103,6 +103,17 @@ def test_predicting_builds_the_engine_once_and_finds_it_afterwards(
     load_bundle(bundle.folder).predict(images, runtime="tensorrt")
     assert [config.profiles[-1] for config in trt.built] == [[9, 256, 256], [2, 8, 8]]
     assert len(kept(engines)) == 1
+
+
+def test_auto_considers_an_engine_once_it_was_built(
+    bundle: Bundle, engines: Path, trt: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ffl_deploy.fastest.EVERYWHERE", ("onnxruntime",))
+    assert list(bundle.fastest().images_per_second) == ["fp32 on onnxruntime"]
+    assert trt.built == [], "it does not build for minutes to find out"
+    assert run_command(main, [str(bundle.folder)]) == 0
+    assert set(bundle.fastest().images_per_second) == {"fp32 on onnxruntime", "fp32 on tensorrt"}
+    assert len(trt.built) == 1
 
 
 @pytest.mark.parametrize("change", ["source", "version", "capability", "driver", "flavour"])
@@ -306,6 +317,9 @@ def test_a_graph_of_a_static_batch_gets_an_engine_of_it(
     model = onnx.load(folder / "model.onnx")
     for tensor in (*model.graph.input, *model.graph.output):
         tensor.type.tensor_type.shape.dim[0].dim_value = 5
+    for entry in model.metadata_props:
+        if entry.key == "ffl.contract":
+            entry.value = json.dumps(json.loads(entry.value) | {"batch": 5})
     onnx.save(model, folder / "model.onnx")
     manifest = json.loads((folder / MANIFEST).read_text())
     digest, size = sha256_of(folder / "model.onnx"), (folder / "model.onnx").stat().st_size
