@@ -17,7 +17,7 @@ from ffl_deploy.runtime import RUNTIMES
 
 if TYPE_CHECKING:
     from ffl_deploy.bundle import Bundle
-    from ffl_deploy.report import ArtefactLimits
+    from ffl_deploy.report import ArtefactLimits, Refusal
     from ffl_deploy.runtime.tensorrt_build import EngineOptions
 
 
@@ -30,8 +30,8 @@ def parser() -> Parser:
             "evaluation."
         ),
         epilog=(
-            "Exit code 1: a gate did not hold and no bundle of that target was written, or no artefact keeps "
-            "the limits. 2: the run or the flags cannot be used."
+            "Exit code 1: a gate did not hold; what passed is written, and what did not is named and is in "
+            "no bundle; or no artefact keeps the limits. 2: the run or the flags cannot be used."
         ),
         examples=(
             "ffl-export runs/quickstart --target fused --target branch0",
@@ -180,12 +180,15 @@ def main(argv: Sequence[str]) -> int:
     _require_places(arguments, options.targets)
     _require_shown(arguments.web_variant or [], options.variants.precisions)
     keep_freed_memory()  # PyTorch passes over whole splits
-    bundles = export_run(run, options, lambda line: print(line, flush=True))
-    _publish(bundles, arguments)
-    if "all" in options.targets or any(
+    exported = export_run(run, options, lambda line: print(line, flush=True))
+    if exported.bundles:
+        _publish(exported.bundles, arguments)
+    limited = any(
         value is not None for value in (limits.max_latency_ms, limits.min_accuracy, limits.max_bytes)
-    ):
-        return _report(out, limits)
+    )
+    if exported.bundles and (limited or "all" in options.targets):
+        _report(out, limits, exported.refused)
+    exported.require(out)
     return DONE
 
 
@@ -284,11 +287,11 @@ def _limits(arguments: argparse.Namespace) -> ArtefactLimits:
     return ArtefactLimits(arguments.max_latency_ms, arguments.min_accuracy, arguments.max_bytes)
 
 
-def _report(folder: Path, limits: ArtefactLimits) -> int:
+def _report(folder: Path, limits: ArtefactLimits, refused: Sequence[Refusal] | None = None) -> int:
     """Write the report over the bundles in `folder` and print its recommendation; -> exit code."""
     from export.publish.report import require, write_report
 
-    report = write_report(folder, limits)
+    report = write_report(folder, limits, refused)
     require(report)
     print(f"{folder / 'report.md'}: {report.recommendation.reason}", flush=True)
     return DONE

@@ -111,9 +111,7 @@ def write_fp32(
     }
     write_onnx(context.model, source, shape.height, shape.width, graph, metadata)
     if file_batches(source) != graph.batch:
-        raise CheckError(
-            f"the exporter froze the batch of {source.name} to {file_batches(source)}. No bundle was written."
-        )
+        raise CheckError(f"the exporter froze the batch of {source.name} to {file_batches(source)}.")
     return ModelFile(DEFAULT_VARIANT, source, "fp32", tuple(runtimes))
 
 

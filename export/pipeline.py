@@ -22,15 +22,24 @@ from export.variants import VariantOptions, build_variants, check_runtimes
 from export.write.onnx_graph import DeployedModel, require_features
 from ffl_deploy import __version__
 from ffl_deploy.bundle import Bundle, load_bundle, write_bundle
-from ffl_deploy.errors import UsageError, choices_sentence
-from ffl_deploy.files import replace_folder, shown
-from ffl_deploy.manifest import MANIFEST, InputTensor, OutputTensor, Source, Variant
+from ffl_deploy.errors import CheckError, UsageError, choices_sentence
+from ffl_deploy.files import entries, replace_folder, shown
+from ffl_deploy.manifest import (
+    DEFAULT_VARIANT,
+    MANIFEST,
+    InputTensor,
+    OutputTensor,
+    Source,
+    Variant,
+    read_manifest,
+)
 from ffl_deploy.markdown import megabytes, percent
 from ffl_deploy.networks.checkpoint import load_network
 from ffl_deploy.networks.mutual import MutualNetwork
 from ffl_deploy.networks.targets import build_target, target_names
 from ffl_deploy.probes import check_pixels
 from ffl_deploy.processor import description
+from ffl_deploy.report import Refusal
 from ffl_deploy.run_directory import CONFIG, Run
 from ffl_deploy.runtime import import_onnxruntime
 from ffl_deploy.signing import signature_path
@@ -49,12 +58,27 @@ class ExportOptions:
     golden: Path | None = None
 
 
-def export_run(run: Run, options: ExportOptions, report: Callable[[str], None]) -> list[Bundle]:
-    """Export every target of `options`. Raises UsageError for what cannot be asked, CheckError where a gate
-    does not hold.
+@dataclass
+class Exported:
+    """What came of an export. A target without a bundle is refused as a whole, by its fp32 file."""
 
-    report: receives one line per step. A target's folder appears, or is replaced, only when
-    all its gates held.
+    bundles: list[Bundle] = field(default_factory=list)
+    refused: list[Refusal] = field(default_factory=list)
+
+    def require(self, out: Path) -> None:
+        """Raises CheckError that lists what is in no bundle, with its reason."""
+        if not self.refused:
+            return
+        kept = f"The others are in {shown(out)}." if self.bundles else "No bundle was written."
+        raise CheckError(f"{'; '.join(str(one).rstrip('.') for one in self.refused)}. {kept}")
+
+
+def export_run(run: Run, options: ExportOptions, report: Callable[[str], None]) -> Exported:
+    """Export every target of `options`, each with every variant that passes its gates. Raises UsageError for
+    what cannot be asked, CheckError where the run itself does not hold.
+
+    report: receives one line per step. A target's folder appears, or is replaced, only when its fp32 file has
+    given PyTorch's logits.
     """
     # before any work: whatever can be refused
     loaded = load_network(run, options.checkpoint)
@@ -63,15 +87,24 @@ def export_run(run: Run, options: ExportOptions, report: Callable[[str], None]) 
     evaluation = Evaluation(run, loaded, options.checkpoint, targets)
     for target in targets:
         evaluation.reference(target)
+    evaluation.data  # noqa: B018 read, and refused, once for all targets
     own = read_golden(options.golden, run) if options.golden else None
 
-    bundles = []
+    exported = Exported()
     for target in targets:
-        bundle = export_target(target, evaluation, options, own)
+        try:
+            bundle = export_target(target, evaluation, options, own)
+        except CheckError as error:
+            exported.refused.append(Refusal(target, DEFAULT_VARIANT, str(error)))
+            report(f"{target}: no bundle: {error}")
+            continue
         for variant in bundle.manifest.variants:
             report(f"{shown(bundle.folder)}: {variant.name} {variant_summary(variant)}")
-        bundles.append(bundle)
-    return bundles
+        for refused in bundle.manifest.refused or []:
+            exported.refused.append(Refusal(target, refused.name, refused.reason))
+            report(f"{shown(bundle.folder)}: without {refused.name}: {refused.reason}")
+        exported.bundles.append(bundle)
+    return exported
 
 
 def asked_targets(network: MutualNetwork, options: ExportOptions, run: Run) -> list[str]:
@@ -91,10 +124,27 @@ def asked_targets(network: MutualNetwork, options: ExportOptions, run: Run) -> l
             raise UsageError(
                 f"{folder} is there already and is no bundle; choose another --out, or move it away."
             )
+        if occupied and (others := foreign_files(folder)):
+            raise UsageError(
+                f"{folder} holds what ffl-export did not write ({', '.join(others[:3])}), and would be "
+                "replaced; choose another --out, or move that away."
+            )
     if options.extras:
         for target in targets:
             require_features(build_target(network, target), options.extras, target)
     return targets
+
+
+def foreign_files(folder: Path) -> list[str]:
+    """-> what is in a bundle's folder that its manifest does not list. Raises UsageError where that cannot be
+    read: nothing says then whose the folder is."""
+    try:
+        listed = {MANIFEST, *read_manifest(folder / MANIFEST).files}
+    except CheckError as error:
+        raise UsageError(
+            f"{folder} would be replaced, but {error} Move it away, or choose another --out."
+        ) from error
+    return sorted(set(entries(folder)) - listed)
 
 
 def export_target(
@@ -131,8 +181,9 @@ def export_target(
     )
 
     # the files, each one verified, then the bundle; its folder appears when all of it is there
+    replaces = (options.out / name).is_dir()
     with replace_folder(options.out / name) as folder:
-        variants = build_variants(folder, context, options.variants)
+        built = build_variants(folder, context, options.variants)
         folder_given = options.golden and f"from the folder {options.golden.name}/"
         write_bundle(
             folder,
@@ -150,16 +201,18 @@ def export_target(
                 data=run.config.data_name,
                 parameters=sum(parameter.numel() for parameter in target.parameters()),
             ),
-            variants=variants,
+            variants=built.variants,
+            refused=built.refused,
             golden=context.golden,
             probes=probes,
             origin=folder_given or f"held-out test images of {run.config.data_name}",
             toolchain=toolchain(),
             calibration=calibration,
             card=model_card,
-            verified_on=[verified_here(variants)],
+            verified_on=[verified_here(built.variants)],
         )
-    signature_path(options.out / name).unlink(missing_ok=True)  # it was of the bundle before this one
+    if replaces:
+        signature_path(options.out / name).unlink(missing_ok=True)  # it was of the bundle before this one
     return load_bundle(options.out / name)
 
 

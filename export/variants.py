@@ -3,8 +3,10 @@ and each one verified on each asked runtime."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import msgspec
 import numpy as np
@@ -15,9 +17,9 @@ from export.computed import computed_precision
 from export.formats import FORMATS, ModelFile, TargetContext, write_fp32
 from export.write.onnx_graph import GraphOptions
 from export.write.tensorrt_engine import write_engine
-from ffl_deploy.errors import OtherMachine, UsageError
+from ffl_deploy.errors import CheckError, OtherMachine, UsageError
 from ffl_deploy.host import available_cores
-from ffl_deploy.manifest import Details, Precision, Variant
+from ffl_deploy.manifest import Details, Precision, RefusedVariant, Variant
 from ffl_deploy.parity import gate_precision
 from ffl_deploy.runtime import OnnxRuntimeSession, Session, runtime_named
 from ffl_deploy.runtime.latency import measure_latency
@@ -38,26 +40,63 @@ class VariantOptions:
     engines: EngineOptions | None = None
 
 
-def build_variants(folder: Path, context: TargetContext, options: VariantOptions) -> list[Variant]:
-    """Write and verify everything that `options` asks for into `folder`, fp32 first.
-    Raises CheckError, UsageError."""
+@dataclass
+class Built:
+    """What came of everything that was asked for."""
 
-    def finished(file: ModelFile) -> list[Variant]:
-        variants = [
-            verified(file, runtime, context, folder, options.graph.batch) for runtime in file.runtimes
-        ]
+    variants: list[Variant] = field(default_factory=list)
+    refused: list[RefusedVariant] = field(default_factory=list)
+
+    @contextlib.contextmanager
+    def trying(self, name: str) -> Iterator[None]:
+        """A check that fails inside the block costs `name`, and nothing else."""
+        try:
+            yield
+        except CheckError as error:
+            self.refused.append(RefusedVariant(name, str(error)))
+
+
+def build_variants(folder: Path, context: TargetContext, options: VariantOptions) -> Built:
+    """Write and verify everything that `options` asks for into `folder`, fp32 first; what does not pass is
+    not there any more. Raises CheckError where the fp32 file is refused, from which all others are made;
+    UsageError."""
+    built = Built()
+
+    def finish(file: ModelFile) -> None:
+        for runtime in file.runtimes:
+            with built.trying(variant_name(file, runtime)):
+                built.variants.append(verified(file, runtime, context, folder, options.graph.batch))
+            if not built.variants or built.variants[-1].file != file.path.name:
+                return  # its own runtime refuses it
         if options.engines and file.engine:
-            variants.append(engine_variant(file, folder, context, options.engines, options.graph.batch))
-        return variants
+            with built.trying(engine_name(file)):
+                built.variants.append(
+                    engine_variant(file, folder, context, options.engines, options.graph.batch)
+                )
 
     # The fp32 file first: what the others are made from has then given PyTorch's logits.
     fp32 = write_fp32(folder, context, options.graph, options.runtimes)
-    variants = finished(fp32)
+    finish(fp32)
+    if not built.variants:
+        raise CheckError(built.refused[0].reason)
     for precision in options.precisions:
         if precision in FORMATS:
-            for file in FORMATS[precision].write(fp32.path, context, options.graph.batch, options.runtimes):
-                variants += finished(file)
-    return variants
+            files: list[ModelFile] = []
+            with built.trying(precision):
+                files = FORMATS[precision].write(fp32.path, context, options.graph.batch, options.runtimes)
+            for file in files:
+                finish(file)
+    remove_refused(folder, built.variants)
+    return built
+
+
+def remove_refused(folder: Path, variants: Sequence[Variant]) -> None:
+    """Leave in `folder` the files of `variants` alone, and the records beside engines."""
+    kept = {variant.file for variant in variants}
+    kept |= {str(PurePosixPath(name).with_suffix(".json")) for name in kept if name.startswith("engines/")}
+    for path in [path for path in folder.rglob("*") if path.is_file()]:
+        if path.relative_to(folder).as_posix() not in kept:
+            path.unlink()
 
 
 def check_runtimes(options: VariantOptions) -> None:
@@ -74,7 +113,7 @@ def verified(
     file: ModelFile, runtime: str, context: TargetContext, folder: Path, batch: int | None
 ) -> Variant:
     """Open `file` on `runtime`, hold it to the gates of its precision, measure it. Raises CheckError."""
-    name = file.name if runtime == file.runtimes[0] else f"{file.name}-{runtime}"
+    name = variant_name(file, runtime)
     session, computed, details = open_file(file, runtime, name)
     variant = Variant.of_file(folder, file.path, name, runtime, Precision(file.stored, computed))
     variant = msgspec.structs.replace(variant, details=details)
@@ -128,6 +167,14 @@ def measured(
     )
 
 
+def variant_name(file: ModelFile, runtime: str) -> str:
+    return file.name if runtime == file.runtimes[0] else f"{file.name}-{runtime}"
+
+
+def engine_name(file: ModelFile) -> str:
+    return f"{file.name.removesuffix('-tensorrt')}-engine"
+
+
 def open_file(file: ModelFile, runtime: str, name: str) -> tuple[Session, str, Details]:
     """-> (session, the precision it computes in, read back from the runtime, details for the manifest)."""
     if runtime == "openvino":
@@ -153,7 +200,7 @@ def engine_variant(
     """Build a TensorRT engine from a verified file. Where this machine has the GPU that it is for, it
     is verified and measured as any variant; elsewhere that is left to ffl-verify, or to ffl-engine,
     on such a machine."""
-    name = f"{file.name.removesuffix('-tensorrt')}-engine"
+    name = engine_name(file)
     path = folder / "engines" / f"{name.removesuffix('-engine')}.engine"
     record = write_engine(file.path, path, options)
     variant = Variant.of_file(folder, path, name, "tensorrt", Precision(file.stored, file.stored))

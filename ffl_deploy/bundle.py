@@ -28,6 +28,7 @@ from ffl_deploy.manifest import (
     InputTensor,
     Manifest,
     OutputTensor,
+    RefusedVariant,
     Source,
     Temperature,
     Variant,
@@ -218,6 +219,7 @@ def write_bundle(
     toolchain: dict[str, str],
     calibration: Temperature | None = None,
     verified_on: list[VerifiedOn] | msgspec.UnsetType = msgspec.UNSET,
+    refused: Sequence[RefusedVariant] = (),
     card: Callable[[Manifest], str],
 ) -> Manifest:
     """Make a bundle of `folder`, which holds the variants' files: golden samples, model card,
@@ -240,6 +242,7 @@ def write_bundle(
         toolchain=toolchain,
         calibration=calibration,
         verified_on=verified_on,
+        refused=list(refused) or msgspec.UNSET,
     )
     for variant in variants:
         if variant.file.endswith(".onnx"):

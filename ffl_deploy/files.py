@@ -214,6 +214,15 @@ def remove_abandoned(path: Path, kind: str) -> None:
             os.close(descriptor)
 
 
+def entries(folder: Path) -> Iterator[str]:
+    """-> names, relative to `folder`, of everything below it that is not a real folder: files, links,
+    devices."""
+    for parent, folders, files in os.walk(folder):
+        links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
+        for name in [*files, *links]:
+            yield Path(parent, name).relative_to(folder).as_posix()
+
+
 def temporary_name(name: str, kind: str) -> str:
     """-> a name that nobody can foresee, by which `remove_abandoned` finds what a killed writer left."""
     # a file's name has at most 255 bytes

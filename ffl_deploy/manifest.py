@@ -269,6 +269,14 @@ class Temperature(msgspec.Struct, frozen=True):
     ece_after: float | None = None
 
 
+class RefusedVariant(msgspec.Struct, frozen=True):
+    """A file that was asked for and did not pass: it is not in the bundle. reason: metric, limit and
+    layer."""
+
+    name: str
+    reason: str
+
+
 class Manifest(msgspec.Struct, frozen=True):
     """`bundle.json`. `files` lists every file of the folder but the manifest itself."""
 
@@ -285,6 +293,7 @@ class Manifest(msgspec.Struct, frozen=True):
     calibration: Temperature | None = None
     # left out of bundles made before it was recorded
     verified_on: list[VerifiedOn] | msgspec.UnsetType = msgspec.UNSET
+    refused: list[RefusedVariant] | msgspec.UnsetType = msgspec.UNSET  # absent where nothing was
 
 
 def read_manifest(path: Path) -> Manifest:

@@ -82,10 +82,23 @@ class Recommendation(msgspec.Struct, frozen=True):
     undecided: list[str] = []
 
 
+class Refusal(msgspec.Struct, frozen=True):
+    """What was asked for and is in no bundle. variant: a precision, or a variant of it; reason: the metric,
+    the limit and, where it was found, the layer."""
+
+    target: str
+    variant: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.target}/{self.variant}: {self.reason}"
+
+
 class Report(msgspec.Struct, frozen=True):
-    """`report.json`."""
+    """`report.json`. refused: of the exports that the bundles come from; absent where nothing was."""
 
     rows: list[Artefact]
     limits: ArtefactLimits
     recommendation: Recommendation
     machine: str = ""
+    refused: list[Refusal] | msgspec.UnsetType = msgspec.UNSET

@@ -9,7 +9,6 @@ runtime that is installed. Needs neither torch nor onnx.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from ffl_deploy.bundle import Bundle, load_bundle
 from ffl_deploy.bundle_files import AUTO
 from ffl_deploy.command import Parser, run_command
 from ffl_deploy.errors import DONE, CheckError, FflError, OtherMachine, UsageError
-from ffl_deploy.files import shown
+from ffl_deploy.files import entries, shown
 from ffl_deploy.manifest import MANIFEST, Variant
 from ffl_deploy.parity import ParityRecord
 from ffl_deploy.runtime.onnx_wire import refuse_external_data
@@ -44,7 +43,7 @@ def check_files(bundle: Bundle) -> int:
         if name.endswith(".onnx"):
             refuse_external_data(path)
             refuse_foreign_operators(path)
-    extra = sorted(set(_entries(bundle.folder)) - set(listed) - {MANIFEST})
+    extra = sorted(set(entries(bundle.folder)) - set(listed) - {MANIFEST})
     if extra:
         raise CheckError(
             f"{shown(bundle.folder)} holds {len(extra)} file(s) that its manifest does not list "
@@ -65,15 +64,6 @@ def remark(variant: Variant) -> str:
     ):
         return ""
     return ", not proven to hold on other processors (exported before int8 files were)"
-
-
-def _entries(folder: Path) -> Iterator[str]:
-    """-> names, relative to `folder`, of everything below it that is not a real folder:
-    files, links, devices."""
-    for parent, folders, files in os.walk(folder):
-        links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
-        for name in [*files, *links]:
-            yield Path(parent, name).relative_to(folder).as_posix()
 
 
 def check_parity(

@@ -82,10 +82,7 @@ def check_parity(
     if record.verdict.failed:
         found = "; ".join(str(finding) for finding in record.verdict.findings[:4])
         place = locate(reference.images[_worst_rows(session, reference)])
-        raise CheckError(
-            f"variant {session.variant} does not give PyTorch's logits: {found}; {place}. No bundle was "
-            "written."
-        )
+        raise CheckError(f"variant {session.variant} does not give PyTorch's logits: {found}; {place}.")
     return record
 
 
@@ -110,8 +107,7 @@ def check_golden(
     advice = f"take {named} out of the --golden folder, or " if named else ""
     raise CheckError(
         f"variant {session.variant} does not give PyTorch's logits on the golden images "
-        f"({verdict.findings[0]}), so ffl-verify would refuse it. No bundle was written; {advice}try another "
-        "--precision."
+        f"({verdict.findings[0]}), so ffl-verify would refuse it; {advice}try another --precision."
     )
 
 
@@ -136,7 +132,7 @@ def check_extras(
     for name, values in expected.items():
         output = getattr(outputs, name)
         if output is None:
-            raise CheckError(f"variant {session.variant} gives no output {name}. No bundle was written.")
+            raise CheckError(f"variant {session.variant} gives no output {name}.")
         rows = same if FURTHER_OUTPUTS[name].of_predicted_class else slice(None)
         difference = (output.astype(np.float64) - values)[rows]
         found[name] = (
@@ -145,8 +141,7 @@ def check_extras(
         if not found[name] <= EXTRA_GATES[precision]:
             raise CheckError(
                 f"variant {session.variant}: its output {name} is off PyTorch's by {found[name]:.3g} "
-                f"standard deviations (root mean square), the gate is {EXTRA_GATES[precision]:g}. No bundle "
-                "was written."
+                f"standard deviations (root mean square), the gate is {EXTRA_GATES[precision]:g}."
             )
     return found
 
@@ -200,7 +195,7 @@ def require_accuracy(record: AccuracyRecord, variant: str) -> AccuracyRecord:
         raise CheckError(
             f"variant {variant} does not keep its accuracy: {record.verdict.findings[0]} "
             f"({100 * record.difference.reference_accuracy:.2f} % in PyTorch, {100 * record.value:.2f} % "
-            f"here, n = {record.n}). No bundle was written; try another --precision."
+            f"here, n = {record.n}); try another --precision."
         )
     return record
 
@@ -214,9 +209,7 @@ def file_batches(path: Path) -> int | None:
     try:
         graph = onnx.load(path, load_external_data=False).graph
     except DecodeError as error:
-        raise CheckError(
-            f"{path.name} is cut short or damaged ({error}). No bundle was written; export again."
-        ) from error
+        raise CheckError(f"{path.name} is cut short or damaged ({error}); export again.") from error
     dims = graph.input[0].type.tensor_type.shape.dim
     if len(graph.input) != 1 or graph.input[0].name != "images" or len(dims) != 4:
         raise CheckError(

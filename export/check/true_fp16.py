@@ -52,8 +52,8 @@ def check_true_fp16(path: Path, reference: Reference, batch: int | None = None) 
     if verdict.failed:
         raise CheckError(
             f"{path.name} does not give PyTorch's logits where fp16 is computed in fp16, as GPUs do, "
-            f"although it does on this CPU, which computes it in fp32 ({verdict.findings[0]}). No bundle was "
-            "written; use --precision bf16."
+            f"although it does on this CPU, which computes it in fp32 ({verdict.findings[0]}); use "
+            "--precision bf16."
         )
     return metrics
 

@@ -19,7 +19,7 @@ from ffl_deploy.errors import CheckError, UsageError
 from ffl_deploy.files import write_atomically, write_json
 from ffl_deploy.manifest import DEFAULT_VARIANT, MANIFEST, AccuracyRecord, Variant
 from ffl_deploy.markdown import NOT_MEASURED, fill, megabytes, percent, table, within
-from ffl_deploy.report import PICTURE, REPORT, Artefact, ArtefactLimits, Recommendation, Report
+from ffl_deploy.report import PICTURE, REPORT, Artefact, ArtefactLimits, Recommendation, Refusal, Report
 from ffl_deploy.statistics import Interval
 
 PAGE, BODY = (Path(__file__).with_name(name) for name in ("report.md", "report_body.md"))
@@ -44,11 +44,14 @@ NEAR_BEST = 0.005
 """Accuracy that may be given up for speed: half a point, which the int8 gate also allows."""
 
 
-def write_report(folder: Path, limits: ArtefactLimits) -> Report:
+def write_report(
+    folder: Path, limits: ArtefactLimits, refused: Sequence[Refusal] | None = None
+) -> Report:
     """Write `report.md`, `report.json` and `report.png` into `folder`, over the bundles inside it.
 
-    Raises UsageError where there is no bundle. Nothing is raised where no artefact keeps the limits:
-    see `require`.
+    refused: targets of this export that have no bundle; None takes those of the report that is there. What
+    single variants were refused for is in the bundles. Raises UsageError where there is no bundle. Nothing is
+    raised where no artefact keeps the limits: see `require`.
     """
     bundles = [load_bundle(path.parent) for path in sorted(folder.glob(f"*/{MANIFEST}"))]
     if not bundles:
@@ -67,13 +70,35 @@ def write_report(folder: Path, limits: ArtefactLimits) -> Report:
         for variant in bundle.manifest.variants
         if variant.accuracy
     }
-    report = Report(rows, limits, recommend(rows, limits, records), machine)
+    if refused is None:
+        refused = refused_before(folder)
+    listed = [refusal for bundle in bundles for refusal in refused_variants(bundle)]
+    names = {bundle.manifest.target for bundle in bundles}
+    listed += [refusal for refusal in refused if refusal.target not in names]
+    report = Report(rows, limits, recommend(rows, limits, records), machine, listed or msgspec.UNSET)
     write_json(folder / REPORT, report)
     write_atomically(folder / "report.md", markdown(report))
     from export.publish.plot import draw_report
 
     draw_report(report, folder / PICTURE)
     return report
+
+
+def refused_variants(bundle: Bundle) -> list[Refusal]:
+    """-> the variants that were asked for and did not pass."""
+    return [
+        Refusal(bundle.manifest.target, variant.name, variant.reason)
+        for variant in bundle.manifest.refused or []
+    ]
+
+
+def refused_before(folder: Path) -> list[Refusal]:
+    """-> what the report in `folder` says was refused."""
+    try:
+        report = msgspec.json.decode((folder / REPORT).read_bytes(), type=Report)
+    except (OSError, msgspec.DecodeError):
+        return []
+    return report.refused or []
 
 
 def require(report: Report) -> None:
@@ -228,6 +253,17 @@ def body(report: Report) -> str:
         advice=f"{recommended}: {report.recommendation.reason}",
         artefacts=table(COLUMNS, [_cells(row, report.recommendation) for row in best_first(report.rows)]),
         machine=report.machine or "nothing",
+        refused=_refused(report.refused or []),
+    )
+
+
+def _refused(refused: Sequence[Refusal]) -> str:
+    """-> the section that names what was asked for and is in no bundle; nothing where all passed."""
+    if not refused:
+        return ""
+    lines = [f"- {one.target}/{one.variant}: {one.reason}" for one in refused]
+    return "\n".join(
+        ["## Refused", "", "Asked for, and in no bundle, since a gate did not hold:", "", *lines]
     )
 
 

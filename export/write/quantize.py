@@ -109,10 +109,7 @@ def quantize(
             # prove
             certificate = certify(path)
             if not certificate.holds:
-                raise CheckError(
-                    f"{name} could saturate on processors without VNNI ({certificate}). No bundle was "
-                    "written."
-                )
+                raise CheckError(f"{name} could saturate on processors without VNNI ({certificate}).")
             choice = Quantization(chosen, candidates, len(images), len(judges.held.images))
             forms[form] = Form(path, choice, certificate)
     require_int8(proto, forms["cpu"])
@@ -138,10 +135,7 @@ def require_int8(proto: Any, form: Form) -> None:
     meant = len(convolutions & set(form.choice.chosen.float_layers))
     found = float_operators(operator_histogram(form.path))
     if found > meant:
-        raise CheckError(
-            f"{found} convolutions of the int8 file run in float where {meant} were meant to. No bundle was "
-            "written."
-        )
+        raise CheckError(f"{found} convolutions of the int8 file run in float where {meant} were meant to.")
 
 
 def with_trained(ranges: Any, scales: Scales) -> Any:
