@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from export.outputs import FURTHER_OUTPUTS
-from ffl_deploy.command import Parser, run_command
+from ffl_deploy.command import Parser, printable, run_command
 from ffl_deploy.errors import DONE, UsageError
 from ffl_deploy.host import keep_freed_memory
 from ffl_deploy.parity import PRECISIONS
@@ -18,6 +18,7 @@ from ffl_deploy.runtime import RUNTIMES
 if TYPE_CHECKING:
     from ffl_deploy.bundle import Bundle
     from ffl_deploy.report import ArtefactLimits, Refusal
+    from ffl_deploy.run_directory import Run
     from ffl_deploy.runtime.tensorrt_build import EngineOptions
 
 
@@ -81,6 +82,17 @@ def parser() -> Parser:
         "--golden", type=Path, metavar="DIR", help="take the golden images from here, not from the run's data"
     )
 
+    parser.add_argument(
+        "--data",
+        metavar="DIR",
+        help="where the run's data are now, if they moved; their files have to be those that it read",
+    )
+    parser.add_argument(
+        "--reference-only",
+        action="store_true",
+        help="judge by the images that training stored alone, without the run's data; the bundle says so",
+    )
+
     graph = parser.add_argument_group("the graph")
     graph.add_argument("--opset", type=int, metavar="N", help="ONNX opset")
     graph.add_argument(
@@ -98,6 +110,11 @@ def parser() -> Parser:
     )
     forms.add_argument(
         "--triton", type=Path, metavar="DIR", help="add the bundles to a Triton model repository"
+    )
+    forms.add_argument(
+        "--name",
+        metavar="NAME",
+        help="what the models are called there (default: as their targets; of several targets NAME-TARGET)",
     )
     forms.add_argument(
         "--web", type=Path, metavar="DIR", help="write a static page that classifies in the visitor's browser"
@@ -150,6 +167,10 @@ def main(argv: Sequence[str]) -> int:
     from ffl_deploy.run_directory import load_run, newest_run
 
     run = load_run(arguments.run or newest_run())
+    if arguments.data:
+        run = run.with_data(arguments.data)
+    if arguments.name and not arguments.triton:
+        raise UsageError("--name is what models are called in a Triton repository; add --triton DIR.")
     out = arguments.out or Path("bundles") / run.name
     if arguments.report_only:
         return _report(out, limits)
@@ -176,11 +197,17 @@ def main(argv: Sequence[str]) -> int:
         checkpoint=arguments.checkpoint,
         extras=tuple(name for name in FURTHER_OUTPUTS if getattr(arguments, name)),
         golden=arguments.golden,
+        reference_only=arguments.reference_only,
     )
-    _require_places(arguments, options.targets)
+    if options.reference_only and (arguments.data or "int8" in options.variants.precisions):
+        raise UsageError(
+            "--reference-only exports without the run's data: --data names them, and int8 is calibrated on "
+            "them; leave one of the two out."
+        )
+    _require_places(arguments, options.targets, run)
     _require_shown(arguments.web_variant or [], options.variants.precisions)
     keep_freed_memory()  # PyTorch passes over whole splits
-    exported = export_run(run, options, lambda line: print(line, flush=True))
+    exported = export_run(run, options, lambda line: print(printable(line), flush=True))
     if exported.bundles:
         _publish(exported.bundles, arguments)
     limited = any(
@@ -192,7 +219,7 @@ def main(argv: Sequence[str]) -> int:
     return DONE
 
 
-def _require_places(arguments: argparse.Namespace, targets: Sequence[str]) -> None:
+def _require_places(arguments: argparse.Namespace, targets: Sequence[str], run: Run) -> None:
     """Raises UsageError, before any work, for a key that cannot sign,
     and a --space or --triton that would overwrite what is not ours."""
     if arguments.sign:
@@ -212,9 +239,9 @@ def _require_places(arguments: argparse.Namespace, targets: Sequence[str]) -> No
 
         require_runtime(arguments.runtime_folder)
     if arguments.triton:
-        from export.publish.triton import require_own_models
+        from export.publish.triton import model_names, require_own_models
 
-        require_own_models(arguments.triton, targets)
+        require_own_models(arguments.triton, [*model_names(targets, arguments.name).values()], run.name)
 
 
 def _require_shown(variants: Sequence[str], exported: Sequence[str]) -> None:
@@ -237,9 +264,12 @@ def _publish(bundles: Sequence[Bundle], arguments: argparse.Namespace) -> None:
         for bundle in bundles:
             print(f"{sign_bundle(bundle.folder, key)}: signature of {bundle.folder}", flush=True)
     if triton:
-        from export.publish.triton import backend_of, write_repository
+        from export.publish.triton import backend_of, model_names, write_repository
 
-        models = [model for bundle in bundles for model in write_repository(bundle, triton)]
+        names = model_names([bundle.manifest.target for bundle in bundles], arguments.name)
+        models = [
+            model for one in bundles for model in write_repository(one, triton, names[one.manifest.target])
+        ]
         print(f"{triton}: Triton models {', '.join(model.name for model in models)}", flush=True)
         skipped = [
             f"{one.name}/{variant.name}"

@@ -56,6 +56,7 @@ class ExportOptions:
     checkpoint: str = "best"
     extras: tuple[str, ...] = ()  # further outputs: cam, embedding
     golden: Path | None = None
+    reference_only: bool = False  # judged by the images that training stored, without its data
 
 
 @dataclass
@@ -84,7 +85,7 @@ def export_run(run: Run, options: ExportOptions, report: Callable[[str], None]) 
     loaded = load_network(run, options.checkpoint)
     targets = asked_targets(loaded.network, options, run)
     check_runtimes(options.variants)
-    evaluation = Evaluation(run, loaded, options.checkpoint, targets)
+    evaluation = Evaluation(run, loaded, options.checkpoint, targets, options.reference_only)
     for target in targets:
         evaluation.reference(target)
     evaluation.data  # noqa: B018 read, and refused, once for all targets
@@ -172,7 +173,7 @@ def export_target(
         name=name,
         model=model,
         reference=reference,
-        test=HeldOut(evaluation.data.test, evaluation.test_logits[name]),
+        test=HeldOut(evaluation.data.test, evaluation.test_logits[name], evaluation.held_out),
         evaluation=evaluation,
         golden=golden_samples(model, reference, own, run),
         golden_files=tuple(own or ()),

@@ -7,6 +7,7 @@ import argparse
 import errno
 import os
 import sys
+import unicodedata
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from typing import Any, NoReturn
@@ -121,6 +122,26 @@ def _with_dashes(word: str) -> str:
     return flag.replace("_", "-") + equals + value if word.startswith("--") else word
 
 
+def printable(text: str) -> str:
+    """-> `text` as one line that no terminal obeys: control characters, line breaks among them, and marks
+    that turn the direction of writing become their codes. Names of files and classes are other people's."""
+    if text.isprintable():
+        return text
+    return "".join(
+        character.encode("unicode_escape").decode()
+        if character in DIRECTIONS or _controls(character)
+        else character
+        for character in text
+    )
+
+
+DIRECTIONS = frozenset("\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+def _controls(character: str) -> bool:
+    return unicodedata.category(character) in ("Cc", "Zl", "Zp")
+
+
 def run_command(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> int:
     """Run `main(argv)` and return its exit code; a known error is printed as one sentence,
     never as a traceback.
@@ -155,7 +176,7 @@ def run_command(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None
         if debug:
             raise
         message, code = describe_os_error(error)
-    print(f"{program}: error: {message}", file=sys.stderr)
+    print(f"{program}: error: {printable(message)}", file=sys.stderr)
     return code
 
 

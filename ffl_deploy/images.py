@@ -138,15 +138,17 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Decoded:
     Raises ImageError with code `empty`, `not_an_image`, `too_large`, `truncated`, `corrupt` or `unsupported`.
     """
     with _opened(data, max_pixels) as image:
-        if image.width * image.height > max_pixels:
-            raise ImageError(
-                "too_large", f"{image.width} x {image.height} is more than {_megapixels(max_pixels)}"
-            )
-        if image.width == 0 or image.height == 0:
-            raise ImageError("corrupt", "the image has no pixels")
-        _check_scans(data, image)
-        animated = image.format not in ("MPO", "HEIF") and bool(getattr(image, "is_animated", False))
+        # Attributes of a Pillow image are code that reads on (`is_animated` looks for the second frame), so
+        # whatever touches it is inside.
         try:
+            if image.width * image.height > max_pixels:
+                raise ImageError(
+                    "too_large", f"{image.width} x {image.height} is more than {_megapixels(max_pixels)}"
+                )
+            if image.width == 0 or image.height == 0:
+                raise ImageError("corrupt", "the image has no pixels")
+            _check_scans(data, image)
+            animated = image.format not in ("MPO", "HEIF") and bool(getattr(image, "is_animated", False))
             pixels = _decode_jpeg(data, image)
             if pixels is None:
                 image.load()

@@ -92,6 +92,16 @@ class Run:
     def model(self) -> ModelRecord:
         return self.config.model
 
+    def with_data(self, folder: str | os.PathLike[str]) -> Run:
+        """-> the same run, whose data are in `folder` now: its folder of images, or CIFAR's files. Raises
+        UsageError."""
+        if self.data.source == "digits":
+            raise UsageError("--data: the digits come with the package; leave it out.")
+        place = str(Path(folder).expanduser().absolute())
+        field = "root" if self.data.source in ("cifar10", "cifar100") else "source"
+        data = msgspec.structs.replace(self.data, **{field: place})
+        return Run(self.folder, msgspec.structs.replace(self.config, data=data))
+
     def checkpoint(self, name: str) -> Path:
         """-> folder of checkpoint `name` (best, last, ema). Raises UsageError where there is none."""
         folder = existing_folder(self.folder / "checkpoints" / name)

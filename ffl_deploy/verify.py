@@ -17,7 +17,7 @@ import numpy as np
 
 from ffl_deploy.bundle import Bundle, load_bundle
 from ffl_deploy.bundle_files import AUTO
-from ffl_deploy.command import Parser, run_command
+from ffl_deploy.command import Parser, printable, run_command
 from ffl_deploy.errors import DONE, CheckError, FflError, OtherMachine, UsageError
 from ffl_deploy.files import entries, shown
 from ffl_deploy.manifest import MANIFEST, Variant
@@ -167,11 +167,11 @@ def main(argv: Sequence[str]) -> int:
                 check_signature(bundle.folder, arguments.public_key)
                 print(f"{shown(bundle.folder)}: signed by the owner of {arguments.public_key}", flush=True)
             for line in verify(bundle, arguments.variant, arguments.runtime):
-                print(line, flush=True)
+                print(printable(line), flush=True)
         except FflError as error:
             if len(bundles) == 1:
                 raise
-            print(f"ffl-verify: error: {error}", file=sys.stderr, flush=True)
+            print(f"ffl-verify: error: {printable(str(error))}", file=sys.stderr, flush=True)
             code = code or error.exit_code
     return code
 

@@ -193,6 +193,11 @@ class MachineOptions:
         False,
         "On a GPU, the same bits in every run and after every --resume, at some speed (a CPU's always are).",
     )
+    channels_last: bool = option(
+        True,
+        "Compute in channels_last order, which is faster; off: in torch's default order, where a library "
+        "has faults.",
+    )
     sync_batchnorm: bool = option(False, "Batch normalisation over all processes (GPUs only).")
     workers: int | None = option(
         None,

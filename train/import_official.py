@@ -184,10 +184,12 @@ def _read(path: Path) -> tuple[dict[str, Tensor], int]:
             f"there is no file {path}; give the Model_N.pth and Module_N.pth that the official code saved."
         )
     try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_numbers()):
+            content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a file of any other kind fails in a way of its own
         raise UsageError(
-            f"{path} is not a checkpoint that can be read without executing code from it."
+            f"{path} is not a checkpoint that can be read without executing code from it; save its "
+            "state_dict alone: torch.save({'state_dict': model.state_dict(), 'epoch': N}, FILE)."
         ) from error
     epoch = content.get("epoch", -1) if isinstance(content, dict) else -1
     tensors = content.get("state_dict", content) if isinstance(content, dict) else None
@@ -195,7 +197,25 @@ def _read(path: Path) -> tuple[dict[str, Tensor], int]:
         isinstance(value, torch.Tensor) for value in tensors.values()
     ):
         raise UsageError(f"{path} holds no state_dict; give a file that the official code saved.")
-    return dict(tensors), epoch if isinstance(epoch, int) else -1
+    return without_prefix(tensors), epoch if isinstance(epoch, int) else -1
+
+
+def without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """-> the tensors by the names that they have without DataParallel, which calls all of them
+    module.NAME."""
+    if tensors and all(name.startswith("module.") for name in tensors):
+        return {name.removeprefix("module."): value for name, value in tensors.items()}
+    return dict(tensors)
+
+
+def _numbers() -> list[Any]:
+    """-> what torch has to know to read NumPy's plain numbers (an accuracy beside the weights): data, no
+    code."""
+    import numpy as np
+
+    scalar = np.float64(0).__reduce__()[0]
+    kinds = [np.float64, np.float32, np.int64, np.int32, np.bool_]
+    return [scalar, np.dtype, *kinds, *{type(np.dtype(kind)) for kind in kinds}]
 
 
 def _renamed(tensors: Mapping[str, Tensor], names: Mapping[str, str], path: Path) -> dict[str, Tensor]:

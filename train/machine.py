@@ -130,6 +130,9 @@ def resources_in_one_sentence(options: MachineOptions) -> Iterator[None]:
                 f"the GPU failed ({first}); the last checkpoint is kept: run again with --resume, or with "
                 "--device cpu."
             ) from error
+        if "DataLoader worker" in first or "DataLoader timed out" in first:
+            # torch raises it wherever the main process is when the signal comes
+            raise CheckError(decoding_failed(first)) from error
         if "does not have a deterministic implementation" in first:
             raise UsageError(
                 f"--deterministic: {first.split(' does not')[0]} has no deterministic implementation on a "
@@ -140,6 +143,20 @@ def resources_in_one_sentence(options: MachineOptions) -> Iterator[None]:
                 f"--compile failed ({first}); leave it out, or install what it needs."
             ) from error
         raise
+
+
+def decoding_failed(reason: str) -> str:
+    """-> the sentence for torch's `reason` why a process that decodes images gives no more of them."""
+    if "timed out" in reason or "shared memory" in reason or "shm" in reason:
+        return (
+            "the processes that decode images stand still, since /dev/shm is full or the disk does not "
+            "answer; free it (docker run --shm-size=2g), or go on with --resume and fewer --workers, 0 for "
+            "none."
+        )
+    return (
+        "a process that decodes images was killed, probably for want of memory; go on with --resume and "
+        "fewer --workers."
+    )
 
 
 def require_possible(options: MachineOptions, device: torch.device, world: World) -> None:

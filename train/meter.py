@@ -13,6 +13,12 @@ from ffl_deploy.errors import CheckError
 from train.distributed import World
 from train.machine import Place
 
+NOT_FINITE = (
+    "To resume would repeat it: start a new run, with another --out, and a lower --lr, --clip 1.0, or, "
+    "where this was in 16 bits, --precision fp32; checkpoints that were saved before are kept."
+)
+"""What a user can do, wherever it is found."""
+
 
 class Names(NamedTuple):
     """What a row of `measures` holds, in order."""
@@ -57,10 +63,7 @@ class Meter:
             losses = dict(zip(self.names.losses, row[: len(self.names.losses)], strict=True))
             if not np.isfinite(list(losses.values())).all():
                 shown = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
-                raise CheckError(
-                    f"the loss is not finite at step {step} ({shown}); the last checkpoint is kept. "
-                    "Lower --lr, add --clip 1.0 or use --precision fp32."
-                )
+                raise CheckError(f"the loss is not finite at step {step} ({shown}). {NOT_FINITE}")
             self.sums = row if not len(self.sums) else self.sums + row
             self.last_loss = float(sum(losses.values()))
         self._pending.clear()

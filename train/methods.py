@@ -212,7 +212,8 @@ class OKDDip(Method):
     branch0 is the group leader.
 
     sum_k CE_k + w [ sum_{peers i} KL(z_i <- t_i) + KL(z_0 <- mean of the peers) ]; the targets t_i stay
-    attached, since the attention learns only through them.
+    attached, since the attention learns only through them. The peers' mean is detached, as every other
+    teacher: the official code lets that term's gradient into the peers.
     """
 
     aggregator: Literal["gate", "attention"] | None = "attention"

@@ -25,6 +25,7 @@ MAY_CHANGE = {
     "output.quiet",
     "output.checkpoint_minutes",
     "machine.workers",
+    "machine.channels_last",
     "machine.memory_limit",
     "machine.cuda_graph",
     "recipe",
@@ -97,12 +98,14 @@ def validate(config: TrainConfig) -> None:
 
 
 def differences(stored: TrainConfig, wanted: TrainConfig) -> list[str]:
-    """-> "--flag is A, was B" for every option that a resumed run would change."""
+    """-> "--flag is A, was B" for every option that a resumed run would change; more epochs are no change of
+    what was trained so far."""
     before, after = flatten(options_to_json(stored)), flatten(options_to_json(wanted))
+    more = {"optimisation.epochs"} if wanted.optimisation.epochs > stored.optimisation.epochs else set()
     return [
         f"{flag_of(name)} is {after[name]!r} now and was {before[name]!r}"
         for name in before
-        if before[name] != after[name] and name not in MAY_CHANGE
+        if before[name] != after[name] and name not in MAY_CHANGE | more
     ]
 
 

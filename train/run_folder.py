@@ -77,7 +77,8 @@ def lock(folder: Path, held: ExitStack) -> bool:
     -> whether nobody else had."""
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
-    held.callback(os.close, descriptor)
+    _LOCKS.add(descriptor)
+    held.callback(_release, descriptor)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -85,6 +86,24 @@ def lock(folder: Path, held: ExitStack) -> bool:
     except OSError:
         pass  # a file system without locks
     return True
+
+
+_LOCKS: set[int] = set()
+
+
+def _release(descriptor: int) -> None:
+    _LOCKS.discard(descriptor)
+    os.close(descriptor)
+
+
+def _let_go_in_child() -> None:
+    """A lock belongs to all processes that have its file open: those that decode images would hold it for
+    seconds after the run was killed, and --resume would be refused."""
+    while _LOCKS:
+        os.close(_LOCKS.pop())
+
+
+os.register_at_fork(after_in_child=_let_go_in_child)
 
 
 def wanted_precision(config: TrainConfig, stored: RunConfig | None) -> str:
@@ -140,8 +159,10 @@ def _names(config: RunConfig) -> list[str]:
     return sorted(name.removeprefix(start) for name in config.split["skipped"])
 
 
-def moved(stored: RunConfig, found: RunConfig) -> RunConfig:
-    """-> `stored`, which finds its data where they are now."""
+def gone_on(stored: RunConfig, found: RunConfig) -> RunConfig:
+    """-> `stored`, which finds its data where they are now, and has the epochs of now."""
     options = {**stored.options, "data": {**stored.options["data"], "source": found.data.source}}
     options["data"]["root"] = found.data.root
+    epochs = found.options["optimisation"]["epochs"]
+    options["optimisation"] = {**stored.options["optimisation"], "epochs": epochs}
     return msgspec.structs.replace(stored, data=found.data, options=options)

@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 import torch
 
+from ffl_deploy.command import printable
 from ffl_deploy.data.datasets import ImageData, load_data
 from ffl_deploy.data.inputs import FILE as INPUTS
 from ffl_deploy.data.twins import summary as twins_summary
@@ -35,11 +36,13 @@ from train.guidance import advice, no_better_than_chance
 from train.loop import Trainer
 from train.machine import Place, choose_device, choose_place, require_possible, resources_in_one_sentence
 from train.methods import build_method
+from train.onednn import in_default_order, keep_off_faulty_kernels
 from train.precision import fastest_precision
 from train.quantize_aware import QuantizeAwareTrainer, calibration_images, keep_teacher, load_teacher
 from train.randomness import seed_everything
 from train.record import draw_curves, read_metrics
-from train.run_folder import claim, keep_threads, moved, require_same_data, run_folder, wanted_precision
+from train.run_folder import claim, gone_on, keep_threads, require_same_data, run_folder, wanted_precision
+from train.schedule import learning_rate
 from train.stopping import StopRequest, stop_on_signals
 
 
@@ -58,12 +61,12 @@ def run_training(config: TrainConfig, stop: StopRequest | None = None) -> int:
     ):
         # which run this is, and the arithmetic that it was begun with
         folder = run_folder(config, world)
-        if config.output.resume is not None and all(
-            (folder / name).is_file() for name in (SUMMARY, REFERENCE)
-        ):
+        stored = None if config.output.resume is None else load_run(folder).config
+        before = config.optimisation.epochs if stored is None else stored.options["optimisation"]["epochs"]
+        finished = all((folder / name).is_file() for name in (SUMMARY, REFERENCE))
+        if stored is not None and finished and config.optimisation.epochs == before:
             say(f"{folder} is finished already; its results are in {folder / SUMMARY}.", config, world)
             return 0
-        stored = None if config.output.resume is None else load_run(folder).config
         if device.type == "cpu":
             keep_threads(config, stored)
         require_possible(config.machine, device, world)
@@ -90,6 +93,10 @@ def run_training(config: TrainConfig, stop: StopRequest | None = None) -> int:
         check_small_size(config, network, place)
         if config.machine.sync_batchnorm:
             network = synchronize_batchnorm(network, place)
+        if not config.machine.channels_last:
+            in_default_order(network)
+        elif device.type == "cpu":
+            keep_off_faulty_kernels(network)
         batches = make_batches(config, data, place)
 
         # the folder is this process's own from here on; a resumed run finds what it was begun with
@@ -97,8 +104,10 @@ def run_training(config: TrainConfig, stop: StopRequest | None = None) -> int:
         folder = claim(folder, config, world, held)
         if stored is not None:
             require_same_data(folder, stored, described, data.inputs)
-            if world.is_main and stored.data != described.data:
-                write_json(folder / CONFIG, moved(stored, described))
+            if world.is_main and config.optimisation.epochs > before:
+                (folder / SUMMARY).unlink(missing_ok=True)  # first: a kill then leaves a run to finish again
+            if world.is_main and (stored.data != described.data or config.optimisation.epochs > before):
+                write_json(folder / CONFIG, gone_on(stored, described))
         elif world.is_main:
             if data.inputs is not None:
                 data.inputs.write(folder / INPUTS)
@@ -112,6 +121,8 @@ def run_training(config: TrainConfig, stop: StopRequest | None = None) -> int:
         if world.is_main and not config.output.quiet:
             for line in (*advice(config, data), *time_line(network, config, place, len(data.train))):
                 say(line, config, world)
+        if config.optimisation.epochs > before:
+            say(longer(config, before, batches.steps_per_epoch), config, world)
         position = trainer(network, method, batches, config, place, folder, stop).run()
         finish(folder, network, batches, data, place, position)
     if world.is_main:
@@ -122,7 +133,7 @@ def run_training(config: TrainConfig, stop: StopRequest | None = None) -> int:
 
 def say(text: str, config: TrainConfig, world: World) -> None:
     if world.is_main and not config.output.quiet:
-        print(text, file=sys.stderr, flush=True)
+        print("\n".join(map(printable, text.split("\n"))), file=sys.stderr, flush=True)
 
 
 def headline(folder: Path, config: TrainConfig, data: ImageData, network: MutualNetwork, place: Place) -> str:
@@ -146,6 +157,20 @@ def headline(folder: Path, config: TrainConfig, data: ImageData, network: Mutual
         )
     lines += [f"{line}: such an accuracy says nothing about new images" for line in twins_summary(data.twins)]
     return "\n".join(lines)
+
+
+def longer(config: TrainConfig, before: int, steps_per_epoch: int) -> str:
+    """-> what more epochs do to a run of `before`: its schedule is a function of the share of the run."""
+    options = config.optimisation
+    rates = [
+        learning_rate(before * steps_per_epoch - last, epochs * steps_per_epoch, options)
+        for epochs, last in ((before, 1), (options.epochs, 0))
+    ]
+    return (
+        f"goes on from {before} to {options.epochs} epochs; from here on learning rate and distillation ramp "
+        f"are those of a run of {options.epochs}: the rate, {rates[0]:.2g} at the end of epoch {before}, is "
+        f"{rates[1]:.2g} now"
+    )
 
 
 def closing(folder: Path, labels: np.ndarray) -> str:

@@ -19,6 +19,7 @@ from ffl_deploy.networks.checkpoint import MODEL, STATE, load_weights, read_chec
 from ffl_deploy.networks.mutual import MutualNetwork
 from train.background import Background
 from train.ema import MovingAverage
+from train.meter import NOT_FINITE
 from train.optimizer import load_optimizer_tensors, optimizer_tensors
 
 OPTIMIZER = "optimiser"  # names of files in a checkpoint, which runs of earlier versions hold too
@@ -76,8 +77,7 @@ class TrainingState:
         weights = self.weights(name, network)
         if broken := first_not_finite(weights):
             raise CheckError(
-                f"the weights are not finite after epoch {position.epoch} ({broken}); the last checkpoint "
-                "is kept. Lower --lr, add --clip 1.0 or use --precision fp32."
+                f"the weights are not finite after epoch {position.epoch} ({broken}). {NOT_FINITE}"
             )
         tensors = {MODEL: weights, **self.beside(), **(others or {})}
         kept = {stem: on_cpu(named) for stem, named in tensors.items()}

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a request: the step under way is finished and saved, then the run ends with 130."""
+"""Signals as a request: the step under way is finished and saved, then the run ends with 130."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+"""Ctrl-C; what service managers send; a terminal or ssh connection that closed; Slurm before its time
+limit."""
 
 
 class StopRequest:
@@ -27,7 +31,9 @@ def stop_on_signals() -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    # what a parent has switched off stays off: nohup ignores SIGHUP
+    heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, request) for number in heard}
     try:
         yield request
     finally:

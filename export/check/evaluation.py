@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from export.write.onnx_graph import Normalize
-from ffl_deploy.data.datasets import ImageData, Split, load_data
+from ffl_deploy.data.datasets import ArraySplit, ImageData, Split, load_data
 from ffl_deploy.data.inputs import FILE, changed_files
-from ffl_deploy.errors import CheckError
+from ffl_deploy.errors import CheckError, UsageError
 from ffl_deploy.parity import PARITY_GATES, compare, judge
 from ffl_deploy.run_directory import Run
 
@@ -42,16 +42,34 @@ class Evaluation:
     """PyTorch's side of the comparison for one run and checkpoint; each split is read and
     passed through once.
 
-    loaded: the network with that checkpoint's weights; targets: the classifiers that are asked for.
+    loaded: the network with that checkpoint's weights; targets: the classifiers that are asked for;
+    reference_only: the images that training stored stand for every split.
     """
 
-    def __init__(self, run: Run, loaded: LoadedNetwork, checkpoint: str, targets: Sequence[str]) -> None:
+    def __init__(
+        self,
+        run: Run,
+        loaded: LoadedNetwork,
+        checkpoint: str,
+        targets: Sequence[str],
+        reference_only: bool = False,
+    ) -> None:
         self.run, self.loaded, self.checkpoint, self.targets = run, loaded, checkpoint, tuple(targets)
+        self.reference_only = reference_only
+        self.held_out = "reference" if reference_only else "test"
 
     @cached_property
     def data(self) -> ImageData:
         """The run's data, checked against the images that training stored. Raises UsageError, CheckError."""
-        data = load_data(self.run.data)
+        if self.reference_only:
+            return self._stored()
+        try:
+            data = load_data(self.run.data)
+        except UsageError as error:
+            raise UsageError(
+                f"{str(error).rstrip('.')}. Say with --data where the run's data are now, or export by the "
+                "images that training stored alone, with --reference-only."
+            ) from error
         if list(data.classes) != self.run.classes:
             raise CheckError(
                 "the data's classes are not those of the run; give back the data that it was trained on."
@@ -70,6 +88,13 @@ class Evaluation:
                 "that it was trained on."
             )
         return data
+
+    def _stored(self) -> ImageData:
+        """-> the images that training stored, as all three splits."""
+        images, labels, _ = self.run.reference(self.checkpoint, self.targets[0])
+        stored, run = ArraySplit(images, labels), self.run
+        name, classes = run.config.data_name, tuple(run.classes)
+        return ImageData(name, classes, run.preprocessing, run.mean, run.std, stored, stored, stored)
 
     @cached_property
     def test_logits(self) -> dict[str, np.ndarray]:

@@ -54,6 +54,7 @@ class HeldOut(NamedTuple):
 
     split: Split
     logits: np.ndarray  # float32 [n, classes], PyTorch's
+    name: str = "test"  # which images they are
 
 
 def check_parity(
@@ -179,7 +180,7 @@ def measure_accuracy(session: Session, test: HeldOut, precision: str, callers: i
         value=float(right.mean()),
         interval=wilson_interval(int(right.sum()), len(right)),
         n=len(right),
-        split="test",
+        split=test.name,
         top1_agreement=float((predicted == reference).mean()),
         difference=difference,
         calibration_error=expected_calibration_error(outputs.probabilities, labels),

@@ -44,9 +44,7 @@ NEAR_BEST = 0.005
 """Accuracy that may be given up for speed: half a point, which the int8 gate also allows."""
 
 
-def write_report(
-    folder: Path, limits: ArtefactLimits, refused: Sequence[Refusal] | None = None
-) -> Report:
+def write_report(folder: Path, limits: ArtefactLimits, refused: Sequence[Refusal] | None = None) -> Report:
     """Write `report.md`, `report.json` and `report.png` into `folder`, over the bundles inside it.
 
     refused: targets of this export that have no bundle; None takes those of the report that is there. What

@@ -5,48 +5,78 @@ https://docs.nvidia.com/deeplearning/triton-inference-server/user-guide/docs/use
 
 from __future__ import annotations
 
+import glob
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from ffl_deploy.bundle import Bundle
+from ffl_deploy.command import printable
 from ffl_deploy.errors import UsageError
 from ffl_deploy.files import replace_file, sha256_of, write_atomically
 from ffl_deploy.manifest import DEFAULT_VARIANT, Manifest, Variant
 
 CONFIG = "config.pbtxt"
 MARK = "# Written by ffl-export, which replaces it at the next export."
+RUN = "# run: "
+PRECISION_FORMS = ("fp32", "fp16", "bf16", "int8", "int8-tensorrt")
+FORMS = (*PRECISION_FORMS, *(f"{name}-engine" for name in PRECISION_FORMS))
+"""What a variant's name adds to its model's: `fused-int8` is one of `fused`, `fused-large` is not."""
 MAX_BATCH = 64
 PREFERRED_BATCHES = (8, 32, 64)
 QUEUE_DELAY_US = 1000  # how long Triton may hold an image back to fill a batch
 VERSIONS_SERVED = 2  # the newest and the one before it, so that clients can go back
 
 
-def write_repository(bundle: Bundle, folder: Path) -> list[Path]:
-    """Add every variant that Triton can serve (see `backend_of`) to the repository `folder`;
-    -> the models' folders.
+def write_repository(bundle: Bundle, folder: Path, name: str | None = None) -> list[Path]:
+    """Add every variant that Triton can serve (see `backend_of`) to the repository `folder`; -> the models'
+    folders. name: of the fp32 model; the target's if not given.
 
     A model that is there already gets a further version, unless its newest one has the same content. Raises
-    UsageError where a model of the same name was not written here.
+    UsageError where a model of the same name was not written here, or is another run's.
     """
-    require_own_models(folder, [bundle.manifest.target])
+    name = name or bundle.manifest.target
+    require_own_models(folder, [name], bundle.manifest.source.run)
     served = [(variant, backend_of(variant)) for variant in bundle.manifest.variants]
-    return [_write_model(bundle, variant, backend, folder) for variant, backend in served if backend]
+    return [_write_model(bundle, variant, backend, folder, name) for variant, backend in served if backend]
 
 
-def require_own_models(folder: Path, targets: Sequence[str]) -> None:
-    """Raise UsageError where `folder` holds a model whose name an export of `targets` may take and
-    that was not written here."""
-    for target in targets:
-        for model in sorted(folder.glob(f"{target}*")):
+def model_names(targets: Sequence[str], name: str | None) -> dict[str, str]:
+    """-> target -> the name of its fp32 model: its own, or, with --name, that one; NAME-TARGET of several.
+    Raises UsageError for a name that no client could ask for."""
+    if name is None:
+        return {target: target for target in targets}
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+        raise UsageError(
+            f"--name {name}: a model is called by letters, digits, dots, dashes and underscores."
+        )
+    return {target: name if len(targets) == 1 else f"{name}-{target}" for target in targets}
+
+
+def require_own_models(folder: Path, names: Sequence[str], run: str) -> None:
+    """Raise UsageError where `folder` holds a model whose name an export of `run` may take, and that was not
+    written here or is another run's: Triton would serve this run's as its new version."""
+    for name in names:
+        for model in sorted(folder.glob(f"{glob.escape(name)}*")):
             config = model / CONFIG
-            if model.name != target and not model.name.startswith(f"{target}-"):
+            if model.name != name and model.name.removeprefix(f"{name}-") not in FORMS:
                 continue
-            if not config.is_file() or not config.read_text(errors="replace").startswith(MARK):
+            written = config.read_text(errors="replace").splitlines()[:2] if config.is_file() else []
+            if written[:1] != [MARK]:
                 raise UsageError(
                     f"--triton: {model} is a model that was not written here; move it away, or give another "
                     "folder."
                 )
+            if written[1:] and written[1].startswith(RUN) and written[1] != _run_line(run):
+                raise UsageError(
+                    f"--triton: {model} is of the run {written[1].removeprefix(RUN)}; give this run's models "
+                    f"a name of their own with --name, for example --name {run}."
+                )
+
+
+def _run_line(run: str) -> str:
+    return RUN + printable(run)
 
 
 def backend_of(variant: Variant) -> str | None:
@@ -59,9 +89,8 @@ def backend_of(variant: Variant) -> str | None:
     return "tensorrt" if is_tensorrt else None
 
 
-def _write_model(bundle: Bundle, variant: Variant, backend: str, folder: Path) -> Path:
-    target = bundle.manifest.target
-    model = folder / (target if variant.name == DEFAULT_VARIANT else f"{target}-{variant.name}")
+def _write_model(bundle: Bundle, variant: Variant, backend: str, folder: Path, name: str) -> Path:
+    model = folder / (name if variant.name == DEFAULT_VARIANT else f"{name}-{variant.name}")
     source, file = bundle.checked_file(variant.file), "model.plan" if backend == "tensorrt" else "model.onnx"
     versions = sorted((int(path.name) for path in model.glob("*") if path.name.isdecimal()), reverse=True)
     newest = model / str(versions[0] if versions else 1)
@@ -89,7 +118,13 @@ def model_config(name: str, manifest: Manifest, variant: Variant, backend: str) 
     largest = variant.details.engine.profile["max"] if variant.details.engine else MAX_BATCH
     batch = [] if fixed is None else [fixed]
     pixels = [*batch, shape.height, shape.width, 3]
-    lines = [MARK, f'name: "{name}"', f'backend: "{backend}"', f"max_batch_size: {0 if fixed else largest}"]
+    lines = [
+        MARK,
+        _run_line(manifest.source.run),
+        f'name: "{name}"',
+        f'backend: "{backend}"',
+        f"max_batch_size: {0 if fixed else largest}",
+    ]
     lines += [
         "input [",
         f"  {{ name: {_quoted(manifest.input.name)} data_type: TYPE_UINT8 dims: {pixels} }}",

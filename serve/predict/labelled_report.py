@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from ffl_deploy.command import printable
 from ffl_deploy.files import write_atomically, write_json
 from serve.predict.labelled import BINS, LabelCounts
 
@@ -192,4 +193,4 @@ def report_screen(report: LabelledReport) -> str:
     )
     if report.rows_with_unknown_label:
         lines.append(f"  {report.rows_with_unknown_label} rows have a label that is no class of the bundle")
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))

@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from ffl_deploy.command import printable
 from ffl_deploy.errors import UsageError
 from serve.rows import OK
 
@@ -38,7 +39,7 @@ def show(rows: Path, format: str | None) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a name shows its code
     with rows.open(encoding="utf-8", newline="\n") as lines:  # a name may hold a carriage return
         for line in lines:
-            print(line.rstrip("\n") if format else readable(msgspec.json.decode(line)))
+            print(line.rstrip("\n") if format else printable(readable(msgspec.json.decode(line))))
     sys.stdout.flush()
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from ffl_deploy.command import printable
 from ffl_deploy.fastest import Choice
 from ffl_deploy.files import write_json
 from ffl_deploy.manifest import FileRecord
@@ -188,7 +189,7 @@ def screen(summary: Summary) -> str:
         lines.append(
             "  skipped, not inputs: " + ", ".join(f"{n} {reason}" for reason, n in summary.skipped.items())
         )
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def _without_ok(statuses: dict[str, int]) -> dict[str, int]:

@@ -29,6 +29,7 @@ from ffl_deploy.preprocessing import Pixels
 from train.config import DataOptions
 from train.data.augment import crop_one, draw_crops
 from train.data.batches import Batch, Collate, Plan, Shares, crop_padding, flips
+from train.machine import decoding_failed
 from train.randomness import derived_seed, generator
 
 View = Callable[[int, int], Pixels]
@@ -52,13 +53,28 @@ GRACE = 60
 which service managers send to all processes of a run at once."""
 
 
-TO_THE_GROUP = {signal.SIGINT, signal.SIGTERM}
+PATIENCE = 900
+"""Seconds without a step from a worker after which it is taken for stuck."""
+
+
+def free_shared_memory() -> int:
+    """-> bytes that /dev/shm has left, through which workers hand over what they read; much where there is
+    none."""
+    try:
+        found = os.statvfs("/dev/shm")
+    except OSError:
+        return 1 << 62
+    return found.f_bavail * found.f_frsize
+
+
+TO_THE_GROUP = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1}
 
 
 def _leave_signals_to_parent(worker: int) -> None:
     """The parent still needs the batches of the step that it finishes and saves;
     it ends its workers afterwards."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in TO_THE_GROUP - {signal.SIGTERM}:
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, TO_THE_GROUP)
 
@@ -200,6 +216,7 @@ class StreamedBatches:
         self.normalize = self.collate.normalize
         self.steps_per_epoch = len(plan.order(len(data.train), 0))
         self.reported: set[str] = set()
+        self.said = False  # that /dev/shm is small
 
     def training(self, epoch: int, first_step: int) -> Iterator[list[Batch]]:
         size, shares = (self.data.preprocessing.height, self.data.preprocessing.width), self.plan.shares
@@ -240,11 +257,13 @@ class StreamedBatches:
         Raises CheckError."""
         if not indices:
             return
+        workers = self.workers_that_fit(dataset, min(self.workers, len(indices)))
         loader = DataLoader(
             dataset,
             batch_size=None,
             sampler=list(indices),
-            num_workers=min(self.workers, len(indices)),
+            num_workers=workers,
+            timeout=PATIENCE if workers else 0,
             worker_init_fn=_leave_signals_to_parent,
             pin_memory=self.plan.device.type == "cuda",
             # the loader draws a seed for its workers, which must not be the run's
@@ -259,14 +278,27 @@ class StreamedBatches:
                     raise answer
                 yield answer
         except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+            if "DataLoader worker" not in str(error) and "DataLoader timed out" not in str(error):
                 raise
-            raise CheckError(
-                "a process that decodes images was killed, probably for want of memory; go on with --resume "
-                "and fewer --workers."
-            ) from error
+            raise CheckError(decoding_failed(str(error))) from error
         finally:
             del answers  # ends the workers; an error's traceback would keep them, waiting for more work
+
+    def workers_that_fit(self, dataset: Dataset[Any], workers: int) -> int:
+        """-> `workers`, or as many as there is shared memory for what they read ahead: with a full /dev/shm
+        (64 MB in a container of Docker's) they stand still for ever. Any number gives the same batches."""
+        size = self.data.preprocessing
+        images = self.plan.batch_size if isinstance(dataset, TrainingSteps) else self.evaluation_batch
+        ahead = images * size.height * size.width * 3 * 2  # two steps each
+        fitting = min(workers, free_shared_memory() // max(ahead, 1))
+        if fitting < workers and not self.said:
+            self.said = True
+            tqdm.write(
+                f"/dev/shm has room for {fitting} of {workers} processes that decode images (docker run "
+                "--shm-size=2g gives more); the batches are the same",
+                file=sys.stderr,
+            )
+        return fitting
 
     def report(self, replaced: list[UnreadableImage]) -> None:
         """Name each image that another one stands in for, once."""
