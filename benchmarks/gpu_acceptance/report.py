@@ -62,6 +62,12 @@ class Context:
     def gpu(self) -> bool:
         return self.device == "cuda"
 
+    def size(self, epochs: int, on_cpu: int = 1) -> list[str]:
+        """-> the flags of a run on the digits, which a CPU has to end within its limit too."""
+        if self.gpu:
+            return ["--epochs", str(epochs)]
+        return ["--epochs", str(on_cpu), "--branches", "resnet8,resnet8"]
+
     def need_gpu(self) -> None:
         if not self.gpu:
             raise NotHere("needs an NVIDIA GPU")

@@ -15,7 +15,7 @@ IMAGES = 2**20
 
 def run(context: Context) -> None:
     before = free(context)
-    digits = ["--data", "digits", "--device", context.device, "--quiet", "--epochs", "2"]
+    digits = ["--data", "digits", "--device", context.device, "--quiet", *context.size(2, 2)]
     wanted = {"NaN": (["--lr", "1e6", "--precision", "fp32"], "not finite")}
     if context.gpu:
         large = ["--image-size", "256", "--branches", "resnet110,resnet110", "--batch-size", "1000000"]

@@ -39,27 +39,9 @@ def run(context: Context) -> None:
     script = context.work / "two.py"
     script.write_text(SCRIPT)
     batchnorm = ["--sync-batchnorm"] if context.gpu else []
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        str(script),
-    ]
-    launch += [
-        "--data",
-        "digits",
-        "--device",
-        context.device,
-        "--precision",
-        "fp32",
-        "--epochs",
-        "1",
-        "--quiet",
-    ]
-    launch += batchnorm
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launch += [str(script), "--data", "digits", "--device", context.device, "--precision", "fp32", "--quiet"]
+    launch += [*context.size(1), *batchnorm]
     for name, failing in (("two processes", "0"), ("one of two fails", "1")):
         begun, out = time.monotonic(), context.work / f"processes-{failing}"
         environment = {"ONE_GPU": "1" if context.gpu else "0", "FAILING": failing, "OMP_NUM_THREADS": "1"}

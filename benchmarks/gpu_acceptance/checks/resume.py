@@ -22,7 +22,7 @@ def run(context: Context) -> None:
     precisions = ("bf16", "fp16") if context.gpu else ("fp32",)
     for precision in precisions:
         flags = ["--data", "digits", "--device", context.device, "--precision", precision, "--quiet"]
-        flags += ["--epochs", str(EPOCHS), "--deterministic", "--checkpoint-minutes", "0"]
+        flags += [*context.size(EPOCHS, EPOCHS), "--deterministic", "--checkpoint-minutes", "0"]
         whole, stopped = (context.work / f"resume-{precision}-{name}" for name in ("whole", "stopped"))
         done = start(module("train.run", *flags, "--out", str(whole)))
         context.report.must(f"{precision}: trained", done.returncode == 0)
