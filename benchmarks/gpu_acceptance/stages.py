@@ -46,7 +46,7 @@ STAGES = (
         "resumed, with the same bits",
     ),
     Stage("streaming", 30, CPU, "JPEGs from disk through worker processes", "no process is left behind"),
-    Stage("faults", 20, CPU, "out of memory, NaN", "one sentence, exit code 1, memory given back"),
+    Stage("faults", 20, CPU, "out of memory, NaN", "one sentence, its exit code, memory given back"),
     Stage("processes", 30, CPU, "two processes, one that fails; NCCL", "all end within 60 seconds"),
     Stage(
         "buffers", 10, GPU, "engines' buffers on the GPU; ffl-engine where TensorRT is",
