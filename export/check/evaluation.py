@@ -173,12 +173,12 @@ def classifier_logits(
     """One pass over the split's images -> target -> float32 logits [n, classes]."""
     import torch
 
-    normalise = Normalize(run.mean, run.std)
+    normalize = Normalize(run.mean, run.std)
     parts: dict[str, list[np.ndarray]] = {target: [] for target in targets}
     network = network.to(memory_format=torch.channels_last)
     with torch.inference_mode():
         for start in range(0, len(split), PASS_BATCH):
-            batch = normalise(torch.from_numpy(split.read(slice(start, start + PASS_BATCH))))
+            batch = normalize(torch.from_numpy(split.read(slice(start, start + PASS_BATCH))))
             outputs = network(batch.contiguous(memory_format=torch.channels_last)).classifiers()
             for target in targets:
                 parts[target].append(outputs[target].numpy())

@@ -33,7 +33,7 @@ from ffl_deploy.statistics import expected_calibration_error, packed, paired_dif
 BATCHES = (1, 2, 7, 64)
 """Compared besides all the reference images at once: one, the traced size, an odd one, a common one."""
 ACCURACY_BATCH = 64
-LOCALISE_IMAGES = 8
+LOCALIZE_IMAGES = 8
 EXTRA_GATES = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 1e-1, "int8": 0.15}
 """Largest root mean square difference of a map or an embedding, as a share of its standard deviation. fp32,
 fp16: as for logits, half of the largest; int8: three times the 0.03 to 0.06 of ResNet-32's maps on
@@ -151,7 +151,7 @@ def _worst_rows(session: Session, reference: Judged) -> np.ndarray:
     """-> the rows whose logits differ most from the reference; NaN counts as most."""
     outputs = run_in_batches(session.run, reference.images.__getitem__, len(reference.images), ACCURACY_BATCH)
     difference = np.nan_to_num(np.abs(outputs.logits - reference.logits).max(axis=1), nan=np.inf)
-    return np.argsort(-difference, kind="stable")[:LOCALISE_IMAGES]
+    return np.argsort(-difference, kind="stable")[:LOCALIZE_IMAGES]
 
 
 def measure_accuracy(session: Session, test: HeldOut, precision: str, callers: int = 1) -> AccuracyRecord:

@@ -46,7 +46,7 @@ from serve.predict.summary import (
     Totals,
     inputs_digest,
     screen,
-    summarise,
+    summarize,
     summary_path,
     write_summary,
 )
@@ -108,7 +108,7 @@ def run_job(job: Job) -> int:
         assemble(
             (shards.data_path(index) for index in range(totals.shards)), job.out, request.format, job.columns
         )
-        summary = summarise(totals, shards.manifest, job.out, reading.skipped, time.perf_counter() - started)
+        summary = summarize(totals, shards.manifest, job.out, reading.skipped, time.perf_counter() - started)
         summary.output = FileRecord(sha256_of(job.out), job.out.stat().st_size)
         summary.inputs_sha256 = inputs_digest(totals.inputs[index] for index in range(totals.shards))
         if choice is not None:

@@ -120,7 +120,7 @@ class Summary(msgspec.Struct):
     labelled: LabelledNumbers | msgspec.UnsetType = msgspec.UNSET  # absent unless some inputs have a label
 
 
-def summarise(
+def summarize(
     totals: Totals, manifest: ShardsManifest, out: Path, skipped: Skipped, seconds: float
 ) -> Summary:
     """-> the summary of a run. seconds: of this session."""

@@ -15,7 +15,7 @@ from serve.pipeline import WorkSettings
 from serve.predict.labelled import count_labels
 from serve.predict.labelled_report import LabelledReport, make_report, report_path, write_report
 from serve.predict.shards import PredictRequest, ShardRecord, ShardsFolder, ShardsManifest, open_shards
-from serve.predict.summary import Summary, Totals, summarise, summary_path, write_summary
+from serve.predict.summary import Summary, Totals, summarize, summary_path, write_summary
 from serve.rows import Row
 
 STORED = Path(__file__).with_name("stored")
@@ -66,7 +66,7 @@ def test_summary_and_report_are_written_byte_for_byte_as_before(kind: str, tmp_p
     skipped = Skipped()
     skipped.reasons.update({"symbolic links": 2, "files without an image suffix": 1})
 
-    summary = summarise(
+    summary = summarize(
         totals, ShardsManifest(REQUEST, SETTINGS), Path("out") / f"{kind}.jsonl", skipped, 2.3456
     )
     report = make_report(totals.labelled, CLASSES, top_k=2)
