@@ -66,7 +66,9 @@ def parser() -> Parser:
     variants.add_argument(
         "--runtime",
         action="append",
-        choices=[name for name, runtime in RUNTIMES.items() if ".engine" not in runtime.reads],
+        choices=[
+            name for name, runtime in RUNTIMES.items() if ".onnx" in runtime.reads and not runtime.compiles
+        ],
         help="verify and measure every ONNX variant here too; may be repeated",
     )
     variants.add_argument(

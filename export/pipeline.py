@@ -6,7 +6,6 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +40,7 @@ from ffl_deploy.probes import check_pixels
 from ffl_deploy.processor import description
 from ffl_deploy.report import Refusal
 from ffl_deploy.run_directory import CONFIG, Run
-from ffl_deploy.runtime import import_onnxruntime
+from ffl_deploy.runtime import import_onnxruntime, runtime_named
 from ffl_deploy.signing import signature_path
 from ffl_deploy.verified_on import Outcome, VerifiedOn
 
@@ -222,13 +221,8 @@ def verified_here(variants: Sequence[Variant]) -> VerifiedOn:
     outcomes = {}
     for variant in variants:
         if variant.parity:
-            installed = (
-                variant.details.engine.version
-                if variant.details.engine
-                else version("openvino")
-                if variant.runtime == "openvino"
-                else import_onnxruntime().__version__
-            )
+            engine = variant.details.engine
+            installed = engine.version if engine else runtime_named(variant.runtime).version
             outcomes[variant.name] = Outcome.of(
                 variant.parity, variant.runtime, installed, variant.precision.computed
             )

@@ -177,20 +177,17 @@ def engine_name(file: ModelFile) -> str:
 
 def open_file(file: ModelFile, runtime: str, name: str) -> tuple[Session, str, Details]:
     """-> (session, the precision it computes in, read back from the runtime, details for the manifest)."""
-    if runtime == "openvino":
-        from ffl_deploy.runtime.openvino_runtime import OpenVinoSession
+    stored = Precision(file.stored, file.stored)
+    unmeasured = Variant(name, runtime, file.path.name, sha256="", bytes=0, precision=stored)
+    session = runtime_named(runtime).open(file.path, unmeasured, None)
+    computed = session.computed or file.stored
+    if layers := session.layer_precisions():
+        return session, computed, msgspec.structs.replace(file.details, layers=layers)
 
-        opened = OpenVinoSession(file.path, name, precision=file.stored)
-        return (
-            opened,
-            opened.computed or file.stored,
-            msgspec.structs.replace(file.details, layers=opened.layer_precisions()),
-        )
-    # first: it says in a sentence why a file is refused
-    session = OnnxRuntimeSession(file.path, name, runtime=runtime)
-    computed, histogram = computed_precision(file.path)
-    if runtime != "onnxruntime":  # a GPU provider computes in what the file stores
-        computed = file.stored
+    # a runtime that does not tell: the graph as ONNX Runtime makes it, which on its CPU is what is computed
+    on_cpu, histogram = computed_precision(file.path)
+    if runtime == "onnxruntime":
+        computed = on_cpu
     return session, computed, msgspec.structs.replace(file.details, operators=histogram)
 
 

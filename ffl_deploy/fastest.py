@@ -33,15 +33,7 @@ if TYPE_CHECKING:
 EVERYWHERE = tuple(name for name, runtime in RUNTIMES.items() if not runtime.compiles)
 """Runtimes that are tried for every ONNX file. The others compile for minutes:
 each is tried for the variants made for it."""
-PACKAGES = (
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "openvino",
-    "tensorrt",
-    "tensorrt-cu12",
-    "tensorrt-cu13",
-    "tensorrt-rtx-cu13",
-)
+PACKAGES = tuple(dict.fromkeys(name for runtime in RUNTIMES.values() for name in runtime.packages))
 BATCH = 32  # images in one run
 RUN_SECONDS = 0.5  # where a run of so many takes longer, all candidates get fewer
 WINDOW_SECONDS = 0.3  # of runs for each candidate

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ffl_deploy.runtime import computes_on_cpu
+
 CPUINFO = Path("/proc/cpuinfo")
 NVIDIA = Path("/proc/driver/nvidia")
 X86 = ("vendor_id", "cpu family", "model", "model name", "stepping", "flags")
@@ -56,7 +58,7 @@ def kernels(runtime: str) -> dict[str, str] | None:
     }
     if runtime.startswith("onnxruntime"):
         described["pair_sum"] = pair_sum()
-    if runtime not in ("onnxruntime", "openvino"):
+    if not computes_on_cpu(runtime):
         gpu = nvidia()
         return described | {"gpu": gpu} if gpu else None
     return described

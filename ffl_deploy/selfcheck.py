@@ -20,7 +20,7 @@ from ffl_deploy.host import available_cores
 from ffl_deploy.parity import PARITY_GATES, ParityGate, ParityRecord, gate_precision, judge
 from ffl_deploy.probes import Probes, check_pixels
 from ffl_deploy.processor import kernels
-from ffl_deploy.runtime import Session, runtime_named
+from ffl_deploy.runtime import Session, computes_on_cpu, runtime_named
 from ffl_deploy.runtime.replay import golden_batches, measure
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def refusal(
     bundle: BundleFiles, variant: Variant, runtime: str, broken: str, threads: int | None = None
 ) -> CheckError:
     """-> the sentence for a variant that does not hold here, with what to use in its place."""
-    where = "processor" if runtime in ("onnxruntime", "openvino") else "machine"
+    where = "processor" if computes_on_cpu(runtime) else "machine"
     holding = next(_holding(bundle, variant, runtime, threads), "")
     advice = (
         f"use {holding}, which holds here."

@@ -4,7 +4,13 @@ Runtimes are imported when a session is opened, so a machine needs only the one 
 """
 
 from ffl_deploy.runtime.onnx_runtime import OnnxRuntimeSession, import_onnxruntime
-from ffl_deploy.runtime.registry import RUNTIMES, open_session, require_gpu_runtime, runtime_named
+from ffl_deploy.runtime.registry import (
+    RUNTIMES,
+    computes_on_cpu,
+    open_session,
+    require_gpu_runtime,
+    runtime_named,
+)
 from ffl_deploy.runtime.session import Outputs, Session
 
 __all__ = [
@@ -12,6 +18,7 @@ __all__ = [
     "OnnxRuntimeSession",
     "Outputs",
     "Session",
+    "computes_on_cpu",
     "import_onnxruntime",
     "open_session",
     "require_gpu_runtime",

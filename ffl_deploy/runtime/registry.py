@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -40,6 +41,16 @@ class Runtime:
     gpu: bool = False
     int8: bool = True
     compiles: bool = False
+
+    @property
+    def version(self) -> str:
+        """-> of the first of `packages` that is installed; "" where none is."""
+        from importlib.metadata import PackageNotFoundError, version
+
+        for package in self.packages:
+            with suppress(PackageNotFoundError):
+                return version(package)
+        return ""
 
 
 def _onnx_runtime(model: Path, variant: Variant, threads: int | None) -> Session:
@@ -163,6 +174,11 @@ def require_gpu_runtime(name: str) -> None:
     if not runtime_named(name).gpu:
         on_gpu = " or ".join(f"--runtime {runtime.name}" for runtime in RUNTIMES.values() if runtime.gpu)
         raise UsageError(f"--gpu names a GPU, and {name} computes on the processor; add {on_gpu}.")
+
+
+def computes_on_cpu(name: str) -> bool:
+    """-> whether the processor decides what this runtime answers; False of one that is not known."""
+    return name in RUNTIMES and not RUNTIMES[name].gpu
 
 
 def runtime_named(name: str) -> Runtime:

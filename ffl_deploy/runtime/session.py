@@ -57,6 +57,10 @@ class Session(ABC):
         longer."""
         return []
 
+    def layer_precisions(self) -> dict[str, int]:
+        """-> precision -> how many layers are computed in it; empty where the runtime does not tell."""
+        return {}
+
     def close(self) -> None:  # noqa: B027  most runtimes have nothing to do
         """Give back what only this session holds; it cannot be used afterwards."""
 

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 from export.cli import parser
-from export.formats import FORMATS, Format
-from export.variants import VariantOptions, check_runtimes
+from export.formats import FORMATS, Format, ModelFile
+from export.variants import VariantOptions, check_runtimes, open_file
 from ffl_deploy.bundle import Bundle
 from ffl_deploy.errors import UsageError
 from ffl_deploy.manifest import Variant
 from ffl_deploy.parity import ACCURACY_GATES, PRECISIONS
+from ffl_deploy.processor import kernels
 from ffl_deploy.runtime import RUNTIMES, OnnxRuntimeSession, Session
 
 
@@ -39,7 +40,14 @@ def test_a_runtime_is_a_row(
     assert opened == [("model.onnx", "fp32", 1)]
     assert parser().parse_args(["--runtime", "abacus"]).runtime == ["abacus"]
 
-    monkeypatch.setitem(RUNTIMES, "abacus", dataclasses.replace(row, reads=".beads"))
+    # export opens it, and says what it computed; verdicts are remembered as of any CPU's
+    path = tiny_bundle.folder / "model.onnx"
+    session, computed, details = open_file(ModelFile("fp32", path, "fp32", ("abacus",)), "abacus", "fp32")
+    assert session.run(golden.images).logits.shape == golden.logits.shape
+    assert (computed, sum((details.operators or {}).values()) > 0) == ("fp32", True)
+    assert kernels("abacus") == kernels("openvino") != kernels("onnxruntime")
+
+    monkeypatch.setitem(RUNTIMES, "abacus", dataclasses.replace(row, reads=(".beads",)))
     with pytest.raises(UsageError, match="which abacus does not read"):
         tiny_bundle.session(runtime="abacus")
     with pytest.raises(UsageError, match="abacus"):  # ffl-export verifies ONNX files alone
