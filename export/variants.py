@@ -24,7 +24,7 @@ from ffl_deploy.parity import gate_precision
 from ffl_deploy.runtime import OnnxRuntimeSession, Session, runtime_named
 from ffl_deploy.runtime.latency import measure_latency
 from ffl_deploy.runtime.session import FixedBatchSession
-from ffl_deploy.runtime.tensorrt_build import EngineOptions
+from ffl_deploy.runtime.tensorrt_build import EngineOptions, require_targets
 from ffl_deploy.runtime.tensorrt_cache import bundled
 from ffl_deploy.runtime.tensorrt_runtime import TensorRtSession
 
@@ -107,6 +107,8 @@ def check_runtimes(options: VariantOptions) -> None:
     ]
     for name in dict.fromkeys([*options.runtimes, *needed]):
         runtime_named(name).require()
+    if options.engines:
+        require_targets(options.engines)
 
 
 def verified(

@@ -115,7 +115,8 @@ def model_config(name: str, manifest: Manifest, variant: Variant, backend: str) 
     """-> config.pbtxt. A dynamic graph is batched by Triton;
     a static one is served with its batch in the shape."""
     shape, fixed = manifest.input.preprocessing, manifest.input.batch
-    largest = variant.details.engine.profile["max"] if variant.details.engine else MAX_BATCH
+    engine = variant.details.engine
+    largest = engine.profile["max"] if engine else MAX_BATCH
     batch = [] if fixed is None else [fixed]
     pixels = [*batch, shape.height, shape.width, 3]
     lines = [
@@ -137,6 +138,10 @@ def model_config(name: str, manifest: Manifest, variant: Variant, backend: str) 
         labels = ' label_filename: "labels.txt"' if output.name == "probabilities" else ""
         outputs.append(f"  {{ name: {_quoted(output.name)} data_type: TYPE_FP32 dims: {dims}{labels} }}")
     lines += [",\n".join(outputs), "]", f"version_policy {{ latest {{ num_versions: {VERSIONS_SERVED} }} }}"]
+    if engine and len(engine.profiles) > 1:
+        # by itself Triton takes the first one, which is for a lone image
+        profiles = ", ".join(_quoted(str(index)) for index in range(len(engine.profiles)))
+        lines.append(f"instance_group [ {{ kind: KIND_GPU profile: [{profiles}] }} ]")
     if fixed is None:
         preferred = [size for size in PREFERRED_BATCHES if size <= largest]
         lines += [

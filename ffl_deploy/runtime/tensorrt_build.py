@@ -43,6 +43,12 @@ class EngineOptions:
     timings: bytes | None = None
 
 
+def require_targets(options: EngineOptions) -> None:
+    """Raise UsageError, before any work, where engines cannot be built for the GPUs that are asked for."""
+    flavour = options.flavour or installed_flavour()
+    _Targets(flavour, import_tensorrt(flavour), options.capabilities)
+
+
 class Built(NamedTuple):
     """timings: what to give the next build on this GPU; None where this flavour times nothing."""
 

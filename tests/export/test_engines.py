@@ -71,6 +71,27 @@ def test_an_engine_built_on_its_gpu_is_verified_measured_and_recommended(
     assert "fp32-engine on tensorrt: " in capsys.readouterr().out
 
 
+def test_triton_takes_the_profile_that_fits_a_batch(
+    digits_run: Run, tmp_path: Path, cuda: Cuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By itself it takes the first one of an engine, which is for a lone image."""
+    model_config = pytest.importorskip(
+        "tritonclient.grpc.model_config_pb2", reason="Triton's protobuf is not installed"
+    )
+    from google.protobuf import text_format
+
+    install(monkeypatch, cuda)
+    assert export(digits_run, tmp_path / "out", "--triton", str(tmp_path / "triton")) == 0
+    text = (tmp_path / "triton" / "branch0-fp32-engine" / "config.pbtxt").read_text()
+    config = text_format.Parse(text, model_config.ModelConfig())
+    (group,) = config.instance_group
+    assert list(group.profile) == ["0", "1", "2"]
+    assert group.kind == model_config.ModelInstanceGroup.KIND_GPU
+    assert config.max_batch_size == 256
+    plain = (tmp_path / "triton" / "branch0" / "config.pbtxt").read_text()
+    assert "instance_group" not in plain
+
+
 def wrong_engine(trt: ModuleType) -> None:
     """Its engines answer with noise beside the logits."""
     real = trt.Runtime(None).deserialize_cuda_engine
@@ -120,3 +141,30 @@ def test_an_engine_built_elsewhere_says_so(
     assert (engine.parity, engine.accuracy, engine.latency) == (None, None, None)
     rows = {row["variant"]: row for row in json.loads((tmp_path / "out" / "report.json").read_text())["rows"]}
     assert rows["fp32-engine"]["parity"] == "not verified here"
+
+
+@pytest.mark.parametrize(
+    ("cuda", "flags", "says"),
+    [
+        (
+            Cuda(driver=0),
+            [],
+            "there is no NVIDIA driver on this machine, so no GPU to compute on; tensorrt builds on the",
+        ),
+        (
+            Cuda(),
+            ["--compute-capability", "8.9"],
+            "builds for this machine's GPU only; leave --compute-capability out",
+        ),
+    ],
+)
+def test_what_cannot_be_built_for_stops_before_any_work(
+    cuda: Cuda, flags: list[str], says: str, digits_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    install(monkeypatch, cuda)
+    assert export(digits_run, tmp_path / "out", *flags) == 2
+    said = capsys.readouterr()
+    assert says in said.err
+    assert (said.out, (tmp_path / "out").exists()) == ("", False)
