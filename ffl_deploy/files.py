@@ -132,9 +132,8 @@ def _locked_folder(folder: Path) -> tuple[Path, int]:
     while True:
         new = folder.with_name(temporary_name(folder.name, "new"))
         new.mkdir()
-        with contextlib.suppress(
-            FileNotFoundError
-        ):  # another writer's `remove_abandoned` saw it before its lock
+        # another writer's `remove_abandoned` saw it before its lock
+        with contextlib.suppress(FileNotFoundError):
             held = os.open(new, os.O_RDONLY)
             if fcntl is not None:
                 with contextlib.suppress(OSError):
@@ -183,9 +182,8 @@ def existing_folder(folder: Path) -> Path | None:
         if folder.is_dir():
             return folder
         left = [path for path in _temporaries(folder, "old") if path.is_dir()]
-        left += [
-            path for path in (folder.with_name(f".{folder.name}.old"),) if path.is_dir()
-        ]  # earlier versions'
+        # earlier versions'
+        left += [path for path in (folder.with_name(f".{folder.name}.old"),) if path.is_dir()]
         with contextlib.suppress(FileNotFoundError):
             if left:
                 return max(left, key=lambda path: path.stat().st_mtime)

@@ -148,9 +148,8 @@ class EngineRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     build_seconds: float
     log: list[str]  # warnings of builder and parser, and errors that did not keep it from building
     gpu: str = ""  # the model that it was built on; empty where it was built without one
-    profiles: list[
-        list[int]
-    ] = []  # of each optimization profile [min, opt, max]; empty: the one of `profile`
+    # of each optimization profile [min, opt, max]; empty: the one of `profile`
+    profiles: list[list[int]] = []
 
 
 class KeptInFp32(msgspec.Struct, frozen=True):

@@ -67,9 +67,8 @@ def build(source: Path, options: EngineOptions) -> Built:
     flavour = options.flavour or installed_flavour()
     trt = import_tensorrt(flavour)
     log = message_collector(trt)
-    config_of = _Targets(
-        flavour, trt, options.capabilities
-    )  # before TensorRT touches the GPU: it has a sentence
+    # before TensorRT touches the GPU: it has a sentence
+    config_of = _Targets(flavour, trt, options.capabilities)
     builder = trt.Builder(log)
     network = builder.create_network(_strongly_typed(trt))
     parser = trt.OnnxParser(network, log)  # the network must outlive it, so both stay in this function

@@ -34,9 +34,8 @@ ROUTES = re.compile(
     rf"{API}/(info|openapi\.json|app_id|startup-events|queue/(join|data|status)|call/.+|run/[^/]+|cancel|reset|heartbeat/[^/]+|"
     r"upload|upload_progress|theme\.css|file=.+|custom_component/.+)/?"
 )
-UPLOAD_ID = re.compile(
-    rb"upload_id=[A-Za-z0-9]{1,40}"
-)  # as the page makes them; Gradio remembers whatever is sent
+# as the page makes them; Gradio remembers whatever is sent
+UPLOAD_ID = re.compile(rb"upload_id=[A-Za-z0-9]{1,40}")
 LONGEST_PATH = 4096
 ENTRY_BYTES = 4096  # what a file or folder takes beside its blocks
 MEASURE_SECONDS, MEASURE_SHARE = 0.5, 10  # the upload folder is measured for at most a tenth of the time

@@ -155,9 +155,8 @@ def remove_own(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
     (folder / LOCK).unlink(missing_ok=True)  # last: who waits for it begins anew then
     if not others:
-        with contextlib.suppress(
-            OSError
-        ):  # another run has put its lock there meanwhile, or the folder is gone
+        # another run has put its lock there meanwhile, or the folder is gone
+        with contextlib.suppress(OSError):
             folder.rmdir()
 
 

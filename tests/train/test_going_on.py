@@ -75,8 +75,7 @@ REASONS = {
     "DataLoader worker (pid(s) 5) exited unexpectedly": "was killed",
     "DataLoader timed out after 900 seconds": "/dev/shm",
     "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are "
-    "out of "
-    "shared memory. Please try to raise your shared memory limit.": "/dev/shm",
+    "out of shared memory. Please try to raise your shared memory limit.": "/dev/shm",
 }
 
 

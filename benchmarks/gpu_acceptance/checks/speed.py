@@ -35,10 +35,8 @@ def run(context: Context) -> None:
             training = Training(data, context.device, setting, context.work / "speed")
             training.seconds(WARM + 2 if context.gpu else 1)
             blocks = [training.seconds(steps) for _ in range(rounds)]
-        except (
-            RuntimeError,
-            torch.OutOfMemoryError,
-        ) as error:  # one that fails is told, and the others go on
+        # one that fails is told, and the others go on
+        except (RuntimeError, torch.OutOfMemoryError) as error:
             report.note(**{setting.name: {"error": str(error).splitlines()[0]}})
             report.must(f"{setting.name} runs", False)
             continue
