@@ -317,6 +317,9 @@ def read_manifest(path: Path) -> Manifest:
                 f"{path} lists {len(manifest.classes)} classes, but {output.name} of shape {output.shape}; "
                 "export again."
             )
+    if len(set(manifest.classes)) < len(manifest.classes):
+        twice = next(name for name in manifest.classes if manifest.classes.count(name) > 1)
+        raise CheckError(f"{path} has two classes called {twice!r}, whose answers could not be told apart.")
     names = [variant.name for variant in manifest.variants]
     if len(set(names)) < len(names):
         raise CheckError(f"{path} lists a variant twice; export the bundle again.")

@@ -20,7 +20,7 @@ from ffl_deploy.bundle_files import AUTO
 from ffl_deploy.runtime import runtime_named
 from serve.server.limits import ANY_HOST
 from serve.server.offline import SILENCE
-from serve.server.settings import Limits, ModelSpec, Settings
+from serve.server.settings import Limits, ModelSpec, Settings, listed_bundles
 
 os.environ.update(SILENCE)  # before Ray is imported; its workers inherit it
 
@@ -116,9 +116,7 @@ def app(arguments: dict[str, str]) -> ray_serve.Application:
     if given.replicas is None:
         bounds = {"min_replicas": given.min_replicas, "max_replicas": given.max_replicas}
         scaling = {"autoscaling_config": {**bounds, "target_ongoing_requests": max(1, given.ongoing // 2)}}
-    folders = [
-        os.path.abspath(text) if "=" not in text else _absolute(text) for text in given.bundles.split(",")
-    ]
+    folders = listed_bundles(given.bundles)
     deployment = Bundles.options(  # type: ignore[attr-defined]  # the decorator makes it a Deployment
         **scaling,
         max_ongoing_requests=given.ongoing,
@@ -143,9 +141,3 @@ def gpus_of_replica(given: Arguments, bundles: Sequence[str]) -> float:
         else [load_bundle(spec.folder).variant(spec.variant).runtime for spec in variants]
     )
     return float(any(runtime_named(name).gpu for name in runtimes))
-
-
-def _absolute(text: str) -> str:
-    """Replicas run in another working folder."""
-    name, _, folder = text.partition("=")
-    return f"{name}={os.path.abspath(folder)}"

@@ -28,6 +28,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.fault, pytest.mark.timeout(6 * 3600)
 ROOT = Path(__file__).parents[1]
 KILLS = int(os.environ.get("FFL_KILLS", "24"))
 PRECIOUS = "the user's own"
+ENDS = ("", ".parts", ".summary.json", ".report.json", ".report.png")
+"""Of the names that ffl-predict may use beside --out."""
 
 
 def start(arguments: Sequence[object], folder: Path) -> subprocess.Popen[bytes]:
@@ -102,7 +104,7 @@ def test_predict(place: Path, make_bundle: Callable[..., Bundle], tmp_path: Path
     typical = seconds(lambda: finish(("-m", "serve.predict", *flags, "--out", whole), place))
 
     def check() -> None:
-        require_untouched(place, ["out.jsonl", "out.jsonl.parts", "out.jsonl.summary.json"])
+        require_untouched(place, [f"out.jsonl{end}" for end in ENDS])
         if (place / "out.jsonl").exists():
             assert (place / "out.jsonl").read_bytes() == whole.read_bytes()
 
@@ -112,8 +114,7 @@ def test_predict(place: Path, make_bundle: Callable[..., Bundle], tmp_path: Path
     assert (place / "out.jsonl").read_bytes() == whole.read_bytes()
     assert sorted(path.name for path in place.glob("*out.jsonl*")) == [
         ".out.jsonl.1234.tmp",
-        "out.jsonl",
-        "out.jsonl.summary.json",
+        *(f"out.jsonl{end}" for end in sorted(ENDS) if end != ".parts"),
     ]
 
 

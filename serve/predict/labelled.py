@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
@@ -57,7 +58,8 @@ def count_labels(rows: Sequence[Row], labels: Sequence[str | None], classes: Seq
             correct = row.label == true
             confusion[true][row.label] += 1
             counts.top_k += true in (row.top_k_labels or ())
-            index = min(int(row.confidence * BINS), BINS - 1)
+            # (k/BINS, (k+1)/BINS], as the manifest's calibration error has them
+            index = min(max(math.ceil(row.confidence * BINS) - 1, 0), BINS - 1)
             counts.bin_rows[index] += 1
             counts.bin_confidence[index] += row.confidence
             counts.bin_correct[index] += correct

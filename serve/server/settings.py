@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -61,6 +62,27 @@ class ModelSpec:
                 f"cats={folder}"
             )
         return ModelSpec(name, Path(folder), variant)
+
+
+def listed_bundles(text: str) -> list[str]:
+    """`A,NAME=B` -> one text for each bundle, with an absolute path, for processes that work in another
+    folder. A comma or an equals sign inside the path of a folder that exists is part of it."""
+    pieces, found, start = text.split(","), list[str](), 0
+    while start < len(pieces):
+        joined = [",".join(pieces[start:end]) for end in range(len(pieces), start, -1)]
+        chosen = next((one for one in joined if _folder_of(one)), pieces[start])
+        start += chosen.count(",") + 1
+        name, equals, folder = chosen.partition("=")
+        whole = not equals or Path(chosen).exists()
+        found.append(os.path.abspath(chosen) if whole else f"{name}={os.path.abspath(folder)}")
+    return found
+
+
+def _folder_of(text: str) -> bool:
+    name, equals, folder = text.partition("=")
+    return Path(text).exists() or (
+        bool(equals) and NAME_CHARACTERS.issuperset(name) and Path(folder).exists()
+    )
 
 
 @dataclass(frozen=True)
