@@ -14,6 +14,15 @@ Pixels = np.ndarray
 """uint8 array [height, width, 3], RGB."""
 
 
+ImageSize = int | tuple[int, int]
+"""Of the network's input, in pixels: a side, or width and height."""
+
+
+def sides(size: ImageSize) -> tuple[int, int]:
+    """-> (width, height)."""
+    return (size, size) if isinstance(size, int) else size
+
+
 class Preprocessing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How an image is brought to the network's size.
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from ffl_deploy.preprocessing import ImageSize
 from train.methods import METHODS
 
 
@@ -60,10 +61,11 @@ class DataOptions:
         metavar="DIR",
         flag="data-root",
     )
-    image_size: int | None = option(
+    image_size: ImageSize | None = option(
         None,
-        "Side of the network's input; the data's own (at most 64 for folders) if not given.",
-        metavar="PIXELS",
+        "Side of the network's input, or width and height; the data's own (at most 64 for folders) if not "
+        "given.",
+        metavar="PIXELS|WxH",
     )
     validation: float = option(
         0.1,

@@ -16,6 +16,7 @@ from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_ty
 
 from ffl_deploy.command import Parser
 from ffl_deploy.errors import UsageError, choices_sentence
+from ffl_deploy.preprocessing import ImageSize
 from ffl_deploy.run_directory import SUMMARY, load_run
 from train.config import Help, TrainConfig, split_names
 from train.options import differences, options_from_json, require_kept, validate
@@ -97,6 +98,8 @@ def value_of(kind: Any, about: Help) -> dict[str, Any]:
         return {"action": argparse.BooleanOptionalAction}
     if kind == tuple[str, ...]:
         return {"type": split_names, "metavar": "A,B,..."}
+    if kind == ImageSize | None:
+        return {"type": read_size, "metavar": about.metavar}
     if get_origin(kind) is tuple:
         return {"type": reader(get_args(kind)[0]), "nargs": "*", "metavar": about.metavar}
     choices = about.choices or (get_args(kind) if get_origin(kind) is Literal else ())
@@ -122,6 +125,18 @@ def reader(kind: type, optional: bool = False) -> Callable[[str], Any]:
             raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
 
     return read
+
+
+def read_size(text: str) -> ImageSize | None:
+    """ "96" -> 96, "96x64" -> (96, 64): width and height. Raises ArgumentTypeError."""
+    if text == "None":
+        return None
+    numbers = text.lower().split("x")
+    if len(numbers) > 2 or not all(number.isdecimal() for number in numbers):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither a number of pixels nor WIDTHxHEIGHT, as in 96x64"
+        )
+    return int(text) if len(numbers) == 1 else (int(numbers[0]), int(numbers[1]))
 
 
 def one_of(choices: Sequence[str]) -> Callable[[str], str]:

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from ffl_deploy.errors import CheckError, UsageError
+from ffl_deploy.preprocessing import sides
 from train.config import TrainConfig
 from train.methods import METHODS
 
@@ -65,7 +66,7 @@ def validate(config: TrainConfig) -> None:
         (0 <= o.ema < 1, "--ema is a decay, from 0 (off) to below 1"),
         (o.clip >= 0, "--clip is a gradient norm, 0 (off) or more"),
         (0 < d.validation < 1, "--validation is a share, above 0 and below 1"),
-        (d.image_size is None or d.image_size >= 4, "--image-size must be at least 4 pixels"),
+        (d.image_size is None or min(sides(d.image_size)) >= 4, "--image-size must be at least 4 pixels"),
         (d.small_size is None or d.small_size >= 4, "--small-size must be at least 4 pixels"),
         (0 < d.small_share < 1, "--small-share is a share of the epochs, above 0 and below 1"),
         (d.crop_padding >= 0, "--crop-padding must be 0 or more"),

@@ -20,7 +20,7 @@ from ffl_deploy.data.splits import ArraySplit, FileSplit, Problems, Split, read_
 from ffl_deploy.data.twins import Twin
 from ffl_deploy.host import available_memory
 from ffl_deploy.images import prepare
-from ffl_deploy.preprocessing import Preprocessing
+from ffl_deploy.preprocessing import ImageSize, Preprocessing, sides
 
 __all__ = [
     "ArraySplit",
@@ -48,13 +48,13 @@ class DataSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     source: "digits", "cifar10", "cifar100" or a folder with CLASS/*, or with
     train/CLASS/* and test/CLASS/* (or val/).
-    root: where CIFAR's files lie. image_size: side length in pixels; None takes the data's own.
+    root: where CIFAR's files lie. image_size: side in pixels, or (width, height); None takes the data's own.
     validation: share of the training images, per class, that is held out to choose the best epoch.
     """
 
     source: str = "digits"
     root: str | None = None
-    image_size: int | None = None
+    image_size: ImageSize | None = None
     validation: float = 0.1
     split_seed: int = 0
     skip_bad_images: bool = False
@@ -126,7 +126,8 @@ def _from_arrays(
     height, width = development.images.shape[1:3]
     preprocessing = Preprocessing(height, width)
     if spec.image_size is not None:
-        preprocessing = Preprocessing(spec.image_size, spec.image_size)
+        width, height = sides(spec.image_size)
+        preprocessing = Preprocessing(height, width)
         development, test = _resized(development, preprocessing), _resized(test, preprocessing)
     kept, held_out = stratified(development.labels, spec.validation, spec.split_seed)
     train = development.take(kept)

@@ -34,25 +34,26 @@ from ffl_deploy.data.splits import (
 )
 from ffl_deploy.errors import UsageError
 from ffl_deploy.files import shown
+from ffl_deploy.preprocessing import ImageSize
 
 TEST_SHARE = 0.2
 PARTS = ("test", "validation", "train")
 
 
 def read_flat(
-    folder: Path, image_size: int | None, cut: Cut, memory_limit: int, skip_bad_images: bool
+    folder: Path, image_size: ImageSize | None, cut: Cut, memory_limit: int, skip_bad_images: bool
 ) -> FolderContent:
     """Read FOLDER/CLASS/* and split it. Every image is decoded once, since the same picture may lie in two
     files; beyond `memory_limit` bytes it is not kept. Raises UsageError as `read_folder`, and for a class
     with fewer than three different pictures."""
     part = find_images(folder)
     inputs = Inputs({"all": PartInputs(part.paths, part.prints)})
-    size = image_size or own_size(part.paths)
-    files = FileSplit(part.paths, part.labels, folder_preprocessing(size))
+    preprocessing = folder_preprocessing(image_size or own_size(part.paths))
+    files = FileSplit(part.paths, part.labels, preprocessing)
 
     # the images, or their names, and which of them are one picture
     images: Split
-    if len(files) * size * size * 3 <= memory_limit:
+    if len(files) * preprocessing.height * preprocessing.width * 3 <= memory_limit:
         images, problems = read_readable(files)
         keys = picture_keys(images)
         good = np.array([path not in problems for path in part.paths], bool)

@@ -18,7 +18,7 @@ from ffl_deploy.data.twins import Printed, Twin, find_twins
 from ffl_deploy.errors import UsageError
 from ffl_deploy.files import did_you_mean, shown
 from ffl_deploy.images import FORMATS, MAX_PIXELS, SUFFIXES, ImageError, load, size_of
-from ffl_deploy.preprocessing import Preprocessing
+from ffl_deploy.preprocessing import ImageSize, Preprocessing, sides
 
 CLUTTER = ("thumbs.db", "desktop.ini")  # of operating systems; nobody misses it
 VALIDATION = ("val", "valid", "validation")
@@ -64,7 +64,7 @@ class FolderContent(NamedTuple):
 
 
 def read_folder(
-    root: Path, image_size: int | None, cut: Cut, memory_limit: int, skip_bad_images: bool
+    root: Path, image_size: ImageSize | None, cut: Cut, memory_limit: int, skip_bad_images: bool
 ) -> FolderContent:
     """Read DIR/train/CLASS/* with test/ or val/; with both, val/ is the validation split,
     else it is cut from train/.
@@ -79,8 +79,7 @@ def read_folder(
     inputs = Inputs({part.folder.name: PartInputs(part.paths, part.prints) for part in parts.values()})
     left_out = sum((part.left_out for part in parts.values()), Counter[str]())
     classes = parts["train"].classes
-    size = image_size or own_size(parts["train"].paths)
-    preprocessing = folder_preprocessing(size)
+    preprocessing = folder_preprocessing(image_size or own_size(parts["train"].paths))
     if "validation" not in parts:
         # Cut by the names alone, so that it does not depend on which files are readable.
         single = [classes[k] for k in np.flatnonzero(np.bincount(parts["train"].labels) < 2)]
@@ -92,7 +91,8 @@ def read_folder(
         kept, held_out = stratified(parts["train"].labels, cut.share, cut.seed)
         parts |= {"train": parts["train"].take(kept), "validation": parts["train"].take(held_out)}
 
-    in_memory = sum(len(part.labels) for part in parts.values()) * size * size * 3 <= memory_limit
+    count = sum(len(part.labels) for part in parts.values())
+    in_memory = count * preprocessing.height * preprocessing.width * 3 <= memory_limit
     skipped: Problems = {}
     splits: dict[str, Split] = {}
     readable: dict[str, Listing] = {}
@@ -262,10 +262,13 @@ def require_equal_classes(parts: dict[str, Listing]) -> None:
             )
 
 
-def folder_preprocessing(size: int) -> Preprocessing:
-    """The evaluation view of a folder's images: the centre square,
-    with ImageNet's usual border from 128 pixels on."""
-    return Preprocessing(size, size, resize="crop", crop_fraction=0.875 if size >= 128 else 1.0)
+def folder_preprocessing(size: ImageSize) -> Preprocessing:
+    """The evaluation view of a folder's images: the largest centre part of that shape, with ImageNet's usual
+    border from 128 pixels on."""
+    width, height = sides(size)
+    return Preprocessing(
+        height, width, resize="crop", crop_fraction=0.875 if min(width, height) >= 128 else 1.0
+    )
 
 
 def own_size(paths: Sequence[str]) -> int:
