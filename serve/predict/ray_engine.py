@@ -87,7 +87,13 @@ def start_ray() -> Any:
         raise missing("ray", "leave --engine ray away") from error
     if not ray.is_initialized():
         local: dict[str, Any] = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": False}
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, **local)
+        try:
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, **local)
+        except Exception as error:  # a node that does not come up in time is a plain Exception
+            raise CheckError(
+                f"Ray did not start ({str(error).strip().splitlines()[0]}); free the machine, or start it "
+                "yourself (ray start --head, then RAY_ADDRESS=auto), or leave --engine ray away."
+            ) from error
     # its tracebacks; the error itself is raised here
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     context = ray.data.DataContext.get_current()

@@ -10,11 +10,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 from ffl_deploy.bundle import Bundle
+from ffl_deploy.errors import CheckError
 from serve.inputs.items import failed_item, file_item
 from serve.predict import ray_engine
 from serve.predict.shard_maker import PlainItem, item_of, plain
@@ -47,6 +49,20 @@ def test_without_ray_the_engine_is_refused(
     assert run.code == 2
     assert "[ray]" in run.stderr
     assert not run.out.parent.exists() or not any(run.out.parent.iterdir())
+
+
+def test_a_cluster_that_does_not_start_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**_: object) -> None:
+        raise Exception("The current node timed out during startup.\nSee the logs.")
+
+    fake = ModuleType("ray")
+    vars(fake).update(is_initialized=lambda: False, init=init, data=None, exceptions=None)
+    for name in ("ray", "ray.data", "ray.exceptions"):
+        monkeypatch.setitem(sys.modules, name, fake)
+    with pytest.raises(
+        CheckError, match=r"^Ray did not start \(The current node timed out during startup\.\); free"
+    ):
+        ray_engine.start_ray()
 
 
 def test_a_window_ends_by_shards_and_by_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
