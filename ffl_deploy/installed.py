@@ -39,6 +39,8 @@ PACKAGES = {
     "safetensors": Package("safetensors", "train"),
     "scipy": Package("SciPy", "compare"),
     "tensorboard": Package("TensorBoard", "train"),
+    "mlflow": Package("MLflow", "mlflow"),
+    "wandb": Package("Weights & Biases", "wandb"),
     "onnx": Package("ONNX", "export"),
     "onnx_ir": Package("onnx-ir", "export"),
     "onnxscript": Package("ONNX Script", "export"),

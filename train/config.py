@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from ffl_deploy.preprocessing import ImageSize
 from train.methods import METHODS
+from train.trackers import EXTRAS
 
 
 @dataclass(frozen=True)
@@ -230,6 +231,10 @@ class OutputOptions:
         metavar="runs/NAME",
     )
     checkpoint_minutes: float = option(10.0, "Save at least this often, also in the middle of an epoch.")
+    track: Names = option(
+        (),
+        f"Show the numbers of each epoch elsewhere too, beside TensorBoard: {', '.join(EXTRAS)}.",
+    )
     quiet: bool = option(False, "No progress; errors only.")
 
 

@@ -31,6 +31,7 @@ from train.machine import Place
 from train.meter import Meter
 from train.methods import Method
 from train.optimizer import build_optimizer
+from train.options import flatten, options_to_json
 from train.randomness import seed_everything
 from train.record import Progress, Recorder
 from train.schedule import learning_rate, ramp_up
@@ -116,7 +117,10 @@ class Trainer:
         """-> where it ended. Raises Interrupted after saving when `stop` is requested,
         CheckError for what is not finite."""
         is_main = self.place.world.is_main
-        self.recorder = Recorder(self.folder, self.position.epoch) if is_main else None
+        self.recorder = None
+        if is_main:
+            options = flatten(options_to_json(self.config))
+            self.recorder = Recorder(self.folder, self.position.epoch, self.config.output.track, options)
         self.progress = Progress(self.position.images, self.config.output.quiet or not is_main)
         self.saved_at = time.monotonic()
         try:

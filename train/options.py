@@ -14,6 +14,7 @@ from ffl_deploy.errors import CheckError, UsageError
 from ffl_deploy.preprocessing import sides
 from train.config import TrainConfig
 from train.methods import METHODS
+from train.trackers import EXTRAS
 
 # What a resumed run may do differently: none of it changes the result, or something else looks whether it
 # would.
@@ -24,6 +25,7 @@ MAY_CHANGE = {
     "output.resume",
     "output.out",
     "output.quiet",
+    "output.track",
     "output.checkpoint_minutes",
     "machine.workers",
     "machine.channels_last",
@@ -79,6 +81,10 @@ def validate(config: TrainConfig) -> None:
         (
             config.machine.memory_limit is None or config.machine.memory_limit >= 0,
             "--memory-limit must be 0 (stream) or more",
+        ),
+        (
+            set(config.output.track) <= set(EXTRAS),
+            f"--track knows {', '.join(EXTRAS)}; TensorBoard is always there",
         ),
         (bool(config.model.branches), "--branches must name at least one backbone"),
         *(

@@ -11,6 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ffl_deploy.files import write_atomically
+from train.trackers import TRACKERS
 
 METRICS = "metrics.jsonl"
 
@@ -19,27 +20,34 @@ class Recorder:
     """Writes the records of `folder`; `first_epoch` drops the lines of epochs
     that a resumed run does again."""
 
-    def __init__(self, folder: Path, first_epoch: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
+    def __init__(
+        self,
+        folder: Path,
+        first_epoch: int,
+        trackers: Sequence[str] = (),
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        """trackers: of TRACKERS, beside TensorBoard; options: what they keep of the run's configuration."""
         self.path = folder / METRICS
         kept = [line for line in read_metrics(folder) if line["epoch"] < first_epoch]
         write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        self.events = SummaryWriter(str(folder / "tensorboard"), purge_step=first_epoch or None)
+        names = dict.fromkeys(("tensorboard", *trackers))
+        self.trackers = [TRACKERS[name](folder, options or {}, first_epoch) for name in names]
 
     def epoch(self, line: dict[str, Any]) -> None:
         """Append one epoch: {"epoch", "lr", "ramp", "loss", "parts": {..}, "train": {..}, "validation":
         {..}, ...}."""
         with open(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
+        values = {name: line[name] for name in ("loss", "lr", "ramp", "images_per_second")}
         for group in ("parts", "train", "validation", "ema"):
-            for name, value in line.get(group, {}).items():
-                self.events.add_scalar(f"{group}/{name}", value, line["epoch"])
-        for name in ("loss", "lr", "ramp", "images_per_second"):
-            self.events.add_scalar(name, line[name], line["epoch"])
+            values |= {f"{group}/{name}": value for name, value in line.get(group, {}).items()}
+        for tracker in self.trackers:
+            tracker.scalars(values, line["epoch"])
 
     def close(self) -> None:
-        self.events.close()
+        for tracker in self.trackers:
+            tracker.close()
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -19,7 +19,19 @@ from ffl_deploy.run_directory import CONFIG, PREDICTIONS, REFERENCE, SUMMARY, Ru
 from train.config import TrainConfig
 from train.distributed import World
 
-WRITTEN = ("checkpoints", SUMMARY, REFERENCE, PREDICTIONS, "metrics.jsonl", "curves.png", "tensorboard")
+WRITTEN = (
+    "checkpoints",
+    SUMMARY,
+    REFERENCE,
+    PREDICTIONS,
+    "metrics.jsonl",
+    "curves.png",
+    "tensorboard",
+    "mlruns",
+    "mlflow-run",
+    "wandb",
+    "wandb-run",
+)
 """What a run writes beside its configuration."""
 
 

@@ -17,6 +17,7 @@ from ffl_deploy.data.datasets import ImageData, load_data
 from ffl_deploy.data.inputs import FILE as INPUTS
 from ffl_deploy.data.twins import summary as twins_summary
 from ffl_deploy.files import existing_folder, write_json
+from ffl_deploy.installed import require
 from ffl_deploy.networks.backbones import is_library_name
 from ffl_deploy.networks.mutual import MutualNetwork
 from ffl_deploy.run_directory import CONFIG, REFERENCE, SUMMARY, load_run
@@ -69,6 +70,8 @@ def run_training(config: TrainConfig, stop: StopRequest | None = None) -> int:
             return 0
         if device.type == "cpu":
             keep_threads(config, stored)
+        for name in config.output.track:
+            require(name, f"leave {name} out of --track")
         require_possible(config.machine, device, world)
 
         # method, data, network, batches: whatever cannot work together is refused here,
