@@ -28,7 +28,7 @@ from ffl_deploy.command import Parser, run_command
 from ffl_deploy.errors import DONE, INTERRUPTED, CheckError, UsageError
 from ffl_deploy.files import write_atomically
 from ffl_deploy.manifest import Details
-from ffl_deploy.markdown import table
+from ffl_deploy.markdown import percent, table
 from ffl_deploy.parity import compare
 from ffl_deploy.run_directory import SUMMARY
 
@@ -59,8 +59,8 @@ class Row:
     agreement: float
     mean_kl: float
     method: str
-    convolutions: int  # int8 and float
-    float_layers: list[str]
+    convolutions: int
+    float_convolutions: list[str]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -159,7 +159,7 @@ def measured(name: str, folder: Path, test: Path) -> Row:
     details = bundle.variant("int8").details or Details()
     if details.quantisation is None or details.certificate is None or not details.certificate.holds:
         raise CheckError(f"{folder}: its int8 file has no certificate; delete the folder and run this again.")
-    chosen = details.quantisation.chosen
+    count, in_float = convolutions(bundle)
     return Row(
         network=name,
         images=len(pixels),
@@ -167,18 +167,20 @@ def measured(name: str, folder: Path, test: Path) -> Row:
         int8_accuracy=float((logits.argmax(axis=1) == labels).mean()),
         agreement=float((exact.argmax(axis=1) == logits.argmax(axis=1)).mean()),
         mean_kl=compare(exact, logits).mean_kl,
-        method=chosen.method,
-        convolutions=convolutions(bundle),
-        float_layers=chosen.float_layers,
+        method=details.quantisation.chosen.method,
+        convolutions=count,
+        float_convolutions=in_float,
     )
 
 
-def convolutions(bundle: Bundle) -> int:
-    """-> how many convolutions the network has."""
+def convolutions(bundle: Bundle) -> tuple[int, list[str]]:
+    """-> (how many convolutions the int8 file has, the names of those that have float weights)."""
     import onnx
 
-    graph = onnx.load(bundle.folder / bundle.variant("fp32").file).graph
-    return sum(node.op_type == "Conv" for node in graph.node)
+    graph = onnx.load(bundle.folder / bundle.variant("int8").file).graph
+    quantized = {name for node in graph.node if node.op_type == "DequantizeLinear" for name in node.output}
+    nodes = [node for node in graph.node if node.op_type == "Conv"]
+    return len(nodes), [node.name for node in nodes if node.input[1] not in quantized]
 
 
 def as_table(rows: Sequence[Row]) -> str:
@@ -189,12 +191,12 @@ def as_table(rows: Sequence[Row]) -> str:
             [
                 row.network,
                 f"{row.images:,}",
-                f"{row.accuracy:.1%}",
-                f"{row.int8_accuracy:.1%}",
-                f"{row.agreement:.1%}",
+                percent(row.accuracy, 1),
+                percent(row.int8_accuracy, 1),
+                percent(row.agreement, 1),
                 f"{row.mean_kl:.5f}",
                 row.method,
-                f"{sum('conv' in layer.lower() for layer in row.float_layers)} of {row.convolutions}",
+                f"{len(row.float_convolutions)} of {row.convolutions}",
             ]
             for row in rows
         ],

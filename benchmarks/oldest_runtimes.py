@@ -29,7 +29,19 @@ from ffl_deploy.bundle import load_bundle
 from ffl_deploy.parity import PARITY_GATES, compare, judge
 
 VERSIONS = {
-    "onnxruntime": ["1.15.1", "1.16.3", "1.17.3", "1.18.1", "1.19.2", "1.20.1", "1.22.1", "1.32.0"],
+    "onnxruntime": [
+        "1.15.1",
+        "1.16.3",
+        "1.17.3",
+        "1.18.1",
+        "1.19.2",
+        "1.20.1",
+        "1.21.1",
+        "1.22.1",
+        "1.23.2",
+        "1.24.4",
+        "1.32.0",
+    ],
     "openvino": ["2023.3.0", "2024.0.0", "2024.6.0", "2025.0.0", "2025.4.1", "2026.4.1"],
     "tensorrt-rtx": ["1.4.0.76", "1.7.1.116"],
 }
@@ -150,9 +162,14 @@ def table(results: dict[str, dict[str, dict[str, str]]]) -> str:
                 for version, outcomes in results[package].items()
                 if outcomes.get(key) in ("right", "read")
             ]
-            cells.append(good[0] if good else "none")
+            cells.append(min(good, key=release) if good else "none")
         rows.append([*key.split(), *cells])
     return markdown.table(["opset", "form", *packages], rows)
+
+
+def release(version: str) -> tuple[int, ...]:
+    """-> a version, so that versions sort as they were released: 1.9.0 before 1.10.0."""
+    return tuple(int(part) for part in version.split("."))
 
 
 def main() -> None:

@@ -25,6 +25,8 @@ def test_the_oldest_version_that_is_right_is_named() -> None:
         "| 23 | fp32 | 1.22.1 |",
         "| 20 | int8 | 1.22.1 |",
     ]
+    results["onnxruntime"]["1.9.0"] = {"20 fp32": "right"}  # found in a later call, released before
+    assert table(results).splitlines()[2] == "| 20 | fp32 | 1.9.0 |"
     results["onnxruntime"].pop("1.22.1")
     assert table(results).splitlines()[3] == "| 23 | fp32 | none |"
 
