@@ -24,6 +24,10 @@ class Outputs(NamedTuple):
         """bool [n]: whether an image's logits and probabilities are numbers."""
         return np.isfinite(self.logits).all(axis=1) & np.isfinite(self.probabilities).all(axis=1)
 
+    def rows(self, chosen: slice) -> Outputs:
+        """-> the answers of some of the images."""
+        return Outputs._make(None if values is None else values[chosen] for values in self)
+
     @staticmethod
     def joined(parts: Sequence[Outputs]) -> Outputs:
         """-> the answers of consecutive batches as one."""
@@ -111,4 +115,4 @@ class FixedBatchSession(Session):
     def _run_padded(self, images: np.ndarray) -> Outputs:
         padding = np.zeros((self._size - len(images), *images.shape[1:]), images.dtype)
         outputs = self._session.run(np.concatenate([images, padding]))
-        return Outputs._make(None if value is None else value[: len(images)] for value in outputs)
+        return outputs.rows(slice(len(images)))

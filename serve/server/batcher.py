@@ -175,7 +175,7 @@ class MicroBatcher:
         start = 0
         for job in jobs:
             rows = slice(start, start + len(job.images))
-            results.append(Outputs._make([None if values is None else values[rows] for values in outputs]))
+            results.append(outputs.rows(rows))
             start = rows.stop
         return results
 

@@ -22,7 +22,8 @@ from ffl_deploy.runtime import session
 
 Outputs = session.Outputs
 session.Outputs = namedtuple("Outputs", [*Outputs._fields, "energy"], defaults=[None] * 3)
-session.Outputs.finite, session.Outputs.joined = Outputs.__dict__["finite"], Outputs.__dict__["joined"]
+for name in ("finite", "rows", "joined"):
+    setattr(session.Outputs, name, Outputs.__dict__[name])
 
 def energy(function):  # Liu et al. 2020, eq. 4
     return FurtherOutput("energy", "the energy", "log of the sum of exponentials", function)
