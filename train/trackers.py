@@ -11,7 +11,7 @@ import os
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 
 class Tracker(Protocol):
@@ -81,7 +81,7 @@ class WeightsAndBiases:
             resume="allow",
             dir=str(folder),
             config=dict(options),
-            mode=os.environ.get("WANDB_MODE") or "offline",  # type: ignore[arg-type]
+            mode=cast(Any, os.environ.get("WANDB_MODE") or "offline"),
             settings=wandb.Settings(console="off", silent=True),
         )
 
