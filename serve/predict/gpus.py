@@ -7,6 +7,7 @@ run is supervised as ever: the shard is made again, at last carefully, by this p
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -66,6 +67,7 @@ def work(connection: Connection, gpu: str, arguments: tuple[str, str | None, str
     """The process: shards in, answers out, until the other end closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of Ctrl-C, which every process gets: the other end decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    logging.getLogger("ffl_deploy").setLevel(logging.ERROR)  # the other end tells what there is to tell
     os.environ[VISIBLE] = gpu
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     maker = ShardMaker(*arguments)

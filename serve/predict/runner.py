@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import logging
 import os
 import signal
 import sys
@@ -62,6 +63,11 @@ def run_job(job: Job) -> int:
 
     Raises UsageError (nothing to classify, unusable flags), CheckError (bundle), Interrupted, OSError (disk).
     """
+    with remarks(job):
+        return _run_job(job)
+
+
+def _run_job(job: Job) -> int:
     # the bundle, and whether there is anything to do
     check_output(job)
     bundle = load_bundle(job.bundle)
@@ -125,6 +131,30 @@ def run_job(job: Job) -> int:
     elif job.display == "screen":
         print(screen(summary), *([report_screen(report)] if report.labelled_rows else []), sep="\n")
     return totals.errors
+
+
+@contextmanager
+def remarks(job: Job) -> Iterator[None]:
+    """Put what the packages below remark (an engine is being built) on standard error as the job's display
+    has it: a line, an event among the events, nothing."""
+    handler, log = logging.StreamHandler(), logging.getLogger("ffl_deploy")
+    handler.setFormatter(Event() if job.display == "json" else logging.Formatter("ffl-predict: %(message)s"))
+    before = log.propagate, log.level
+    log.addHandler(handler)
+    log.propagate = False
+    log.setLevel(logging.ERROR if job.quiet else logging.WARNING)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.propagate, log.level = before
+
+
+class Event(logging.Formatter):
+    """A remark as one of the JSON lines of --json."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return msgspec.json.encode({"event": "remark", "message": record.getMessage()}).decode()
 
 
 def with_fastest(job: Job, bundle: Bundle) -> tuple[Job, Choice | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import multiprocessing
 import os
 import signal
@@ -117,6 +118,7 @@ def test_each_process_sees_its_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(gpus, "ShardMaker", Maker)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(logging.getLogger("ffl_deploy"), "level", logging.NOTSET)  # put back at the end
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-b")
     ours, theirs = multiprocessing.Pipe()
     ours.send(PlainShard(7, b"[]", "0", ""))
@@ -243,6 +245,25 @@ def test_ffl_predict_on_tensorrt_from_first_use(
         not in json.loads(run.out.with_name("cpu.jsonl.summary.json").read_text())["request"]["toolchain"]
     )
     assert cuda.held == (0, 0, 0)
+
+
+@pytest.mark.parametrize("display", ["--json", "--quiet", "--top-k=5"])
+def test_what_is_built_is_told_as_the_display_has_it(
+    display: str, predict: Predict, many: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    install(monkeypatch, Cuda())
+    run = predict(many, flags=("--runtime", "tensorrt", "--batch-size", "16", "--threads", "1", display))
+    told = "building a TensorRT engine of model.onnx for NVIDIA Stub, which takes a minute"
+    if display == "--json":
+        events = [json.loads(line) for line in run.stderr.splitlines()]
+        assert {"event": "remark", "message": told} in events
+    elif display == "--quiet":
+        assert run.stderr == ""
+    else:
+        assert f"ffl-predict: {told}\n" in run.stderr
+    log = logging.getLogger("ffl_deploy")
+    assert (log.handlers, log.propagate, log.level) == ([], True, logging.NOTSET), "as it was"
 
 
 class Lost(Session):
