@@ -101,6 +101,32 @@ def test_flags_that_a_page_mentions_are_there(page: Path, known_flags: set[str])
     assert mentioned - known_flags == set()
 
 
+def anchors(page: Path) -> set[str]:
+    """-> what a link to a heading of the page may end with, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings_that_are_there(page: Path) -> None:
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if re.match(r"https?:|mailto:", link):
+            continue
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        if not target.exists() or (anchor and target.suffix == ".md" and anchor not in anchors(target)):
+            broken.append(link)
+    assert broken == []
+
+
+def test_the_index_has_every_page() -> None:
+    index = (ROOT / "docs" / "README.md").read_text()
+    generated = {"README.md", "compare-cifar100.md"}
+    pages = {path.name for path in ROOT.glob("docs/*.md")} - generated
+    assert {name for name in pages if f"({name})" not in index} == set()
+
+
 def test_a_name_that_is_gone_is_found() -> None:
     assert exists("train.run")
     assert exists("ffl_deploy.bundle.load_bundle")
