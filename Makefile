@@ -4,6 +4,7 @@
 # make test-all     adds slow, browser, fault and soak tests, and other processors
 # make test-processors  verifies bundles on emulated processors (needs qemu-user, else it says so and skips)
 # make test-web     the static page in Chromium: same pixels, same gates, same labels (needs chromium and npm, else it skips)
+# make wheel        dist/ffl_deploy-*.whl, for a machine that has no clone
 # make bench        lists the measurements behind the numbers in docs/
 # make gpu-kit      packs .gpu/, what a bare machine with a GPU lacks: DATA=CIFAR-100's folder, OFFICIAL=a clone (docs/gpu-acceptance.md)
 VENV ?= .venv
@@ -11,7 +12,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
-.PHONY: help quickstart test check test-all test-processors test-web bench gpu-kit clean
+.PHONY: help quickstart test check test-all test-processors test-web bench gpu-kit wheel clean
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
@@ -20,7 +21,8 @@ $(BIN)/python:
 
 # The road from images to predictions; what a user installs.
 $(VENV)/.ready: $(BIN)/python pyproject.toml constraints.txt
-	@echo "installing into $(VENV) (PyTorch is large: some minutes the first time)"
+	@echo "installing into $(VENV): some minutes the first time, about 7 GB with PyTorch for GPUs (much less with TORCH_INDEX=URL, docs/install.md)"
+	$(if $(TORCH_INDEX),$(PIP) torch torchvision --index-url $(TORCH_INDEX))
 	$(PIP) -e '.[export,predict,cpu]'
 	@touch $@
 
@@ -60,6 +62,10 @@ bench: $(VENV)/.ready-dev
 
 gpu-kit: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.gpu_acceptance.kit $(if $(DATA),--data $(DATA)) $(if $(OFFICIAL),--official $(OFFICIAL))
+
+wheel: $(BIN)/python
+	$(BIN)/python -m pip wheel -q --disable-pip-version-check --no-deps --wheel-dir dist .
+	@ls dist/ffl_deploy-*.whl
 
 clean:
 	rm -rf $(VENV) runs bundles build dist *.egg-info

@@ -23,15 +23,12 @@ TARGETS = ("fused", "branch0")
 def main() -> int:
     """-> 0, or the exit code of the first command that failed."""
     interrupted = (RUN / CONFIG).is_file() and not (RUN / SUMMARY).is_file()
-    train = (
-        ""
-        if (RUN / SUMMARY).is_file()
-        else f"python -m train.run {'--resume' if interrupted else '--out'} {RUN}"
-    )
+    train = "" if (RUN / SUMMARY).is_file() else f"ffl-train {'--resume' if interrupted else '--out'} {RUN}"
     commands = [
         train,
         f"ffl-export {RUN} {' '.join(f'--target {target}' for target in TARGETS)} --out {BUNDLES}",
-        *(f"ffl-verify {BUNDLES / target}" for target in TARGETS),
+        f"ffl-export --report-only --out {BUNDLES}",
+        f"ffl-verify {' '.join(str(BUNDLES / target) for target in TARGETS)}",
         f"python -m train.write_images {IMAGES}",
         *(f"ffl-predict {BUNDLES / target} {IMAGES} --out {RUN / target}.jsonl" for target in TARGETS),
     ]
@@ -42,10 +39,13 @@ def main() -> int:
         if code:
             return code
     print(f"\n{table()}")
+    environment = Path(sys.prefix)
+    shown = environment.relative_to(Path.cwd()) if environment.is_relative_to(Path.cwd()) else environment
     print(
-        f"\nThe bundles are in {BUNDLES}/; a machine without torch needs only those: pip install "
-        "'ffl-deploy[predict,cpu]'"
+        f"\nThe bundles are in {BUNDLES}/, what to ship in {BUNDLES}/report.md; a machine without torch "
+        "needs only those (docs/install.md)."
     )
+    print(f"Now these commands are there to be typed, after:\n\n    . {shown}/bin/activate\n")
     return 0
 
 

@@ -19,7 +19,8 @@ from train.config import TrainConfig
 from train.machine import Place
 
 WORTH_SAYING = 60.0  # seconds of training
-TRIAL_IMAGES = 8
+TRIAL_PIXELS = 1 << 17
+"""Of a trial step: few large images or many small ones, whose own cost each would count for too much."""
 
 
 def shapes_alone(architecture: NetworkConfig, network: MutualNetwork | None = None) -> MutualNetwork | None:
@@ -94,7 +95,8 @@ def _gib(size: float) -> str:
 def estimated_seconds(network: MutualNetwork, config: TrainConfig, images: int) -> float:
     """-> about how long --epochs of `images` training images take on this CPU, by two small steps of a
     copy."""
-    count = min(TRIAL_IMAGES, config.optimisation.batch_size)
+    pixels = network.config.height * network.config.width
+    count = min(max(8, TRIAL_PIXELS // pixels), config.optimisation.batch_size)
     trial = copy.deepcopy(network).train()
     size = network.config.height, network.config.width
     with torch.random.fork_rng(devices=[]):
