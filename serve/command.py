@@ -52,6 +52,9 @@ def build_parser(demo_alone: bool = False) -> Parser:
     parser.add_argument(
         "--port", type=int, default=7860, metavar="N", help="0 takes any free port (default: 7860)"
     )
+    parser.add_argument(
+        "--title", metavar="TEXT", help="of the demo's page (default: what the first model was trained on)"
+    )
     if not demo_alone:
         parser.add_argument(
             "--no-demo", action="store_true", help="the protocols alone, without importing Gradio"
@@ -174,6 +177,7 @@ def parse_arguments(argv: Sequence[str], demo_alone: bool = False) -> Settings:
         port=given.port,
         demo=demo_alone or not given.no_demo,
         protocol=not demo_alone,
+        title=given.title,
         runtime=given.runtime,
         threads=given.threads,
         max_batch=given.max_batch,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import html
 import tempfile
+from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,12 @@ from serve.server.service import Service
 
 SHOWN_ROWS = 500
 THUMBNAIL = 160
-HEADERS = ["file", "status", "label", "confidence", "error"]
+HEADERS = ("file", "label", "confidence", "status", "error")
+SHOWN_CLASSES = 8
+
+
+RUNNING = gr.update(interactive=True, variant="stop")  # the button that stops a batch
+IDLE = gr.update(interactive=False, variant="secondary")
 
 
 def batch_tab(service: Service) -> None:
@@ -47,7 +53,7 @@ def batch_tab(service: Service) -> None:
             )
             with gr.Row():
                 start = gr.Button("Classify all", variant="primary", elem_id="start-batch")
-                stop = gr.Button("Stop", variant="stop", elem_id="stop-batch")
+                stop = gr.Button("Stop", interactive=False, elem_id="stop-batch")
         with gr.Column(min_width=280, scale=2):
             status = gr.HTML(
                 sentences.status("Choose files, then press Classify all."),
@@ -57,15 +63,7 @@ def batch_tab(service: Service) -> None:
             with gr.Row():
                 csv = gr.DownloadButton("Download CSV", interactive=False, elem_id="csv")
                 parquet = gr.DownloadButton("Download Parquet", interactive=False, elem_id="parquet")
-            table = gr.Dataframe(
-                headers=HEADERS,
-                column_widths=["26%", "16%", "14%", "18%", "26%"],
-                interactive=False,
-                wrap=True,
-                max_height=320,
-                label="Predictions",
-                elem_id="rows",
-            )
+            table = gr.HTML(elem_id="rows")
             gallery = gr.Gallery(
                 label="Least certain images",
                 columns=4,
@@ -78,16 +76,16 @@ def batch_tab(service: Service) -> None:
 
     # what happens: progress and rows after every chunk, pictures and files at the end
     async def run(paths: list[str] | None, name: str) -> AsyncIterator[list[Any]]:
-        nothing = [gr.skip()] * 4
+        nothing = [*[gr.skip()] * 4, IDLE]
         if not paths:
             yield [sentences.status("Choose files first."), *nothing]
             return
         none = gr.DownloadButton(interactive=False)
-        yield [_progress(BatchState(), paths), None, None, none, none]
+        yield [_progress(BatchState(), paths), "", None, none, none, RUNNING]
         state = BatchState()
         try:
             async for state in classify_files(service, service.models[name], paths):
-                yield [_progress(state, paths), _cells(state.rows), *[gr.skip()] * 3]
+                yield [_progress(state, paths), _table(state.rows), *[gr.skip()] * 4]
         except (Overloaded, Closed):
             yield [sentences.status("The server is too busy for a batch; try again later."), *nothing]
             return
@@ -96,22 +94,22 @@ def batch_tab(service: Service) -> None:
             return
         written = await asyncio.to_thread(_write, state)
         downloads = [gr.DownloadButton(value=str(path), interactive=True) for path in written]
-        yield [sentences.status(_summary(state)), _cells(state.rows), _gallery(state), *downloads]
+        yield [sentences.status(_summary(state)), _table(state.rows), _gallery(state), *downloads, IDLE]
 
     # what the buttons do
     running = start.click(
         run,
         [files, model],
-        [status, table, gallery, csv, parquet],
+        [status, table, gallery, csv, parquet, stop],
         api_visibility="private",
         concurrency_limit=1,  # one batch at a time: single images go on beside it
         show_progress="hidden",
         trigger_mode="once",
     )
     stop.click(
-        lambda: sentences.status("Stopped."),
+        lambda: [sentences.status("Stopped."), IDLE],
         None,
-        [status],
+        [status, stop],
         cancels=[running],
         api_visibility="private",
         queue=False,
@@ -123,22 +121,25 @@ def _write(state: BatchState) -> list[Path]:
     return [write_table(state.rows, folder, format) for format in ("csv", "parquet")]
 
 
-def _cells(rows: list[Row]) -> list[list[str]]:
-    return [
+def _table(rows: list[Row]) -> str:
+    """-> the first rows as HTML: what could not be read before everything else, then in order."""
+    in_order = sorted(rows, key=lambda row: row.status == OK)
+    cells = [
         [
             row.path,
-            row.status,
             row.label or "",
             "" if row.confidence is None else f"{row.confidence:.1%}",
+            "" if row.status == OK else row.status.replace("_", " "),
             row.error or "",
         ]
-        for row in rows[:SHOWN_ROWS]
+        for row in in_order[:SHOWN_ROWS]
     ]
+    return sentences.table("Predictions", HEADERS, cells)
 
 
 def _gallery(state: BatchState) -> list[tuple[Image.Image, str]]:
     return [
-        (_thumbnail(entry.pixels), f"{entry.row.label} {entry.row.confidence:.0%} · {entry.row.path}")
+        (_thumbnail(entry.pixels), f"{entry.row.label} {entry.row.confidence:.0%}")
         for entry in state.uncertain
     ]
 
@@ -153,14 +154,18 @@ def _summary(state: BatchState) -> str:
     done = len(state.rows)
     text = f"{done:,} images: {done - state.errors:,} classified"
     if state.errors:
-        codes = sorted({row.status for row in state.rows if row.status != OK})
+        codes = sorted({row.status.replace("_", " ") for row in state.rows if row.status != OK})
         text += f", {state.errors:,} could not be read ({', '.join(codes)})"
+    classes = Counter(row.label for row in state.rows if row.label).most_common()
+    if classes:
+        counts = ", ".join(f"{label} {count:,}" for label, count in classes[:SHOWN_CLASSES])
+        text += f"; {counts}{', …' if len(classes) > SHOWN_CLASSES else ''}"
     if state.skipped.reasons:
         text += f"; skipped {state.skipped}"
     if state.limited:
         text += "; the demo stops here, use ffl-predict for more"
     if done > SHOWN_ROWS:
-        text += f". The table shows the first {SHOWN_ROWS}, the downloads hold all"
+        text += f". The table shows {SHOWN_ROWS}, the downloads hold all"
     return text + "."
 
 

@@ -36,7 +36,7 @@ def classify_tab(service: Service, examples: list[Path]) -> None:
     """Upload, paste or pick; answers appear as soon as there is an image."""
     crisp = ["pixelated"] if _small(service) else []  # a digit of 8 x 8 pixels is no use as a smooth blur
     with gr.Row(equal_height=False):
-        with gr.Column(min_width=280, scale=1):
+        with gr.Column(min_width=280, scale=1, elem_id="asked"):
             image = image_input(
                 label="Image",
                 sources=["upload", "clipboard"],
@@ -45,13 +45,13 @@ def classify_tab(service: Service, examples: list[Path]) -> None:
                 elem_classes=crisp,
                 placeholder=f"Drop an image here, or choose one. Up to {MAX_PIXELS // 1_000_000} megapixels.",
             )
-            with gr.Column(elem_classes=crisp):
+            with gr.Column(elem_classes=crisp, elem_id="examples"):  # on a phone below the answer: page.CSS
                 gr.Examples(
                     [[str(path)] for path in examples],
                     inputs=[image],
-                    label="Examples: golden samples of the bundle",
+                    label="Examples: test images of this model",
                 )
-        with gr.Column(min_width=280, scale=2):
+        with gr.Column(min_width=280, scale=2, elem_id="answers"):
             status = gr.HTML(sentences.status(WAITING), elem_id="status", elem_classes=["status"])
             panels = _panels(service)
 
@@ -87,7 +87,7 @@ def draw_tab(service: Service, style: DrawingStyle) -> None:
                 interactive=False,
                 buttons=[],
                 elem_id="seen",
-                elem_classes=["pixelated"],
+                elem_classes=["pixelated", "captioned"],
             )
             panels = _panels(service)
 
@@ -170,7 +170,7 @@ def _panels(service: Service) -> list[Panel]:
                         interactive=False,
                         buttons=["fullscreen"],
                         height=240,
-                        elem_classes=[f"cam-{model.name}"],
+                        elem_classes=[f"cam-{model.name}", "captioned"],
                     )
                 panels.append(Panel(label, note, cam))
     return panels

@@ -2,6 +2,7 @@
 // Gradio gives `element` and `trigger`. The keyboard: arrows move the pen, Space lowers and lifts it, Delete clears.
 const canvas = element.querySelector("canvas");
 const pen = element.querySelector(".pen");
+const hint = element.querySelector(".hint"); // until something is drawn
 const context = canvas.getContext("2d");
 const STEP = 1 / 20; // of the canvas, for one press of an arrow
 let position = [0.5, 0.5];
@@ -9,6 +10,7 @@ let down = false; // the pointer or the pen of the keyboard touches the paper
 let timer = null;
 
 function clear() {
+    hint.classList.remove("gone");
     context.fillStyle = "#fff";
     context.fillRect(0, 0, canvas.width, canvas.height);
     context.lineWidth = canvas.width / 11;
@@ -17,6 +19,7 @@ function clear() {
 }
 
 function lineTo(next) {
+    hint.classList.add("gone");
     context.beginPath();
     context.moveTo(position[0] * canvas.width, position[1] * canvas.height);
     context.lineTo(next[0] * canvas.width, next[1] * canvas.height);

@@ -16,6 +16,7 @@ HTML = """
     <canvas width="280" height="280" tabindex="0" role="img"
       aria-label="Drawing pad. Arrow keys move the pen, Space lowers and lifts it, Delete clears."></canvas>
     <span class="pen" aria-hidden="true"></span>
+    <span class="hint" aria-hidden="true">Draw here</span>
   </div>
   <button type="button">Clear</button>
 </div>
@@ -29,6 +30,9 @@ canvas {width: 100%; border: 1px solid var(--border-color-primary); border-radiu
 .pen {position: absolute; width: 12px; height: 12px; margin: -6px; left: 50%; top: 50%; border-radius: 50%;
   border: 2px solid #ea580c; pointer-events: none; visibility: hidden;}
 canvas:focus-visible + .pen {visibility: visible;}
+.hint {position: absolute; inset: 0; display: grid; place-items: center; pointer-events: none;
+  line-height: normal; color: #57606a; font-size: 1.2rem;}
+.hint.gone {display: none;}
 .pen.down {background: #ea580c;}
 button {padding: 0.6rem; border: 1px solid var(--border-color-primary); border-radius: 8px;
   background: var(--button-secondary-background-fill); color: var(--button-secondary-text-color);

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import html
+import json
 import os
 from collections.abc import AsyncIterator
+from importlib.resources import files
 from pathlib import Path
 
 import gradio as gr
@@ -13,11 +15,12 @@ from fastapi import FastAPI
 from gradio.routes import App
 from starlette.routing import Mount
 
-from serve.demo import in_gradio_thread, reports
+from serve.demo import in_gradio_thread, reports, sentences
+from serve.demo.api_tab import api_tab
 from serve.demo.batch_tab import batch_tab
 from serve.demo.classify_tab import ask_endpoint, classify_tab, draw_tab
 from serve.demo.guard import upload_folder
-from serve.demo.samples import drawing_style, write_examples
+from serve.demo.samples import drawing_style, example_names, write_examples
 from serve.demo.sessions import bound_states, swept
 from serve.server.service import Service
 
@@ -31,12 +34,30 @@ html, body {overflow-x: clip;}
 .pixelated .gallery-item img {object-fit: cover;}
 .status {min-height: 1.5em; margin: 0;}
 .status progress {width: 100%; height: 0.75rem; accent-color: var(--color-accent);}
+.scroll {overflow-x: auto; border: 0 !important;}
+.prose .scroll table, .scroll table {display: table; overflow: visible;
+  border-collapse: collapse; width: 100%; white-space: nowrap; font-size: 0.92em;}
+.scroll caption {text-align: left; padding: 0.25rem 0; white-space: normal;}
+.scroll th, .scroll td {text-align: left; padding: 0.3rem 0.7rem;
+  border-width: 0 0 1px !important; border-color: var(--border-color-primary) !important;}
+.scroll .marked {font-weight: 600; background: var(--background-fill-secondary);}
+#rows .scroll {max-height: 340px; overflow: auto;}
+.prose table {display: block; overflow-x: auto; white-space: nowrap; max-width: 100%;}
+.prose td, .prose th {word-break: normal; overflow-wrap: normal;}
+.captioned label[data-testid="block-label"] {position: static; display: inline-flex; border: 0;}
+.dark #pareto img {filter: invert(0.92) hue-rotate(180deg);}
+#assist {display: none;}
+#files .or, #image .or {color: var(--body-text-color) !important;}
 .problem {border-left: 4px solid var(--error-border-color, #dc2626); padding-left: 0.75rem;}
 .quiet {opacity: 0.8; font-size: 0.9em;}
 :focus-visible {outline: 3px solid var(--color-accent); outline-offset: 2px;}
 @media (max-width: 640px) {
   .gradio-container {padding: 8px !important;}
   .gradio-container h1 {font-size: 1.4rem;}
+  #asked {display: contents;}
+  #asked > * {order: 1; width: 100%;}
+  #answers {order: 2;}
+  #asked > #examples {order: 3;}
 }
 """
 
@@ -46,8 +67,15 @@ def build(service: Service) -> gr.Blocks:
     models = list(service.models.values())
     examples = write_examples(models[0].bundle, upload_folder() / "examples")
     style = drawing_style(models[0].bundle)
-    with gr.Blocks(title="ffl-deploy", analytics_enabled=False, fill_width=True) as page:
-        gr.HTML(_heading(service))
+    title = service.settings.title or title_of(service)
+    with gr.Blocks(title=title, analytics_enabled=False, fill_width=True) as page:
+        gr.HTML(_heading(service, title))
+        gr.HTML(
+            html_template='<div data-names="${value}"></div>',
+            value=html.escape(json.dumps(example_names(models[0].bundle))),
+            js_on_load=Path(__file__).with_name("assist.js").read_text(encoding="utf-8"),
+            elem_id="assist",
+        )
         if style:
             with gr.Tab("Draw", id="draw"):
                 draw_tab(service, style)
@@ -61,6 +89,8 @@ def build(service: Service) -> gr.Blocks:
             for model in models:
                 with gr.Accordion(model.name, open=model is models[0]):
                     gr.Markdown(reports.card(model.bundle))
+        with gr.Tab("API", id="api-tab"):
+            api_tab(service)
         ask_endpoint(service)
     limits = service.settings.limits
     page.queue(max_size=limits.demo_queue, default_concurrency_limit=4)
@@ -68,14 +98,29 @@ def build(service: Service) -> gr.Blocks:
     return page
 
 
-def _heading(service: Service) -> str:
+def title_of(service: Service) -> str:
+    """-> what the page is called where --title does not say: what the models were trained on."""
+    bundle = next(iter(service.models.values())).bundle
+    return f"{bundle.manifest.source.data}: which of {len(bundle.classes)} classes is it?"
+
+
+def _heading(service: Service, title: str) -> str:
     models = list(service.models.values())
     classes = models[0].bundle.classes
-    shown = ", ".join(classes[:12]) + (", ..." if len(classes) > 12 else "")
-    names = " and ".join(model.name for model in models) if len(models) < 4 else f"{len(models)} models"
+    shown = f"{', '.join(classes[:12])}, …" if len(classes) > 12 else f"{', '.join(classes)}."
+    kinds = "; ".join(f"{model.name}: {_kind(model.bundle.manifest.target)}" for model in models[:6])
     return (
-        f"<h1>{html.escape(names)}: one of {len(classes)} classes</h1>"
-        f"<p>{html.escape(shown)}. Every model answers each image; nothing leaves this server.</p>"
+        f"<h1>{html.escape(title)}</h1><p>{html.escape(shown)}</p>"
+        f'<p class="quiet">{html.escape(kinds)}. Every model answers each image, on this server.</p>'
+    )
+
+
+def _kind(target: str) -> str:
+    """-> what a target is, for a visitor."""
+    if target.startswith("branch"):
+        return "a small network by itself"
+    return {"fused": "the strong one, which joins small networks", "ensemble": "their average"}.get(
+        target, "a classifier"
     )
 
 
@@ -91,6 +136,10 @@ def _which_model_tab(service: Service) -> None:
         gr.HTML(
             f"<p><strong>What to ship:</strong> {html.escape(report.advice)}</p>", elem_classes=["advice"]
         )
+        caption = f"Export report of {report.folder.name}, the most accurate first" + (
+            f", measured with {report.machine}" if report.machine else ""
+        )
+        gr.HTML(sentences.table(caption, reports.REPORT_COLUMNS, report.rows, report.recommended))
         if report.picture and (picture := _copied(report.picture)):
             gr.Image(
                 picture,
@@ -99,21 +148,11 @@ def _which_model_tab(service: Service) -> None:
                 interactive=False,
                 buttons=["download", "fullscreen"],
                 elem_id="pareto",
+                elem_classes=["captioned"],
             )
-        gr.Dataframe(
-            report.rows,
-            headers=list(reports.REPORT_COLUMNS),
-            interactive=False,
-            wrap=True,
-            label=f"Export report of {report.folder.name}"
-            + (f", measured with {report.machine}" if report.machine else ""),
-        )
     covered = {report.folder for report in found}
     if rest := [model for model in models if model.bundle.folder.parent not in covered]:
-        label = "Models and variants"
-        gr.Dataframe(
-            reports.table(rest), headers=list(reports.COLUMNS), interactive=False, wrap=True, label=label
-        )
+        gr.HTML(sentences.table("Models and variants", reports.COLUMNS, reports.table(rest)))
         gr.Markdown("There is no export report beside these bundles; `ffl-export --target all` writes one.")
 
 
@@ -147,7 +186,8 @@ async def mounted(service: Service) -> AsyncIterator[FastAPI]:
         ssr_mode=False,
         pwa=False,
         mcp_server=False,
-        footer_links=["api"],
+        footer_links=[],
+        favicon_path=str(files("ffl_deploy.web") / "page" / "icon.svg"),
         theme=gr.themes.Default(font=FONT, font_mono=["ui-monospace", "monospace"]),
         css=CSS,
         app_kwargs={"docs_url": None, "redoc_url": None, "openapi_url": None},

@@ -7,7 +7,7 @@ import errno
 import logging
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ class ShownReport:
     machine: str
     rows: list[list[str]]
     picture: Path | None
+    recommended: int | None = None  # of the rows
 
 
 def reports(models: Iterable[ServedModel]) -> list[ShownReport]:
@@ -64,7 +65,9 @@ def reports(models: Iterable[ServedModel]) -> list[ShownReport]:
         file = read_report(folder / REPORT)
         if file is not None:
             picture = folder / PICTURE
-            rows = [_report_row(row, inside) for row in file.rows]
+            in_order = sorted(file.rows, key=lambda row: (not row.measured, -(row.accuracy or 0)))
+            names, advice = [row.name for row in in_order], file.recommendation
+            rows = [_report_row(row, inside, advice.undecided) for row in in_order]
             found.append(
                 ShownReport(
                     folder,
@@ -72,6 +75,7 @@ def reports(models: Iterable[ServedModel]) -> list[ShownReport]:
                     file.machine,
                     rows,
                     picture if picture.is_file() and not picture.is_symlink() else None,
+                    names.index(advice.artefact) if advice.artefact in names else None,
                 )
             )
     return found
@@ -134,7 +138,7 @@ def card(bundle: Bundle) -> str:
     return path.read_text(encoding="utf-8") if path.is_file() else "This bundle has no model card."
 
 
-def _report_row(row: Artefact, models: Iterable[ServedModel]) -> list[str]:
+def _report_row(row: Artefact, models: Iterable[ServedModel], undecided: Sequence[str]) -> list[str]:
     served = [
         model.name
         for model in models
@@ -142,11 +146,12 @@ def _report_row(row: Artefact, models: Iterable[ServedModel]) -> list[str]:
     ]
     low, high = row.accuracy_low, row.accuracy_high
     interval = "" if low is None or high is None else f" ({low:.2%} to {high:.2%})"
+    noise = ", within noise of the best" if row.name in undecided else ""
     return [
         f"{row.target} / {row.variant}",
         ", ".join(served),
         "yes" if row.pareto else "",
-        _number(row.accuracy, "{:.2%}") + interval,
+        _number(row.accuracy, "{:.2%}") + interval + noise,
         f"{_number(row.p50_ms, '{:.2f}')} / {_number(row.p95_ms, '{:.2f}')}",
         _number(row.images_per_second, "{:,.0f}")
         + ("" if row.best_batch is None else f" ({row.best_batch})"),

@@ -17,10 +17,20 @@ MAX_DRAWN_SIZE = 64  # pixels: digits and the like; a gray photograph is not som
 
 
 def pick(golden: GoldenSamples) -> list[int]:
-    """-> indices of the examples: the first of every class, then the first ones, at most MAX_EXAMPLES."""
-    firsts = sorted(np.unique(golden.labels, return_index=True)[1].tolist())
-    rest = [i for i in range(len(golden.images)) if i not in firsts]
-    return sorted((firsts + rest)[:MAX_EXAMPLES])
+    """-> indices of the examples: the first of every class, then the second of every class, ...;
+    at most MAX_EXAMPLES."""
+    turn = [int((golden.labels[:i] == golden.labels[i]).sum()) for i in range(len(golden.labels))]
+    return sorted(sorted(range(len(turn)), key=lambda i: (turn[i], i))[:MAX_EXAMPLES])
+
+
+def example_names(bundle: Bundle) -> list[str]:
+    """-> what each example is called, for who cannot see it."""
+    golden = bundle.golden()
+    labels = [int(golden.labels[index]) for index in pick(golden)]
+    return [  # of a user's own golden images the class is not known
+        f"Example {number}{f': {bundle.classes[label]}' if label >= 0 else ''}"
+        for number, label in enumerate(labels, start=1)
+    ]
 
 
 def write_examples(bundle: Bundle, folder: Path) -> list[Path]:

@@ -1,8 +1,9 @@
-"""Sentences on the page, announced to those who do not see it."""
+"""Sentences and tables on the page, announced to those who do not see it."""
 
 from __future__ import annotations
 
 import html
+from collections.abc import Sequence
 
 
 def status(text: str) -> str:
@@ -13,3 +14,20 @@ def status(text: str) -> str:
 def problem(text: str) -> str:
     """-> HTML of what went wrong."""
     return f'<p role="alert" class="problem">{html.escape(text)}</p>'
+
+
+def table(
+    caption: str, columns: Sequence[str], rows: Sequence[Sequence[str]], marked: int | None = None
+) -> str:
+    """-> HTML of a table that scrolls sideways instead of breaking its words. marked: the row that stands
+    out; columns in which no row has anything are left out."""
+    kept = [n for n in range(len(columns)) if not rows or any(row[n] for row in rows)]
+    head = "".join(f'<th scope="col">{html.escape(columns[n])}</th>' for n in kept)
+    lines = ["".join(f"<td>{html.escape(row[n])}</td>" for n in kept) for row in rows]
+    classes = ["" if number != marked else ' class="marked"' for number in range(len(rows))]
+    body = "".join(f"<tr{kind}>{line}</tr>" for kind, line in zip(classes, lines, strict=True))
+    name = html.escape(caption)
+    return (
+        f'<div class="scroll" role="region" aria-label="{name}" tabindex="0"><table><caption>{name}</caption>'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )

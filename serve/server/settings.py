@@ -94,6 +94,7 @@ class Settings:
     port: int = 7860
     protocol: bool = True  # serve /v2 and /classify
     demo: bool = True  # serve the Gradio demo at /
+    title: str | None = None  # of the demo's page
     runtime: str | None = None
     threads: int | None = None  # of one run; None shares the cores among the workers
     workers: int | None = None  # runs of one model at a time, at most one for each core; None: 2, on a GPU 1

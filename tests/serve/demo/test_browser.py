@@ -7,6 +7,8 @@ import contextlib
 import json
 import os
 import shutil
+import subprocess
+import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -234,7 +236,7 @@ def test_a_batch_with_progress_and_downloads(
     watched.page.click("#start-batch")
     total = len(samples) + 1 + 10 * min(8, len(bundles[0].golden().images))
     watched.says(
-        "#batch-status", f"{total} images: {total - 1} classified, 1 could not be read (not_an_image)"
+        "#batch-status", f"{total} images: {total - 1} classified, 1 could not be read (not an image)"
     )
     shoot(watched, "batch", request)
     for kind in ("csv", "parquet"):
@@ -263,6 +265,80 @@ def test_which_model_and_its_card(watched: Watched, request: pytest.FixtureReque
         watched.page.get_by_text("Where it comes from")
     ).first.wait_for()
     shoot(watched, "card", request)
+
+
+def test_an_example_has_a_name_and_is_answered_in_view(watched: Watched) -> None:
+    """On a phone too, where the examples lie below the answer."""
+    watched.tab("Classify")
+    example = watched.page.locator("button.gallery-item").nth(1)
+    example.wait_for()
+    assert str(example.get_attribute("aria-label")).startswith("Example 2: ")
+    example.click()
+    watched.says("#status", "say")
+    watched.page.wait_for_timeout(1500)  # it scrolls smoothly
+    box = watched.page.locator("#status").bounding_box()
+    assert 0 <= box["y"] <= watched.page.viewport_size["height"] - box["height"]
+
+
+def test_stop_is_there_only_while_a_batch_runs(watched: Watched) -> None:
+    watched.tab("Batch")
+    watched.page.locator("#start-batch").wait_for()
+    assert watched.page.locator("#stop-batch").is_disabled()
+
+
+def test_the_pad_says_what_it_is_for(watched: Watched) -> None:
+    hint = watched.page.locator("#pad .hint")
+    assert hint.is_visible()
+    watched.page.locator("#pad canvas").focus()
+    for key in ("ArrowUp", " ", "ArrowDown", " "):
+        watched.page.keyboard.press(key)
+    watched.says("#drawing-status", "say")
+    assert not hint.is_visible()
+
+
+def test_programs_are_told_of_the_servers_own_protocols(
+    watched: Watched, request: pytest.FixtureRequest
+) -> None:
+    if "phone" in request.node.name:
+        pytest.skip("on a phone this tab is behind the menu button")
+    watched.tab("API")
+    watched.says("#api", "/classify")
+    assert watched.page.get_by_text("Use via API").count() == 0
+
+
+@pytest.fixture(scope="module")
+def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The source of axe-core, which finds what people with a screen reader or a keyboard stumble over."""
+    npm = shutil.which("npm")
+    if npm is None:
+        pytest.skip("npm, which downloads axe-core, is not installed")
+    folder = tmp_path_factory.mktemp("axe")
+    command = [npm, "pack", "axe-core@4.14.1", "--prefer-offline", "--ignore-scripts"]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=300)
+    with tarfile.open(next(folder.glob("*.tgz"))) as archive:
+        archive.extractall(folder, filter="data")
+    return (folder / "package" / "axe.min.js").read_text()
+
+
+@pytest.mark.parametrize("tab", ["Draw", "Classify", "Batch", "Which model", "Model card", "API"])
+def test_axe_finds_nothing_serious(
+    watched: Watched, axe: str, tab: str, request: pytest.FixtureRequest
+) -> None:
+    if "phone" in request.node.name and tab not in ("Draw", "Classify"):
+        pytest.skip("on a phone these tabs are behind the menu button")
+    watched.tab(tab)
+    if tab == "Classify":
+        watched.page.locator("button.gallery-item").nth(0).click()
+        watched.says("#status", "say")
+    watched.page.wait_for_timeout(800)
+    watched.page.evaluate(axe)
+    found = watched.page.evaluate("axe.run(document, {resultTypes: ['violations']})")
+    serious = [
+        (one["id"], one["nodes"][0]["html"][:200])
+        for one in found["violations"]
+        if one["impact"] in ("serious", "critical")
+    ]
+    assert serious == []
 
 
 def test_the_phone_page_does_not_scroll_sideways(watched: Watched) -> None:

@@ -1,0 +1,39 @@
+// What Gradio leaves out: names for pictures and example buttons, an answer that is in view, no broken pictures.
+// Gradio gives `element`; the names of the examples, in their order, are in its data-names.
+const names = JSON.parse(element.querySelector("[data-names]").dataset.names);
+const root = element.closest(".gradio-container") ?? document.body;
+let shown = "";
+
+function assist() {
+    root.querySelectorAll("button.gallery-item").forEach((button, number) => {
+        const name = names[number % Math.max(1, names.length)] ?? `Example ${number + 1}`;
+        if (button.getAttribute("aria-label") !== name) button.setAttribute("aria-label", name);
+    });
+    root.querySelectorAll("div.empty[aria-label]:not([role])").forEach((empty) => empty.setAttribute("role", "img"));
+    root.querySelectorAll(".prose table:not([tabindex])").forEach((table) => {
+        if (table.scrollWidth > table.clientWidth) table.setAttribute("tabindex", "0"); // the keyboard scrolls it too
+    });
+    root.querySelectorAll("img").forEach((image) => {
+        if (!image.getAttribute("alt")) {
+            const label = image.closest(".block")?.querySelector("[data-testid='block-label']")?.innerText?.trim();
+            image.setAttribute("alt", label || "Picture");
+        }
+        if (!image.dataset.watched) {
+            image.dataset.watched = "yes";
+            image.addEventListener("error", () => (image.style.visibility = "hidden"));
+            image.addEventListener("load", () => (image.style.visibility = ""));
+        }
+    });
+    // On a phone the examples lie below the answer: what was picked is answered in view.
+    const status = root.querySelector("#status");
+    const text = status?.innerText ?? "";
+    if (text !== shown) {
+        shown = text;
+        if (text.includes(" say") && matchMedia("(max-width: 640px)").matches) {
+            status.scrollIntoView({block: "center", behavior: "smooth"});
+        }
+    }
+}
+
+new MutationObserver(assist).observe(root, {subtree: true, childList: true, characterData: true});
+assist();
