@@ -13,6 +13,7 @@ function assist() {
     root.querySelectorAll(".prose table:not([tabindex])").forEach((table) => {
         if (table.scrollWidth > table.clientWidth) table.setAttribute("tabindex", "0"); // the keyboard scrolls it too
     });
+    root.querySelectorAll("#files [style*='height']:not([tabindex])").forEach((list) => list.setAttribute("tabindex", "0"));
     root.querySelectorAll("img").forEach((image) => {
         if (!image.getAttribute("alt")) {
             const label = image.closest(".block")?.querySelector("[data-testid='block-label']")?.innerText?.trim();

@@ -47,6 +47,7 @@ html, body {overflow-x: clip;}
 .captioned label[data-testid="block-label"] {position: static; display: inline-flex; border: 0;}
 .dark #pareto img {filter: invert(0.92) hue-rotate(180deg);}
 #assist {display: none;}
+.gradio-container button.primary {background: #9a3412; color: #fff;}
 #files .or, #image .or {color: var(--body-text-color) !important;}
 .problem {border-left: 4px solid var(--error-border-color, #dc2626); padding-left: 0.75rem;}
 .quiet {opacity: 0.8; font-size: 0.9em;}
