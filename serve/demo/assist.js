@@ -13,6 +13,8 @@ function assist() {
     root.querySelectorAll(".prose table:not([tabindex])").forEach((table) => {
         if (table.scrollWidth > table.clientWidth) table.setAttribute("tabindex", "0"); // the keyboard scrolls it too
     });
+    // the words on it are its name
+    root.querySelectorAll("button.upload-container[aria-label]").forEach((place) => place.removeAttribute("aria-label"));
     root.querySelectorAll("#files [style*='height']:not([tabindex])").forEach((list) => list.setAttribute("tabindex", "0"));
     root.querySelectorAll("img").forEach((image) => {
         if (!image.getAttribute("alt")) {
