@@ -197,7 +197,7 @@ class _Lane:
         self, cuda: Any, context: Any, held: ExitStack, tensors: Sequence[_Tensor], max_batch: int
     ) -> None:
         self._cuda, self._context, self._tensors = cuda, context, tensors
-        self._profile = 0
+        self._profile: int | None = None  # a second context need not have the first profile by itself
         self._rows = 0
         self._device: dict[str, int] = {}
         self._host: dict[str, np.ndarray] = {}

@@ -237,7 +237,10 @@ def tensorrt(cuda: Cuda, flavour: str = "tensorrt", complaint: str = "", builds:
 
     class Context:
         def __init__(self, engine: Engine) -> None:
-            self.engine, self.profile, self.addresses, self.rows = engine, 0, {}, 0
+            self.engine, self.addresses, self.rows = engine, {}, 0
+            # the first context of an engine has its first profile; another one has none until it is told
+            self.profile = 0 if engine.contexts == 0 else None
+            engine.contexts += 1
 
         def set_optimization_profile_async(self, index: int, stream: int) -> bool:
             self.profile, self.rows = index, 0
@@ -277,7 +280,7 @@ def tensorrt(cuda: Cuda, flavour: str = "tensorrt", complaint: str = "", builds:
             self.session = onnxruntime.InferenceSession(model)
             tensors = [*self.session.get_inputs(), *self.session.get_outputs()]
             self.shapes = {tensor.name: (-1, *tensor.shape[1:]) for tensor in tensors}
-            self.num_io_tensors = len(self.shapes)
+            self.num_io_tensors, self.contexts = len(self.shapes), 0
 
         def get_tensor_name(self, index: int) -> str:
             return list(self.shapes)[index]
