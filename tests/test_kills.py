@@ -1,7 +1,7 @@
 """SIGKILL at any instant, of one process or of two that work on the same thing: what was good is still good,
 what was begun goes on to what an undisturbed run leaves, and nothing else was touched.
 
-FFL_KILLS says how many kills (24); `FFL_KILLS=1000 pytest -m fault tests/test_kills.py` is the long version.
+FFL_KILLS says how many kills (12); `FFL_KILLS=1000 pytest -m fault tests/test_kills.py` is the long version.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ffl_deploy.verify import check_files
 pytestmark = [pytest.mark.slow, pytest.mark.fault, pytest.mark.timeout(6 * 3600)]
 
 ROOT = Path(__file__).parents[1]
-KILLS = int(os.environ.get("FFL_KILLS", "24"))
+KILLS = int(os.environ.get("FFL_KILLS", "12"))
 PRECIOUS = "the user's own"
 ENDS = ("", ".parts", ".summary.json", ".report.json", ".report.png")
 """Of the names that ffl-predict may use beside --out."""
