@@ -8,11 +8,13 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from benchmarks.gpu_acceptance.report import Context
 from benchmarks.gpu_acceptance.training import module, sentence
 from benchmarks.gpu_acceptance.training import run as start
+from ffl_deploy.data.datasets import DataSpec, load_data
 
 
 def run(context: Context) -> None:
@@ -64,9 +66,7 @@ def one(context: Context, precision: str, images: Path) -> None:
 
 def digits(folder: Path) -> Path:
     """-> a folder of twenty digits as PNG files."""
-    from sklearn.datasets import load_digits
-
     folder.mkdir(parents=True, exist_ok=True)
-    for number, pixels in enumerate(load_digits().images[:20]):
-        Image.fromarray((pixels * 15.9).astype("uint8")).convert("RGB").save(folder / f"{number}.png")
+    for number, pixels in enumerate(load_data(DataSpec(source="digits")).test.read(np.arange(20))):
+        Image.fromarray(pixels).save(folder / f"{number}.png")
     return folder

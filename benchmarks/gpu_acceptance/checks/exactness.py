@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import itertools
 
 import torch
@@ -23,6 +24,9 @@ def run(context: Context) -> None:
     context.need_gpu()
     device = choose_device(MachineOptions(device="cuda"), World())  # TF32, as for training
     for name in NETWORKS:
+        if importlib.util.find_spec(name.partition(":")[0] if ":" in name else "torch") is None:
+            context.report.leave_out(f"{name}: not installed here")
+            continue
         torch.manual_seed(0)
         network = MutualNetwork(NetworkConfig((name, name), 100, 32, 32)).to(
             memory_format=torch.channels_last

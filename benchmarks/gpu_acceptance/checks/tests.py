@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from xml.etree import ElementTree
 
-from benchmarks.gpu_acceptance.report import Context
+from benchmarks.gpu_acceptance.report import Context, NotHere
 from benchmarks.gpu_acceptance.training import run as start
 
 
 def run(context: Context) -> None:
     context.need_gpu()
+    if importlib.util.find_spec("pytest") is None:
+        raise NotHere("needs pytest")
     result = context.out / "gpu-tests.xml"
     # tests/serve imports packages that a bare machine has not got
     command = [
