@@ -41,6 +41,8 @@ from ffl_deploy.probes import Probes
 from ffl_deploy.verified_on import VerifiedOn
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from ffl_deploy.fastest import Choice
     from ffl_deploy.runtime import Session
 
@@ -54,6 +56,10 @@ class Prediction(NamedTuple):
     top: list[tuple[str, float]]
     logits: np.ndarray  # float32 [classes]
 
+    def __repr__(self) -> str:
+        top = ", ".join(f"{label} {100 * value:.1f} %" for label, value in self.top)
+        return f"<Prediction {top}>"
+
 
 class Bundle(BundleFiles):
     """A bundle on disk whose manifest has been read and whose file names have been checked."""
@@ -62,6 +68,12 @@ class Bundle(BundleFiles):
         super().__init__(folder, manifest)
         self._sessions: dict[tuple[str | None, str | None], Session] = {}
         self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        variants = ", ".join(variant.name for variant in self.manifest.variants)
+        return (
+            f"<Bundle {shown(self.folder)}: {self.manifest.target}, {len(self.classes)} classes, {variants}>"
+        )
 
     def session(
         self,
@@ -103,7 +115,7 @@ class Bundle(BundleFiles):
 
     def predict(
         self,
-        images: Sequence[Pixels | bytes | str | os.PathLike[str]],
+        images: Sequence[Pixels | Image.Image | bytes | str | os.PathLike[str]],
         *,
         top_k: int = 5,
         variant: str | None = None,
@@ -113,7 +125,7 @@ class Bundle(BundleFiles):
         """Classify images; -> one Prediction for each, in order.
 
         Args:
-            images: uint8 RGB arrays [height, width, 3] of any size, encoded images as bytes, or paths of
+            images: uint8 RGB arrays [height, width, 3] of any size, images of Pillow, encoded images as bytes, or paths of
             image files. top_k: classes in `Prediction.top` (at least 1, at most all of them). variant,
             runtime: as for `session`.
             batch_size: images in one inference; bounds the memory,
@@ -163,10 +175,14 @@ class Bundle(BundleFiles):
         return Prediction(top[0][0], int(order[0]), top[0][1], top, logits)
 
 
-def _pixels(image: Pixels | bytes | str | os.PathLike[str], position: int) -> Pixels:
+def _pixels(image: Pixels | Image.Image | bytes | str | os.PathLike[str], position: int) -> Pixels:
     """-> uint8 [height, width, 3] of any kind of input to `predict`; an ImageError names the image."""
-    from ffl_deploy.images import ImageError, decode, load
+    from PIL import Image
 
+    from ffl_deploy.images import ImageError, decode, load, pixels_of
+
+    if isinstance(image, Image.Image):
+        return pixels_of(image)
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
             raise ValueError(

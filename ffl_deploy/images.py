@@ -307,6 +307,12 @@ def _upright(pixels: Pixels, orientation: int) -> Pixels:
     return np.ascontiguousarray(pixels)
 
 
+def pixels_of(image: Image.Image) -> Pixels:
+    """-> uint8 RGB [height, width, 3] of an image that Pillow has opened, as `decode` gives its file.
+    Raises ImageError."""
+    return _upright(np.asarray(_to_rgb(image), dtype=np.uint8), _orientation(image))
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow mode -> RGB: transparency composited on BACKGROUND, 16-bit gray scaled, float refused."""
     if image.mode == "RGB" and "transparency" not in image.info:

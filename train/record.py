@@ -63,39 +63,43 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 class Progress:
-    """The live view: a bar with ETA and images/s on a terminal, one line an epoch elsewhere,
-    nothing when quiet."""
+    """The live view: one line an epoch, which stays, and on a terminal a short bar with ETA and images/s
+    below it; nothing when quiet. The bar counts steps, whose number is known from the start."""
 
     def __init__(self, images_done: int, quiet: bool) -> None:
-        self.lines = not quiet and not sys.stderr.isatty()
+        self.quiet, self.started_with = quiet, images_done
         self.bar = tqdm(
-            initial=images_done,
-            unit="img",
-            unit_scale=True,
-            disable=quiet or self.lines,
+            bar_format="{desc} {percentage:3.0f}%|{bar:16}| {remaining} left{postfix}",
+            disable=quiet or not sys.stderr.isatty(),
             dynamic_ncols=True,
             smoothing=0.05,
             miniters=1,
         )
-        self.validation = ""
 
     def show(
         self, epoch: int, steps: int, steps_done: int, images_done: int, loss: float, epochs: int
     ) -> None:
         """Move the bar; images_done and steps_done count from the start of the run."""
-        self.bar.total = round(images_done * steps / steps_done)
-        self.bar.set_description(f"epoch {epoch + 1}/{epochs}", refresh=False)
-        self.bar.set_postfix_str(f"loss {loss:.3f}{self.validation}", refresh=False)
-        self.bar.update(images_done - self.bar.n)
+        if self.bar.disable:
+            return
+        if self.bar.total is None:
+            self.bar.total, self.bar.initial, self.bar.n = steps, steps_done - 1, steps_done - 1
+        rate = (images_done - self.started_with) / max(1e-9, self.bar.format_dict["elapsed"])
+        self.bar.set_description_str(f"epoch {epoch + 1}/{epochs}", refresh=False)
+        self.bar.set_postfix_str(f"{rate:.0f} img/s, loss {loss:.3f}", refresh=False)
+        self.bar.update(steps_done - self.bar.n)
 
     def epoch(self, line: dict[str, Any], epochs: int) -> None:
-        """Show the accuracies of a finished epoch (the line that the Recorder got)."""
+        """Show a finished epoch (the line that the Recorder got), above the bar."""
+        if self.quiet:
+            return
         shown = " ".join(f"{name} {100 * value:.1f}" for name, value in line["validation"].items())
-        self.validation = f" | val % {shown}"
-        if self.lines:
-            rate = f"{line['images_per_second']:.0f} img/s"
-            text = f"epoch {line['epoch'] + 1}/{epochs}  loss {line['loss']:.3f}  val % {shown}  {rate}"
+        rate = f"{line['images_per_second']:.0f} img/s"
+        text = f"epoch {line['epoch'] + 1}/{epochs}  loss {line['loss']:.3f}  val % {shown}  {rate}"
+        if self.bar.disable:
             print(text, file=sys.stderr, flush=True)
+        else:
+            self.bar.write(text, file=sys.stderr)
 
     def close(self) -> None:
         self.bar.close()

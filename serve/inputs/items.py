@@ -120,7 +120,9 @@ def read_file(path: str, limit: int = MAX_FILE_BYTES) -> bytes:
             # in as many pieces as the file system gives; 0: it does not say
             return file.read(status.st_size or limit)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise ImageError("missing", "there is no such file") from error
+        address = "://" in os.fsdecode(path)
+        why = "addresses are not fetched; download it first" if address else "there is no such file"
+        raise ImageError("missing", why) from error
     except ValueError as error:  # a NUL inside a name that a table gave
         raise ImageError("missing", "the name holds a character that no file name can hold") from error
     except OSError as error:

@@ -91,6 +91,8 @@ class Service:
     def log_ready(self) -> None:
         seconds = round(time.monotonic() - self._started, 2)
         self.log.info("ready", extra={"url": self.url, "models": sorted(self.models), "seconds": seconds})
+        if self.settings.demo and self.settings.log_format == "text":
+            self.log.info(f"open {self.url} in a browser; Ctrl-C ends the server")
 
     def close(self) -> None:
         """Stop the threads; called when no request is left."""

@@ -117,3 +117,19 @@ print([name for name in heavy if name in sys.modules])
         check=True,
     )
     assert run.stdout.strip() == "[]"
+
+
+def test_an_image_of_pillow_is_taken_and_answers_can_be_read(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    import ffl_deploy
+
+    exif = Image.Exif()
+    exif[0x112] = 6
+    pixels = np.random.default_rng(3).integers(0, 256, (30, 50, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
+    path = tmp_path / "turned.png"
+    from_file, opened = tiny_bundle.predict([path, Image.open(path)])
+    assert opened.logits.tobytes() == from_file.logits.tobytes()
+    assert repr(opened).startswith(f"<Prediction {opened.label} ")
+    assert repr(tiny_bundle).endswith("3 classes, fp32>")
+    with pytest.raises(ffl_deploy.ImageError):
+        tiny_bundle.predict([b"no image"])
