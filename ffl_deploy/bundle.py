@@ -125,8 +125,8 @@ class Bundle(BundleFiles):
         """Classify images; -> one Prediction for each, in order.
 
         Args:
-            images: uint8 RGB arrays [height, width, 3] of any size, images of Pillow, encoded images as bytes, or paths of
-            image files. top_k: classes in `Prediction.top` (at least 1, at most all of them). variant,
+            images: uint8 RGB arrays [height, width, 3] of any size, images of Pillow, encoded images as
+            bytes, or paths of image files. top_k: classes in `Prediction.top` (at least 1, at most all of them). variant,
             runtime: as for `session`.
             batch_size: images in one inference; bounds the memory,
             does not change the answers beyond the last bit.

@@ -1,4 +1,4 @@
-"""What training shows while it runs: a line an epoch that stays, and on a terminal one bar of known length."""
+"""What training shows while it runs: a line an epoch that stays, and on a terminal a bar of known length."""
 
 from __future__ import annotations
 
