@@ -16,6 +16,7 @@ from ffl_deploy.parity import PRECISIONS
 from ffl_deploy.runtime import RUNTIMES
 
 if TYPE_CHECKING:
+    from export.pipeline import ExportOptions
     from ffl_deploy.bundle import Bundle
     from ffl_deploy.report import ArtefactLimits, Refusal
     from ffl_deploy.run_directory import Run
@@ -160,6 +161,7 @@ def parser() -> Parser:
 
 
 def main(argv: Sequence[str]) -> int:
+    # what was asked for, and whether it can be done
     arguments = parser().parse_args(argv)
     batch = _batch(arguments.batch)
     limits = _limits(arguments)
@@ -176,8 +178,31 @@ def main(argv: Sequence[str]) -> int:
     out = arguments.out or Path("bundles") / run.name
     if arguments.report_only:
         return _report(out, limits)
+    options = _options(arguments, run, out, batch)
+    _require_places(arguments, options.targets, run)
+    _require_shown(arguments.web_variant or [], options.variants.precisions)
 
-    from export.pipeline import ExportOptions, export_run
+    # the bundles
+    from export.pipeline import export_run
+
+    keep_freed_memory()  # PyTorch passes over whole splits
+    exported = export_run(run, options, lambda line: print(printable(line), flush=True))
+
+    # what is made of them, and what was refused
+    if exported.bundles:
+        _publish(exported.bundles, arguments)
+    limited = any(
+        value is not None for value in (limits.max_latency_ms, limits.min_accuracy, limits.max_bytes)
+    )
+    if exported.bundles and (limited or "all" in options.targets):
+        _report(out, limits, exported.refused)
+    exported.require(out)
+    return DONE
+
+
+def _options(arguments: argparse.Namespace, run: Run, out: Path, batch: int | None) -> ExportOptions:
+    """-> what to export. Raises UsageError for flags that do not go together."""
+    from export.pipeline import ExportOptions
     from export.variants import VariantOptions
     from export.write.onnx_graph import OPSET, OPSETS, GraphOptions
 
@@ -206,19 +231,7 @@ def main(argv: Sequence[str]) -> int:
             "--reference-only exports without the run's data: --data names them, and int8 is calibrated on "
             "them; leave one of the two out."
         )
-    _require_places(arguments, options.targets, run)
-    _require_shown(arguments.web_variant or [], options.variants.precisions)
-    keep_freed_memory()  # PyTorch passes over whole splits
-    exported = export_run(run, options, lambda line: print(printable(line), flush=True))
-    if exported.bundles:
-        _publish(exported.bundles, arguments)
-    limited = any(
-        value is not None for value in (limits.max_latency_ms, limits.min_accuracy, limits.max_bytes)
-    )
-    if exported.bundles and (limited or "all" in options.targets):
-        _report(out, limits, exported.refused)
-    exported.require(out)
-    return DONE
+    return options
 
 
 def _require_places(arguments: argparse.Namespace, targets: Sequence[str], run: Run) -> None:

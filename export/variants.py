@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -119,29 +120,28 @@ def verified(
     session, computed, details = open_file(file, runtime, name)
     variant = Variant.of_file(folder, file.path, name, runtime, Precision(file.stored, computed))
     variant = msgspec.structs.replace(variant, details=details)
+    opened = Opened(FixedBatchSession(session, batch) if batch else session)
     if runtime == "onnxruntime" and not batch:  # a batch on each core needs no barrier behind every layer
         many = OnnxRuntimeSession(file.path, name, threads=1)
-        return measured(variant, session, file, context, folder, batch, many, available_cores())
-    return measured(variant, session, file, context, folder, batch)
+        opened = Opened(session, many, available_cores())
+    return measured(variant, opened, file, context, folder, batch)
+
+
+class Opened(NamedTuple):
+    """A variant's session. many, callers: the session for the whole test set (None: the same), and from
+    how many threads to ask it."""
+
+    session: Session
+    many: Session | None = None
+    callers: int = 1
 
 
 def measured(
-    variant: Variant,
-    session: Session,
-    file: ModelFile,
-    context: TargetContext,
-    folder: Path,
-    batch: int | None,
-    many: Session | None = None,
-    callers: int = 1,
+    variant: Variant, opened: Opened, file: ModelFile, context: TargetContext, folder: Path, batch: int | None
 ) -> Variant:
-    """Hold `session`, opened on `variant` of `file`, to the gates of its precision; -> the variant with what
-    was measured of it. Raises CheckError.
-
-    Args: many, callers: the session for the whole test set (`session`), and from how many threads to ask it.
-    """
-    if batch:
-        session = FixedBatchSession(session, batch)
+    """Hold `opened`, a variant of `file`, to the gates of its precision; -> the variant with what was
+    measured of it. Raises CheckError."""
+    session = opened.session
     precision = gate_precision(variant.precision.stored, variant.precision.computed)
 
     def locate(images: np.ndarray) -> str:
@@ -150,14 +150,17 @@ def measured(
         source = folder / "model.onnx"
         return first_difference(file.path, context.model, images, precision, source, variant.runtime)
 
+    # the gates: training's logits, the golden samples, the test images, further outputs
     reference, golden = (
         context.judged(samples.images, samples.logits, precision)
         for samples in (context.reference, context.golden)
     )
     parity = check_parity(session, reference, precision, context.model.temperature, locate)
     check_golden(session, golden, context.golden_files, precision, context.model.temperature)
-    accuracy = measure_accuracy(many or session, context.test, precision, callers)
+    accuracy = measure_accuracy(opened.many or session, context.test, precision, opened.callers)
     extras = check_extras(session, context.reference, context.extras, precision)
+
+    # its speed, where this machine is one that it is for
     timed = file.on_cpu or variant.runtime != "onnxruntime"
     latency = measure_latency(session.run, context.reference.images, gpu=session.gpu) if timed else None
     return msgspec.structs.replace(
@@ -209,6 +212,7 @@ def engine_variant(
     except (UsageError, OtherMachine):  # no GPU, or another one
         return variant
     try:
-        return measured(variant, session, file, context, folder, batch)
+        opened = Opened(FixedBatchSession(session, batch) if batch else session)
+        return measured(variant, opened, file, context, folder, batch)
     finally:
         session.close()
