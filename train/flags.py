@@ -227,7 +227,7 @@ def configure(typed: Typed) -> TrainConfig:
         require_kept(started_from, config)
     if stored is not None:
         resumed = typed["output.resume"]
-        changed = differences(stored, config)
+        changed = differences(stored, config, resumed=True)
         changed += [
             f"--{name.split('.')[-1]} is {str(typed[name])!r} now and was {str(before)!r}"
             for name, before in (("recipe", stored.recipe), ("output.out", resumed))

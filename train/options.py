@@ -16,12 +16,8 @@ from train.config import TrainConfig
 from train.methods import METHODS
 from train.trackers import EXTRAS
 
-# What a resumed run may do differently: none of it changes the result, or something else looks whether it
-# would.
+# What a resumed run may do differently: none of it changes the result.
 MAY_CHANGE = {
-    # by their content, and where they are now: `require_same_data` looks at that
-    "data.source",
-    "data.root",
     "output.resume",
     "output.out",
     "output.quiet",
@@ -104,15 +100,24 @@ def validate(config: TrainConfig) -> None:
         raise UsageError(f"{'; '.join(broken)}.")
 
 
-def differences(stored: TrainConfig, wanted: TrainConfig) -> list[str]:
-    """-> "--flag is A, was B" for every option that a resumed run would change; more epochs are no change of
-    what was trained so far."""
+# Where its images are now: by their content `require_same_data` sees whether they are the same.
+MAY_MOVE = {"data.source", "data.root"}
+
+
+def differences(stored: TrainConfig, wanted: TrainConfig, resumed: bool = False) -> list[str]:
+    """-> "--flag is A, was B" for every option in which `wanted` is another run than the stored one.
+
+    resumed: it goes on with that very run, whose images may have moved, and which may be given more epochs:
+    they are no change of what was trained so far.
+    """
     before, after = flatten(options_to_json(stored)), flatten(options_to_json(wanted))
-    more = {"optimisation.epochs"} if wanted.optimisation.epochs > stored.optimisation.epochs else set()
+    allowed = MAY_CHANGE | (MAY_MOVE if resumed else set())
+    if resumed and wanted.optimisation.epochs > stored.optimisation.epochs:
+        allowed = allowed | {"optimisation.epochs"}
     return [
         f"{flag_of(name)} is {after[name]!r} now and was {before[name]!r}"
         for name in before
-        if before[name] != after[name] and name not in MAY_CHANGE | more
+        if before[name] != after[name] and name not in allowed
     ]
 
 
