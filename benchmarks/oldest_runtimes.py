@@ -82,6 +82,8 @@ config = builder.create_builder_config()
 profile, shape = builder.create_optimization_profile(), [int(one) for one in sys.argv[5].split("x")]
 profile.set_shape("images", (1, *shape), (8, *shape), (64, *shape))
 config.add_optimization_profile(profile)
+config.num_compute_capabilities = 1  # of no GPU here: an engine for one kind of them
+config.set_compute_capability(trt.ComputeCapability.SM89, 0)
 if builder.build_serialized_network(network, config) is None:
     raise SystemExit("no engine")
 """,
