@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from export.outputs import FURTHER_OUTPUTS
-from ffl_deploy.command import Parser, printable, run_command
+from export.progress import Progress
+from ffl_deploy.command import Parser, run_command
 from ffl_deploy.errors import DONE, UsageError
 from ffl_deploy.host import keep_freed_memory
 from ffl_deploy.parity import PRECISIONS
@@ -186,7 +187,11 @@ def main(argv: Sequence[str]) -> int:
     from export.pipeline import export_run
 
     keep_freed_memory()  # PyTorch passes over whole splits
-    exported = export_run(run, options, lambda line: print(printable(line), flush=True))
+    progress = Progress()
+    try:
+        exported = export_run(run, options, progress)
+    finally:
+        progress.close()
 
     # what is made of them, and what was refused
     if exported.bundles:

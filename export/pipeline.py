@@ -4,21 +4,22 @@ bundle in its place."""
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from export.check.evaluation import Evaluation, check_target
 from export.check.gates import HeldOut
-from export.formats import TargetContext
+from export.formats import FORMATS, TargetContext
 from export.golden import golden_samples, read_golden
 from export.outputs import FURTHER_OUTPUTS
+from export.progress import Progress
 from export.publish.card import model_card
 from export.temperature import calibrate
 from export.variants import VariantOptions, build_variants, check_runtimes
-from export.write.onnx_graph import DeployedModel, require_features
+from export.write.onnx_graph import DeployedModel, has_features, require_features
 from ffl_deploy import __version__
 from ffl_deploy.bundle import Bundle, load_bundle, write_bundle
 from ffl_deploy.errors import CheckError, UsageError, choices_sentence
@@ -73,12 +74,12 @@ class Exported:
         raise CheckError(f"{'; '.join(str(one).rstrip('.') for one in self.refused)}. {kept}")
 
 
-def export_run(run: Run, options: ExportOptions, report: Callable[[str], None]) -> Exported:
+def export_run(run: Run, options: ExportOptions, progress: Progress) -> Exported:
     """Export every target of `options`, each with every variant that passes its gates. Raises UsageError for
     what cannot be asked, CheckError where the run itself does not hold.
 
-    report: receives one line per step. A target's folder appears, or is replaced, only when its fp32 file has
-    given PyTorch's logits.
+    progress: is told what is done, and prints a line for each file. A target's folder appears, or is
+    replaced, only when its fp32 file has given PyTorch's logits.
     """
     # before any work: whatever can be refused
     loaded = load_network(run, options.checkpoint)
@@ -91,9 +92,16 @@ def export_run(run: Run, options: ExportOptions, report: Callable[[str], None]) 
     own = read_golden(options.golden, run) if options.golden else None
 
     exported = Exported()
+    report = progress.line
+    files = 1 + sum(precision in FORMATS for precision in options.variants.precisions)
+    progress.expect(files * len(targets))
     for target in targets:
+        asked = options
+        if options.extras and not has_features(build_target(loaded.network, target)):  # "all" asked for it
+            asked = replace(options, extras=())
+            report(f"{target}: without {' and '.join(options.extras)}, which needs one feature map")
         try:
-            bundle = export_target(target, evaluation, options, own)
+            bundle = export_target(target, evaluation, asked, own, progress)
         except CheckError as error:
             exported.refused.append(Refusal(target, DEFAULT_VARIANT, str(error)))
             report(f"{target}: no bundle: {error}")
@@ -129,7 +137,7 @@ def asked_targets(network: MutualNetwork, options: ExportOptions, run: Run) -> l
                 f"{folder} holds what ffl-export did not write ({', '.join(others[:3])}), and would be "
                 "replaced; choose another --out, or move that away."
             )
-    if options.extras:
+    if options.extras and "all" not in options.targets:  # of all, those that can
         for target in targets:
             require_features(build_target(network, target), options.extras, target)
     return targets
@@ -148,7 +156,11 @@ def foreign_files(folder: Path) -> list[str]:
 
 
 def export_target(
-    name: str, evaluation: Evaluation, options: ExportOptions, own: dict[str, np.ndarray] | None
+    name: str,
+    evaluation: Evaluation,
+    options: ExportOptions,
+    own: dict[str, np.ndarray] | None,
+    progress: Progress,
 ) -> Bundle:
     """Export one target into `options.out / name`. Raises CheckError where a gate does not hold; nothing is
     left then.
@@ -158,6 +170,7 @@ def export_target(
     run, loaded, batch = evaluation.run, evaluation.loaded, options.variants.graph.batch
 
     # PyTorch's side: the target gives the logits that training stored
+    progress.step(f"{name}: comparing with training's own logits")
     target = build_target(loaded.network, name)
     reference = evaluation.reference(name)
     check_target(DeployedModel(target, run.mean, run.std).eval(), reference, name)
@@ -183,7 +196,7 @@ def export_target(
     # the files, each one verified, then the bundle; its folder appears when all of it is there
     replaces = (options.out / name).is_dir()
     with replace_folder(options.out / name) as folder:
-        built = build_variants(folder, context, options.variants)
+        built = build_variants(folder, context, options.variants, progress)
         folder_given = options.golden and f"from the folder {options.golden.name}/"
         write_bundle(
             folder,

@@ -16,6 +16,7 @@ from export.check.gates import check_extras, check_golden, check_parity, measure
 from export.check.localize import first_difference
 from export.computed import computed_precision
 from export.formats import FORMATS, ModelFile, TargetContext, write_fp32
+from export.progress import Progress
 from export.write.onnx_graph import GraphOptions
 from export.write.tensorrt_engine import write_engine
 from ffl_deploy.errors import CheckError, OtherMachine, UsageError
@@ -57,7 +58,9 @@ class Built:
             self.refused.append(RefusedVariant(name, str(error)))
 
 
-def build_variants(folder: Path, context: TargetContext, options: VariantOptions) -> Built:
+def build_variants(
+    folder: Path, context: TargetContext, options: VariantOptions, progress: Progress
+) -> Built:
     """Write and verify everything that `options` asks for into `folder`, fp32 first; what does not pass is
     not there any more. Raises CheckError where the fp32 file is refused, from which all others are made;
     UsageError."""
@@ -65,28 +68,34 @@ def build_variants(folder: Path, context: TargetContext, options: VariantOptions
 
     def finish(file: ModelFile) -> None:
         for runtime in file.runtimes:
+            progress.step(f"{context.name}: verifying and timing {variant_name(file, runtime)} on {runtime}")
             with built.trying(variant_name(file, runtime)):
                 built.variants.append(verified(file, runtime, context, folder, options.graph.batch))
             if not built.variants or built.variants[-1].file != file.path.name:
                 return  # its own runtime refuses it
         if options.engines and file.engine:
+            progress.step(f"{context.name}: building a TensorRT engine")
             with built.trying(engine_name(file)):
                 built.variants.append(
                     engine_variant(file, folder, context, options.engines, options.graph.batch)
                 )
 
     # The fp32 file first: what the others are made from has then given PyTorch's logits.
+    progress.step(f"{context.name}: tracing the graph")
     fp32 = write_fp32(folder, context, options.graph, options.runtimes)
     finish(fp32)
     if not built.variants:
         raise CheckError(built.refused[0].reason)
+    progress.finished()
     for precision in options.precisions:
         if precision in FORMATS:
+            progress.step(f"{context.name}: writing {precision}, of several candidates the nearest")
             files: list[ModelFile] = []
             with built.trying(precision):
                 files = FORMATS[precision].write(fp32.path, context, options.graph.batch, options.runtimes)
             for file in files:
                 finish(file)
+            progress.finished()
     remove_refused(folder, built.variants)
     return built
 

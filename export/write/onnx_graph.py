@@ -90,10 +90,15 @@ class DeployedModel(nn.Module):
         return logits, torch.softmax(logits / self.temperature, dim=1), *further
 
 
+def has_features(target: nn.Module) -> bool:
+    """-> whether `target` has a single feature map and classifier that further outputs could be made from."""
+    return hasattr(target, "features") and hasattr(target, "classifier")
+
+
 def require_features(target: nn.Module, extras: Sequence[str], name: str) -> None:
     """Raises UsageError where `target` has no single feature map and classifier
     that `extras` could be made from."""
-    if not (hasattr(target, "features") and hasattr(target, "classifier")):
+    if not has_features(target):
         raise UsageError(
             f"--{extras[0]} needs a target with one feature map and one classifier, which {name} is not; "
             f"export it without --{extras[0]} (fused and branch0, ... can have it)."
