@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from ffl_deploy.files import write_atomically, write_json
 from serve.predict.labelled import BINS, LabelCounts
 
 TICKS = 40  # classes whose names still fit beside the matrix
+NUMBERED = 12  # classes, up to which the confusion matrix shows its counts
 
 
 class ClassNumbers(msgspec.Struct, frozen=True):
@@ -161,6 +163,11 @@ def plotted(report: LabelledReport, matrix: np.ndarray, classes: Sequence[str]) 
         left.set_xticks(range(len(classes)), classes, rotation=90, parse_math=False)
         left.set_yticks(range(len(classes)), classes, parse_math=False)
 
+    if len(classes) <= NUMBERED:  # few enough to read how many they are
+        for (true, predicted), count in np.ndenumerate(matrix):
+            shade = "white" if shares[true, predicted] > 0.5 else "black"
+            left.text(predicted, true, f"{count:,}", ha="center", va="center", color=shade)
+
     # the reliability diagram
     bins = [b for b in report.calibration if b.rows]
     right.plot([0, 1], [0, 1], linestyle=":", color="gray", label="perfect")
@@ -173,7 +180,9 @@ def plotted(report: LabelledReport, matrix: np.ndarray, classes: Sequence[str]) 
     right.legend()
 
     image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=110)
+    with warnings.catch_warnings():  # of glyphs that no installed font has: the names are in the JSON
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure.savefig(image, format="png", dpi=110)
     return image.getvalue()
 
 
