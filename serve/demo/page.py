@@ -42,12 +42,13 @@ html, body {overflow-x: clip;}
   border-width: 0 0 1px !important; border-color: var(--border-color-primary) !important;}
 .scroll .marked {font-weight: 600; background: var(--background-fill-secondary);}
 #rows .scroll {max-height: 340px; overflow: auto;}
+#uncertain label[data-testid="block-label"] {position: static; display: inline-flex; border: 0;}
 .prose table {display: block; overflow-x: auto; white-space: nowrap; max-width: 100%;}
 .prose td, .prose th {word-break: normal; overflow-wrap: normal;}
 .captioned label[data-testid="block-label"] {position: static; display: inline-flex; border: 0;}
 .dark #pareto img {filter: invert(0.92) hue-rotate(180deg);}
 #assist {display: none;}
-.gradio-container button.primary {background: #9a3412; color: #fff;}
+.gradio-container button.primary {background: #9a3412 !important; color: #fff !important;}
 #files .or, #image .or {color: var(--body-text-color) !important;}
 .problem {border-left: 4px solid var(--error-border-color, #dc2626); padding-left: 0.75rem;}
 .quiet {opacity: 0.8; font-size: 0.9em;}
