@@ -154,7 +154,8 @@ def headline(folder: Path, config: TrainConfig, data: ImageData, network: Mutual
             f"left out {count} unreadable image{'s' if count > 1 else ''} (listed in {folder / CONFIG})"
         )
     if data.left_out:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in data.left_out.items())
+        found = sorted(data.left_out.items(), key=lambda reason: (-reason[1], reason[0]))
+        reasons = ", ".join(f"{count} {reason}" for reason, count in found)
         lines.append(
             f"passed over {sum(data.left_out.values())} files that are no images by their names: {reasons}"
         )

@@ -50,7 +50,8 @@ def test_a_runtime_is_a_row(
     monkeypatch.setitem(RUNTIMES, "abacus", dataclasses.replace(row, reads=(".beads",)))
     with pytest.raises(UsageError, match="which abacus does not read"):
         tiny_bundle.session(runtime="abacus")
-    with pytest.raises(UsageError, match="abacus"):  # ffl-export verifies ONNX files alone
+    monkeypatch.setitem(RUNTIMES, "abacus", dataclasses.replace(row, reads=".engine"))
+    with pytest.raises(UsageError, match="abacus"):  # --tensorrt asks for engines
         parser().parse_args(["--runtime", "abacus"])
 
 

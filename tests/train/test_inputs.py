@@ -232,18 +232,18 @@ def test_files_that_are_passed_over_are_counted_by_reason(
     image_folder: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = image_folder()
-    for name in ("a.avif", "b.avif", "c.ppm", "d", ".hidden.avif", "Thumbs.db"):
+    for name in ("a.psd", "b.psd", "c.ppm", "d", ".hidden.psd", "Thumbs.db"):
         (data / "train" / "cat" / name).write_bytes(b"x")
     shutil.copy(data / "train" / "cat" / "000.png", data / "train" / "loose.png")
     (data / "train" / "cat" / "more").symlink_to(data / "train" / "dog")
     flags = ["--data", str(data), "--epochs", "1", "--batch-size", "8", "--branches", "resnet8,resnet8"]
     flags += ["--precision", "fp32", "--threads", "1", "--device", "cpu"]
     assert run_command(main, [*flags, "--out", str(tmp_path / "run")]) == 0
-    left_out = {"called .avif": 2, "called .ppm": 1, "in no class folder": 1, "links to folders": 1}
+    left_out = {"called .psd": 2, "called .ppm": 1, "in no class folder": 1, "links to folders": 1}
     left_out["without a suffix"] = 1
     assert json.loads((tmp_path / "run" / "config.json").read_text())["split"]["left_out"] == left_out
     said = capsys.readouterr().err
-    assert "passed over 6 files that are no images by their names: 2 called .avif, 1 called .ppm" in said
+    assert "passed over 6 files that are no images by their names: 2 called .psd, 1 called .ppm" in said
 
 
 @pytest.mark.parametrize("name", ["valid", "validation"])

@@ -143,6 +143,7 @@ def test_a_kill_at_either_rename_leaves_the_old_checkpoint(
         rename(source, target)
 
     with monkeypatch.context() as patch:
+        patch.setattr(files, "_exchange", lambda one, other: False)  # as a file system that cannot
         patch.setattr(files.os, "rename", dying)
         with pytest.raises(KilledError):
             save_checkpoint(saved, {MODEL: layer(1).state_dict()}, {"epoch": 8})

@@ -29,18 +29,6 @@ CROP = DataOptions(crop_padding=3)
 RESIZED = DataOptions(augment="resized-crop")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def leave_no_signal_handler() -> Iterator[None]:
-    """DataLoader's handler for the end of children stays in the process; in a later test that waits for a
-    child of its own it has ended the process with SIGSEGV (core dump: main thread in wait4)."""
-    from torch.utils.data._utils import signal_handling
-
-    before = signal.getsignal(signal.SIGCHLD)
-    yield
-    signal.signal(signal.SIGCHLD, before)
-    signal_handling._SIGCHLD_handler_set = False
-
-
 @pytest.fixture
 def folder(image_folder: Callable[..., Path]) -> Path:
     return image_folder(classes=("a", "b", "c"), train=20, test=5, size=(24, 20))
