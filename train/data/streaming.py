@@ -8,6 +8,7 @@ resumed epoch reads nothing it skips.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -77,6 +78,17 @@ def _leave_signals_to_parent(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, TO_THE_GROUP)
+
+
+@contextmanager
+def _garbage_left_to_parent() -> Iterator[None]:
+    """Let children that are forked inside collect nothing that was there before: the destructor of a session,
+    say, waits for threads that a child does not have, for ever (gc.freeze, in Python's documentation)."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextmanager
@@ -269,7 +281,7 @@ class StreamedBatches:
             # the loader draws a seed for its workers, which must not be the run's
             generator=torch.Generator(),
         )
-        with _held_signals():
+        with _held_signals(), _garbage_left_to_parent():
             answers = iter(loader)
         try:
             for _ in indices:

@@ -3,6 +3,7 @@ honest about images that cannot be read."""
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import Dataset
 
 from ffl_deploy.data.datasets import DataSpec, FileSplit, ImageData, load_data
 from ffl_deploy.data.splits import UnreadableImage
@@ -85,6 +87,37 @@ def test_any_number_of_workers_gives_the_same_batches(on_disk: ImageData, option
     assert same(stream(on_disk, options, 0).training(1, 0), stream(on_disk, options, 2).training(1, 0)) == 4
     one, other = (list(stream(on_disk, options, workers).evaluation("test")) for workers in (0, 2))
     assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(one, other, strict=True))
+
+
+class CollectingSteps(Dataset[int]):
+    """Collects garbage in the process that reads."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> int:
+        gc.collect()
+        return index
+
+
+class Joining:
+    """Ends a process that it was not made in, as a destructor that joins threads would stop it."""
+
+    def __init__(self) -> None:
+        self.made_in, self.itself = os.getpid(), self
+
+    def __del__(self) -> None:
+        if os.getpid() != self.made_in:
+            os._exit(7)
+
+
+def test_what_was_garbage_before_the_workers_is_not_theirs_to_collect(on_disk: ImageData) -> None:
+    gc.disable()  # so that it is still there when they are forked
+    try:
+        Joining()
+        assert list(stream(on_disk, CROP, 2).load(CollectingSteps(), range(4))) == [0, 1, 2, 3]
+    finally:
+        gc.enable()
 
 
 def test_resized_crops_are_functions_of_seed_epoch_and_position(on_disk: ImageData) -> None:
