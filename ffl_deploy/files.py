@@ -147,8 +147,10 @@ def _put_in_place(new: Path, folder: Path) -> Path:
     """Give `new` the name `folder`; -> where what had that name before is now, if anything had."""
     old = folder.with_name(temporary_name(folder.name, "old"))
     while True:
-        if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+        # one look: between two, another writer may have taken it away and put it back
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISDIR(os.lstat(folder).st_mode):
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
         try:
             if folder.exists():
                 if _exchange(new, folder):

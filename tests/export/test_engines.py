@@ -125,7 +125,9 @@ def test_an_engine_with_other_answers_is_no_part_of_a_bundle(
     wrong_engine(install(monkeypatch, cuda))
     assert export(digits_run, tmp_path / "out") == 1
     assert "variant fp32-engine does not give PyTorch's logits" in capsys.readouterr().err
-    assert not (tmp_path / "out" / "branch0").exists()
+    bundle = load_bundle(tmp_path / "out" / "branch0")
+    assert [variant.name for variant in bundle.manifest.variants] == ["fp32"]
+    assert not list(bundle.folder.rglob("*.engine"))
     assert cuda.held == (0, 0, 0)
 
 
