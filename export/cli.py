@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from export.outputs import FURTHER_OUTPUTS
-from export.progress import Progress
 from ffl_deploy.command import Parser, run_command
 from ffl_deploy.errors import DONE, UsageError
 from ffl_deploy.host import keep_freed_memory
@@ -187,6 +186,8 @@ def main(argv: Sequence[str]) -> int:
     from export.pipeline import export_run
 
     keep_freed_memory()  # PyTorch passes over whole splits
+    from export.progress import Progress
+
     progress = Progress()
     try:
         exported = export_run(run, options, progress)
