@@ -4,6 +4,7 @@ and one without AVX (Nehalem)."""
 from __future__ import annotations
 
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -87,5 +88,6 @@ def test_a_committed_bundle_is_right_there(processor: str, target: str) -> None:
 def test_a_fresh_bundle_is_right_there(processor: str, digits_bundle: Path) -> None:
     said = verified_on(processor, digits_bundle)
     for variant in ("fp32", "fp16", "int8"):
-        assert f"{variant} on onnxruntime: 64 images" in said
+        (images,) = re.findall(rf"^{variant} on onnxruntime: (\d+) images", said, re.M)
+        assert int(images) >= 64
     assert said.count("gate passed") >= 3
