@@ -36,7 +36,7 @@ quickstart: $(VENV)/.ready
 
 # Two processes of one thread each: on two cores that is quicker than the other way round, and never waits for a busy core.
 test: $(VENV)/.ready-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not browser and not fault and not soak and not processor" -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not browser and not fault and not soak and not processor" -n 2 --dist loadfile --max-worker-restart 0
 
 check: $(VENV)/.ready-dev
 	$(BIN)/ruff check .
