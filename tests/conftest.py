@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import signal
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -22,17 +19,6 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         folder = tmp_path_factory.mktemp("cache")
         patch.setenv("XDG_CACHE_HOME", str(folder))
         yield folder
-
-
-@pytest.fixture(autouse=True)
-def no_signal_handler_stays() -> Iterator[None]:
-    """DataLoader's handler for the end of children stays in the process; in a later test that waits for a
-    child of its own it has ended the process with SIGSEGV (core dump: main thread in wait4)."""
-    yield
-    handling: Any = sys.modules.get("torch.utils.data._utils.signal_handling")
-    if handling is not None and handling._SIGCHLD_handler_set:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        handling._SIGCHLD_handler_set = False
 
 
 @pytest.fixture(scope="session")

@@ -180,7 +180,7 @@ def _in_openvino(proto: Any, tensors: Sequence[str], images: np.ndarray) -> dict
     """-> tensor name -> float32 value on `images`, computed by OpenVINO's CPU in bf16."""
     import onnx
 
-    from ffl_deploy.runtime.openvino_runtime import HINTS, import_openvino
+    from ffl_deploy.runtime.openvino_runtime import HINTS, openvino_core
 
     seen = {name: f"{name}_as_float" for name in tensors}  # NumPy has no bf16
     for name, copy in seen.items():
@@ -188,7 +188,7 @@ def _in_openvino(proto: Any, tensors: Sequence[str], images: np.ndarray) -> dict
             onnx.helper.make_node("Cast", [name], [copy], name=copy, to=onnx.TensorProto.FLOAT)
         )
         proto.graph.output.append(onnx.helper.make_tensor_value_info(copy, onnx.TensorProto.FLOAT, None))
-    core = import_openvino().Core()
+    core = openvino_core()
     compiled = core.compile_model(
         core.read_model(proto.SerializeToString()), "CPU", {"INFERENCE_PRECISION_HINT": HINTS["bf16"]}
     )

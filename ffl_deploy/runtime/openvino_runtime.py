@@ -4,6 +4,7 @@ and the one CPU runtime here that computes in bf16 and fp16."""
 from __future__ import annotations
 
 from collections import Counter
+from functools import cache
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -42,7 +43,7 @@ class OpenVinoSession(Session):
             "PERFORMANCE_HINT": "LATENCY",  # one request gets all threads, as in the other runtimes
         }
         try:
-            self._compiled = openvino.Core().compile_model(model, "CPU", settings)
+            self._compiled = openvino_core().compile_model(model, "CPU", settings)
         except Exception as error:  # OpenVINO raises RuntimeError and its subclasses, and pybind's own
             reason = str(error).strip().splitlines()[-1].strip()
             raise CheckError(f"OpenVINO {openvino.__version__} cannot load {model}: {reason}") from error
@@ -86,6 +87,18 @@ class OpenVinoSession(Session):
     def _computed_precision(self) -> str | None:
         counts = self.layer_precisions()
         return max(counts, key=lambda name: counts[name]) if counts else None
+
+
+@cache
+def openvino_core() -> Any:
+    """-> the process's one openvino.Core, never given back.
+
+    The CPU plugin of each Core gives the thread that loads it another stack for signal handlers, and takes
+    it away with the Core: of two Cores the second one's end puts the first one's freed stack back, and the
+    next signal that Python handles (Ctrl-C, the end of a child) ends the process with SIGSEGV.
+    Raises UsageError where OpenVINO is not installed.
+    """
+    return import_openvino().Core()
 
 
 def import_openvino() -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -47,6 +49,29 @@ def test_a_session_serves_several_threads_at_once(tiny_bundle: Bundle, runtime: 
         together = list(pool.map(lambda batch: session.run(batch).logits, batches))
     for expected, found in zip(alone, together, strict=True):
         np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_a_signal_after_openvinos_sessions_reaches_its_handler(tiny_bundle: Bundle) -> None:
+    """OpenVINO leaves the thread a freed signal stack when two Cores end in the order of their
+    making (SIGSEGV, in ffl-serve at SIGTERM and in whatever waits for a child)."""
+    pytest.importorskip("openvino", reason="OpenVINO is not installed")
+    program = """
+        import os, signal, sys
+        from pathlib import Path
+        from ffl_deploy.runtime.openvino_runtime import OpenVinoSession
+        first, second = (OpenVinoSession(Path(sys.argv[1]), "fp32") for _ in range(2))
+        del first
+        del second
+        caught = []
+        signal.signal(signal.SIGUSR1, lambda number, frame: caught.append(number))
+        os.kill(os.getpid(), signal.SIGUSR1)
+        print(caught == [signal.SIGUSR1])
+    """
+    model = tiny_bundle.folder / "model.onnx"
+    ran = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program), str(model)], capture_output=True, text=True
+    )
+    assert (ran.returncode, ran.stdout.strip()) == (0, "True"), ran.stderr
 
 
 def test_openvino_computes_an_fp32_file_in_fp32(tiny_bundle: Bundle) -> None:
