@@ -20,6 +20,7 @@ import msgspec
 from export.computed import computed_precision
 from export.publish.card import model_card
 from ffl_deploy.bundle import Bundle, load_bundle
+from ffl_deploy.bundle_checks import check_files
 from ffl_deploy.command import Parser, run_command
 from ffl_deploy.errors import CHECK_FAILED, DONE, CheckError, OtherMachine, UsageError
 from ffl_deploy.files import shown, write_atomically
@@ -29,7 +30,6 @@ from ffl_deploy.runtime import open_session
 from ffl_deploy.selfcheck import golden_record
 from ffl_deploy.signing import signature_path
 from ffl_deploy.verified_on import Outcome, VerifiedOn, processor_table, with_record
-from ffl_deploy.verify import check_files
 
 EMULATOR = "qemu-x86_64"
 PROCESSORS = ("Haswell", "Nehalem")

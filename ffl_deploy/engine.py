@@ -13,11 +13,11 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from ffl_deploy.bundle import Bundle, load_bundle
+from ffl_deploy.bundle_checks import summary
 from ffl_deploy.command import Parser, gpu_number, run_command
 from ffl_deploy.errors import DONE, UsageError
 from ffl_deploy.files import shown
 from ffl_deploy.selfcheck import check_preprocessing, golden_record, reason, refusal
-from ffl_deploy.verify import summary
 
 SECONDS = 0.3  # of measurement at each batch size
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ffl_deploy import load_bundle
-from ffl_deploy.verify import check_files, check_parity
+from ffl_deploy.bundle_checks import check_files, check_parity
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "cifar100"
 VARIANTS = [

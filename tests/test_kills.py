@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 
 from ffl_deploy.bundle import Bundle, load_bundle
-from ffl_deploy.verify import check_files
+from ffl_deploy.bundle_checks import check_files
 
 pytestmark = [pytest.mark.slow, pytest.mark.fault, pytest.mark.timeout(6 * 3600)]
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from ffl_deploy.bundle import Bundle, load_bundle
+from ffl_deploy.bundle_checks import check_files
 from ffl_deploy.bundle_files import AUTO
 from ffl_deploy.errors import DeviceLost, UsageError
 from ffl_deploy.host import available_cores
@@ -22,7 +23,6 @@ from ffl_deploy.manifest import Variant
 from ffl_deploy.preprocessing import Pixels
 from ffl_deploy.runtime import Outputs, Session, require_gpu_runtime, runtime_named
 from ffl_deploy.selfcheck import require_golden
-from ffl_deploy.verify import check_files
 from serve.server.batcher import MicroBatcher, Overloaded
 from serve.server.protocol import Signature
 from serve.server.settings import Limits, ModelSpec, Settings

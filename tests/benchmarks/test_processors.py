@@ -12,10 +12,10 @@ import pytest
 
 from benchmarks import processors
 from ffl_deploy.bundle import Bundle, load_bundle
+from ffl_deploy.bundle_checks import check_files
 from ffl_deploy.command import run_command
 from ffl_deploy.processor import description
 from ffl_deploy.verified_on import Outcome, VerifiedOn, processor_table, with_record
-from ffl_deploy.verify import check_files
 
 
 @pytest.fixture

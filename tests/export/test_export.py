@@ -25,6 +25,7 @@ from export.golden import golden_samples, read_golden
 from export.write.half import write_half
 from export.write.onnx_graph import SCOPES, DeployedModel, GraphOptions, write_onnx
 from ffl_deploy.bundle import Bundle, load_bundle
+from ffl_deploy.bundle_checks import verify
 from ffl_deploy.command import run_command
 from ffl_deploy.errors import CheckError
 from ffl_deploy.networks.checkpoint import load_network
@@ -32,7 +33,6 @@ from ffl_deploy.networks.targets import build_target
 from ffl_deploy.parity import PARITY_GATES, compare, judge
 from ffl_deploy.run_directory import Run
 from ffl_deploy.runtime import OnnxRuntimeSession
-from ffl_deploy.verify import verify
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from ffl_deploy.bundle import load_bundle
+from ffl_deploy.bundle_checks import check_files, check_parity
 from ffl_deploy.manifest import MANIFEST, Manifest, read_manifest, write_manifest
-from ffl_deploy.verify import check_files, check_parity
 
 ROOT = Path(__file__).parents[2]
 BEFORE = ROOT / "tests" / "fixtures" / "before"

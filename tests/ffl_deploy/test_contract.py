@@ -14,12 +14,13 @@ import onnx
 import pytest
 
 from ffl_deploy.bundle import Bundle, load_bundle
+from ffl_deploy.bundle_checks import NOT_BOUND
 from ffl_deploy.command import run_command
 from ffl_deploy.contract import KEY, carries_contract
 from ffl_deploy.errors import CheckError
 from ffl_deploy.manifest import MANIFEST
 from ffl_deploy.runtime.onnx_wire import read_metadata
-from ffl_deploy.verify import NOT_BOUND, main
+from ffl_deploy.verify import main
 
 Manifest = dict[str, Any]
 

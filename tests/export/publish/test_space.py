@@ -15,8 +15,8 @@ import pytest
 
 from export.publish.space import require_space, requirements, write_space
 from ffl_deploy.bundle import load_bundle
+from ffl_deploy.bundle_checks import verify
 from ffl_deploy.errors import UsageError
-from ffl_deploy.verify import verify
 from ffl_deploy.web import build
 from ffl_deploy.web.build import WebOptions
 from ffl_deploy.web.runtime import Runtime
