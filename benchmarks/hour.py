@@ -1,9 +1,10 @@
 """What an hour of this machine buys: our `fast` recipe against the official recipe, compressed to as many
 epochs as the official code gets through in an hour.
 
-    python -m train.run --data CIFAR100 --recipe cifar100-resnet32-fast --out runs/cifar100 python -m
-    train.run --data CIFAR100 --recipe cifar100-resnet32-paper --epochs 14 --validation 0.02 --out
-    runs/official-hour python -m benchmarks.hour --fast runs/cifar100 --official runs/official-hour
+    python -m train.run --data CIFAR100 --recipe cifar100-resnet32-fast --out runs/cifar100
+    python -m train.run --data CIFAR100 --recipe cifar100-resnet32-paper --epochs 14 --validation 0.02 \\
+        --out runs/official-hour
+    python -m benchmarks.hour --fast runs/cifar100 --official runs/official-hour
 
 The official recipe is trained by this project, which learns the same (learn_vs_official) in less time; its
 epochs are put on the clock of the official code, measured side by side (--speed). Writes

@@ -1,9 +1,9 @@
 """A bundle's int8 file against its own fp32 file, on test images, through one runtime after the other.
 
-    python -m benchmarks.int8_agreement examples/cifar100/fused --data CIFAR100/test --runtimes
-    onnxruntime,openvino python -m benchmarks.int8_agreement examples/cifar100/fused --data CIFAR100/test
-    --images 500 --runtimes reference qemu-x86_64 -cpu Haswell .venv/bin/python -m benchmarks.int8_agreement
-    ... --images 500 --threads 1
+    python -m benchmarks.int8_agreement BUNDLE --data CIFAR100/test --runtimes onnxruntime,openvino
+    python -m benchmarks.int8_agreement BUNDLE --data CIFAR100/test --images 500 --runtimes reference
+    qemu-x86_64 -cpu Haswell .venv/bin/python -m benchmarks.int8_agreement BUNDLE --data CIFAR100/test \\
+        --images 500 --threads 1
 
 `reference` is onnx.reference: exact integer sums, which is what processors with VNNI compute. Images are
 taken class by class in turn. Each line: mean KL from the fp32 file's distribution, top-1 agreement with it,
