@@ -126,9 +126,12 @@ class Bundle(BundleFiles):
 
         Args:
             images: uint8 RGB arrays [height, width, 3] of any size, images of Pillow, encoded images as
-            bytes, or paths of image files. top_k: classes in `Prediction.top` (1 to all). variant, runtime:
-            as for `session`. batch_size: images in one inference; bounds the memory, does not change the
-            answers beyond the last bit.
+                bytes, or paths of image files.
+            top_k: classes in `Prediction.top` (1 to all).
+            variant, runtime: as for `session`.
+            batch_size: images in one inference; bounds the memory, does not change the answers beyond the
+                last bit.
+
         Raises ImageError (with the image's path or position) for one that cannot be decoded, OSError for a
         path that cannot be read, ValueError for an array of another kind and for numbers below 1, CheckError
         where the model's output is not finite, UsageError and CheckError as `session`. For a row per image,

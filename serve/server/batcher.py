@@ -50,9 +50,9 @@ class MicroBatcher:
 
     Args:
         run: the model.
-        max_batch: images in one run. A larger request runs in pieces of this size. workers: runs at a time.
-        Several, of sessions with one thread each, give more images per second on small models
-            than one run that is split over all cores, and a lone request takes longer.
+        max_batch: images in one run. A larger request runs in pieces of this size.
+        workers: runs at a time. Several, of sessions with one thread each, give more images per second on
+            small models than one run that is split over all cores, and a lone request takes longer.
         max_queue: images that may wait; beyond it `infer` raises Overloaded at once.
     """
 
