@@ -1,7 +1,8 @@
 """SIGKILL at any instant, of one process or of two that work on the same thing: what was good is still good,
 what was begun goes on to what an undisturbed run leaves, and nothing else was touched.
 
-FFL_KILLS says how many kills (12); `FFL_KILLS=1000 pytest -m fault tests/test_kills.py` is the long version.
+FFL_KILLS says how many kills (12); `FFL_KILLS=1000 pytest -m fault tests/test_kills.py` is the long version, and
+FFL_KILLS_SEED draws other instants.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.fault, pytest.mark.timeout(6 * 3600)
 
 ROOT = Path(__file__).parents[1]
 KILLS = int(os.environ.get("FFL_KILLS", "12"))
+SEED = int(os.environ.get("FFL_KILLS_SEED", "0"))
 PRECIOUS = "the user's own"
 ENDS = ("", ".parts", ".summary.json", ".report.json", ".report.png")
 """Of the names that ffl-predict may use beside --out."""
@@ -108,7 +110,7 @@ def test_predict(place: Path, make_bundle: Callable[..., Bundle], tmp_path: Path
         if (place / "out.jsonl").exists():
             assert (place / "out.jsonl").read_bytes() == whole.read_bytes()
 
-    disturbed(command, place, 1.2 * typical, random.Random(1), check)
+    disturbed(command, place, 1.2 * typical, random.Random(1 + 10 * SEED), check)
     if finish(command, place) == 2:  # complete, but killed before its summary was written
         assert finish([one for one in command if one != "--resume"], place) == 0
     assert (place / "out.jsonl").read_bytes() == whole.read_bytes()
@@ -133,7 +135,7 @@ def test_train_and_export(place: Path, tmp_path: Path) -> None:
         process.kill()
         process.wait()
     command = ("-m", "train.run", "--resume", "run", "--quiet")
-    disturbed(command, place, 1.2 * typical, random.Random(2), begun)
+    disturbed(command, place, 1.2 * typical, random.Random(2 + 10 * SEED), begun)
     assert finish(command, place) == 0
     for name in ("last", "best"):
         weights = [
@@ -153,7 +155,7 @@ def test_train_and_export(place: Path, tmp_path: Path) -> None:
         assert bundle.manifest.files["model.onnx"].sha256 in hashes
         require_untouched(place, ["run", "out"])
 
-    disturbed(export, place, 1.2 * typical, random.Random(3), good)
+    disturbed(export, place, 1.2 * typical, random.Random(3 + 10 * SEED), good)
     assert finish(export, place) == 0
     good()
     assert [path.name for path in (place / "out").iterdir()] == ["branch0"]
