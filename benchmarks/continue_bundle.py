@@ -37,12 +37,13 @@ from ffl_deploy.networks.tracing import trace
 from ffl_deploy.parity import PARITY_GATES, judge
 from ffl_deploy.parity import compare as compare_logits
 from ffl_deploy.run_directory import CONFIG
-from train.build import choose_network, data_spec, make_batches, memory_limit
+from train.build import choose_network, make_batches, memory_limit
 from train.distributed import World
 from train.finish import describe, finish
 from train.machine import Place, choose_device
 from train.methods import build_method, distill
 from train.optimizer import build_optimizer
+from train.options import data_spec
 from train.run import parse
 from train.run_folder import require_new
 from train.state import Position, TrainingState

@@ -93,13 +93,11 @@ class Run:
         return self.config.model
 
     def with_data(self, folder: str | os.PathLike[str]) -> Run:
-        """-> the same run, whose data are in `folder` now: its folder of images, or CIFAR's files. Raises
-        UsageError."""
+        """-> the same run, whose data are in `folder` now: its folder of images, its list (or the folder
+        of it; its images lie from it as they did), or CIFAR's files. Raises UsageError."""
         if self.data.source == "digits":
             raise UsageError("--data: the digits come with the package; leave it out.")
-        place = str(Path(folder).expanduser().absolute())
-        field = "root" if self.data.source in ("cifar10", "cifar100") else "source"
-        data = msgspec.structs.replace(self.data, **{field: place})
+        data = self.data.moved(str(Path(folder).expanduser().absolute()))
         return Run(self.folder, msgspec.structs.replace(self.config, data=data))
 
     def checkpoint(self, name: str) -> Path:

@@ -1,8 +1,8 @@
 """SIGKILL at any instant, of one process or of two that work on the same thing: what was good is still good,
 what was begun goes on to what an undisturbed run leaves, and nothing else was touched.
 
-FFL_KILLS says how many kills (12); `FFL_KILLS=1000 pytest -m fault tests/test_kills.py` is the long version, and
-FFL_KILLS_SEED draws other instants.
+FFL_KILLS says how many kills (12); `FFL_KILLS=1000 pytest -m fault tests/test_kills.py` is the long version,
+and FFL_KILLS_SEED draws other instants.
 """
 
 from __future__ import annotations

@@ -2,31 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
-from ffl_deploy.data.datasets import ArraySplit, DataSpec, ImageData
+from ffl_deploy.data.datasets import ArraySplit, ImageData
 from ffl_deploy.errors import CheckError, UsageError
 from ffl_deploy.networks.mutual import MutualNetwork, NetworkConfig
-from train.config import NAMED_DATA, TrainConfig
+from train.config import TrainConfig
 from train.data.batches import Batches, InMemoryBatches, Plan, Shares, crop_padding
 from train.data.streaming import StreamedBatches
 from train.machine import Place
 from train.methods import Method
-
-
-def data_spec(config: TrainConfig) -> DataSpec:
-    """-> which images to read; folders as absolute paths, so that export finds them from anywhere."""
-    source, root = config.data.source, config.data.root
-    named = source in NAMED_DATA
-    return DataSpec(
-        source=source if named else str(Path(source).expanduser().absolute()),
-        root=None if root is None else str(root.expanduser().absolute()),
-        image_size=config.data.image_size,
-        validation=config.data.validation,
-        skip_bad_images=config.data.skip_bad_images,
-    )
 
 
 def memory_limit(config: TrainConfig) -> int | None:

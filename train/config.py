@@ -40,8 +40,6 @@ def option(
     return field(default=default, metadata={"help": Help(text, metavar, flag, choices)})
 
 
-NAMED_DATA = ("digits", "cifar10", "cifar100")
-"""What --data takes beside a folder."""
 Names = tuple[str, ...]
 """One flag value with commas, as in --branches resnet32,resnet32."""
 
@@ -52,15 +50,22 @@ class DataOptions:
 
     source: str = option(
         "digits",
-        "What to train on: a data set's name; a folder with CLASS/*, or with train/CLASS/* and test/CLASS/*.",
-        metavar="digits|cifar10|cifar100|DIR",
+        "What to train on: a data set's name; a folder with CLASS/*, or with train/CLASS/* and test/CLASS/*; "
+        "or a CSV or Parquet list of images and their labels.",
+        metavar="digits|cifar10|cifar100|DIR|LIST",
         flag="data",
     )
     root: Path | None = option(
         None,
-        "Where CIFAR's own files lie or are downloaded to; data/ if not given.",
+        "Where a list's images lie, its own folder if not given; or CIFAR's files, data/ if not given.",
         metavar="DIR",
         flag="data-root",
+    )
+    column: str | None = option(
+        None, "Of a list: the column of paths; path, image, file_name, ... if not given.", metavar="NAME"
+    )
+    label_column: str | None = option(
+        None, "Of a list: the column of classes; label, class or target if not given.", metavar="NAME"
     )
     image_size: ImageSize | None = option(
         None,

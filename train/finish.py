@@ -20,13 +20,12 @@ from ffl_deploy.networks.checkpoint import MODEL, load_weights, read_checkpoint
 from ffl_deploy.networks.mutual import MutualNetwork, NetworkConfig
 from ffl_deploy.probes import PREFIX, draw, files_as_arrays, prepared
 from ffl_deploy.run_directory import PREDICTIONS, REFERENCE, SCHEMA, SUMMARY, ModelRecord, RunConfig
-from train.build import data_spec
 from train.config import TrainConfig
 from train.data.batches import Batches
 from train.evaluate import logits_of, predictions
 from train.machine import Place
 from train.methods import Method
-from train.options import options_to_json
+from train.options import data_spec, options_to_json
 from train.state import Position
 
 REFERENCE_IMAGES = 256

@@ -15,11 +15,12 @@ from types import NoneType
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 from ffl_deploy.command import Parser
+from ffl_deploy.data import NAMED
 from ffl_deploy.errors import UsageError, choices_sentence
 from ffl_deploy.preprocessing import ImageSize
 from ffl_deploy.run_directory import SUMMARY, load_run
 from train.config import Help, TrainConfig, split_names
-from train.options import differences, options_from_json, require_kept, validate
+from train.options import data_spec, differences, options_from_json, require_kept, validate
 from train.recipes import fine_tuning, recipe_for
 
 T = TypeVar("T")
@@ -201,14 +202,19 @@ def starting_point(typed: Typed) -> TrainConfig:
 
 
 def _same_places(typed: Typed, stored: TrainConfig) -> Typed:
-    """-> `typed` with the data's folder, however it was spelled, as the run that is resumed spells it."""
+    """-> `typed` with the data's folder or list, however it was spelled, as the resumed run spells it."""
     source, same = typed.get("data.source"), dict(typed)
-    if source is not None and source != stored.data.source and Path(source).expanduser().is_dir():
+    if source is not None and source != stored.data.source and Path(source).expanduser().exists():
         absolute = Path(source).expanduser().absolute()
         known = Path(stored.data.source)
-        same["data.source"] = (
-            stored.data.source if known.exists() and absolute.samefile(known) else str(absolute)
-        )
+        if known.exists() and absolute.samefile(known):
+            return same | {"data.source": stored.data.source}
+        same["data.source"] = str(absolute)
+        if stored.data.source not in NAMED:
+            moved = data_spec(stored).moved(str(absolute))
+            same["data.source"] = moved.source
+            if moved.root is not None:
+                same.setdefault("data.root", Path(moved.root))
     return same
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from ffl_deploy.data.datasets import ImageData
 from ffl_deploy.data.folders import median_side
+from ffl_deploy.data.inputs import LABELS
 from ffl_deploy.images import UNREADABLE
 from ffl_deploy.installed import install_command
 from ffl_deploy.statistics import wilson_interval
@@ -37,7 +38,8 @@ def advice(config: TrainConfig, data: ImageData) -> list[str]:
     if config.output.resume is not None or config.model.quantize_aware is not None:
         return lines
     size = data.preprocessing.width
-    side = max((median_side(part.files) for part in data.inputs.parts.values()), default=0)
+    parts = [part for name, part in data.inputs.parts.items() if name != LABELS]
+    side = max((median_side(part.files) for part in parts), default=0)
     better = max((one for one in PUBLISHED_SIZES if one <= side), default=0)
     if len(data.train) < FEW and not config.model.pretrained and better:
         names = ",".join(["torchvision:resnet18"] * max(2, len(config.model.branches)))

@@ -107,10 +107,11 @@ def import_official(
     from ffl_deploy.data.datasets import CIFAR_STATISTICS, load_data
     from ffl_deploy.networks.checkpoint import MODEL, load_weights, save_checkpoint
     from ffl_deploy.networks.mutual import MutualNetwork
-    from train.build import choose_network, data_spec, make_batches
+    from train.build import choose_network, make_batches
     from train.finish import describe, finish
     from train.machine import Place
     from train.methods import build_method
+    from train.options import data_spec
     from train.state import Position
 
     if out.exists():

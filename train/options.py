@@ -10,6 +10,9 @@ from typing import Any
 
 import msgspec
 
+from ffl_deploy.data import NAMED
+from ffl_deploy.data.datasets import DataSpec
+from ffl_deploy.data.lists import is_list
 from ffl_deploy.errors import CheckError, UsageError
 from ffl_deploy.preprocessing import sides
 from train.config import TrainConfig
@@ -29,6 +32,20 @@ MAY_CHANGE = {
     "machine.cuda_graph",
     "recipe",
 }
+
+
+def data_spec(config: TrainConfig) -> DataSpec:
+    """-> which images to read; paths are absolute, so that export finds them from anywhere."""
+    source, root = config.data.source, config.data.root
+    return DataSpec(
+        source=source if source in NAMED else str(Path(source).expanduser().absolute()),
+        root=None if root is None else str(root.expanduser().absolute()),
+        image_size=config.data.image_size,
+        validation=config.data.validation,
+        skip_bad_images=config.data.skip_bad_images,
+        column=config.data.column,
+        label_column=config.data.label_column,
+    )
 
 
 def validate(config: TrainConfig) -> None:
@@ -82,6 +99,10 @@ def validate(config: TrainConfig) -> None:
             set(config.output.track) <= set(EXTRAS),
             f"--track knows {', '.join(EXTRAS)}; TensorBoard is always there",
         ),
+        (
+            is_list(d.source) or d.column is d.label_column is None,
+            "--column and --label-column are of a list of images, as in --data LIST.csv",
+        ),
         (bool(config.model.branches), "--branches must name at least one backbone"),
         *(
             (config.model.quantize_aware is None or fits, f"--quantize-aware {text}")
@@ -123,7 +144,15 @@ def differences(stored: TrainConfig, wanted: TrainConfig, resumed: bool = False)
 
 # What fine-tuning has to leave as the run that it goes on from had it: networks,
 # and which image belongs to which split.
-KEPT = ("model.", "data.source", "data.image_size", "data.validation", "data.skip_bad_images")
+KEPT = (
+    "model.",
+    "data.source",
+    "data.image_size",
+    "data.validation",
+    "data.skip_bad_images",
+    "data.column",
+    "data.label_column",
+)
 
 
 def require_kept(started_from: TrainConfig, config: TrainConfig) -> None:

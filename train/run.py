@@ -6,14 +6,13 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from ffl_deploy.command import run_command
-from ffl_deploy.data.folders import find_parts
-from train.config import NAMED_DATA, TrainConfig
+from ffl_deploy.data.datasets import require_there
+from train.config import TrainConfig
 from train.flags import Flags, configure, starting_point
-from train.options import flatten, options_to_json
+from train.options import data_spec, flatten, options_to_json
 from train.recipes import RECIPES
 
 PROGRAM = "ffl-train"
@@ -34,9 +33,8 @@ def main(argv: Sequence[str]) -> int:
         # with the defaults of what was chosen
         Flags(PROGRAM, starting_point(typed), examples=EXAMPLES).show_help()
     config = configure(typed)
-    if config.output.resume is None and config.data.source not in NAMED_DATA:
-        # a mistyped folder is told before torch comes
-        find_parts(Path(config.data.source).expanduser())
+    if config.output.resume is None:
+        require_there(data_spec(config))  # a mistyped folder is told before torch comes
     from train.session import run_training  # torch takes seconds to import, which --help should not wait for
 
     return run_training(config)

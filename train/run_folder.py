@@ -167,7 +167,7 @@ def require_same_data(folder: Path, stored: RunConfig, found: RunConfig, inputs:
 
 def _names(config: RunConfig) -> list[str]:
     """-> the unreadable images, below the data's folder, wherever that is now."""
-    start = os.path.join(config.data.source, "")
+    start = os.path.join(config.data.folder, "")
     return sorted(name.removeprefix(start) for name in config.split["skipped"])
 
 

@@ -14,6 +14,7 @@ import torch
 
 from ffl_deploy.command import printable
 from ffl_deploy.data.datasets import ImageData, load_data
+from ffl_deploy.data.folders import shorten
 from ffl_deploy.data.inputs import FILE as INPUTS
 from ffl_deploy.data.twins import summary as twins_summary
 from ffl_deploy.files import existing_folder, write_json
@@ -24,7 +25,6 @@ from ffl_deploy.run_directory import CONFIG, REFERENCE, SUMMARY, load_run
 from train.build import (
     check_small_size,
     choose_network,
-    data_spec,
     make_batches,
     memory_limit,
     synchronize_batchnorm,
@@ -38,6 +38,7 @@ from train.loop import Trainer
 from train.machine import Place, choose_device, choose_place, require_possible, resources_in_one_sentence
 from train.methods import build_method
 from train.onednn import in_default_order, keep_off_faulty_kernels
+from train.options import data_spec
 from train.precision import fastest_precision
 from train.quantize_aware import QuantizeAwareTrainer, calibration_images, keep_teacher, load_teacher
 from train.randomness import seed_everything
@@ -159,6 +160,9 @@ def headline(folder: Path, config: TrainConfig, data: ImageData, network: Mutual
         lines.append(
             f"passed over {sum(data.left_out.values())} files that are no images by their names: {reasons}"
         )
+    counts = np.bincount(data.validation.labels, minlength=len(data.classes))
+    if unseen := [data.classes[label] for label in np.flatnonzero(counts == 0)]:
+        lines.append(f"no validation images of {shorten(unseen)}: the best epoch is chosen without them")
     lines += [f"{line}: such an accuracy says nothing about new images" for line in twins_summary(data.twins)]
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""Which images a run uses: the digits, CIFAR's files or a folder, in three splits held apart.
+"""Which images a run uses: the digits, CIFAR's files, a folder or a list, in three splits held apart.
 
 Training and export both read through `load_data`, so they see the same pixels in the same splits.
 Nothing here imports torch, except torchvision for CIFAR's own files (cifar.py).
@@ -6,6 +6,7 @@ Nothing here imports torch, except torchvision for CIFAR's own files (cifar.py).
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,9 +14,11 @@ import msgspec
 import numpy as np
 
 from ffl_deploy.arrays import read_arrays
+from ffl_deploy.data import NAMED
 from ffl_deploy.data.flat import read_flat
-from ffl_deploy.data.folders import Cut, find_parts, read_folder, unreadable
-from ffl_deploy.data.inputs import Inputs
+from ffl_deploy.data.folders import Cut, find_images, find_parts, read_folder, unreadable
+from ffl_deploy.data.inputs import LABELS, Inputs
+from ffl_deploy.data.lists import choose_columns, is_list, label_prints, read_list
 from ffl_deploy.data.splits import ArraySplit, FileSplit, Problems, Split, read_readable, stratified
 from ffl_deploy.data.twins import Twin
 from ffl_deploy.host import available_memory
@@ -46,10 +49,12 @@ STATISTICS_SAMPLE = 20_000  # images
 class DataSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Which images a run uses, and how they are split and sized; stored in the run's configuration.
 
-    source: "digits", "cifar10", "cifar100" or a folder with CLASS/*, or with
-    train/CLASS/* and test/CLASS/* (or val/).
-    root: where CIFAR's files lie. image_size: side in pixels, or (width, height); None takes the data's own.
-    validation: share of the training images, per class, that is held out to choose the best epoch.
+    source: "digits", "cifar10", "cifar100", a folder with CLASS/*, or with
+    train/CLASS/* and test/CLASS/* (or val/), or a list of images.
+    root: where CIFAR's files lie, or a list's images where they are not beside it. column, label_column: of a
+    list whose columns have names of their own. image_size: side in pixels, or (width, height); None takes the
+    data's own. validation: share of the training images, per class, that is held out to choose the best
+    epoch.
     """
 
     source: str = "digits"
@@ -58,6 +63,28 @@ class DataSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     validation: float = 0.1
     split_seed: int = 0
     skip_bad_images: bool = False
+    column: str | None = None
+    label_column: str | None = None
+
+    @property
+    def folder(self) -> str:
+        """Where the images lie that a folder or a list names."""
+        if is_list(self.source):
+            return os.path.expanduser(self.root or os.path.dirname(self.source) or ".")
+        return os.path.expanduser(self.source)
+
+    def moved(self, place: str) -> DataSpec:
+        """-> the same data at `place`: the folder, a list or the folder of a list, or CIFAR's files."""
+        if self.source in NAMED:
+            return msgspec.structs.replace(self, root=place)
+        if not is_list(self.source):
+            return msgspec.structs.replace(self, source=place)
+        name = os.path.basename(self.source)
+        table = os.path.join(place, name) if os.path.isdir(place) else place
+        root = self.root and os.path.normpath(
+            os.path.join(os.path.dirname(table), os.path.relpath(self.root, os.path.dirname(self.source)))
+        )
+        return msgspec.structs.replace(self, source=table, root=root)
 
 
 @dataclass(frozen=True)
@@ -67,7 +94,7 @@ class ImageData:
     skipped: path -> reason, of unreadable images that were left out; left_out: reason -> how many files a
     folder holds that are no images by their names; inputs: its files as they were read; twins: pictures in
     two splits; split_here: whether the test images were held out of a folder that has none apart. The last
-    three are of folders alone.
+    three are of folders and lists alone.
     """
 
     name: str
@@ -93,9 +120,9 @@ def load_data(spec: DataSpec, memory_limit: int | None = None) -> ImageData:
     """
     if spec.source == "digits":
         return _digits(spec)
-    if spec.source in ("cifar10", "cifar100"):
+    if spec.source in NAMED:
         return _cifar(spec)
-    return _folder(spec, available_memory() // 4 if memory_limit is None else memory_limit)
+    return _files(spec, available_memory() // 4 if memory_limit is None else memory_limit)
 
 
 def _digits(spec: DataSpec) -> ImageData:
@@ -144,19 +171,34 @@ def _resized(split: ArraySplit, preprocessing: Preprocessing) -> ArraySplit:
     return ArraySplit(images, split.labels)
 
 
-def _folder(spec: DataSpec, memory_limit: int) -> ImageData:
-    root = Path(spec.source).expanduser()
-    cut = Cut(spec.validation, spec.split_seed)
-    parts = find_parts(root)
+def require_there(spec: DataSpec) -> None:
+    """Raise UsageError where a folder or list is not there, or is none: at once, before anything is read."""
+    if is_list(spec.source):
+        choose_columns(Path(spec.source).expanduser(), spec.column, spec.label_column)
+    elif spec.source not in NAMED:
+        find_parts(Path(spec.source).expanduser())
+
+
+def _files(spec: DataSpec, memory_limit: int) -> ImageData:
+    """The images of a folder, or of a list."""
+    source, folder = Path(spec.source).expanduser(), Path(spec.folder)
+    cut, listed = Cut(spec.validation, spec.split_seed), is_list(spec.source)
+    if listed:
+        columns = choose_columns(source, spec.column, spec.label_column)
+        parts = read_list(source, folder, columns, spec.skip_bad_images)
+    else:
+        parts = {name: find_images(part, name != "train") for name, part in find_parts(source).items()}
     split_here = "test" not in parts
     content = (
         read_flat(parts["train"], spec.image_size, cut, memory_limit, spec.skip_bad_images)
         if split_here
-        else read_folder(root, spec.image_size, cut, memory_limit, spec.skip_bad_images)
+        else read_folder(parts, folder, spec.image_size, cut, memory_limit, spec.skip_bad_images)
     )
+    if listed:
+        content.inputs.parts[LABELS] = label_prints(parts.values())
     mean, std = folder_statistics(content.train, content.preprocessing, spec.skip_bad_images)
     return ImageData(
-        root.resolve().name, content.classes, content.preprocessing, mean, std,
+        source.stem if listed else source.resolve().name, content.classes, content.preprocessing, mean, std,
         content.train, content.validation, content.test, content.skipped,
         content.left_out, content.inputs, content.twins, split_here,
     )  # fmt: skip

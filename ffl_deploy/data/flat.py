@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
 from ffl_deploy.data.folders import (
     Cut,
     FolderContent,
-    find_images,
+    Listing,
     folder_preprocessing,
     own_size,
     shorten,
@@ -41,12 +40,11 @@ PARTS = ("test", "validation", "train")
 
 
 def read_flat(
-    folder: Path, image_size: ImageSize | None, cut: Cut, memory_limit: int, skip_bad_images: bool
+    part: Listing, image_size: ImageSize | None, cut: Cut, memory_limit: int, skip_bad_images: bool
 ) -> FolderContent:
-    """Read FOLDER/CLASS/* and split it. Every image is decoded once, since the same picture may lie in two
-    files; beyond `memory_limit` bytes it is not kept. Raises UsageError as `read_folder`, and for a class
-    with fewer than three different pictures."""
-    part = find_images(folder)
+    """Read the images of FOLDER/CLASS/* and split them. Every image is decoded once, since the
+    same picture may lie in two files; beyond `memory_limit` bytes it is not kept. Raises UsageError as
+    `read_folder`, and for a class with fewer than three different pictures."""
     inputs = Inputs({"all": PartInputs(part.paths, part.prints)})
     preprocessing = folder_preprocessing(image_size or own_size(part.paths))
     files = FileSplit(part.paths, part.labels, preprocessing)
@@ -68,11 +66,11 @@ def read_flat(
     lacking = [
         name
         for k, name in enumerate(part.classes)
-        if any(not (readable.labels[rows[part]] == k).any() for part in PARTS)
+        if any(not (readable.labels[rows[one]] == k).any() for one in PARTS)
     ]
     if lacking:
         raise UsageError(
-            f"{shown(folder)} has fewer than three different pictures of {shorten(lacking)}; training, "
+            f"{shown(part.folder)} has fewer than three different pictures of {shorten(lacking)}; training, "
             "validation and test need one each: add some."
         )
     train, validation, test = (images.take(rows[name]) for name in ("train", "validation", "test"))

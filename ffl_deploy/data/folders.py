@@ -4,6 +4,7 @@ and read or left on disk."""
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -64,18 +65,22 @@ class FolderContent(NamedTuple):
 
 
 def read_folder(
-    root: Path, image_size: ImageSize | None, cut: Cut, memory_limit: int, skip_bad_images: bool
+    parts: dict[str, Listing],
+    root: Path,
+    image_size: ImageSize | None,
+    cut: Cut,
+    memory_limit: int,
+    skip_bad_images: bool,
 ) -> FolderContent:
-    """Read DIR/train/CLASS/* with test/ or val/; with both, val/ is the validation split,
-    else it is cut from train/.
+    """Read "train", "test" and "validation", which is cut from "train" where it is not among `parts`; `root`
+    is what messages name files below.
 
     Where all images together, decoded, take at most `memory_limit` bytes they are read into memory. Otherwise
     they stay on disk: then validation and test images are decoded once, so that their number is certain, and
     training images are checked by header and end (see `check_file`). Raises UsageError for everything that is
     wrong, all unreadable images at once.
     """
-    parts = {name: find_images(folder) for name, folder in find_parts(root).items()}
-    require_equal_classes(parts)
+    parts = with_classes_of_training(parts)
     inputs = Inputs({part.folder.name: PartInputs(part.paths, part.prints) for part in parts.values()})
     left_out = sum((part.left_out for part in parts.values()), Counter[str]())
     classes = parts["train"].classes
@@ -144,7 +149,8 @@ def find_parts(root: Path) -> dict[str, Path]:
     if not root.is_dir():
         raise UsageError(
             f"--data {shown(root)}: there is no such folder; give a folder with CLASS/*, or with "
-            f"train/CLASS/* and test/CLASS/*, or one of digits, cifar10, cifar100.{did_you_mean(shown(root))}"
+            f"train/CLASS/* and test/CLASS/*, or a CSV or Parquet list of images, or one of digits, "
+            f"cifar10, cifar100.{did_you_mean(shown(root))}"
         )
     has = {name for name in ("train", "test", *VALIDATION) if (root / name).is_dir()}
     held_out = [name for name in VALIDATION if name in has]
@@ -188,10 +194,11 @@ def require_whole(root: Path) -> Path:
     return root
 
 
-def find_images(folder: Path) -> Listing:
+def find_images(folder: Path, held_out: bool = False) -> Listing:
     """-> the images in the class folders of `folder`, at any depth, sorted by class and path.
 
-    Hidden files and folders (.DS_Store, macOS's ._* files) are passed over.
+    Hidden files and folders (.DS_Store, macOS's ._* files) are passed over. held_out: these images are not
+    trained on, so a class folder may be empty, which counts as none.
     Raises UsageError for no class or an empty one.
     """
     classes = subfolders(folder)
@@ -214,12 +221,13 @@ def find_images(folder: Path) -> Listing:
         names += found
         counts.append(len(found))
     empty = [name for name, count in zip(classes, counts, strict=True) if not count]
-    if empty:
+    if empty and not (held_out and names):
         raise UsageError(
             f"{shown(folder / empty[0])} holds no images ({', '.join(SUFFIXES)}); add some or remove the "
             f"folder{f' ({len(empty)} class folders are empty)' if len(empty) > 1 else ''}."
         )
-    if len(classes) < 2:
+    classes, counts = [name for name in classes if name not in empty], [count for count in counts if count]
+    if len(classes) < 2 and not held_out:
         raise UsageError(
             f"{shown(folder)} has one class only ({classes[0]}); a classifier needs at least two."
         )
@@ -250,16 +258,37 @@ def _image_names(folder: str | os.PathLike[str], prefix: str, left_out: Counter[
                 left_out[f"called {suffix}" if suffix else "without a suffix"] += 1
 
 
-def require_equal_classes(parts: dict[str, Listing]) -> None:
-    """Raise UsageError that names the classes which not all parts have."""
+def with_classes_of_training(parts: dict[str, Listing]) -> dict[str, Listing]:
+    """-> the parts, their labels counted in the classes of the training images. A class may lack validation
+    images; raises UsageError for one that lacks test images, or has none to train on."""
     train = parts["train"]
-    for part in parts.values():
-        only = sorted(set(train.classes) ^ set(part.classes))
-        if only:
+    found = {"train": train}
+    for name, part in parts.items():
+        unknown = sorted(set(part.classes) - set(train.classes))
+        missing = [one for one in train.classes if one not in part.classes]
+        if unknown:
             raise UsageError(
-                f"{shown(train.folder)} and {shown(part.folder)} have different classes ({shorten(only)}); "
-                "give both the same class folders."
+                f"{shown(part.folder)} has images of {shorten(unknown)}, which {shown(train.folder)} "
+                f"has none of; add some there, or take these away.{_alike(unknown, missing)}"
             )
+        if missing and name == "test":
+            raise UsageError(
+                f"{shown(part.folder)} has no images of {shorten(missing)}, so it could not be said how well "
+                "they are told; move some of the training images there, leave the class out of both, or take "
+                f"{shown(part.folder)} away: test images are then held out of {shown(train.folder)}."
+            )
+        label = np.array([train.classes.index(one) for one in part.classes], np.int64)
+        found[name] = part._replace(classes=train.classes, labels=label[part.labels])
+    return found
+
+
+def _alike(names: Sequence[str], others: Sequence[str]) -> str:
+    """-> a sentence where two names differ in how their accents are written alone, as macOS does."""
+    plain = {unicodedata.normalize("NFC", name) for name in others}
+    alike = [name for name in names if unicodedata.normalize("NFC", name) in plain]
+    return (
+        f" {alike[0]} is there with its accents written otherwise (NFC or NFD): rename one." if alike else ""
+    )
 
 
 def folder_preprocessing(size: ImageSize) -> Preprocessing:

@@ -23,6 +23,8 @@ from ffl_deploy.errors import CheckError
 from ffl_deploy.files import replace_file
 
 FILE = "inputs.tsv.gz"
+LABELS = "labels"
+"""The part that holds prints of the files' classes, where those are not in their names."""
 WHOLE = 16 << 10  # bytes; of larger files three pieces are read
 PIECE = 4 << 10
 
@@ -119,6 +121,11 @@ def changes(before: Inputs, now: Inputs) -> list[str]:
     found = []
     for part in sorted({*before.parts, *now.parts}):
         old, new = (_by_name(inputs, part) for inputs in (before, now))
+        if part == LABELS:  # that a file is new or gone its own part says
+            found += [
+                f"{name} has another label" for name in sorted({*old} & {*new}) if old[name] != new[name]
+            ]
+            continue
         for name in sorted({*old, *new}):
             if old.get(name) != new.get(name):
                 what = "is gone" if name not in new else "is new" if name not in old else "is another file"

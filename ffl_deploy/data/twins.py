@@ -89,4 +89,4 @@ def _same(one: Split, row: int, other: Split, second: int) -> bool:
 
 
 def _below(path: str, root: Path) -> str:
-    return str(Path(path).relative_to(root))
+    return str(Path(path).relative_to(root)) if Path(path).is_relative_to(root) else path

@@ -68,7 +68,7 @@ def test_class_folder_without_images(image_folder: MakeFolder) -> None:
 def test_unequal_classes(image_folder: MakeFolder, part: str) -> None:
     folder = image_folder(classes=("cat", "dog", "emu"))
     shutil.rmtree(folder / part / "emu")
-    assert "different classes (emu)" in refuse(folder)
+    assert f"{folder / 'test'} has {'no ' if part == 'test' else ''}images of emu" in refuse(folder)
 
 
 def test_one_class(image_folder: MakeFolder) -> None:
@@ -243,3 +243,34 @@ def test_a_file_that_breaks_pillow_is_reported_as_unreadable(
 
     monkeypatch.setattr(Image, "open", damaged)
     assert own_size([str(folder / "train" / "cat" / f"00{number}.png") for number in range(3)]) == 16
+
+
+@pytest.mark.parametrize("how", ["no-folder", "empty-folder"])
+def test_a_class_may_lack_validation_images(image_folder: MakeFolder, how: str) -> None:
+    """Rare classes have few images; which number a class has does not depend on who has some."""
+    folder = image_folder(classes=("ant", "bee", "cat"), val=2)
+    shutil.rmtree(folder / "val" / "bee")
+    if how == "empty-folder":
+        (folder / "val" / "bee").mkdir()
+    data = load_data(DataSpec(source=str(folder)))
+    assert data.classes == ("ant", "bee", "cat")
+    assert data.validation.labels.tolist() == [0, 0, 2, 2]
+
+
+@pytest.mark.parametrize("how", ["no-folder", "empty-folder"])
+def test_a_class_without_test_images_has_three_ways_out(image_folder: MakeFolder, how: str) -> None:
+    folder = image_folder(classes=("ant", "bee", "cat"))
+    shutil.rmtree(folder / "test" / "bee")
+    if how == "empty-folder":
+        (folder / "test" / "bee").mkdir()
+    text = refuse(folder)
+    assert f"{folder / 'test'} has no images of bee" in text
+    assert "move some of the training images there, leave the class out of both, or take" in text
+    (folder / "test").rename(folder.parent / "away")  # as it advises
+    assert load_data(DataSpec(source=str(folder))).split_here
+
+
+def test_names_that_differ_in_their_accents_alone(image_folder: MakeFolder) -> None:
+    folder = image_folder(classes=("cafe\u0301", "tea"))
+    (folder / "test" / "cafe\u0301").rename(folder / "test" / "caf\xe9")
+    assert "with its accents written otherwise (NFC or NFD): rename one" in refuse(folder)
