@@ -7,8 +7,9 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 
-from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.routing import Route
@@ -20,6 +21,7 @@ from serve.server.compression import Inflate
 from serve.server.limits import Bodies, HostAndOrigin, Token, own_hosts
 from serve.server.protocol import HEADER_LENGTH
 from serve.server.proxies import Forwarded
+from serve.server.repository import Repository
 from serve.server.service import Phase, Service
 from serve.server.settings import Settings
 from serve.server.tracking import Tracking
@@ -35,21 +37,20 @@ def create_app(settings: Settings, stop: Callable[[], None] = lambda: None) -> F
     Args: stop: called when loading failed; `app.state.service.failure` then says why.
     """
     service = Service(settings, stop)
+    repository = Repository(service)
     slot = DemoSlot(service)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with _running(service, slot, stop):
+        async with _running(service, repository, slot, stop):
             yield
 
     # No generated API pages: they load scripts from elsewhere, and the protocol has its own specification.
     app = FastAPI(title="ffl-serve", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.state.service = service
+    app.state.service, app.state.repository = service, repository
 
     # errors, in the form of the inference protocol
     @app.exception_handler(HTTPException)
-    @app.exception_handler(404)
-    @app.exception_handler(405)
     async def refused(request: Request, error: HTTPException) -> Response:
         return JSONResponse({"error": str(error.detail)}, error.status_code, error.headers)
 
@@ -62,8 +63,8 @@ def create_app(settings: Settings, stop: Callable[[], None] = lambda: None) -> F
         return Response(service.metrics.text(), media_type=service.metrics.content_type)
 
     app.add_route("/metrics", metrics)
-    app.add_route("/v2", v2.Descriptions(service).server)
-    app.mount("/v2", GZipMiddleware(v2.routes(service), COMPRESSED_FROM, COMPRESSION_LEVEL))
+    app.add_route("/v2", v2.Descriptions(service, repository).server)
+    app.mount("/v2", GZipMiddleware(v2.routes(service, repository), COMPRESSED_FROM, COMPRESSION_LEVEL))
     if settings.protocol:
         app.router.routes.append(Route(classify.PATH, classify.Classify(service)))
     app.mount("/", DemoGuard(slot, service))
@@ -99,7 +100,9 @@ def create_app(settings: Settings, stop: Callable[[], None] = lambda: None) -> F
 
 
 @contextlib.asynccontextmanager
-async def _running(service: Service, slot: DemoSlot, stop: Callable[[], None]) -> AsyncIterator[None]:
+async def _running(
+    service: Service, repository: Repository, slot: DemoSlot, stop: Callable[[], None]
+) -> AsyncIterator[None]:
     """Load in the background for as long as the server runs;
     the demo's own lifespan stays inside one task."""
     ending = asyncio.Event()
@@ -112,6 +115,9 @@ async def _running(service: Service, slot: DemoSlot, stop: Callable[[], None]) -
                     await stack.enter_async_context(slot.filled())
                 service.become(Phase.READY)
                 service.log_ready()
+                if service.settings.watch_seconds is not None:
+                    watching = asyncio.create_task(repository.watch(service.settings.watch_seconds))
+                    stack.callback(watching.cancel)
             except Exception as error:
                 service.failure = error
                 stop()

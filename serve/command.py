@@ -146,6 +146,19 @@ def build_parser(demo_alone: bool = False) -> Parser:
         help="a page elsewhere that may call /v2 and /classify, as https://shop.example; may be repeated",
     )
 
+    replacing = parser.add_argument_group("bundles that are replaced while it runs")
+    replacing.add_argument(
+        "--watch",
+        type=float,
+        metavar="SECONDS",
+        help="look this often for a bundle that was replaced on disk; it answers once it is verified",
+    )
+    replacing.add_argument(
+        "--model-control",
+        action="store_true",
+        help="clients may load and unload models through /v2/repository",
+    )
+
     ending = parser.add_argument_group("its end, and what it logs")
     ending.add_argument(
         "--drain",
@@ -171,6 +184,8 @@ def parse_arguments(argv: Sequence[str], demo_alone: bool = False) -> Settings:
         raise UsageError(f"--port is {given.port}; it has to be from 0 to 65535.")
     if given.drain < 0 or given.shutdown < 0:
         raise UsageError("--drain and --shutdown cannot be negative.")
+    if given.watch is not None and not 0.1 <= given.watch <= 86_400:
+        raise UsageError(f"--watch is {given.watch:g}; it has to be from 0.1 to 86400 seconds.")
     return Settings(
         models=tuple(ModelSpec.parse(text, given.variant) for text in given.bundles),
         host=given.host,
@@ -183,6 +198,8 @@ def parse_arguments(argv: Sequence[str], demo_alone: bool = False) -> Settings:
         max_batch=given.max_batch,
         workers=given.workers,
         gpu=given.gpu,
+        model_control=given.model_control,
+        watch_seconds=given.watch,
         token=_read_token(given.token_file) if given.token_file else None,
         allowed_hosts=tuple(name.lower() for name in given.allow_host),
         allowed_origins=tuple(_origin(text) for text in given.allow_origin),

@@ -10,8 +10,9 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -44,9 +45,14 @@ class DrainingServer(uvicorn.Server):
     it at once would reset clients whose next request is already on its way.
     """
 
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+    def __init__(
+        self, config: uvicorn.Config, service: Service, look: Callable[[], Coroutine[Any, Any, None]]
+    ) -> None:
         super().__init__(config)
-        self.service = service
+        self.service, self.look = service, look
+        self.on_terminal = os.isatty(0) or os.isatty(2)
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self._looking: set[asyncio.Future[None]] = set()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.service.phase is not Phase.READY:
@@ -60,6 +66,24 @@ class DrainingServer(uvicorn.Server):
         timer.daemon = True
         timer.start()
         return None
+
+    def handle_hangup(self, sig: int, frame: FrameType | None) -> None:
+        """SIGHUP: the terminal is gone, which ends the server as SIGTERM does; without one, look for replaced
+        bundles."""
+        if self.on_terminal:
+            self.handle_exit(sig, frame)
+        elif self.service.phase is Phase.READY and self.loop is not None:
+            self.service.log.info("looking for replaced bundles", extra={"signal": "SIGHUP"})
+            self.loop.call_soon_threadsafe(self._look)
+
+    def _look(self) -> None:
+        task = asyncio.ensure_future(self.look())
+        self._looking.add(task)
+        task.add_done_callback(self._looking.discard)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self.loop = asyncio.get_running_loop()
+        await super().startup(sockets)
 
     def stop(self) -> None:
         """Go on to `shutdown`; may be called from any thread."""
@@ -110,12 +134,14 @@ def run_until_signal(settings: Settings, create_app: CreateApp) -> None:
             timeout_graceful_shutdown=int(settings.shutdown_seconds),
             proxy_headers=False,
         )
-        server = DrainingServer(config, service)
+        server = DrainingServer(config, service, app.state.repository.look)
 
         # uvicorn raises the signals that it has caught once more when it is done: a drained SIGTERM is a
         # success. A signal that comes before uvicorn listens has to end it all the same.
         for caught in (signal.SIGTERM, signal.SIGINT):
             signal.signal(caught, lambda number, frame: server.stop())
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup leaves it
+            signal.signal(signal.SIGHUP, server.handle_hangup)
         if settings.host not in LOOPBACK and not settings.token:
             service.log.warning(
                 "other machines can reach this server without a token; see --token-file",

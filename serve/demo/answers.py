@@ -28,10 +28,14 @@ class Answer:
     """What one model took the image for. `top`: (label, probability), falling. `cam`: float32 [h, w],
     where the bundle has it."""
 
-    model: str
+    served: ServedModel
     top: list[tuple[str, float]]
     milliseconds: float  # in the queue and the model
     cam: np.ndarray | None
+
+    @property
+    def model(self) -> str:
+        return self.served.name
 
     def as_json(self) -> dict[str, Any]:
         label, confidence = self.top[0]
@@ -56,10 +60,13 @@ async def decode_upload(service: Service, data: bytes) -> Decoded:
 async def ask_all(service: Service, pixels: Pixels) -> list[Answer]:
     """-> every model's answer to uint8 RGB [h, w, 3] of any size. One after the other,
     so that no latency includes another's."""
-    return [
+    answers = [
         await ask(model, await asyncio.to_thread(prepare, pixels, model.bundle.preprocessing))
         for model in service.models.values()
     ]
+    if not answers:
+        raise Unanswerable("No model is loaded at the moment.")
+    return answers
 
 
 async def ask(model: ServedModel, pixels: Pixels) -> Answer:
@@ -71,7 +78,7 @@ async def ask(model: ServedModel, pixels: Pixels) -> Answer:
     except (Overloaded, Closed) as error:
         raise Unanswerable("The server is busy; try again in a moment.") from error
     top = model.bundle.prediction(outputs.logits[0], outputs.probabilities[0], TOP_K).top
-    return Answer(model.name, top, seconds * 1000, None if outputs.cam is None else outputs.cam[0])
+    return Answer(model, top, seconds * 1000, None if outputs.cam is None else outputs.cam[0])
 
 
 def overlay(pixels: Pixels, cam: np.ndarray, size: int = 320) -> Image.Image:

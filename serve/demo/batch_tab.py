@@ -80,11 +80,15 @@ def batch_tab(service: Service) -> None:
         if not paths:
             yield [sentences.status("Choose files first."), *nothing]
             return
+        model = service.models.get(name)
+        if model is None:
+            yield [sentences.status(f"{name} is not loaded at the moment."), *nothing]
+            return
         none = gr.DownloadButton(interactive=False)
         yield [_progress(BatchState(), paths), "", None, none, none, RUNNING]
         state = BatchState()
         try:
-            async for state in classify_files(service, service.models[name], paths):
+            async for state in classify_files(service, model, paths):
                 yield [_progress(state, paths), _table(state.rows), *[gr.skip()] * 4]
         except (Overloaded, Closed):
             yield [sentences.status("The server is too busy for a batch; try again later."), *nothing]

@@ -27,6 +27,7 @@ WAITING = "Waiting for an image."
 class Panel:
     """Where one model's answer appears."""
 
+    model: str
     label: gr.Label
     note: gr.Markdown
     cam: gr.Image | None
@@ -103,11 +104,11 @@ def draw_tab(service: Service, style: DrawingStyle) -> None:
             answers = await ask_all(service, framed)
         except Unanswerable as error:
             return [sentences.problem(str(error)), *empty]
-        first = next(iter(service.models.values())).bundle.preprocessing
+        first = answers[0].served.bundle.preprocessing
         return [
             sentences.status(_verdict(answers)),
             prepare(framed, first),
-            *_filled(service, panels, answers, framed),
+            *_filled(panels, answers, framed),
         ]
 
     pad.submit(
@@ -172,7 +173,7 @@ def _panels(service: Service) -> list[Panel]:
                         height=240,
                         elem_classes=[f"cam-{model.name}", "captioned"],
                     )
-                panels.append(Panel(label, note, cam))
+                panels.append(Panel(model.name, label, note, cam))
     return panels
 
 
@@ -192,20 +193,25 @@ async def _shown(service: Service, panels: list[Panel], data: bytes) -> list[Any
     except Unanswerable as error:
         return [sentences.problem(str(error)), *_nothing(panels)]
     remark = " Only the first frame of this animation was classified." if decoded.animated else ""
-    return [sentences.status(_verdict(answers) + remark), *_filled(service, panels, answers, decoded.pixels)]
+    return [sentences.status(_verdict(answers) + remark), *_filled(panels, answers, decoded.pixels)]
 
 
-def _filled(service: Service, panels: list[Panel], answers: list[Answer], pixels: Pixels) -> list[Any]:
+def _filled(panels: list[Panel], answers: list[Answer], pixels: Pixels) -> list[Any]:
     values: list[Any] = []
-    for panel, answer in zip(panels, answers, strict=True):
-        model = service.models[answer.model]
+    by_name = {answer.model: answer for answer in answers}
+    for panel in panels:
+        answer = by_name.get(panel.model)
+        if answer is None:  # unloaded since the page was built
+            values += [None, "not loaded at the moment", *([] if panel.cam is None else [None])]
+            continue
+        model = answer.served
         values += [
             dict(answer.top),
             f"{answer.milliseconds:.1f} ms · {model.variant.name} on {model.session.runtime}",
         ]
         if panel.cam is not None:
-            assert answer.cam is not None
-            values.append(overlay(prepare(pixels, model.bundle.preprocessing), answer.cam))
+            shown = prepare(pixels, model.bundle.preprocessing)
+            values.append(None if answer.cam is None else overlay(shown, answer.cam))
     return values
 
 

@@ -68,6 +68,11 @@ class Metrics:
         """Let the gauge of `model` call `waiting` when it is scraped."""
         self.queue.labels(model).set_function(waiting)
 
+    def forget_model(self, model: str) -> None:
+        """Show nothing more of a model that was unloaded but what it has counted."""
+        self.queue.remove(model)
+        self.model_info.remove(model)
+
     def watch_gpu(self, name: str, memory: Callable[[], Memory | None]) -> None:
         """Show the memory of the GPU that models compute on; it is asked for when it is scraped."""
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from threading import Thread
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -229,7 +231,11 @@ def open_model(
         name=spec.name,
     )
     why = choice.why if choice else ""
-    return ServedModel(spec.name, bundle, variant, session, batcher, signature, why, statistics)
+    model = ServedModel(spec.name, bundle, variant, session, batcher, signature, why, statistics)
+    # One that was replaced or unloaded ends when the last request that holds it has its answer. In a thread:
+    # a run whose client went away may still take its time.
+    weakref.finalize(model, lambda: Thread(target=batcher.close, daemon=True).start()).atexit = False
+    return model
 
 
 def workers_and_threads(settings: Settings, runtime: str | None) -> tuple[int, int]:

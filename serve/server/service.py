@@ -14,7 +14,7 @@ from ffl_deploy.runtime.gpu import memory
 from serve.server.logs import LOGGER
 from serve.server.metrics import Metrics
 from serve.server.models import Decoders, ServedModel, open_model
-from serve.server.settings import Settings
+from serve.server.settings import ModelSpec, Settings
 
 
 class Phase(Enum):
@@ -34,6 +34,7 @@ class Service:
         self.metrics = Metrics()
         self.decoders = Decoders(settings.limits)
         self.models: dict[str, ServedModel] = {}
+        self._names = [spec.name for spec in settings.models]
         self.phase = Phase.STARTING
         self.failure: Exception | None = None  # why loading, or serving, ended; the command raises it
         self.url = ""  # where it listens, once it does
@@ -46,23 +47,35 @@ class Service:
         """Open and verify every bundle, one after the other: each already uses all cores. Raises CheckError,
         UsageError."""
         for spec in self.settings.models:
-            model = await asyncio.to_thread(
-                open_model, spec, self.settings, self.metrics.observe_batch, self.lose
-            )
-            self.models[spec.name] = model
-            self.metrics.watch_queue(spec.name, lambda batcher=model.batcher: batcher.waiting_images)  # type: ignore[misc]
-            identity = {
-                "variant": model.variant.name,
-                "runtime": model.session.runtime,
-                "bundle_sha256": model.bundle.sha256,
-            }
-            if model.session.gpu:
-                self.metrics.watch_gpu(model.session.gpu, memory)
-            self.metrics.model_info.labels(spec.name).info(identity)
-            chosen = {"why": model.why} if model.why else {}
-            self.log.info(
-                "model verified", extra={"model": spec.name, "folder": str(spec.folder), **identity, **chosen}
-            )
+            await self.load_model(spec)
+
+    async def load_model(self, spec: ModelSpec) -> None:
+        """Open and verify one bundle, and only then let it answer in the place of what had its name. What was
+        asked of that is still answered by it. Raises CheckError, UsageError."""
+        model = await asyncio.to_thread(
+            open_model, spec, self.settings, self.metrics.observe_batch, self.lose
+        )
+        held = {**self.models, spec.name: model}
+        self.models = {name: held[name] for name in self._names if name in held}
+        self.metrics.watch_queue(spec.name, lambda batcher=model.batcher: batcher.waiting_images)  # type: ignore[misc]
+        identity = {
+            "variant": model.variant.name,
+            "runtime": model.session.runtime,
+            "bundle_sha256": model.bundle.sha256,
+        }
+        if model.session.gpu:
+            self.metrics.watch_gpu(model.session.gpu, memory)
+        self.metrics.model_info.labels(spec.name).info(identity)
+        chosen = {"why": model.why} if model.why else {}
+        self.log.info(
+            "model verified", extra={"model": spec.name, "folder": str(spec.folder), **identity, **chosen}
+        )
+
+    def unload_model(self, name: str) -> None:
+        """Let a model answer nothing more; what was asked of it is still answered."""
+        self.models = {other: model for other, model in self.models.items() if other != name}
+        self.metrics.forget_model(name)
+        self.log.info("model unloaded", extra={"model": name})
 
     def lose(self, error: DeviceLost) -> None:
         """A GPU failed for good: no answer can come from this process any more. It is not ready from now on,

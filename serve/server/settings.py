@@ -100,6 +100,8 @@ class Settings:
     workers: int | None = None  # runs of one model at a time, at most one for each core; None: 2, on a GPU 1
     gpu: int | None = None  # of this machine, for a runtime on one; None: the first
     max_batch: int = 32  # images in one run of a model
+    model_control: bool = False  # clients may load and unload models
+    watch_seconds: float | None = None  # between two looks whether a bundle was replaced on disk
     token: str | None = field(default=None, repr=False)
     allowed_hosts: tuple[str, ...] = ()  # further Host names, behind a proxy or in a cluster
     allowed_origins: tuple[str, ...] = ()  # pages elsewhere that may call /v2 and /classify

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable, Iterable
+from functools import partial
+from typing import Any, TypeVar
 
+import msgspec
 import numpy as np
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -14,6 +18,7 @@ from starlette.routing import BaseRoute, Route, Router
 from starlette.types import Receive, Scope, Send
 
 import ffl_deploy
+from ffl_deploy.errors import FflError, UsageError
 from serve.server.exchange import REFUSALS, ClientGone, read_body, refusal, while_connected
 from serve.server.models import ServedModel
 from serve.server.protocol import (
@@ -24,22 +29,31 @@ from serve.server.protocol import (
     read_request,
     write_response,
 )
+from serve.server.repository import Repository
 from serve.server.responses import json_response
 from serve.server.service import Phase, Service
+
+T = TypeVar("T")
 
 # A JSON body of this size is parsed in about a millisecond; larger ones go to a thread,
 # so that they delay nobody.
 PARSE_INLINE_BYTES = 64 * 1024
 
 
-def routes(service: Service) -> Router:
+def routes(service: Service, repository: Repository) -> Router:
     """-> the router to mount at /v2; of a demo alone it has the health routes only."""
-    described = Descriptions(service)
+    described = Descriptions(service, repository)
     found: list[BaseRoute] = [Route("/health/live", described.live), Route("/health/ready", described.ready)]
     if service.settings.protocol:
         infer = Infer(service)
         found.append(Route("/models/stats", described.all_statistics))  # before a model of that name
         found += [Route("/", described.server), Route("/repository/index", described.index, methods=["POST"])]
+        if service.settings.model_control:
+            for verb, change in (("load", repository.load), ("unload", repository.unload)):
+                path = f"/repository/models/{{name}}/{verb}"
+                found.append(Route(path, partial(change_model, change), methods=["POST"]))
+        else:
+            found.append(Route("/repository/models/{name}/{verb}", _not_controlled, methods=["POST"]))
         for model in ("/models/{name}", "/models/{name}/versions/{version}"):
             found += [
                 Route(model, described.model),
@@ -55,8 +69,8 @@ async def _not_found(scope: Scope, receive: Receive, send: Send) -> None:
     raise HTTPException(
         404,
         "the inference protocol has no such route; it has /v2/models/NAME[/config, /stats], "
-        "POST /v2/models/NAME/infer, "
-        "/v2/health/ready and POST /v2/repository/index; for labels of a photograph see POST /classify",
+        "POST /v2/models/NAME/infer, /v2/health/ready, POST /v2/repository/index, "
+        "/v2/repository/models/NAME/load and /unload; for labels of a photograph see POST /classify",
     )
 
 
@@ -65,23 +79,79 @@ def find_model(service: Service, name: str, version: str | None = None) -> Serve
     if name in service.models and version in (None, VERSION):
         return service.models[name]
     if name in {spec.name for spec in service.settings.models} and version in (None, VERSION):
+        if service.phase is not Phase.STARTING:
+            raise HTTPException(
+                404, f"{name} is unloaded; load it with POST /v2/repository/models/{name}/load"
+            )
         raise HTTPException(503, f"{name} is still loading", {"retry-after": "1"})
     raise HTTPException(
         404, f"there is no such model; this server has {', '.join(service.models) or 'none yet'}"
     )
 
 
+def server_metadata(service: Service) -> dict[str, Any]:
+    """-> the answer to GET /v2."""
+    extensions = ["binary_tensor_data", "classification", "model_configuration", "statistics"]
+    if service.settings.model_control:
+        extensions.append("model_repository")
+    return {"name": "ffl-serve", "version": ffl_deploy.__version__, "extensions": extensions}
+
+
+class IndexRequest(msgspec.Struct):
+    ready: bool = False
+
+
+class ChangeRequest(msgspec.Struct):
+    parameters: dict[str, str | int | float | bool] = {}
+
+
+NOT_CONTROLLED = (
+    "clients may not load or unload models of this server; start it with --model-control if they should"
+)
+
+
+async def _not_controlled(request: Request) -> Response:
+    raise HTTPException(403, NOT_CONTROLLED)
+
+
+async def change_model(change: Callable[[str], Awaitable[None]], request: Request) -> Response:
+    """POST /v2/repository/models/NAME/load or /unload."""
+    asked = await _small_json(request, ChangeRequest)
+    try:
+        refuse_parameters(asked.parameters)
+        await change(request.path_params["name"])
+    except (FflError, OSError) as error:
+        raise HTTPException(400, str(error)) from error
+    return json_response({})
+
+
+async def _small_json(request: Request, kind: type[T]) -> T:
+    """-> the body of a request that says little; an empty one says nothing. Raises HTTPException."""
+    body = await request.body()
+    if len(body) > PARSE_INLINE_BYTES:
+        raise HTTPException(413, f"the body is larger than {PARSE_INLINE_BYTES} bytes")
+    try:
+        return msgspec.json.decode(body or b"{}", type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise HTTPException(400, f"the body is not a valid request: {error}") from None
+
+
+def refuse_parameters(parameters: Iterable[str]) -> None:
+    """Raises UsageError for what would load something else than the bundle of the command line."""
+    if set(parameters) - {"unload_dependents"}:
+        raise UsageError(
+            "a bundle is loaded as it lies in its folder; config and files cannot be sent along."
+        )
+
+
 class Descriptions:
     """Everything under /v2 but inference: health, metadata, index."""
 
-    def __init__(self, service: Service) -> None:
-        self.service = service
+    def __init__(self, service: Service, repository: Repository) -> None:
+        self.service, self.repository = service, repository
 
     async def server(self, request: Request) -> Response:
-        extensions = ["binary_tensor_data", "classification", "model_configuration", "statistics"]
-        return json_response(
-            {"name": "ffl-serve", "version": ffl_deploy.__version__, "extensions": extensions}
-        )
+        return json_response(server_metadata(self.service))
 
     async def live(self, request: Request) -> Response:
         return json_response({"live": True})
@@ -113,13 +183,8 @@ class Descriptions:
         )
 
     async def index(self, request: Request) -> Response:
-        states = {spec.name: spec.name in self.service.models for spec in self.service.settings.models}
-        return json_response(
-            [
-                {"name": name, "version": VERSION, "state": "READY" if loaded else "LOADING"}
-                for name, loaded in states.items()
-            ]
-        )
+        asked = await _small_json(request, IndexRequest)
+        return json_response(self.repository.index(asked.ready))
 
     def _model(self, request: Request) -> ServedModel:
         return find_model(self.service, request.path_params["name"], request.path_params.get("version"))
