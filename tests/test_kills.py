@@ -7,61 +7,100 @@ and FFL_KILLS_SEED draws other instants.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import shutil
-import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import export.cli
+import serve.predict.command
+import train.run
 from ffl_deploy.bundle import Bundle, load_bundle
 from ffl_deploy.bundle_checks import check_files
+from ffl_deploy.command import run_command
 
 pytestmark = [pytest.mark.slow, pytest.mark.fault, pytest.mark.timeout(6 * 3600)]
 
-ROOT = Path(__file__).parents[1]
 KILLS = int(os.environ.get("FFL_KILLS", "12"))
 SEED = int(os.environ.get("FFL_KILLS_SEED", "0"))
+RACES = int(os.environ.get("FFL_RACES", "3"))
 PRECIOUS = "the user's own"
 ENDS = ("", ".parts", ".summary.json", ".report.json", ".report.png")
 """Of the names that ffl-predict may use beside --out."""
 
-
-def start(arguments: Sequence[object], folder: Path) -> subprocess.Popen[bytes]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, *map(str, arguments)],
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+COMMANDS = {
+    "train": train.run.main,
+    "export": export.cli.main,
+    "predict": serve.predict.command.supervised_main,
+}
+HEAVY = ["torch._dynamo", "torch.onnx", "onnxscript", "onnxruntime", "train.session", "export.pipeline"]
+HEAVY += ["export.variants", "serve.predict.runner"]
+Words = Sequence[object]
 
 
-def finish(arguments: Sequence[object], folder: Path) -> int:
-    return start(arguments, folder).wait(timeout=600)
+@pytest.fixture(scope="module", autouse=True)
+def server() -> Iterator[None]:
+    """Processes are forked from one that has imported what takes seconds: a kill is then at the work itself,
+    and a thousand of them are possible."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        CONTEXT.set_forkserver_preload(HEAVY)
+        yield
+
+
+CONTEXT = multiprocessing.get_context("forkserver")
+
+
+def start(words: Words, folder: Path) -> multiprocessing.process.BaseProcess:
+    """words: a name of COMMANDS, and its arguments."""
+    process = CONTEXT.Process(target=work, args=(list(map(str, words)), folder))
+    process.start()
+    return process
+
+
+def work(words: list[str], folder: Path) -> None:
+    """The command itself; what it prints is appended to a file beside `folder`."""
+    os.chdir(folder)
+    log = os.open(folder.parent / "printed", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    for standard in (1, 2):
+        os.dup2(log, standard)
+    sys.exit(run_command(COMMANDS[words[0]], words[1:]))
+
+
+def ended(process: multiprocessing.process.BaseProcess) -> int | None:
+    """-> the exit code of a process that has to end by itself, or was killed."""
+    process.join(timeout=600)
+    assert process.exitcode is not None, "it hangs"
+    return process.exitcode
+
+
+def finish(words: Words, folder: Path) -> int | None:
+    return ended(start(words, folder))
 
 
 def disturbed(
-    arguments: Sequence[object], folder: Path, typical: float, draws: random.Random, check: Callable[[], None]
+    words: Callable[[], Words], folder: Path, typical: float, draws: random.Random, check: Callable[[], None]
 ) -> None:
-    """Run the command KILLS / 3 times, alone or in two processes, and kill each at a random instant of
-    `typical` seconds; `check` after each."""
-    for turn in range(max(1, KILLS // 3)):
-        processes = [start(arguments, folder) for _ in range(2 if turn % 3 == 2 else 1)]
+    """Start commands, every third time two of one at once, and kill each at a random instant of `typical`
+    seconds, until KILLS / 3 of them were killed at work; `check` after each."""
+    killed = turn = 0
+    while killed < max(1, KILLS // 3):
+        processes = [start(words(), folder) for _ in range(2 if turn % 3 == 2 else 1)]
         for process in processes:
-            time.sleep(draws.uniform(0, typical) / len(processes))
-            process.send_signal(signal.SIGKILL)
-        for process in processes:
-            process.wait(timeout=600)
+            process.join(draws.uniform(0, typical) / len(processes))
+            process.kill()
+        killed += [ended(process) for process in processes].count(-9)
+        turn += 1
         check()
+    print(f"{killed} processes killed at work, of {turn} turns, within {typical:.1f} s")
 
 
 @pytest.fixture
@@ -87,13 +126,26 @@ def require_untouched(place: Path, ours: Sequence[str]) -> None:
     assert all(name in ours or name.startswith(tuple(f".{one}." for one in ours)) for name in others), others
 
 
-TRAIN = ("-m", "train.run", "--data", "data", "--method", "vanilla", "--branches", "resnet8", "--epochs", "3")
-TRAIN = (*TRAIN, "--batch-size", "8", "--precision", "fp32", "--device", "cpu", "--threads", "1", "--quiet")
+FLAGS = (
+    "--data",
+    "data",
+    "--method",
+    "vanilla",
+    "--branches",
+    "resnet8",
+    "--epochs",
+    "3",
+    "--batch-size",
+    "8",
+)
+TRAIN = ("train", *FLAGS, "--precision", "fp32", "--device", "cpu", "--threads", "1", "--quiet")
+EXPORT = ("export", "run", "--target", "branch0", "--out", "out")
 
 
-def seconds(work: Callable[[], int]) -> float:
+def seconds(words: Words, folder: Path) -> float:
+    finish(("train", "--help"), folder)  # the server has imported everything
     began = time.monotonic()
-    assert work() == 0
+    assert finish(words, folder) == 0
     return time.monotonic() - began
 
 
@@ -101,16 +153,20 @@ def test_predict(place: Path, make_bundle: Callable[..., Bundle], tmp_path: Path
     """No row lost, none twice, none of another input."""
     bundle = make_bundle(tmp_path / "bundle", size=16)
     flags = (bundle.folder, "data", "--shard-size", "4", "--batch-size", "4", "--threads", "1", "--quiet")
-    command = ("-m", "serve.predict", *flags, "--out", "out.jsonl", "--resume")
+    command = ("predict", *flags, "--out", "out.jsonl", "--resume")
     whole = tmp_path / "whole.jsonl"
-    typical = seconds(lambda: finish(("-m", "serve.predict", *flags, "--out", whole), place))
+    typical = seconds(("predict", *flags, "--out", whole), place)
 
     def check() -> None:
         require_untouched(place, [f"out.jsonl{end}" for end in ENDS])
         if (place / "out.jsonl").exists():
             assert (place / "out.jsonl").read_bytes() == whole.read_bytes()
+            if draws.random() < 0.5:  # begin again, or find out what --resume says of a finished one
+                for path in place.glob("out.jsonl*"):
+                    path.unlink() if path.is_file() else shutil.rmtree(path)
 
-    disturbed(command, place, 1.2 * typical, random.Random(1 + 10 * SEED), check)
+    draws = random.Random(1 + 10 * SEED)
+    disturbed(lambda: command, place, 1.2 * typical, draws, check)
     if finish(command, place) == 2:  # complete, but killed before its summary was written
         assert finish([one for one in command if one != "--resume"], place) == 0
     assert (place / "out.jsonl").read_bytes() == whole.read_bytes()
@@ -120,55 +176,61 @@ def test_predict(place: Path, make_bundle: Callable[..., Bundle], tmp_path: Path
     ]
 
 
-def test_train_and_export(place: Path, tmp_path: Path) -> None:
-    """A run goes on to the weights of one that nobody killed; a good bundle stays good, or is the new one."""
-    typical = seconds(lambda: finish((*TRAIN, "--out", tmp_path / "whole"), place))
+def test_train(place: Path, tmp_path: Path) -> None:
+    """A run goes on to the weights of one that nobody killed, whatever was killed of it and how often."""
+    typical = seconds((*TRAIN, "--out", tmp_path / "whole"), place)
     run = place / "run"
 
-    def begun() -> None:
-        require_untouched(place, ["run"])
+    def words() -> Words:
+        begun = (run / "config.json").is_file()
+        return ("train", "--resume", "run", "--quiet") if begun else (*TRAIN, "--out", "run")
 
-    while not (run / "config.json").is_file():
+    def check() -> None:
+        require_untouched(place, ["run"])
+        if (run / "summary.json").is_file() and finish(words(), place) == 0:
+            require_same_weights(run, tmp_path / "whole")
+            shutil.rmtree(run)
+
+    disturbed(words, place, 1.2 * typical, random.Random(2 + 10 * SEED), check)
+    if not (run / "config.json").is_file():
         shutil.rmtree(run, ignore_errors=True)
-        process = start((*TRAIN, "--out", "run"), place)
-        time.sleep(0.8 * typical)
-        process.kill()
-        process.wait()
-    command = ("-m", "train.run", "--resume", "run", "--quiet")
-    disturbed(command, place, 1.2 * typical, random.Random(2 + 10 * SEED), begun)
-    assert finish(command, place) == 0
+    assert finish(words(), place) == 0
+    require_same_weights(run, tmp_path / "whole")
+
+
+def require_same_weights(run: Path, whole: Path) -> None:
     for name in ("last", "best"):
-        weights = [
-            (one / "checkpoints" / name / "model.safetensors").read_bytes()
-            for one in (run, tmp_path / "whole")
-        ]
+        weights = [(one / "checkpoints" / name / "model.safetensors").read_bytes() for one in (run, whole)]
         assert weights[0] == weights[1], name
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["best", "last"]
 
-    export = ("-m", "export.cli", "run", "--target", "branch0", "--out", "out")
-    typical = seconds(lambda: finish(export, place))
-    hashes = {load_bundle(place / "out" / "branch0").manifest.files["model.onnx"].sha256}
+
+def test_export(place: Path) -> None:
+    """A good bundle stays good, or is the new one."""
+    assert finish((*TRAIN, "--out", "run"), place) == 0
+    assert finish(EXPORT, place) == 0
+    typical = seconds(EXPORT, place)
+    model = load_bundle(place / "out" / "branch0").manifest.files["model.onnx"].sha256
 
     def good() -> None:
         bundle = load_bundle(place / "out" / "branch0")
         check_files(bundle)
-        assert bundle.manifest.files["model.onnx"].sha256 in hashes
+        assert bundle.manifest.files["model.onnx"].sha256 == model
         require_untouched(place, ["run", "out"])
 
-    disturbed(export, place, 1.2 * typical, random.Random(3 + 10 * SEED), good)
-    assert finish(export, place) == 0
+    disturbed(lambda: EXPORT, place, 1.2 * typical, random.Random(3 + 10 * SEED), good)
+    assert finish(EXPORT, place) == 0
     good()
     assert [path.name for path in (place / "out").iterdir()] == ["branch0"]
 
 
-@pytest.mark.parametrize("flags", [("--checkpoint", "last")])
+@pytest.mark.parametrize("flags", [("--checkpoint", "last")], ids=["another-checkpoint"])
 def test_two_exports_at_once_leave_one_good_bundle(place: Path, flags: tuple[str, ...]) -> None:
     """FFL_RACES (3) of them; the mechanism alone is raced 200 times in tests/ffl_deploy/test_files.py."""
     assert finish((*TRAIN, "--out", "run"), place) == 0
-    export = ("-m", "export.cli", "run", "--target", "branch0", "--out", "out")
-    assert finish(export, place) == 0
-    for _ in range(int(os.environ.get("FFL_RACES", "3"))):
-        both = [start(export, place), start((*export, *flags), place)]
-        assert [process.wait(timeout=600) for process in both] == [0, 0]
+    assert finish(EXPORT, place) == 0
+    for _ in range(RACES):
+        both = [start(EXPORT, place), start((*EXPORT, *flags), place)]
+        assert [ended(process) for process in both] == [0, 0]
         check_files(load_bundle(place / "out" / "branch0"))
         assert [path.name for path in (place / "out").iterdir()] == ["branch0"]
