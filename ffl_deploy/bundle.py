@@ -38,6 +38,7 @@ from ffl_deploy.manifest import (
 )
 from ffl_deploy.preprocessing import Pixels
 from ffl_deploy.probes import Probes
+from ffl_deploy.signing import check_signature
 from ffl_deploy.verified_on import VerifiedOn
 
 if TYPE_CHECKING:
@@ -198,11 +199,12 @@ def _pixels(image: Pixels | Image.Image | bytes | str | os.PathLike[str], positi
         raise ImageError(error.code, f"{name}: {error}") from error
 
 
-def load_bundle(folder: str | os.PathLike[str]) -> Bundle:
+def load_bundle(folder: str | os.PathLike[str], public_key: str | os.PathLike[str] | None = None) -> Bundle:
     """Read and check `folder/bundle.json`; files are hashed when they are used
     (`ffl-verify` hashes them all).
 
-    Raises UsageError where there is no bundle, CheckError where there is a corrupt one.
+    public_key: an elliptic-curve key in PEM; a bundle that its owner has not signed is refused. Raises
+    UsageError where there is no bundle, CheckError where there is a corrupt one, or another's.
     """
     folder = Path(os.path.abspath(folder))
     folder = existing_folder(folder) or folder
@@ -219,7 +221,12 @@ def load_bundle(folder: str | os.PathLike[str]) -> Bundle:
             else "write one with ffl-export"
         )
         raise UsageError(f"{shown(folder)} holds no {MANIFEST}; {hint}.")
-    return Bundle(folder, read_manifest(folder / MANIFEST))
+    bundle = Bundle(folder, read_manifest(folder / MANIFEST))
+    if public_key is not None:
+        check_signature(folder, Path(public_key))
+        if read_manifest(folder / MANIFEST) != bundle.manifest:  # what was read is what was signed
+            raise CheckError(f"{shown(folder)} was replaced while it was opened; try again.")
+    return bundle
 
 
 def write_bundle(

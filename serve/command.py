@@ -120,6 +120,12 @@ def build_parser(demo_alone: bool = False) -> Parser:
         help="file with a secret: clients send it as bearer token, browsers as password",
     )
     bounds.add_argument(
+        "--public-key",
+        type=Path,
+        metavar="PEM",
+        help="serve only bundles that the owner of this key has signed (BUNDLE.sig)",
+    )
+    bounds.add_argument(
         "--allow-host",
         action="append",
         default=[],
@@ -201,6 +207,8 @@ def parse_arguments(argv: Sequence[str], demo_alone: bool = False) -> Settings:
         model_control=given.model_control,
         watch_seconds=given.watch,
         token=_read_token(given.token_file) if given.token_file else None,
+        token_file=given.token_file,
+        public_key=given.public_key,
         allowed_hosts=tuple(name.lower() for name in given.allow_host),
         allowed_origins=tuple(_origin(text) for text in given.allow_origin),
         root_path=_root_path(given.root_path),

@@ -7,10 +7,12 @@ import contextlib
 import os
 import signal
 import socket
+import stat
 import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -105,7 +107,7 @@ def serve(settings: Settings, create_app: CreateApp) -> None:
     Raises UsageError, and CheckError when a bundle does not verify.
     """
     with private_environment():
-        check_specs(settings.models)
+        check_specs(settings.models, settings.public_key)
         run_until_signal(settings, create_app)
 
 
@@ -147,9 +149,22 @@ def run_until_signal(settings: Settings, create_app: CreateApp) -> None:
                 "other machines can reach this server without a token; see --token-file",
                 extra={"host": settings.host},
             )
+        if settings.token_file is not None and readable_by_all(settings.token_file):
+            service.log.warning(
+                "every user of this machine can read the token; run: chmod o= FILE",
+                extra={"file": str(settings.token_file)},
+            )
         server.run(sockets=[port])
     if service.failure:
         raise service.failure
+
+
+def readable_by_all(path: Path) -> bool:
+    """-> whether a file of a secret is one for everybody; not its group, which Kubernetes gives its own."""
+    try:
+        return bool(path.stat().st_mode & stat.S_IROTH)
+    except OSError:  # a pipe that has been read
+        return False
 
 
 def words_of(error: OSError) -> str:

@@ -22,6 +22,7 @@ from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve.demo.ages import Ages
 from serve.server.responses import Refused
 from serve.server.service import Service
 from serve.server.settings import Limits
@@ -54,7 +55,7 @@ class DemoGuard:
         self.app, self.limits = app, service.settings.limits
         prefix = re.escape(service.settings.root_path + FILE)
         self._own_url = re.compile(rf"(https?://[^/]+)?{prefix}")
-        self._uploads = 0  # in progress
+        self._uploads, self._ages = 0, Ages()  # in progress; of their pieces
         self._kept_bytes, self._measure_at = 0, 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -89,7 +90,7 @@ class DemoGuard:
             pass  # no fault of ours, and nobody is there to hear of it
         finally:
             self._uploads -= 1
-            _remove_pieces(older_than=self.limits.body_seconds if self._uploads else 0.0)
+            _remove_pieces(self._ages, self.limits.body_seconds if self._uploads else None)
 
     async def _check_room(self, scope: Scope) -> None:
         """Uploads are kept for an hour; a flood of them meets this bound before it fills the disk.
@@ -118,18 +119,18 @@ def upload_folder() -> Path:
     return Path(os.environ.get("GRADIO_TEMP_DIR") or Path(tempfile.gettempdir(), "gradio"))
 
 
-def _remove_pieces(older_than: float) -> None:
-    """Remove unfinished uploads: a finished one lies in a folder of its own. older_than:
-    seconds since the last write."""
-    newest = time.time() - older_than
+def _remove_pieces(ages: Ages, quiet: float | None) -> None:
+    """Remove unfinished uploads: a finished one lies in a folder of its own. quiet: only those that have not
+    been written to for so many seconds."""
+    seen = []
     with contextlib.suppress(FileNotFoundError):
         for entry in os.scandir(upload_folder()):
-            if (
-                entry.name.startswith("tmp")
-                and entry.is_file(follow_symlinks=False)
-                and entry.stat().st_mtime <= newest
-            ):
+            if not (entry.name.startswith("tmp") and entry.is_file(follow_symlinks=False)):
+                continue
+            seen.append(entry.path)
+            if quiet is None or ages(entry.path, entry.stat().st_mtime_ns) >= quiet:
                 os.unlink(entry.path)
+    ages.forget_others(seen)
 
 
 def _in_upload_folder(path: str) -> bool:

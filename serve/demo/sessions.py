@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from serve.demo.ages import Ages
 from serve.server.logs import LOGGER
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ async def swept(page: gr.Blocks, folder: Path) -> AsyncIterator[None]:
     """While the block runs, forget finished sessions every SWEEP_SECONDS, and remove files of `folder` that
     are older than KEPT_SECONDS every PRUNE_SECONDS."""
 
+    ages = Ages()
+
     async def sweep() -> None:
         prune_at = time.monotonic() + PRUNE_SECONDS
         while True:
@@ -50,7 +53,7 @@ async def swept(page: gr.Blocks, folder: Path) -> AsyncIterator[None]:
                 forget_progress()
                 if time.monotonic() >= prune_at:
                     prune_at = time.monotonic() + PRUNE_SECONDS
-                    gone = await asyncio.to_thread(prune, folder, KEPT_SECONDS, kept_files(page))
+                    gone = await asyncio.to_thread(prune, folder, KEPT_SECONDS, kept_files(page), ages)
                     for files in page.temp_file_sets:
                         files -= gone
             except Exception:  # the next sweep may succeed; without one, everything is kept for ever
@@ -68,24 +71,28 @@ def kept_files(page: gr.Blocks) -> set[str]:
     return {file for block in page.blocks.values() for file in getattr(block, "keep_in_cache", ())}
 
 
-def prune(folder: Path, age: float, keep: set[str]) -> set[str]:
-    """Remove the files in folders below `folder` that changed more than `age` seconds ago, and the folders
+def prune(folder: Path, age: float, keep: set[str], ages: Ages) -> set[str]:
+    """Remove the files in folders below `folder` that have not changed for `age` seconds, and the folders
     that this leaves empty; -> the files that are gone."""
-    before, gone = time.time() - age, set()
+    seen, gone = set[str](), set[str]()
     for parent, _, names in os.walk(folder, topdown=False):
         if os.path.basename(parent) in OURS or parent == str(folder):
             continue
-        emptied = os.lstat(parent).st_ctime < before  # a newer one may belong to an upload that begins
+        seen.add(parent)
+        # a newer one may belong to an upload that begins
+        emptied = ages(parent, os.lstat(parent).st_ctime_ns) > age
         for name in names:
             path = os.path.join(parent, name)
             with contextlib.suppress(FileNotFoundError):
-                if path not in keep and os.lstat(path).st_ctime < before:
+                seen.add(path)
+                if path not in keep and ages(path, os.lstat(path).st_ctime_ns) > age:
                     os.unlink(path)
                     gone.add(path)
                     emptied = True
         if emptied:
             with contextlib.suppress(OSError):  # not empty
                 os.rmdir(parent)
+    ages.forget_others(seen - gone)
     return gone
 
 

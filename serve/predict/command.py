@@ -72,6 +72,12 @@ def build_parser() -> Parser:
         type=gpu_or_all,
         help="with a --runtime on one: which, as nvidia-smi counts, or all, a process for each (default: 0)",
     )
+    parser.add_argument(
+        "--public-key",
+        type=Path,
+        metavar="PEM",
+        help="refuse a bundle that the owner of this key has not signed (BUNDLE.sig)",
+    )
     reading = parser.add_argument_group("reading")
     reading.add_argument(
         "--column", metavar="NAME", help="of tables: paths or image bytes (default: path, image, ...)"
@@ -174,6 +180,7 @@ def run(arguments: argparse.Namespace, out: Path, recovery: Recovery) -> int:
         resume=arguments.resume,
         engine=arguments.engine,
         gpu=arguments.gpu,
+        public_key=arguments.public_key,
         recovery=recovery,
         quiet=arguments.quiet,
         display="quiet" if arguments.quiet or not arguments.out else "json" if arguments.json else "screen",

@@ -34,6 +34,7 @@ class Job:
     shard_size: int | None = None
     resume: bool = False
     engine: Literal["local", "ray"] = "local"
+    public_key: Path | None = None  # of whoever has to have signed the bundle
     gpu: int | Literal["all"] | None = None  # None: the first, where the runtime computes on one
     display: Display = "screen"
     quiet: bool = False  # no remarks on standard error

@@ -70,7 +70,7 @@ def run_job(job: Job) -> int:
 def _run_job(job: Job) -> int:
     # the bundle, and whether there is anything to do
     check_output(job)
-    bundle = load_bundle(job.bundle)
+    bundle = load_bundle(job.bundle, job.public_key)
     finished = job.resume and not shards_folder(job.out).exists() and job.out.is_file()
     reading = Reading(frozenset(bundle.classes), job.column, job.label_column, job.follow_links)
     if not finished:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from threading import Thread
 from typing import Any, NamedTuple, TypeVar
 
@@ -164,12 +165,12 @@ class _Job(NamedTuple):
     future: asyncio.Future[Any]
 
 
-def check_specs(specs: Iterable[ModelSpec]) -> None:
+def check_specs(specs: Iterable[ModelSpec], public_key: Path | None = None) -> None:
     """Refuse unusable bundles before a port is opened: manifests, variants, names. Raises UsageError,
     CheckError."""
     names: set[str] = set()
     for spec in specs:
-        bundle = load_bundle(spec.folder)
+        bundle = load_bundle(spec.folder, public_key)
         if spec.variant != AUTO:
             bundle.variant(spec.variant)
         if spec.name in names:
@@ -185,7 +186,7 @@ def open_model(
 
     Raises CheckError, UsageError.
     """
-    bundle = load_bundle(spec.folder)
+    bundle = load_bundle(spec.folder, settings.public_key)
     check_files(bundle)
     _, threads = workers_and_threads(settings, settings.runtime)
     choice = bundle.fastest(settings.runtime, threads) if spec.variant == AUTO else None

@@ -103,6 +103,8 @@ class Settings:
     model_control: bool = False  # clients may load and unload models
     watch_seconds: float | None = None  # between two looks whether a bundle was replaced on disk
     token: str | None = field(default=None, repr=False)
+    token_file: Path | None = None  # where it came from
+    public_key: Path | None = None  # bundles that are not signed by its owner are refused
     allowed_hosts: tuple[str, ...] = ()  # further Host names, behind a proxy or in a cluster
     allowed_origins: tuple[str, ...] = ()  # pages elsewhere that may call /v2 and /classify
     root_path: str = ""  # the prefix under which a proxy shows the server, such as /app

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from ffl_deploy.bundle import Bundle, load_bundle
+from ffl_deploy.command import run_command
 from ffl_deploy.errors import CheckError
 from ffl_deploy.statistics import expected_calibration_error
 from serve.predict.labelled import BINS, count_labels
@@ -78,3 +83,136 @@ def test_a_path_with_an_equals_sign_or_a_comma_is_a_path(
     specs = [ModelSpec.parse(one) for one in found]
     assert [spec.name for spec in specs] == ["plain", "fused", "cats", "fused", "dogs", "none"]
     assert str(specs[2].folder) == f"{here}/date=2026/fused"
+
+
+def test_a_clock_set_forward_removes_no_upload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither one in progress nor one of this minute: files' times are of the clock on the wall."""
+    pytest.importorskip("gradio")
+    from serve.demo import ages, guard, sessions
+
+    clock = 1000.0
+    monkeypatch.setattr(ages.time, "monotonic", lambda: clock)
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    (tmp_path / "hash").mkdir()
+    upload, piece = tmp_path / "hash" / "photo.png", tmp_path / "tmp1234"
+    for path in (upload, piece):
+        path.write_bytes(b"x")
+        os.utime(path, (0, 0))  # the clock was in 1970 when it was written; no way to set a change's time
+    pieces, kept = ages.Ages(), ages.Ages()
+    guard._remove_pieces(pieces, 600)
+    assert sessions.prune(tmp_path, 3600, set(), kept) == set()
+    assert piece.exists()
+
+    clock += 601
+    piece.write_bytes(b"xy")  # it goes on
+    guard._remove_pieces(pieces, 600)
+    assert piece.exists()
+    clock += 601  # nothing more of it came
+    guard._remove_pieces(pieces, 600)
+    assert not piece.exists()
+    clock += 3600
+    assert sessions.prune(tmp_path, 3600, set(), kept) == {str(upload)}
+    assert not upload.parent.exists()
+    piece.write_bytes(b"x")
+    guard._remove_pieces(pieces, None)  # no upload is in progress
+    assert not piece.exists()
+
+
+def test_files_that_are_gone_are_forgotten() -> None:
+    from serve.demo.ages import Ages
+
+    ages = Ages()
+    for path in ("a", "b"):
+        ages(path, 1)
+    ages.forget_others(["b"])
+    assert list(ages._seen) == ["b"]
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Callable[[str], tuple[Path, Path]]:
+    """name -> a new private and public key in PEM."""
+    pytest.importorskip("model_signing", reason="model-signing is not installed")
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    def make(name: str) -> tuple[Path, Path]:
+        key = ec.generate_private_key(ec.SECP256R1())
+        private, public = tmp_path / f"{name}.pem", tmp_path / f"{name}.pub"
+        pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
+        private.write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain))
+        public.write_bytes(
+            key.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo)
+        )
+        return private, public
+
+    return make
+
+
+def test_a_signature_can_be_required_wherever_a_bundle_is_used(
+    tiny_bundle: Bundle,
+    tmp_path: Path,
+    keys: Callable[[str], tuple[Path, Path]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """ffl-verify alone could ask for one: whoever swapped a bundle and its hashes was served."""
+    from PIL import Image
+
+    from ffl_deploy.signing import sign_bundle
+    from serve.command import main as serve_main
+    from serve.command import parse_arguments
+    from serve.predict.command import main as predict_main
+    from serve.server.models import open_model
+
+    folder = Path(shutil.copytree(tiny_bundle.folder, tmp_path / "b"))
+    Image.new("RGB", (32, 32)).save(tmp_path / "image.png")
+    (private, public), out = keys("ours"), tmp_path / "rows.jsonl"
+    predict = [str(folder), str(tmp_path / "image.png"), "--out", str(out), "--quiet", "--public-key"]
+    serve = [str(folder), "--no-demo", "--port", "0", "--public-key"]
+
+    def refused(key: Path, words: str) -> None:
+        for main, arguments in ((predict_main, predict), (serve_main, serve)):
+            assert run_command(main, [*arguments, str(key)]) == 1
+            assert words in capsys.readouterr().err
+        with pytest.raises(CheckError, match=words):
+            load_bundle(folder, key)
+        assert not out.exists()
+
+    refused(public, "has no signature")
+    sign_bundle(folder, private)
+    refused(keys("theirs")[1], "by this key")
+    assert run_command(predict_main, [*predict, str(public)]) == 0
+    settings = parse_arguments([*serve, str(public)])
+    model = open_model(settings.models[0], settings, lambda name, images, seconds: None)
+    assert model.bundle.classes == tiny_bundle.classes
+    out.unlink()
+    (folder / "README.md").write_text("another card")
+    refused(public, "do not use this bundle")
+
+
+@pytest.mark.parametrize(("mode", "said"), [(0o644, True), (0o640, False), (0o600, False)], ids=oct)
+def test_a_token_that_everybody_can_read_is_said(tmp_path: Path, mode: int, said: bool) -> None:
+    """Not refused: Kubernetes mounts secrets so, unless it is told otherwise."""
+    from serve.lifecycle import readable_by_all
+
+    (tmp_path / "token").write_text("0123456789abcdef")
+    (tmp_path / "token").chmod(mode)
+    (tmp_path / "link").symlink_to("token")
+    assert readable_by_all(tmp_path / "link") is said
+
+
+def test_the_servers_log_says_it_first(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("0123456789abcdef")
+    (tmp_path / "token").chmod(0o644)
+    command = [sys.executable, "-m", "serve.command", str(tiny_bundle.folder), "--no-demo", "--port", "0"]
+    command += ["--token-file", str(tmp_path / "token")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stderr is not None
+        first = json.loads(process.stderr.readline())
+        assert (first["level"], first["file"]) == ("warning", str(tmp_path / "token"))
+        assert "can read the token" in first["message"]
+        assert "0123456789abcdef" not in json.dumps(first)
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)
+    assert process.returncode == 0

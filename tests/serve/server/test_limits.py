@@ -740,6 +740,7 @@ def test_small_files_count_as_what_they_take(tmp_path: Path) -> None:
 
 
 def test_old_uploads_are_pruned_with_their_folders_while_others_arrive(tmp_path: Path) -> None:
+    from serve.demo.ages import Ages
     from serve.demo.sessions import prune
 
     for name in ("examples/0.png", "reports/0-report.png", "aa/old.png", "bb/kept.png", "tmp1"):
@@ -747,8 +748,9 @@ def test_old_uploads_are_pruned_with_their_folders_while_others_arrive(tmp_path:
         (tmp_path / name).write_bytes(b"x")
     (tmp_path / "empty").mkdir()
     keep = {str(tmp_path / "bb/kept.png")}
-    assert prune(tmp_path, 3600, keep) == set(), "nothing is an hour old"
-    assert prune(tmp_path, -1, keep) == {str(tmp_path / "aa/old.png")}
+    ages = Ages()
+    assert prune(tmp_path, 3600, keep, ages) == set(), "nothing is an hour old"
+    assert prune(tmp_path, -1, keep, ages) == {str(tmp_path / "aa/old.png")}
     left = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*"))
     assert left == [
         "bb",
