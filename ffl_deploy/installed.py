@@ -57,6 +57,7 @@ PACKAGES = {
     "matplotlib": Package("Matplotlib", "predict"),
     "pillow_heif": Package("pillow-heif", "heif"),
     "ray": Package("Ray", "ray"),
+    "grpc": Package("gRPC", "grpc"),
     "gradio": Package("Gradio", "serve"),
     "fastapi": Package("FastAPI", "serve"),
     "starlette": Package("Starlette", "serve"),

@@ -77,7 +77,7 @@ def create_app(settings: Settings, stop: Callable[[], None] = lambda: None) -> F
             else largest_demo_body(path, settings.limits)
         )
 
-    app.add_middleware(Bodies, limits=settings.limits, limit_of=largest_body)
+    app.add_middleware(Bodies, limits=settings.limits, limit_of=largest_body, room=service.room)
     app.add_middleware(Inflate, prefix="/v2/")
     if settings.token:
         app.add_middleware(Token, token=settings.token)
@@ -110,6 +110,10 @@ async def _running(
     async def live() -> None:
         async with contextlib.AsyncExitStack() as stack:
             try:
+                if service.settings.grpc_port is not None:
+                    from serve.server.rpc.port import grpc_port  # an extra
+
+                    await stack.enter_async_context(grpc_port(service, repository))
                 await service.load_models()
                 if service.settings.demo:
                     await stack.enter_async_context(slot.filled())

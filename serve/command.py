@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from ffl_deploy.command import Parser, gpu_number, positive, run_command
 from ffl_deploy.errors import DONE, UsageError
+from ffl_deploy.installed import require
 from ffl_deploy.runtime import RUNTIMES
 from ffl_deploy.runtime.gpu import use_gpu
 from serve.server.settings import Limits, ModelSpec, Settings
@@ -52,6 +53,13 @@ def build_parser(demo_alone: bool = False) -> Parser:
     parser.add_argument(
         "--port", type=int, default=7860, metavar="N", help="0 takes any free port (default: 7860)"
     )
+    if not demo_alone:
+        parser.add_argument(
+            "--grpc-port",
+            type=int,
+            metavar="N",
+            help="the protocol over gRPC too, on this port (default: not)",
+        )
     parser.add_argument(
         "--title", metavar="TEXT", help="of the demo's page (default: what the first model was trained on)"
     )
@@ -188,6 +196,11 @@ def parse_arguments(argv: Sequence[str], demo_alone: bool = False) -> Settings:
     given = build_parser(demo_alone).parse_args(argv)
     if not 0 <= given.port <= 65535:
         raise UsageError(f"--port is {given.port}; it has to be from 0 to 65535.")
+    grpc_port = None if demo_alone else given.grpc_port
+    if grpc_port is not None:
+        require("grpc", "leave --grpc-port out to serve HTTP alone")
+        if not 0 <= grpc_port <= 65535 or (grpc_port and grpc_port == given.port):
+            raise UsageError(f"--grpc-port is {grpc_port}; it has to be from 0 to 65535, and not --port.")
     if given.drain < 0 or given.shutdown < 0:
         raise UsageError("--drain and --shutdown cannot be negative.")
     if given.watch is not None and not 0.1 <= given.watch <= 86_400:
@@ -196,6 +209,7 @@ def parse_arguments(argv: Sequence[str], demo_alone: bool = False) -> Settings:
         models=tuple(ModelSpec.parse(text, given.variant) for text in given.bundles),
         host=given.host,
         port=given.port,
+        grpc_port=grpc_port,
         demo=demo_alone or not given.no_demo,
         protocol=not demo_alone,
         title=given.title,

@@ -19,24 +19,29 @@ REFUSALS = (ProtocolError, ImageError, NonFinite, Overloaded, Closed)
 """What `refusal` has an answer to."""
 
 
+CLOSING = "the server is shutting down"
+
+
 class ClientGone(Exception):
     """Nobody is waiting for the answer any more."""
 
 
+def refused_as(error: Exception, model: str) -> tuple[int, dict[str, str]]:
+    """-> (status, what it says) of one of REFUSALS; `model` was asked."""
+    if isinstance(error, ProtocolError):
+        return 400, {"error": str(error)}
+    if isinstance(error, ImageError):
+        return 400, {"error": str(error), "code": error.code}
+    if isinstance(error, NonFinite):
+        return 500, {"error": str(error), "code": "nonfinite"}
+    busy = f"{model} has too much to do; try again" if isinstance(error, Overloaded) else CLOSING
+    return 503, {"error": busy}
+
+
 def refusal(error: Exception, model: str) -> Response:
     """-> the response that tells a client of one of REFUSALS; `model` was asked."""
-    if isinstance(error, ProtocolError):
-        return json_response({"error": str(error)}, 400)
-    if isinstance(error, ImageError):
-        return json_response({"error": str(error), "code": error.code}, 400)
-    if isinstance(error, NonFinite):
-        return json_response({"error": str(error), "code": "nonfinite"}, 500)
-    busy = (
-        f"{model} has too much to do; try again"
-        if isinstance(error, Overloaded)
-        else "the server is shutting down"
-    )
-    return json_response({"error": busy}, 503, {"retry-after": "1"})
+    status, content = refused_as(error, model)
+    return json_response(content, status, {"retry-after": "1"} if status == 503 else None)
 
 
 async def read_body(receive: Receive) -> bytes:

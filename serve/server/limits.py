@@ -116,21 +116,53 @@ class Token:
         return await Refused(401, "a valid token is needed", challenge)(scope, receive, send)
 
     def _allowed(self, authorization: str) -> bool:
-        scheme, _, given = authorization.partition(" ")
-        secret = given.strip().encode()
-        if scheme.lower() == "basic":
-            try:
-                secret = base64.b64decode(secret, validate=True).partition(b":")[2]
-            except binascii.Error:
-                return False
-        elif scheme.lower() != "bearer":
+        return has_token(authorization, self._token)
+
+
+def has_token(authorization: str, token: bytes) -> bool:
+    """-> whether the header or metadata of that name holds the token."""
+    scheme, _, given = authorization.partition(" ")
+    secret = given.strip().encode()
+    if scheme.lower() == "basic":
+        try:
+            secret = base64.b64decode(secret, validate=True).partition(b":")[2]
+        except binascii.Error:
             return False
-        return hmac.compare_digest(secret, self._token)
+    elif scheme.lower() != "bearer":
+        return False
+    return hmac.compare_digest(secret, token)
 
 
 PIECE = 16 * 1024
 """Bytes of a body that have to arrive within `Limits.body_pause_seconds`."""
 BUSY = Refused(503, "the server is busy with other bodies; try again", {"retry-after": "1"})
+
+
+class Room:
+    """Bytes of all bodies that are being read or answered, over HTTP and gRPC; an address has its share."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._in_flight: Counter[str] = Counter()  # bytes, by address
+
+    def fits(self, size: int, address: str) -> bool:
+        """-> whether `size` further bytes may be held for `address`. What is announced only counts as it
+        arrives: it may never."""
+        limits, held = self._limits, self._in_flight
+        share = limits.bytes_in_flight * (limits.share_of_address if address else 1)
+        return held.total() + size <= limits.bytes_in_flight and held[address] + size <= share
+
+    def take(self, size: int, address: str) -> bool:
+        """-> whether `size` further bytes are held from now on."""
+        if not self.fits(size, address):
+            return False
+        self._in_flight[address] += size
+        return True
+
+    def give_back(self, size: int, address: str) -> None:
+        self._in_flight[address] -= size
+        if not self._in_flight[address]:
+            del self._in_flight[address]
 
 
 class Bodies:
@@ -140,9 +172,11 @@ class Bodies:
     Args: limit_of: path -> largest body in bytes.
     """
 
-    def __init__(self, app: ASGIApp, limits: Limits, limit_of: Callable[[str], int]) -> None:
+    def __init__(
+        self, app: ASGIApp, limits: Limits, limit_of: Callable[[str], int], room: Room | None = None
+    ) -> None:
         self.app, self.limits, self._limit_of = app, limits, limit_of
-        self._in_flight: Counter[str] = Counter()  # bytes, by address
+        self.room = room or Room(limits)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -169,33 +203,17 @@ class Bodies:
             await send(message)
 
         try:
-            if not self.fits(size, body.address):
+            if not self.room.fits(size, body.address):
                 body.refuse(BUSY)
             await self.app(scope, body.receive, watched_send)
         except Refused:
             if started or body.refused is None:
                 raise
         finally:
-            self._in_flight[body.address] -= body.reserved
-            if not self._in_flight[body.address]:
-                del self._in_flight[body.address]
+            self.room.give_back(body.reserved, body.address)
         if body.refused and not started:
             await body.refused(scope, receive, send)
         return None
-
-    def fits(self, size: int, address: str) -> bool:
-        """-> whether `size` further bytes may be held for `address`. What is announced only counts as it
-        arrives: it may never."""
-        held = self._in_flight
-        share = self.limits.bytes_in_flight * (self.limits.share_of_address if address else 1)
-        return held.total() + size <= self.limits.bytes_in_flight and held[address] + size <= share
-
-    def take(self, size: int, address: str) -> bool:
-        """-> whether `size` further bytes are held from now on."""
-        if not self.fits(size, address):
-            return False
-        self._in_flight[address] += size
-        return True
 
 
 class _Body:
@@ -211,7 +229,7 @@ class _Body:
 
     def reserve(self, size: int) -> None:
         if size > self.reserved:
-            if not self._owner.take(size - self.reserved, self.address):
+            if not self._owner.room.take(size - self.reserved, self.address):
                 self.refuse(BUSY)
             self.reserved = size
 

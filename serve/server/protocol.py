@@ -159,8 +159,11 @@ def read_request(body: bytes, header_length: int | None, signature: Signature) -
         ) from error
     except RecursionError as error:
         raise ProtocolError("the JSON part is nested too deeply") from error
-    raw = view[header_length:] if header_length is not None else None
+    return checked(header, view[header_length:] if header_length is not None else None, signature)
 
+
+def checked(header: Header, raw: memoryview | None, signature: Signature) -> InferRequest:
+    """-> the request, over HTTP or gRPC. raw: the tensors behind its description. Raises ProtocolError."""
     # the one input
     if len(header.inputs) != 1:
         raise ProtocolError(
@@ -199,13 +202,10 @@ def write_response(
     described: list[dict[str, Any]] = []
     raw: list[bytes | memoryview] = []
     for output in request.outputs:
-        values, datatype = results[output.name], "FP32"
-        labels: list[str] | None = None
-        if count := _class_count(output):
-            labels, values, datatype = _classification(values, count, signature.classes)
+        values, labels, datatype = answered(output, results[output.name], signature)
         entry: dict[str, Any] = {"name": output.name, "datatype": datatype, "shape": list(values.shape)}
         if output.parameters.get("binary_data", request.binary_by_default):
-            buffer = _raw_bytes(values, labels)
+            buffer = raw_bytes(values, labels)
             entry["parameters"] = {"binary_data_size": len(buffer)}
             raw.append(buffer)
         else:
@@ -216,6 +216,16 @@ def write_response(
         answer["id"] = request.id
     header = _encode_header(answer)
     return [header, *raw], (len(header) if raw else None)
+
+
+def answered(
+    output: RequestedOutput, values: np.ndarray, signature: Signature
+) -> tuple[np.ndarray, list[str] | None, str]:
+    """-> (values, labels in their place if those were asked for, datatype) of one output."""
+    if count := _class_count(output):
+        labels, order, datatype = _classification(values, count, signature.classes)
+        return order, labels, datatype
+    return values, None, "FP32"
 
 
 def _refuse_shared_memory(tensor: Tensor | RequestedOutput) -> None:
@@ -344,7 +354,7 @@ def _classification(
     return labels, order, "BYTES"
 
 
-def _raw_bytes(values: np.ndarray, labels: list[str] | None) -> bytes | memoryview:
+def raw_bytes(values: np.ndarray, labels: list[str] | None) -> bytes | memoryview:
     if labels is None:
         return np.ascontiguousarray(values, "<f4").data.cast("B")
     return b"".join(struct.pack("<I", len(text.encode())) + text.encode() for text in labels)

@@ -11,6 +11,7 @@ from enum import Enum
 
 from ffl_deploy.errors import DeviceLost
 from ffl_deploy.runtime.gpu import memory
+from serve.server.limits import Room
 from serve.server.logs import LOGGER
 from serve.server.metrics import Metrics
 from serve.server.models import Decoders, ServedModel, open_model
@@ -33,11 +34,13 @@ class Service:
         self.settings, self.stop = settings, stop
         self.metrics = Metrics()
         self.decoders = Decoders(settings.limits)
+        self.room = Room(settings.limits)
         self.models: dict[str, ServedModel] = {}
         self._names = [spec.name for spec in settings.models]
         self.phase = Phase.STARTING
         self.failure: Exception | None = None  # why loading, or serving, ended; the command raises it
         self.url = ""  # where it listens, once it does
+        self.grpc_port: int | None = None  # on which, once it does
         # called to end the streams that would never end by themselves
         self.endless: list[Callable[[], None]] = []
         self._started = time.monotonic()
@@ -103,7 +106,10 @@ class Service:
 
     def log_ready(self) -> None:
         seconds = round(time.monotonic() - self._started, 2)
-        self.log.info("ready", extra={"url": self.url, "models": sorted(self.models), "seconds": seconds})
+        grpc = {} if self.grpc_port is None else {"grpc_port": self.grpc_port}
+        self.log.info(
+            "ready", extra={"url": self.url, **grpc, "models": sorted(self.models), "seconds": seconds}
+        )
         if self.settings.demo and self.settings.log_format == "text":
             self.log.info(f"open {self.url} in a browser; Ctrl-C ends the server")
 

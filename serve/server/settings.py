@@ -34,6 +34,9 @@ class Limits:
     demo_queue: int = 64  # demo actions that wait
     # open pages and API calls of which Gradio keeps a state; more than can wait or run
     demo_sessions: int = 128
+    message_bytes: int = 16 * MIB  # of one message of gRPC, which is not seen before it is complete
+    streams: int = 64  # of gRPC, that clients hold open
+    stream_pause_seconds: float = 75.0  # until the next request of one
     connections: int = 1000  # beyond them those that wait are closed, the longest first
     silent_connections: int = 100  # of one address, that have never sent a request
     header_bytes: int = 64 * 1024  # of one request, its address included
@@ -92,6 +95,7 @@ class Settings:
     models: tuple[ModelSpec, ...]
     host: str = "127.0.0.1"
     port: int = 7860
+    grpc_port: int | None = None  # 0: any; the address is that of the HTTP port
     protocol: bool = True  # serve /v2 and /classify
     demo: bool = True  # serve the Gradio demo at /
     title: str | None = None  # of the demo's page

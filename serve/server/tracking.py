@@ -26,6 +26,11 @@ def route_of(path: str) -> str:
     return path[1:] if path in ("/metrics", "/classify") else "demo"
 
 
+def short_and_plain(given: str) -> bool:
+    """-> whether a client's own request id is repeated."""
+    return 0 < len(given) <= 64 and _ID_CHARACTERS.issuperset(given)
+
+
 class Tracking:
     """Every response carries `x-request-id` (the client's own, if it is short and plain),
     which the log lines repeat."""
@@ -87,6 +92,6 @@ class Tracking:
 
     def _request_id(self, scope: Scope) -> str:
         given = Headers(scope=scope).get("x-request-id")
-        if given and len(given) <= 64 and _ID_CHARACTERS.issuperset(given):
-            return given
+        if short_and_plain(given or ""):
+            return str(given)
         return f"{self._prefix}-{next(self._numbers)}"
