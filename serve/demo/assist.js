@@ -15,6 +15,14 @@ function assist() {
     });
     // the words on it are its name
     root.querySelectorAll("button.upload-container[aria-label]").forEach((place) => place.removeAttribute("aria-label"));
+    const files = root.querySelector("#files [data-testid='upload-text']:not([data-said])");
+    if (files) {
+        files.dataset.said = "yes"; // Gradio's nodes stay, emptied: it takes them away itself
+        files.childNodes.forEach((node) => {
+            if (node.nodeType === Node.TEXT_NODE || node.classList?.contains("or")) node.textContent = "";
+        });
+        files.append("Drop images or zip files here, or choose some.");
+    }
     root.querySelectorAll("#files [style*='height']:not([tabindex])").forEach((list) => list.setAttribute("tabindex", "0"));
     root.querySelectorAll("img").forEach((image) => {
         if (!image.getAttribute("alt")) {

@@ -61,8 +61,8 @@ def batch_tab(service: Service) -> None:
                 elem_classes=["status"],
             )
             with gr.Row():
-                csv = gr.DownloadButton("Download CSV", interactive=False, elem_id="csv")
-                parquet = gr.DownloadButton("Download Parquet", interactive=False, elem_id="parquet")
+                csv = gr.DownloadButton("Download CSV", visible=False, elem_id="csv")
+                parquet = gr.DownloadButton("Download Parquet", visible=False, elem_id="parquet")
             table = gr.HTML(elem_id="rows")
             gallery = gr.Gallery(
                 label="Least certain images",
@@ -71,6 +71,7 @@ def batch_tab(service: Service) -> None:
                 object_fit="contain",
                 interactive=False,
                 buttons=[],
+                visible=False,
                 elem_id="uncertain",
             )
 
@@ -84,8 +85,8 @@ def batch_tab(service: Service) -> None:
         if model is None:
             yield [sentences.status(f"{name} is not loaded at the moment."), *nothing]
             return
-        none = gr.DownloadButton(interactive=False)
-        yield [_progress(BatchState(), paths), "", None, none, none, RUNNING]
+        none = gr.update(value=None, visible=False)
+        yield [_progress(BatchState(), paths), "", none, none, none, RUNNING]
         state = BatchState()
         try:
             async for state in classify_files(service, model, paths):
@@ -97,8 +98,8 @@ def batch_tab(service: Service) -> None:
             yield [sentences.status("These files hold no images."), *nothing]
             return
         written = await asyncio.to_thread(_write, state)
-        downloads = [gr.DownloadButton(value=str(path), interactive=True) for path in written]
-        yield [sentences.status(_summary(state)), _table(state.rows), _gallery(state), *downloads, IDLE]
+        found = [gr.update(value=value, visible=True) for value in (_gallery(state), *map(str, written))]
+        yield [sentences.status(_summary(state)), _table(state.rows), *found, IDLE]
 
     # what the buttons do
     running = start.click(

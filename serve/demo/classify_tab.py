@@ -33,6 +33,26 @@ class Panel:
     cam: gr.Image | None
 
 
+@dataclass(frozen=True)
+class Panels:
+    """The models' panels side by side. Before there is an answer nothing of them is shown: empty frames
+    would push the examples off a phone's screen."""
+
+    row: gr.Row
+    each: list[Panel]
+
+    @property
+    def outputs(self) -> list[Any]:
+        """-> the components that an action fills."""
+        shown = [(panel.label, panel.note, panel.cam) for panel in self.each]
+        return [self.row, *(part for parts in shown for part in parts if part is not None)]
+
+    @property
+    def nothing(self) -> list[Any]:
+        """-> their values while there is no answer."""
+        return [gr.update(visible=False), *[None] * (len(self.outputs) - 1)]
+
+
 def classify_tab(service: Service, examples: list[Path]) -> None:
     """Upload, paste or pick; answers appear as soon as there is an image."""
     crisp = ["pixelated"] if _small(service) else []  # a digit of 8 x 8 pixels is no use as a smooth blur
@@ -58,13 +78,13 @@ def classify_tab(service: Service, examples: list[Path]) -> None:
 
     async def show_image(path: str | None) -> list[Any]:
         if path is None:
-            return [sentences.status(WAITING), *_nothing(panels)]
+            return [sentences.status(WAITING), *panels.nothing]
         return await _shown(service, panels, await asyncio.to_thread(Path(path).read_bytes))
 
     image.change(
         show_image,
         [image],
-        [status, *_outputs(panels)],
+        [status, *panels.outputs],
         api_visibility="private",
         concurrency_limit=CONCURRENT,
         show_progress="minimal",
@@ -87,6 +107,7 @@ def draw_tab(service: Service, style: DrawingStyle) -> None:
                 height=140,
                 interactive=False,
                 buttons=[],
+                visible=False,
                 elem_id="seen",
                 elem_classes=["pixelated", "captioned"],
             )
@@ -94,7 +115,7 @@ def draw_tab(service: Service, style: DrawingStyle) -> None:
 
     # what happens to a drawing
     async def show_drawing(event: gr.EventData) -> list[Any]:
-        drawing, empty = drawing_of(event), [None, *_nothing(panels)]
+        drawing, empty = drawing_of(event), [gr.update(visible=False), *panels.nothing]
         if drawing is None:
             return [sentences.status("Draw something first."), *empty]
         try:
@@ -107,14 +128,14 @@ def draw_tab(service: Service, style: DrawingStyle) -> None:
         first = answers[0].served.bundle.preprocessing
         return [
             sentences.status(_verdict(answers)),
-            prepare(framed, first),
+            gr.update(value=prepare(framed, first), visible=True),
             *_filled(panels, answers, framed),
         ]
 
     pad.submit(
         show_drawing,
         None,
-        [status, seen, *_outputs(panels)],
+        [status, seen, *panels.outputs],
         api_visibility="private",
         concurrency_limit=CONCURRENT,
         show_progress="minimal",
@@ -155,9 +176,9 @@ def _small(service: Service) -> bool:
     return max(max(model.signature.height, model.signature.width) for model in service.models.values()) <= 64
 
 
-def _panels(service: Service) -> list[Panel]:
+def _panels(service: Service) -> Panels:
     panels = []
-    with gr.Row(equal_height=False):
+    with gr.Row(equal_height=False, visible=False) as row:
         for model in service.models.values():
             with gr.Column(min_width=200):
                 label = gr.Label(
@@ -174,32 +195,23 @@ def _panels(service: Service) -> list[Panel]:
                         elem_classes=[f"cam-{model.name}", "captioned"],
                     )
                 panels.append(Panel(model.name, label, note, cam))
-    return panels
+    return Panels(row, panels)
 
 
-def _outputs(panels: list[Panel]) -> list[Any]:
-    shown = [(panel.label, panel.note, panel.cam) for panel in panels]
-    return [component for components in shown for component in components if component is not None]
-
-
-def _nothing(panels: list[Panel]) -> list[Any]:
-    return [None for _ in _outputs(panels)]
-
-
-async def _shown(service: Service, panels: list[Panel], data: bytes) -> list[Any]:
+async def _shown(service: Service, panels: Panels, data: bytes) -> list[Any]:
     try:
         decoded = await decode_upload(service, data)
         answers = await ask_all(service, decoded.pixels)
     except Unanswerable as error:
-        return [sentences.problem(str(error)), *_nothing(panels)]
+        return [sentences.problem(str(error)), *panels.nothing]
     remark = " Only the first frame of this animation was classified." if decoded.animated else ""
     return [sentences.status(_verdict(answers) + remark), *_filled(panels, answers, decoded.pixels)]
 
 
-def _filled(panels: list[Panel], answers: list[Answer], pixels: Pixels) -> list[Any]:
-    values: list[Any] = []
+def _filled(panels: Panels, answers: list[Answer], pixels: Pixels) -> list[Any]:
+    values: list[Any] = [gr.update(visible=True)]
     by_name = {answer.model: answer for answer in answers}
-    for panel in panels:
+    for panel in panels.each:
         answer = by_name.get(panel.model)
         if answer is None:  # unloaded since the page was built
             values += [None, "not loaded at the moment", *([] if panel.cam is None else [None])]

@@ -37,14 +37,17 @@ html, body {overflow-x: clip;}
 .scroll {overflow-x: auto; border: 0 !important;}
 .prose .scroll table, .scroll table {display: table; overflow: visible;
   border-collapse: collapse; width: 100%; white-space: nowrap; font-size: 0.92em;}
-.scroll caption {text-align: left; padding: 0.25rem 0; white-space: normal;}
+.table {margin: 0;}
+.table figcaption {padding: 0.25rem 0;}
 .scroll th, .scroll td {text-align: left; padding: 0.3rem 0.7rem;
   border-width: 0 0 1px !important; border-color: var(--border-color-primary) !important;}
 .scroll .marked {font-weight: 600; background: var(--background-fill-secondary);}
 #rows .scroll {max-height: 340px; overflow: auto;}
 #uncertain label[data-testid="block-label"] {position: static; display: inline-flex; border: 0;}
 .prose table {display: block; overflow-x: auto; white-space: nowrap; max-width: 100%;}
-.prose td, .prose th {word-break: normal; overflow-wrap: normal;}
+.prose table {border: 0 !important;}
+.prose td, .prose th, .prose td code {word-break: normal; overflow-wrap: normal; white-space: nowrap;}
+#api pre code {white-space: pre-wrap; overflow-wrap: anywhere;}
 .captioned label[data-testid="block-label"] {position: static; display: inline-flex; border: 0;}
 .dark #pareto img {filter: invert(0.92) hue-rotate(180deg);}
 #assist {display: none;}
@@ -78,21 +81,22 @@ def build(service: Service) -> gr.Blocks:
             js_on_load=Path(__file__).with_name("assist.js").read_text(encoding="utf-8"),
             elem_id="assist",
         )
-        if style:
-            with gr.Tab("Draw", id="draw"):
-                draw_tab(service, style)
-        with gr.Tab("Classify", id="classify"):
-            classify_tab(service, examples)
-        with gr.Tab("Batch", id="batch"):
-            batch_tab(service)
-        with gr.Tab("Which model", id="which"):
-            _which_model_tab(service)
-        with gr.Tab("Model card", id="card"):
-            for model in models:
-                with gr.Accordion(model.name, open=model is models[0]):
-                    gr.Markdown(reports.card(model.bundle))
-        with gr.Tab("API", id="api-tab"):
-            api_tab(service)
+        with gr.Tabs(overflow_behavior="wrap"):  # on a phone in two rows, not behind a button with dots
+            if style:
+                with gr.Tab("Draw", id="draw"):
+                    draw_tab(service, style)
+            with gr.Tab("Classify", id="classify"):
+                classify_tab(service, examples)
+            with gr.Tab("Batch", id="batch"):
+                batch_tab(service)
+            with gr.Tab("Which model", id="which"):
+                _which_model_tab(service)
+            with gr.Tab("Model card", id="card"):
+                for model in models:
+                    with gr.Accordion(model.name, open=model is models[0]):
+                        gr.Markdown(reports.card(model.bundle))
+            with gr.Tab("API", id="api-tab"):
+                api_tab(service)
         ask_endpoint(service)
     limits = service.settings.limits
     page.queue(max_size=limits.demo_queue, default_concurrency_limit=4)
@@ -128,11 +132,8 @@ def _kind(target: str) -> str:
 
 def _which_model_tab(service: Service) -> None:
     models = list(service.models.values())
-    gr.Markdown(
-        "Measured at export, on the machine that exported. Served here: "
-        + ", ".join(f"**{model.name}** ({model.variant.name} on {model.session.runtime})" for model in models)
-        + "."
-    )
+    served = ", ".join(f"{model.name} ({model.variant.name} on {model.session.runtime})" for model in models)
+    gr.HTML(f"<p>Measured at export, on the machine that exported. Served here: {html.escape(served)}.</p>")
     found = reports.reports(models)
     for report in found:
         gr.HTML(

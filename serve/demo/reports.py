@@ -35,9 +35,8 @@ COLUMNS = (
     "parity",
 )
 REPORT_COLUMNS = (
-    "model / variant", "served as", "Pareto", "accuracy (95 % interval)", "p50 / p95 ms",
-    "images/s (batch)", "MB",
-    "precision", "parity", "accuracy gate",
+    "model / variant", "served as", "accuracy", "95 % interval", "noise", "p50 / p95 ms", "images/s (batch)",
+    "MB", "gates",
 )  # fmt: skip
 
 
@@ -145,21 +144,24 @@ def _report_row(row: Artefact, models: Iterable[ServedModel], undecided: Sequenc
         if (model.bundle.manifest.target, model.variant.name) == (row.target, row.variant)
     ]
     low, high = row.accuracy_low, row.accuracy_high
-    interval = "" if low is None or high is None else f" ({low:.2%} to {high:.2%})"
-    noise = ", within noise of the best" if row.name in undecided else ""
     return [
         f"{row.target} / {row.variant}",
         ", ".join(served),
-        "yes" if row.pareto else "",
-        _number(row.accuracy, "{:.2%}") + interval + noise,
-        f"{_number(row.p50_ms, '{:.2f}')} / {_number(row.p95_ms, '{:.2f}')}",
+        _number(row.accuracy, "{:.2%}"),
+        "" if low is None or high is None else f"{low:.2%} to {high:.2%}",
+        "no different from the best" if row.name in undecided else "",
+        "–" if row.p50_ms is None else f"{row.p50_ms:.2f} / {_number(row.p95_ms, '{:.2f}')}",
         _number(row.images_per_second, "{:,.0f}")
         + ("" if row.best_batch is None else f" ({row.best_batch})"),
         f"{row.bytes / 1e6:.2f}",
-        row.precision,
-        row.parity,
-        row.accuracy_gate,
+        _gates(row),
     ]
+
+
+def _gates(row: Artefact) -> str:
+    """-> what the gates said of a file, in one word where they agree."""
+    parity, accuracy = row.parity, row.accuracy_gate
+    return parity if parity == accuracy else f"logits {parity}, accuracy {accuracy}"
 
 
 def _row(name: str, bundle: Bundle, variant: Variant) -> list[str]:

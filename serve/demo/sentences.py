@@ -28,6 +28,7 @@ def table(
     body = "".join(f"<tr{kind}>{line}</tr>" for kind, line in zip(classes, lines, strict=True))
     name = html.escape(caption)
     return (
-        f'<div class="scroll" role="region" aria-label="{name}" tabindex="0"><table><caption>{name}</caption>'
-        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+        f'<figure class="table"><figcaption>{name}</figcaption>'
+        f'<div class="scroll" role="region" aria-label="{name}" tabindex="0"><table>'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></figure>"
     )

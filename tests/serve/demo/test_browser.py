@@ -25,7 +25,8 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Debian's chromium on the PATH"),
 ]
 Start = Callable[..., contextlib.AbstractContextManager[Any]]
-DESKTOP, PHONE = {"width": 1100, "height": 820}, {"width": 390, "height": 844}
+DESKTOP, PHONE = {"width": 1440, "height": 900}, {"width": 390, "height": 844}
+TABS = ("Draw", "Classify", "Batch", "Which model", "Model card", "API")
 
 
 @pytest.fixture(scope="module")
@@ -250,8 +251,6 @@ def test_a_batch_with_progress_and_downloads(
 
 
 def test_which_model_and_its_card(watched: Watched, request: pytest.FixtureRequest) -> None:
-    if "phone" in request.node.name:
-        pytest.skip("on a phone these tabs are behind the menu button")
     watched.tab("Which model")
     watched.page.get_by_text("What to ship:").wait_for()
     # another one, hidden, measures widths
@@ -264,7 +263,6 @@ def test_which_model_and_its_card(watched: Watched, request: pytest.FixtureReque
     watched.page.get_by_role("heading", name="A bundle for tests").or_(
         watched.page.get_by_text("Where it comes from")
     ).first.wait_for()
-    shoot(watched, "card", request)
 
 
 def test_an_example_has_a_name_and_is_answered_in_view(watched: Watched) -> None:
@@ -296,11 +294,7 @@ def test_the_pad_says_what_it_is_for(watched: Watched) -> None:
     assert not hint.is_visible()
 
 
-def test_programs_are_told_of_the_servers_own_protocols(
-    watched: Watched, request: pytest.FixtureRequest
-) -> None:
-    if "phone" in request.node.name:
-        pytest.skip("on a phone this tab is behind the menu button")
+def test_programs_are_told_of_the_servers_own_protocols(watched: Watched) -> None:
     watched.tab("API")
     watched.says("#api", "/classify")
     assert watched.page.get_by_text("Use via API").count() == 0
@@ -320,16 +314,23 @@ def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
     return (folder / "package" / "axe.min.js").read_text()
 
 
-@pytest.mark.parametrize("tab", ["Draw", "Classify", "Batch", "Which model", "Model card", "API"])
+@pytest.mark.parametrize("tab", TABS)
 def test_axe_finds_nothing_serious(
-    watched: Watched, axe: str, tab: str, request: pytest.FixtureRequest
+    watched: Watched, axe: str, tab: str, bundles: list[Bundle], tmp_path: Path
 ) -> None:
-    if "phone" in request.node.name and tab not in ("Draw", "Classify"):
-        pytest.skip("on a phone these tabs are behind the menu button")
     watched.tab(tab)
+    if tab == "Draw":
+        watched.page.locator("#pad canvas").focus()
+        for key in ("ArrowUp", " ", "ArrowDown", " "):
+            watched.page.keyboard.press(key)
+        watched.says("#drawing-status", "say")
     if tab == "Classify":
         watched.page.locator("button.gallery-item").nth(0).click()
         watched.says("#status", "say")
+    if tab == "Batch":
+        watched.page.set_input_files("#files input[type=file]", write_samples(bundles[0], tmp_path))
+        watched.page.click("#start-batch")
+        watched.says("#batch-status", "classified")
     watched.page.wait_for_timeout(800)
     watched.page.evaluate(axe)
     found = watched.page.evaluate("axe.run(document, {resultTypes: ['violations']})")
@@ -341,7 +342,33 @@ def test_axe_finds_nothing_serious(
     assert serious == []
 
 
-def test_the_phone_page_does_not_scroll_sideways(watched: Watched) -> None:
+@pytest.mark.parametrize("tab", TABS)
+def test_no_tab_scrolls_sideways(watched: Watched, tab: str) -> None:
+    """The tab's own button included: on a phone none hides behind another."""
+    watched.tab(tab)
     watched.page.wait_for_timeout(500)
     watched.page.evaluate("scrollTo(500, 0)")
     assert watched.page.evaluate("scrollX") == 0
+
+
+def test_nothing_is_shown_where_there_is_nothing_yet(watched: Watched) -> None:
+    """No empty frames: before the first answer the examples follow the place for an image."""
+    watched.tab("Classify")
+    watched.page.locator("button.gallery-item").nth(0).wait_for()
+    assert watched.page.locator("[class*=answer-]:visible").count() == 0
+    watched.tab("Batch")
+    watched.says("#files", "Drop images or zip files here")
+    assert watched.page.get_by_text("Click to Upload").count() == 0
+    for selector in ("#uncertain", "#csv", "#parquet"):
+        assert not watched.page.locator(selector).is_visible()
+
+
+def test_the_table_of_models_needs_no_scrolling_on_a_desktop(watched: Watched) -> None:
+    """On a phone it scrolls, in a region of its own that the keyboard reaches; its words are whole."""
+    watched.tab("Which model")
+    region = watched.page.get_by_role("region", name="Export report").locator("visible=true")
+    region.wait_for()
+    wide = watched.page.viewport_size["width"] == DESKTOP["width"]
+    assert region.evaluate("node => node.scrollWidth > node.clientWidth") is not wide
+    heights = region.locator("tbody td").evaluate_all("cells => cells.map(cell => cell.clientHeight)")
+    assert max(heights) < 45  # one line

@@ -289,7 +289,11 @@ def test_which_model_works_with_and_without_the_exporters_report(
         | {"accuracy_gate": "passed", "images_per_second": 1234.4, "best_batch": 16, "unknown": 1}
     )
     bare = artefact | {"variant": "int8-tensorrt", "accuracy_gate": "not verified here"}
-    advice = {"artefact": "fused/fp32", "reason": "fused/fp32 is <best>."}
+    advice = {
+        "artefact": "fused/fp32",
+        "reason": "fused/fp32 is <best>.",
+        "undecided": ["fused/fp32"],
+    }
     try:
         (folder / "report.json").write_text(
             json.dumps({"rows": [row, bare], "limits": {}, "recommendation": advice, "machine": "a box"})
@@ -298,11 +302,13 @@ def test_which_model_works_with_and_without_the_exporters_report(
         assert (report.advice, report.machine, report.picture) == ("fused/fp32 is <best>.", "a box", None)
         # Both tiny bundles say that their target is fused.
         assert report.rows[0] == [
-            "fused / fp32", "fused, branch0", "yes", "98.33% (96.40% to 99.24%)", "1.23 / 2.00",
-            "1,234 (16)", "2.00",
-            "fp32 / fp32", "passed", "passed",
+            "fused / fp32", "fused, branch0", "98.33%", "96.40% to 99.24%", "no different from the best",
+            "1.23 / 2.00", "1,234 (16)", "2.00", "passed",
         ]  # fmt: skip
-        assert report.rows[1][:6] == ["fused / int8-tensorrt", "", "", "–", "– / –", "–"]
+        assert report.rows[1] == [
+            "fused / int8-tensorrt", "", "–", "", "", "–", "–", "2.00",
+            "logits passed, accuracy not verified here",
+        ]  # fmt: skip
         Image.new("RGB", (4, 4)).save(folder / "report.png")
         assert reports.reports(models)[0].picture == folder / "report.png"
         (folder / "report.json").write_text('{"rows": 1}')
