@@ -201,7 +201,7 @@ def main(argv: Sequence[str]) -> int:
         value is not None for value in (limits.max_latency_ms, limits.min_accuracy, limits.max_bytes)
     )
     if exported.bundles and (limited or "all" in options.targets):
-        _report(out, limits, exported.refused)
+        _report(out, limits, exported.refused, timed=True)
     exported.require(out)
     return DONE
 
@@ -338,11 +338,19 @@ def _limits(arguments: argparse.Namespace) -> ArtefactLimits:
     return ArtefactLimits(arguments.max_latency_ms, arguments.min_accuracy, arguments.max_bytes)
 
 
-def _report(folder: Path, limits: ArtefactLimits, refused: Sequence[Refusal] | None = None) -> int:
-    """Write the report over the bundles in `folder` and print its recommendation; -> exit code."""
-    from export.publish.report import require, write_report
+def _report(
+    folder: Path, limits: ArtefactLimits, refused: Sequence[Refusal] | None = None, timed: bool = False
+) -> int:
+    """Write the report over the bundles in `folder` and print its recommendation; -> exit code.
 
-    report = write_report(folder, limits, refused)
+    timed: time its files side by side, also where the report before this one has.
+    """
+    from export.publish.report import bundles_in, known_timings, require, write_report
+    from export.publish.side_by_side import time_bundles
+
+    bundles = bundles_in(folder)
+    timings = time_bundles(bundles) if timed or not known_timings(folder, bundles) else None
+    report = write_report(folder, limits, refused, timings)
     require(report)
     print(f"{folder / 'report.md'}: {report.recommendation.reason}", flush=True)
     return DONE

@@ -4,11 +4,57 @@ every variant of every target."""
 from __future__ import annotations
 
 import math
+import statistics
+from collections.abc import Sequence
 
 import msgspec
 
+from ffl_deploy.statistics import Interval, median_interval
+
 REPORT = "report.json"
 PICTURE = "report.png"
+
+
+SMALL = 0.1
+"""An interval of a latency that is within this share of its median is small."""
+
+
+class Timing(msgspec.Struct, frozen=True):
+    """How long an artefact takes for one image, measured side by side with others.
+
+    name: TARGET/VARIANT; sha256: of its file; windows_ms: the median call of each window, in ms. The k-th
+    windows of all artefacts lie in the same round, so their ratios are paired.
+    """
+
+    name: str
+    sha256: str
+    windows_ms: list[float]
+    p95_ms: float  # of all calls
+
+    @property
+    def p50_ms(self) -> float:
+        return statistics.median(self.windows_ms)
+
+    @property
+    def interval(self) -> Interval:
+        """-> the 95 % interval of `p50_ms`, in ms."""
+        return median_interval(self.windows_ms)
+
+    @property
+    def wide(self) -> bool:
+        """-> whether the machine was too busy to tell it to within SMALL."""
+        return is_wide(self.windows_ms)
+
+
+def is_wide(windows_ms: Sequence[float]) -> bool:
+    """-> whether the interval of these windows' median is wider than SMALL allows."""
+    interval = median_interval(windows_ms)
+    return interval.high - interval.low > SMALL * statistics.median(windows_ms)
+
+
+def ratio_interval(slower: Sequence[float], faster: Sequence[float]) -> Interval:
+    """-> the 95 % interval of how many times as long `slower` takes, of windows in the same rounds."""
+    return median_interval([one / other for one, other in zip(slower, faster, strict=True)])
 
 
 class Artefact(msgspec.Struct, frozen=True):
@@ -35,6 +81,8 @@ class Artefact(msgspec.Struct, frozen=True):
     best_batch: int | None = None
     pareto: bool = False
     images: int | None = None  # that the accuracy is of
+    p50_low_ms: float | None = None  # 95 % interval, where it was timed side by side
+    p50_high_ms: float | None = None
 
     @property
     def name(self) -> str:
@@ -95,10 +143,12 @@ class Refusal(msgspec.Struct, frozen=True):
 
 
 class Report(msgspec.Struct, frozen=True):
-    """`report.json`. refused: of the exports that the bundles come from; absent where nothing was."""
+    """`report.json`. refused: of the exports that the bundles come from; absent where nothing was.
+    timings: side by side, of the files that could be run; absent where none was timed so."""
 
     rows: list[Artefact]
     limits: ArtefactLimits
     recommendation: Recommendation
     machine: str = ""
     refused: list[Refusal] | msgspec.UnsetType = msgspec.UNSET
+    timings: list[Timing] | msgspec.UnsetType = msgspec.UNSET

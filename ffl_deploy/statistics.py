@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import math
+from collections.abc import Sequence
 from statistics import NormalDist
 
 import msgspec
@@ -128,6 +129,25 @@ def unpacked(text: str, n: int) -> np.ndarray:
     if len(bits) != -(-n // 8) * 8:
         raise ValueError(f"{len(bits)} bits are not those of {n} images")
     return bits[:n].astype(bool)
+
+
+def median_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
+    """-> interval of the median by order statistics, whatever the distribution: as far inwards as the
+    binomial probability of both ends allows; the whole range where there are too few values (fewer than 6).
+
+    Raises ValueError for no values.
+    """
+    if not values:
+        raise ValueError("no values have no median")
+    n, in_order = len(values), sorted(values)
+    outside, k = 0.0, 0
+    while k < n // 2:  # dropping k from each end leaves out 2 P(X < k) of X ~ binomial(n, 1/2)
+        outside += 2 * math.comb(n, k) / 2**n
+        if outside > 1 - confidence:
+            break
+        k += 1
+    k = max(k - 1, 0)
+    return Interval(in_order[k], in_order[n - 1 - k])
 
 
 def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:

@@ -134,13 +134,14 @@ def test_the_blocks_work_as_they_are_pasted(tmp_path: Path) -> None:
     assert said.stdout.startswith("clock ")
 
     activated = ". .venv/bin/activate\nexec " + serve
-    server = subprocess.Popen([*shell, activated], cwd=clone, env=environment, stderr=subprocess.PIPE)
+    with (tmp_path / "server.log").open("w") as log:
+        server = subprocess.Popen([*shell, activated], cwd=clone, env=environment, stderr=log)
     try:
         for _ in range(600):
             with contextlib.suppress(OSError):
                 if urllib.request.urlopen("http://127.0.0.1:7860/v2/health/ready", timeout=5).status == 200:
                     break
-            assert server.poll() is None
+            assert server.poll() is None, (tmp_path / "server.log").read_text()[-3000:]
             time.sleep(0.5)
         page = urllib.request.urlopen("http://127.0.0.1:7860/", timeout=60).read()
         assert b"<html" in page

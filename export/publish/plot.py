@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ffl_deploy.files import write_atomically
 
 if TYPE_CHECKING:
     from ffl_deploy.report import Report
 
-_MARKERS = {"onnxruntime": "o", "openvino": "s"}
+
+class _Shape(NamedTuple):
+    marker: str
+    said: str
+
+
+_SHAPES = {"onnxruntime": _Shape("o", "Circles: ONNX Runtime"), "openvino": _Shape("s", "Squares: OpenVINO")}
+_OTHERS = _Shape("^", "Triangles: engines")
 
 
 def draw_report(report: Report, path: Path) -> None:
@@ -35,12 +42,18 @@ def draw_report(report: Report, path: Path) -> None:
         )
         latency = row.p50_ms or 0.0
         error = [[accuracy - low], [high - accuracy]]
-        axes.errorbar(latency, accuracy, error, color=colours[row.target], alpha=0.25, zorder=1)
+        spread = (
+            None
+            if row.p50_low_ms is None or row.p50_high_ms is None
+            else [[latency - row.p50_low_ms], [row.p50_high_ms - latency]]
+        )
+        axes.errorbar(latency, accuracy, error, spread, color=colours[row.target], alpha=0.25, zorder=1)
         size = 30 + 170 * row.bytes / largest
         chosen = row.name == report.recommendation.artefact
         axes.scatter(
-            latency, accuracy, s=size, marker=_MARKERS.get(row.runtime, "^"), color=colours[row.target],
-            edgecolors="black" if chosen else "white", linewidths=2 if chosen else 0.5, zorder=3,
+            latency, accuracy, s=size, marker=_SHAPES.get(row.runtime, _OTHERS).marker,
+            color=colours[row.target], edgecolors="black" if chosen else "white",
+            linewidths=2 if chosen else 0.5, zorder=3,
         )  # fmt: skip
         if not (row.pareto or chosen):
             continue  # labels of all points would cover each other; the table has them
@@ -67,7 +80,8 @@ def draw_report(report: Report, path: Path) -> None:
     ]
     handles.append(Line2D([], [], linestyle="--", color="gray", label="Pareto front"))
     axes.legend(handles=handles, loc="lower right", fontsize=8)
-    figure.suptitle("Area: file size. Circles: ONNX Runtime, squares: OpenVINO", fontsize=9)
+    shapes = dict.fromkeys(_SHAPES.get(row.runtime, _OTHERS) for row in rows)
+    figure.suptitle(f"Area: file size. {', '.join(shape.said for shape in shapes)}", fontsize=9)
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     write_atomically(path, buffer.getvalue())

@@ -19,7 +19,18 @@ from ffl_deploy.errors import CheckError, UsageError
 from ffl_deploy.files import write_atomically, write_json
 from ffl_deploy.manifest import DEFAULT_VARIANT, MANIFEST, AccuracyRecord, Variant
 from ffl_deploy.markdown import NOT_MEASURED, fill, megabytes, percent, table, within
-from ffl_deploy.report import PICTURE, REPORT, Artefact, ArtefactLimits, Recommendation, Refusal, Report
+from ffl_deploy.report import (
+    PICTURE,
+    REPORT,
+    SMALL,
+    Artefact,
+    ArtefactLimits,
+    Recommendation,
+    Refusal,
+    Report,
+    Timing,
+    ratio_interval,
+)
 from ffl_deploy.statistics import Interval
 
 PAGE, BODY = (Path(__file__).with_name(name) for name in ("report.md", "report_body.md"))
@@ -38,26 +49,42 @@ COLUMNS = (
     "images/s (batch)",
 )
 EMPTY: Mapping[str, AccuracyRecord] = MappingProxyType({})
+UNTIMED: Mapping[str, Timing] = MappingProxyType({})
 SAME_LATENCY = 1.1
 """Medians of windows on a shared machine differ by this much, run to run."""
 NEAR_BEST = 0.005
 """Accuracy that may be given up for speed: half a point, which the int8 gate also allows."""
 
 
-def write_report(folder: Path, limits: ArtefactLimits, refused: Sequence[Refusal] | None = None) -> Report:
-    """Write `report.md`, `report.json` and `report.png` into `folder`, over the bundles inside it.
-
-    refused: targets of this export that have no bundle; None takes those of the report that is there. What
-    single variants were refused for is in the bundles. Raises UsageError where there is no bundle. Nothing is
-    raised where no artefact keeps the limits: see `require`.
-    """
+def bundles_in(folder: Path) -> list[Bundle]:
+    """-> the bundles that a report over `folder` is about. Raises UsageError where there is none."""
     bundles = [load_bundle(path.parent) for path in sorted(folder.glob(f"*/{MANIFEST}"))]
     if not bundles:
         raise UsageError(
             f"{folder} holds no bundles to report on; export some first: ffl-export --target all --out "
             f"{folder}"
         )
-    rows = mark_pareto([row for bundle in bundles for row in bundle_rows(bundle)])
+    return bundles
+
+
+def write_report(
+    folder: Path,
+    limits: ArtefactLimits,
+    refused: Sequence[Refusal] | None = None,
+    timings: Sequence[Timing] | None = None,
+) -> Report:
+    """Write `report.md`, `report.json` and `report.png` into `folder`, over the bundles inside it.
+
+    refused: targets of this export that have no bundle; timings: of the files side by side. None takes those
+    of the report that is there, where they are of the same files. What single variants were refused for is in
+    the bundles. Raises UsageError where there is no bundle. Nothing is raised where no artefact keeps the
+    limits: see `require`.
+    """
+    bundles = bundles_in(folder)
+    before = report_before(folder)
+    timed = {one.name: one for one in timings} if timings is not None else known_timings(folder, bundles)
+    rows = [with_timing(row, timed) for bundle in bundles for row in bundle_rows(bundle)]
+    rows = mark_pareto(rows)
     latencies = [
         variant.latency for bundle in bundles for variant in bundle.manifest.variants if variant.latency
     ]
@@ -69,11 +96,18 @@ def write_report(folder: Path, limits: ArtefactLimits, refused: Sequence[Refusal
         if variant.accuracy
     }
     if refused is None:
-        refused = refused_before(folder)
+        refused = before.refused or [] if before else []
     listed = [refusal for bundle in bundles for refusal in refused_variants(bundle)]
     names = {bundle.manifest.target for bundle in bundles}
     listed += [refusal for refusal in refused if refusal.target not in names]
-    report = Report(rows, limits, recommend(rows, limits, records), machine, listed or msgspec.UNSET)
+    report = Report(
+        rows,
+        limits,
+        recommend(rows, limits, records, timed),
+        machine,
+        listed or msgspec.UNSET,
+        list(timed.values()) or msgspec.UNSET,
+    )
     write_json(folder / REPORT, report)
     write_atomically(folder / "report.md", markdown(report))
     from export.publish.plot import draw_report
@@ -90,13 +124,12 @@ def refused_variants(bundle: Bundle) -> list[Refusal]:
     ]
 
 
-def refused_before(folder: Path) -> list[Refusal]:
-    """-> what the report in `folder` says was refused."""
+def report_before(folder: Path) -> Report | None:
+    """-> the report that lies in `folder`, None where there is none that can be read."""
     try:
-        report = msgspec.json.decode((folder / REPORT).read_bytes(), type=Report)
+        return msgspec.json.decode((folder / REPORT).read_bytes(), type=Report)
     except (OSError, msgspec.DecodeError):
-        return []
-    return report.refused or []
+        return None
 
 
 def require(report: Report) -> None:
@@ -137,6 +170,32 @@ def _row(target: str, parameters: int, cost: int, variant: Variant) -> Artefact:
     )
 
 
+def known_timings(folder: Path, bundles: Sequence[Bundle]) -> dict[str, Timing]:
+    """-> Artefact.name -> what the report in `folder` says of the files that are in the bundles now."""
+    before = report_before(folder)
+    hashes = {
+        f"{bundle.manifest.target}/{variant.name}": variant.sha256
+        for bundle in bundles
+        for variant in bundle.manifest.variants
+    }
+    known = before.timings or [] if before else []
+    return {one.name: one for one in known if hashes.get(one.name) == one.sha256}
+
+
+def with_timing(row: Artefact, timed: Mapping[str, Timing]) -> Artefact:
+    """-> the row with the latency that was measured side by side, where there is one."""
+    timing = timed.get(row.name)
+    if timing is None or row.p50_ms is None:
+        return row
+    return msgspec.structs.replace(
+        row,
+        p50_ms=timing.p50_ms,
+        p95_ms=timing.p95_ms,
+        p50_low_ms=timing.interval.low,
+        p50_high_ms=timing.interval.high,
+    )
+
+
 def mark_pareto(rows: Sequence[Artefact]) -> list[Artefact]:
     """-> the rows, those marked than which no other is both faster (p50) and at least as accurate,
     or the reverse."""
@@ -151,13 +210,16 @@ def mark_pareto(rows: Sequence[Artefact]) -> list[Artefact]:
 
 
 def recommend(
-    rows: Sequence[Artefact], limits: ArtefactLimits, records: Mapping[str, AccuracyRecord] = EMPTY
+    rows: Sequence[Artefact],
+    limits: ArtefactLimits,
+    records: Mapping[str, AccuracyRecord] = EMPTY,
+    timed: Mapping[str, Timing] = UNTIMED,
 ) -> Recommendation:
     """-> what to ship of what keeps the limits, and why.
 
     The fastest of those whose accuracy is that of the most accurate: within half a point of it, or so near
     that the test images cannot tell them apart; of equally fast ones the smallest. records: Artefact.name ->
-    accuracy, of the same images.
+    accuracy, of the same images; timed: Artefact.name -> its windows, in the same rounds.
     """
     measured = [row for row in rows if row.measured]
     fitting = [row for row in measured if not limits.broken_by(row)]
@@ -178,9 +240,9 @@ def recommend(
     near = [row for row in fitting if row in undecided or _accuracy(row) >= _accuracy(best) - NEAR_BEST]
 
     # the fastest of these; a tenth of a latency is noise, and then size decides
-    fastest = min(map(_latency, near))
+    fastest = min(near, key=_latency)
     chosen = min(
-        (row for row in near if _latency(row) <= SAME_LATENCY * fastest),
+        (row for row in near if _as_fast(row, fastest, timed)),
         key=lambda row: (row.bytes, _latency(row), -_accuracy(row)),
     )
     reason = f"{chosen.name} ({_facts(chosen)}) {_why(chosen, best, limits, intervals[chosen.name])}"
@@ -188,7 +250,39 @@ def recommend(
     if names and best.images:
         shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
         reason += f"; {best.images:,} test images cannot tell {shown} apart, more of them would"
-    return Recommendation(chosen.name, f"{reason}{_caveat(chosen)}.", names)
+    return Recommendation(
+        chosen.name, f"{reason}{_caveat(chosen)}{_unsteady(near, chosen, limits, timed)}.", names
+    )
+
+
+def _as_fast(row: Artefact, fastest: Artefact, timed: Mapping[str, Timing]) -> bool:
+    """-> whether `row` is no slower than noise: a tenth, or what the rounds cannot tell from a tenth."""
+    if row.name in timed and fastest.name in timed:
+        return ratio_interval(timed[row.name].windows_ms, timed[fastest.name].windows_ms).low <= SAME_LATENCY
+    return _latency(row) <= SAME_LATENCY * _latency(fastest)
+
+
+def _unsteady(
+    rows: Sequence[Artefact], chosen: Artefact, limits: ArtefactLimits, timed: Mapping[str, Timing]
+) -> str:
+    """-> that a latency is not known well which the choice among `rows` hangs on: by a limit, or since the
+    rounds cannot tell another of them from `chosen`."""
+
+    def open_question(row: Artefact) -> bool:
+        if limits.max_latency_ms is not None or row == chosen:
+            return limits.max_latency_ms is not None
+        ratio = ratio_interval(timed[row.name].windows_ms, timed[chosen.name].windows_ms)
+        return ratio.low < 1 < ratio.high
+
+    known = [row for row in rows if row.name in timed and chosen.name in timed]
+    wide = [timed[row.name] for row in known if timed[row.name].wide and open_question(row)]
+    if not wide:
+        return ""
+    worst = max(wide, key=lambda one: (one.interval.high - one.interval.low) / one.p50_ms)
+    return (
+        f"; this machine was too busy to time them well ({worst.name} took {worst.interval.low:.2f} to "
+        f"{worst.interval.high:.2f} ms), so export again on a quiet one where speed decides"
+    )
 
 
 def _why(chosen: Artefact, best: Artefact, limits: ArtefactLimits, interval: Interval | None) -> str:
@@ -251,7 +345,28 @@ def body(report: Report) -> str:
         advice=f"{recommended}: {report.recommendation.reason}",
         artefacts=table(COLUMNS, [_cells(row, report.recommendation) for row in best_first(report.rows)]),
         machine=report.machine or "nothing",
+        latency=_how_timed(report.timings or []),
         refused=_refused(report.refused or []),
+    )
+
+
+def _how_timed(timings: Sequence[Timing]) -> str:
+    """-> what the latencies are worth."""
+    if not timings:
+        return (
+            "A latency is one window of 0.3 s: on a shared machine two identical graphs can differ by a "
+            "third, so time the candidates again, side by side, before a decision hangs on less."
+        )
+    wide = [one.name for one in timings if one.wide]
+    rounds = len(timings[0].windows_ms)
+    reached = (
+        f"to within {100 * SMALL:.0f} %"
+        if not wide
+        else f"and wider than {100 * SMALL:.0f} % of it for {', '.join(wide)}: this machine was busy"
+    )
+    return (
+        f"A latency is the median of {rounds} windows, the files in turns, with its 95 % interval, {reached}."
+        " The throughputs are one window of 0.3 s each."
     )
 
 
@@ -289,6 +404,15 @@ def _cells(row: Artefact, advice: Recommendation) -> list[str]:
         NOT_MEASURED if row.calibration_error is None else f"{row.calibration_error:.4f}",
         row.parity,
         row.accuracy_gate,
-        f"{row.p50_ms:.2f} / {row.p95_ms:.2f}" if row.measured else NOT_MEASURED,
+        _latencies(row),
         f"{row.images_per_second:.0f} ({row.best_batch})" if row.measured else NOT_MEASURED,
     ]
+
+
+def _latencies(row: Artefact) -> str:
+    """-> p50, with its interval where there is one, and p95, in ms."""
+    if not row.measured:
+        return NOT_MEASURED
+    low, high = row.p50_low_ms, row.p50_high_ms
+    interval = "" if low is None or high is None else f" ({low:.2f} to {high:.2f})"
+    return f"{row.p50_ms:.2f}{interval} / {row.p95_ms:.2f}"

@@ -2,7 +2,7 @@
 // Gradio gives `element`; the names of the examples, in their order, are in its data-names.
 const names = JSON.parse(element.querySelector("[data-names]").dataset.names);
 const root = element.closest(".gradio-container") ?? document.body;
-let shown = "";
+const shown = {};
 
 function assist() {
     root.querySelectorAll("button.gallery-item").forEach((button, number) => {
@@ -14,7 +14,13 @@ function assist() {
         if (table.scrollWidth > table.clientWidth) table.setAttribute("tabindex", "0"); // the keyboard scrolls it too
     });
     // the words on it are its name
-    root.querySelectorAll("button.upload-container[aria-label]").forEach((place) => place.removeAttribute("aria-label"));
+    root.querySelectorAll("button.thumbnail-item[aria-label]").forEach((picture) => {
+        if (picture.innerText.trim()) picture.removeAttribute("aria-label");
+    });
+    root.querySelectorAll("button.upload-container").forEach((place) => {
+        if (place.innerText.trim()) place.removeAttribute("aria-label");
+        else if (!place.getAttribute("aria-label")) place.setAttribute("aria-label", "Choose files");
+    });
     const files = root.querySelector("#files [data-testid='upload-text']:not([data-said])");
     if (files) {
         files.dataset.said = "yes"; // Gradio's nodes stay, emptied: it takes them away itself
@@ -35,12 +41,13 @@ function assist() {
             image.addEventListener("load", () => (image.style.visibility = ""));
         }
     });
-    // On a phone the examples lie below the answer: what was picked is answered in view.
-    const status = root.querySelector("#status");
-    const text = status?.innerText ?? "";
-    if (text !== shown) {
-        shown = text;
-        if (text.includes(" say") && matchMedia("(max-width: 640px)").matches) {
+    // On a phone what was asked fills the screen: the answer comes into view by itself.
+    for (const [id, words] of [["status", " say"], ["batch-status", " classified"]]) {
+        const status = root.querySelector(`#${id}`);
+        const text = status?.innerText ?? "";
+        if (text === shown[id]) continue;
+        shown[id] = text;
+        if (text.includes(words) && matchMedia("(max-width: 640px)").matches) {
             status.scrollIntoView({block: "center", behavior: "smooth"});
         }
     }

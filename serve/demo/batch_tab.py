@@ -52,8 +52,8 @@ def batch_tab(service: Service) -> None:
                 names, value=names[0], label="Model", visible=len(names) > 1, elem_id="batch-model"
             )
             with gr.Row():
-                start = gr.Button("Classify all", variant="primary", elem_id="start-batch")
-                stop = gr.Button("Stop", interactive=False, elem_id="stop-batch")
+                start = gr.Button("Classify all", variant="primary", min_width=120, elem_id="start-batch")
+                stop = gr.Button("Stop", interactive=False, min_width=80, elem_id="stop-batch")
         with gr.Column(min_width=280, scale=2):
             status = gr.HTML(
                 sentences.status("Choose files, then press Classify all."),
@@ -163,7 +163,7 @@ def _summary(state: BatchState) -> str:
         text += f", {state.errors:,} could not be read ({', '.join(codes)})"
     classes = Counter(row.label for row in state.rows if row.label).most_common()
     if classes:
-        counts = ", ".join(f"{label} {count:,}" for label, count in classes[:SHOWN_CLASSES])
+        counts = ", ".join(f"{label}: {count:,}" for label, count in classes[:SHOWN_CLASSES])
         text += f"; {counts}{', …' if len(classes) > SHOWN_CLASSES else ''}"
     if state.skipped.reasons:
         text += f"; skipped {state.skipped}"

@@ -45,11 +45,16 @@ html, body {overflow-x: clip;}
 #rows .scroll {max-height: 340px; overflow: auto;}
 #uncertain label[data-testid="block-label"] {position: static; display: inline-flex; border: 0;}
 .prose table {display: block; overflow-x: auto; white-space: nowrap; max-width: 100%;}
-.prose table {border: 0 !important;}
+.prose table, .scroll tr, .scroll thead, .scroll tbody {border: 0 !important;}
+#rows td:last-child:nth-child(5) {white-space: normal; min-width: 14rem;}
 .prose td, .prose th, .prose td code {word-break: normal; overflow-wrap: normal; white-space: nowrap;}
-#api pre code {white-space: pre-wrap; overflow-wrap: anywhere;}
+.prose pre code {white-space: pre-wrap; overflow-wrap: anywhere;}
+.prose pre .token {color: inherit !important;}
 .captioned label[data-testid="block-label"] {position: static; display: inline-flex; border: 0;}
 .dark #pareto img {filter: invert(0.92) hue-rotate(180deg);}
+#files .download-link, #files .file button {color: var(--body-text-color) !important;}
+/* Gradio's "add more" is a button inside a button, named "common.upload". */
+#files .icon-button:has(.upload-container) {display: none;}
 #assist {display: none;}
 .gradio-container button.primary {background: #9a3412 !important; color: #fff !important;}
 #files .or, #image .or {color: var(--body-text-color) !important;}

@@ -148,8 +148,8 @@ def _report_row(row: Artefact, models: Iterable[ServedModel], undecided: Sequenc
         f"{row.target} / {row.variant}",
         ", ".join(served),
         _number(row.accuracy, "{:.2%}"),
-        "" if low is None or high is None else f"{low:.2%} to {high:.2%}",
-        "no different from the best" if row.name in undecided else "",
+        "" if low is None or high is None else f"{100 * low:.2f} to {high:.2%}",
+        "level with the best" if row.name in undecided else "",
         "–" if row.p50_ms is None else f"{row.p50_ms:.2f} / {_number(row.p95_ms, '{:.2f}')}",
         _number(row.images_per_second, "{:,.0f}")
         + ("" if row.best_batch is None else f" ({row.best_batch})"),

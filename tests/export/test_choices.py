@@ -12,17 +12,34 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from export.publish.cost import multiply_adds
-from export.publish.report import body, mark_pareto, recommend
+from export.publish.report import body, mark_pareto, recommend, with_timing
+from export.publish.side_by_side import in_turns, medians
 from export.publish.undecided import behind
 from export.write.int8_choice import BLOCKS, choose, sensitive_blocks
 from export.write.qdq import channel_scales
 from export.write.ranges import chunk_size
 from ffl_deploy.manifest import PAIR, AccuracyRecord, Candidate
 from ffl_deploy.parity import Verdict
-from ffl_deploy.report import Artefact, ArtefactLimits, Recommendation, Report
+from ffl_deploy.report import (
+    Artefact,
+    ArtefactLimits,
+    Recommendation,
+    Report,
+    Timing,
+    is_wide,
+    ratio_interval,
+)
 from ffl_deploy.runtime.latency import measure_latency
 from ffl_deploy.saturation import largest_pair
-from ffl_deploy.statistics import packed, paired_difference, tango_interval, unpacked, wilson_interval
+from ffl_deploy.statistics import (
+    Interval,
+    median_interval,
+    packed,
+    paired_difference,
+    tango_interval,
+    unpacked,
+    wilson_interval,
+)
 
 
 def measurer(
@@ -308,3 +325,86 @@ def test_latency_takes_real_batches_and_the_best_throughput() -> None:
     assert record.best_batch == 16
     assert 2.0 < record.p50_ms <= record.p95_ms
     assert record.images_per_second["16"] > record.images_per_second["1"]
+
+
+class Machine:
+    """A clock that goes on as far as what is run takes: a call takes `costs[name]` ms, times the load of the
+    moment, which the seconds since the start decide."""
+
+    def __init__(self, load: Callable[[float], float] = lambda seconds: 1.0) -> None:
+        self.now, self.load = 0.0, load
+
+    def clock(self) -> float:
+        return self.now
+
+    def run(self, ms: float) -> Callable[[], None]:
+        def call() -> None:
+            self.now += ms / 1e3 * self.load(self.now)
+
+        return call
+
+
+def test_windows_are_taken_in_turns_until_their_intervals_are_small() -> None:
+    quiet = Machine()
+    found = in_turns({"a/fp32": quiet.run(2.0), "b/fp32": quiet.run(1.0)}, clock=quiet.clock)
+    assert [len(windows) for windows in found.values()] == [8, 8]  # as few as there can be
+    assert medians(found["a/fp32"]) == pytest.approx([2.0] * 8)
+    assert min(len(calls) for calls in found["b/fp32"]) >= 30
+
+    busy = Machine(lambda now: 1.0 + (now * 7 % 1.0))  # as often as not twice as slow
+    found = in_turns({"a/fp32": busy.run(2.0), "b/fp32": busy.run(1.0)}, seconds=2.0, clock=busy.clock)
+    assert len(found["a/fp32"]) == len(found["b/fp32"]) > 8
+    assert busy.now == pytest.approx(2.0, abs=0.3)
+    assert is_wide(medians(found["a/fp32"]))
+
+
+def timing(name: str, windows: Sequence[float]) -> Timing:
+    return Timing(name, "", list(windows), max(windows))
+
+
+def test_a_load_that_comes_and_goes_does_not_decide_between_two_files() -> None:
+    """Its share of each round is the same for both, so their ratio is steady where neither latency is."""
+    load = np.linspace(1, 3, 9)
+    slow, fast = timing("a/fp32", load * 1.3), timing("b/fp32", load)
+    assert slow.wide
+    assert fast.wide
+    ratios = ratio_interval(slow.windows_ms, fast.windows_ms)
+    assert (ratios.low, ratios.high) == pytest.approx((1.3, 1.3))
+    rows = [row("a", "fp32", 0.9, slow.p50_ms, 1), row("b", "fp32", 0.9, fast.p50_ms, 9)]
+    advice = recommend(rows, ArtefactLimits(), timed={"a/fp32": slow, "b/fp32": fast})
+    assert advice.artefact == "b/fp32"
+    assert "too busy" not in advice.reason
+    limited = recommend(rows, ArtefactLimits(max_latency_ms=9), timed={"a/fp32": slow, "b/fp32": fast})
+    assert "this machine was too busy to time them well" in limited.reason
+
+    # where the rounds do not agree, speed decides nothing: the smaller file is taken, and the page says why
+    uneven = timing("a/fp32", [0.7, 2.0, 0.8, 2.2, 0.9, 1.9, 1.1, 1.8, 1.4])
+    steady = timing("b/fp32", [1.0] * 9)
+    rows = [row("a", "fp32", 0.9, uneven.p50_ms, 9), row("b", "fp32", 0.9, steady.p50_ms, 1)]
+    advice = recommend(rows, ArtefactLimits(), timed={"a/fp32": uneven, "b/fp32": steady})
+    assert advice.artefact == "b/fp32"
+    assert "this machine was too busy to time them well (a/fp32 took 0.80 to 2.00 ms)" in advice.reason
+    rows = [msgspec.structs.replace(one, bytes=10 - one.bytes) for one in rows]
+    assert recommend(rows, ArtefactLimits(), timed={"a/fp32": uneven, "b/fp32": steady}).artefact == "a/fp32"
+    assert recommend(rows, ArtefactLimits()).artefact == "b/fp32"
+
+
+def test_the_page_says_what_the_latencies_are_worth() -> None:
+    advice = Recommendation("fused/int8", "because.")
+    steady, uneven = timing("fused/fp32", [2.0] * 9), timing("fused/int8", [0.5, 1.5] * 4 + [1.0])
+    rows = [with_timing(one, {"fused/fp32": steady, "fused/int8": uneven}) for one in ROWS]
+    page = body(Report(rows, ArtefactLimits(), advice, timings=[steady, uneven]))
+    assert "| 2.00 (2.00 to 2.00) / 2.00 |" in page
+    assert "| 1.00 (0.50 to 1.50) / 1.50 |" in page
+    assert "the median of 9 windows, the files in turns" in page
+    assert "wider than 10 % of it for fused/int8: this machine was busy" in page
+    assert "one window of 0.3 s: on a shared machine" in body(Report(ROWS, ArtefactLimits(), advice))
+
+
+@pytest.mark.parametrize(
+    ("n", "low", "high"), [(1, 0, 0), (5, 0, 4), (8, 0, 7), (9, 1, 7), (20, 5, 14), (100, 39, 60)]
+)
+def test_the_interval_of_a_median_is_that_of_the_sign_test(n: int, low: int, high: int) -> None:
+    """Ranks of the usual tables (Conover 1999, A3), counted from 0."""
+    values = list(range(n))[::-1]
+    assert median_interval(values) == Interval(low, high)

@@ -361,9 +361,16 @@ def test_the_report_recommends_under_limits(
     }
     assert report["recommendation"]["artefact"] in (out / "report.md").read_text()
     assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
+    for row in report["rows"]:
+        if row["p50_ms"] is not None:
+            assert row["p50_low_ms"] <= row["p50_ms"] <= row["p50_high_ms"]
+    assert {len(timing["windows_ms"]) for timing in report["timings"]} <= set(range(8, 61))
+    assert len({len(timing["windows_ms"]) for timing in report["timings"]}) == 1  # in the same rounds
     smallest = min(row["bytes"] for row in report["rows"] if row["p50_ms"])
     assert run_command(main, ["--report-only", "--out", str(out), "--max-bytes", str(smallest)]) == 0
-    chosen = json.loads((out / "report.json").read_text())["recommendation"]["artefact"]
+    again = json.loads((out / "report.json").read_text())
+    assert again["timings"] == report["timings"], "other limits are no reason to measure anew"
+    chosen = again["recommendation"]["artefact"]
     assert next(r["bytes"] for r in report["rows"] if f"{r['target']}/{r['variant']}" == chosen) == smallest
     capsys.readouterr()
     assert run_command(main, ["--report-only", "--out", str(out), "--max-bytes", "10"]) == 1

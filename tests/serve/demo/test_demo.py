@@ -302,7 +302,7 @@ def test_which_model_works_with_and_without_the_exporters_report(
         assert (report.advice, report.machine, report.picture) == ("fused/fp32 is <best>.", "a box", None)
         # Both tiny bundles say that their target is fused.
         assert report.rows[0] == [
-            "fused / fp32", "fused, branch0", "98.33%", "96.40% to 99.24%", "no different from the best",
+            "fused / fp32", "fused, branch0", "98.33%", "96.40 to 99.24%", "level with the best",
             "1.23 / 2.00", "1,234 (16)", "2.00", "passed",
         ]  # fmt: skip
         assert report.rows[1] == [

@@ -1,0 +1,102 @@
+"""How fast the artefacts of an export are beside each other: short windows in turns, until the intervals are
+small.
+
+One window of one artefact measures the machine's neighbours as much as the file: two identical graphs have
+differed by a third. Turns let a change of load meet all of them, and the spread of the windows says what they
+are worth.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, closing
+from typing import Any
+
+import numpy as np
+
+from ffl_deploy.bundle import Bundle
+from ffl_deploy.errors import FflError
+from ffl_deploy.report import Timing, is_wide
+from ffl_deploy.runtime.latency import machine_name
+
+WINDOW_SECONDS, WINDOW_CALLS = 0.03, 5  # a window ends when it has both
+MIN_ROUNDS, MAX_ROUNDS = 8, 200
+SECONDS = 20.0  # for all artefacts together; MIN_ROUNDS are measured in any case
+
+
+def time_bundles(bundles: Iterable[Bundle]) -> list[Timing]:
+    """-> the timings of every variant that this machine exported and can open, one image at a time."""
+    with ExitStack() as opened:
+        runs: dict[str, Callable[[], Any]] = {}
+        hashes = {}
+        for bundle in bundles:
+            images = bundle.golden().images[:1]
+            for variant in bundle.manifest.variants:
+                if variant.latency is None:
+                    continue
+                try:
+                    session = opened.enter_context(closing(bundle.session(variant.name, check=False)))
+                except FflError:
+                    continue  # an engine of another GPU, a runtime that is gone: its number stays
+                if variant.latency.machine != (session.gpu or machine_name()):
+                    continue  # beside the accuracies of that machine stand its latencies
+                name = f"{bundle.manifest.target}/{variant.name}"
+                batch = bundle.manifest.input.batch or 1
+                runs[name] = _run(session.run, np.repeat(images, batch, axis=0))
+                hashes[name] = variant.sha256
+        if not runs:
+            return []
+        windows = in_turns(runs)
+    return [
+        Timing(
+            name,
+            hashes[name],
+            medians(found),
+            float(np.percentile(np.concatenate(found), 95)),
+        )
+        for name, found in windows.items()
+    ]
+
+
+def _run(run: Callable[[np.ndarray], Any], images: np.ndarray) -> Callable[[], Any]:
+    return lambda: run(images)
+
+
+def in_turns(
+    runs: Mapping[str, Callable[[], Any]],
+    seconds: float = SECONDS,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[list[float]]]:
+    """-> name -> the calls of each of its windows, in ms; the k-th windows of all lie in the same round.
+
+    Ends when the interval of every median is small (`is_wide`), or after about `seconds`.
+    """
+    windows: dict[str, list[list[float]]] = {name: [] for name in runs}
+    end = clock() + seconds
+    order: Sequence[str] = list(runs)
+    for number in range(1, MAX_ROUNDS + 1):
+        for name in order:
+            windows[name].append(_window(runs[name], clock))
+        order = order[::-1]  # who runs behind whom changes
+        settled = not any(is_wide(medians(found)) for found in windows.values())
+        if number >= MIN_ROUNDS and (settled or clock() >= end):
+            break
+    return windows
+
+
+def medians(windows: Sequence[Sequence[float]]) -> list[float]:
+    return [statistics.median(calls) for calls in windows]
+
+
+def _window(run: Callable[[], Any], clock: Callable[[], float]) -> list[float]:
+    """-> ms of each call, after one that fills the caches again."""
+    run()
+    taken: list[float] = []
+    start = clock()
+    while len(taken) < WINDOW_CALLS or clock() - start < WINDOW_SECONDS:
+        before = clock()
+        run()
+        taken.append(1e3 * (clock() - before))
+    return taken
