@@ -52,16 +52,19 @@ def did_you_mean(path: str | os.PathLike[str]) -> str:
 
 
 @contextlib.contextmanager
-def replace_file(path: Path) -> Iterator[BinaryIO]:
+def replace_file(path: Path, tidy: bool = True) -> Iterator[BinaryIO]:
     """Yield a new file beside `path`; when the block ends well it is synced and takes `path`'s place and
-    mode, else it is removed. A link at `path` is replaced, never followed."""
+    mode, else it is removed. A link at `path` is replaced, never followed.
+
+    tidy: also remove what killed writers of `path` have left, for which its folder is listed.
+    """
     make_folders(path.parent)
-    temporary = path.with_name(temporary_name(path.name, "tmp"))
+    if tidy:
+        remove_abandoned(path, "tmp")
     mode = _mode_of(path, stat.S_ISREG)
-    descriptor = os.open(temporary, CREATE, 0o666 if mode is None else mode)
+    temporary, descriptor = _locked_file(path, 0o666 if mode is None else mode)
     try:
         with open(descriptor, "wb") as file:
-            _try_lock(descriptor)  # until it is closed: `remove_abandoned` knows by it whose writer is gone
             if mode is not None:
                 os.fchmod(descriptor, mode)
             yield file
@@ -73,9 +76,10 @@ def replace_file(path: Path) -> Iterator[BinaryIO]:
     sync_folder(path.parent)
 
 
-def write_atomically(path: Path, content: bytes | str) -> None:
-    """Write `content` to `path`, which holds the old or the new content at any instant."""
-    with replace_file(path) as file:
+def write_atomically(path: Path, content: bytes | str, tidy: bool = True) -> None:
+    """Write `content` to `path`, which holds the old or the new content at any instant. tidy: see
+    `replace_file`."""
+    with replace_file(path, tidy) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
@@ -125,6 +129,20 @@ def replace_folder(folder: Path) -> Iterator[Path]:
     sync_folder(folder.parent)
     for replaced in (old, *before):
         shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _locked_file(path: Path, mode: int) -> tuple[Path, int]:
+    """-> (a new empty file beside `path`, its descriptor, which holds its lock until it is closed)."""
+    while True:
+        new = path.with_name(temporary_name(path.name, "tmp"))
+        descriptor = os.open(new, CREATE, mode)
+        # another writer's `remove_abandoned` saw it before its lock
+        if fcntl is not None:
+            with contextlib.suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.path.lexists(new):
+            return new, descriptor
+        os.close(descriptor)
 
 
 def _locked_folder(folder: Path) -> tuple[Path, int]:

@@ -102,8 +102,9 @@ class ShardsFolder:
 
     def commit(self, index: int, data: bytes, record: ShardRecord) -> None:
         """Write a shard; when this returns it survives a power cut."""
-        write_atomically(self.data_path(index), data)
-        write_atomically(self.folder / f"{index:06d}.json", msgspec.json.encode(record))
+        # what a killed writer left goes with the folder: to look for it among thousands of shards takes time
+        write_atomically(self.data_path(index), data, tidy=False)
+        write_atomically(self.folder / f"{index:06d}.json", msgspec.json.encode(record), tidy=False)
 
     def remove(self) -> None:
         """Remove the folder; call it once the output is complete."""

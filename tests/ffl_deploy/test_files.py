@@ -207,7 +207,7 @@ def test_only_what_a_dead_writer_left_is_removed(tmp_path: Path) -> None:
         (tmp_path / name).write_text("mine")
     (tmp_path / f".o.jsonl.{'1' * 16}.tmp").symlink_to(tmp_path / kept[0])
     (tmp_path / f".o.jsonl.{'2' * 16}.tmp").write_text("abandoned")
-    with replace_file(out) as file:
+    with replace_file(out, tidy=False) as file:
         file.write(b"rows")
         living = Path(file.name) if isinstance(file.name, str) else None
         assert living is None
@@ -242,22 +242,35 @@ def test_the_exchange_says_where_there_is_none(tmp_path: Path, monkeypatch: pyte
         files._exchange(one, two)
 
 
-def test_a_writer_seen_before_its_lock_begins_again(tmp_path: Path) -> None:
-    """Two threads, one that only tidies up: no writer may find its folder gone."""
+def test_a_file_is_tidied_up_by_its_next_writer(tmp_path: Path) -> None:
+    """A run that was killed while it wrote its report left a part of it for ever."""
+    left = tmp_path / f".o.jsonl.report.json.{'3' * 16}.tmp"
+    for tidy in (False, True):
+        left.write_text("half of a")
+        write_atomically(tmp_path / "o.jsonl.report.json", "report", tidy=tidy)
+        assert left.exists() is not tidy
+
+
+@pytest.mark.parametrize("kind", ["new", "tmp"])
+def test_a_writer_seen_before_its_lock_begins_again(tmp_path: Path, kind: str) -> None:
+    """Two threads, one that only tidies up: no writer may find its folder or file gone."""
     stop, folder = threading.Event(), tmp_path / "x"
 
     def tidy() -> None:
         while not stop.is_set():
-            remove_abandoned(folder, "new")
+            remove_abandoned(folder, kind)
 
     tidier = threading.Thread(target=tidy)
     tidier.start()
     try:
         end = time.monotonic() + 1
         while time.monotonic() < end:
+            if kind == "tmp":
+                write_atomically(folder, "a")
+                continue
             with replace_folder(folder) as new:
                 (new / "a").write_text("a")
     finally:
         stop.set()
         tidier.join()
-    assert names(folder) == ["a"]
+    assert folder.read_text() == "a" if kind == "tmp" else names(folder) == ["a"]

@@ -258,11 +258,11 @@ def test_27_a_full_disk_keeps_the_finished_shards(
     whole = predict(many, flags=FLAGS, out="whole.jsonl")
     real, writes = shards.write_atomically, []
 
-    def write(path: Path, content: bytes | str) -> None:
+    def write(path: Path, content: bytes | str, tidy: bool) -> None:
         writes.append(path)
         if len(writes) > 6:
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        real(path, content)
+        real(path, content, tidy)
 
     monkeypatch.setattr(shards, "write_atomically", write)
     run = predict(many, flags=FLAGS, out="cut.jsonl")
