@@ -3,6 +3,7 @@ so member names cannot lead anywhere."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 import tarfile
@@ -11,8 +12,10 @@ import zlib
 from collections.abc import Iterator
 from functools import partial
 from pathlib import PurePosixPath
+from typing import IO, Any
 
 from ffl_deploy.images import SUFFIXES, ImageError
+from ffl_deploy.installed import require
 from serve.inputs.items import (
     MAX_FILE_BYTES,
     METADATA,
@@ -24,9 +27,11 @@ from serve.inputs.items import (
     label_of,
     refuse,
 )
+from serve.inputs.samples import MAX_LABEL_BYTES, Sample, is_label
 
 ZIP_SUFFIXES = (".zip",)
-TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
+ZSTD_SUFFIXES = (".tar.zst", ".tzst")
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", *ZSTD_SUFFIXES)
 # Photos do not compress: a stream that grows beyond this is a bomb. From FREE_BYTES on,
 # since a few zeros are harmless.
 MAX_EXPANSION = 200
@@ -141,20 +146,58 @@ def _read_zip_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
 
 
 def _tar_members(path: str, classes: frozenset[str], skipped: Skipped) -> Iterator[Item]:
-    with open(path, "rb") as raw, tarfile.open(fileobj=raw, mode="r|*", tarinfo=_TarInfo) as archive:
-        for info in archive:
-            unpacked = info.offset_data + info.size
-            if unpacked > FREE_BYTES and unpacked > MAX_EXPANSION * max(raw.tell(), 1):
-                raise tarfile.TarError(f"it grows more than {MAX_EXPANSION}-fold: a decompression bomb")
-            if info.isdir():
-                continue
-            if info.issym() or info.islnk():
-                skipped.reasons["symbolic links" if info.issym() else "hard links"] += 1
-            elif not info.isfile():
-                skipped.reasons["special files"] += 1
-            elif not _is_other(info.name, skipped):
-                yield _member(path, info.name, classes, partial(_read_tar_member, archive, info))
-            archive.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has seen; a stream never goes back to one
+    with (
+        open(path, "rb") as raw,
+        _unpacked(path, raw) as stream,
+        tarfile.open(fileobj=stream, mode="r|" if stream is not raw else "r|*", tarinfo=_TarInfo) as archive,
+    ):
+        sample = Sample()
+        try:
+            yield from _labelled_members(path, archive, raw, classes, skipped, sample)
+        except Exception:  # where the archive breaks off, what came before the break comes first
+            yield from sample.ended(skipped)
+            raise
+        yield from sample.ended(skipped)
+
+
+def _labelled_members(
+    path: str,
+    archive: tarfile.TarFile,
+    raw: IO[bytes],
+    classes: frozenset[str],
+    skipped: Skipped,
+    sample: Sample,
+) -> Iterator[Item]:
+    """raw: the archive as it lies on disk."""
+    for info in archive:
+        unpacked = info.offset_data + info.size
+        if unpacked > FREE_BYTES and unpacked > MAX_EXPANSION * max(raw.tell(), 1):
+            raise tarfile.TarError(f"it grows more than {MAX_EXPANSION}-fold: a decompression bomb")
+        if info.isdir():
+            continue
+        if info.issym() or info.islnk():
+            skipped.reasons["symbolic links" if info.issym() else "hard links"] += 1
+        elif not info.isfile():
+            skipped.reasons["special files"] += 1
+        elif is_label(info.name) and info.size <= MAX_LABEL_BYTES and not is_metadata(info.name):
+            yield from sample.labelled(info.name, _read_tar_member(archive, info), skipped)
+        elif not _is_other(info.name, skipped):
+            item = _member(path, info.name, classes, partial(_read_tar_member, archive, info))
+            yield from sample.image(info.name, item, skipped)
+        archive.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has seen; a stream never goes back to one
+
+
+@contextlib.contextmanager
+def _unpacked(path: str, raw: IO[bytes]) -> Iterator[Any]:
+    """-> the tar's stream, of what `tarfile` cannot unpack itself."""
+    if not path.lower().endswith(ZSTD_SUFFIXES):
+        yield raw
+        return
+    require("pyarrow", "or unpack it first: unzstd FILE")
+    import pyarrow as pa
+
+    with pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), "zstd") as stream:
+        yield stream
 
 
 def _read_tar_member(archive: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:

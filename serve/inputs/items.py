@@ -89,6 +89,18 @@ def file_item(path: str, label: str | None = None) -> Item:
     return Item(displayed(path), partial(read_file, path), label, file=path)
 
 
+def path_item(table: str, number: int, cell: str | None, label: str | None) -> Item:
+    """-> the item of a table's row that names a file, relative to the table's folder."""
+    if not cell:
+        return Item(f"{displayed(table)}::{number}", partial(refuse, "null", "the cell is empty"), label)
+    return file_item(os.path.join(os.path.dirname(table), cell), label)._replace(path=displayed(cell))
+
+
+def label_text(cell: object) -> str | None:
+    """-> a label as a table or a sample has it; None for none."""
+    return str(cell).strip() or None if cell is not None else None
+
+
 def failed_item(path: str, code: str, message: str) -> Item:
     """-> an item that only says why it cannot be read."""
     return Item(displayed(path), partial(refuse, code, message))

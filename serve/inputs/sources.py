@@ -17,6 +17,7 @@ from pathlib import PurePath
 from ffl_deploy.errors import UsageError
 from ffl_deploy.images import SUFFIXES
 from serve.inputs import archives, tables
+from serve.inputs.columnar import parts_of
 from serve.inputs.items import METADATA, Item, Skipped, failed_item, file_item, is_metadata, label_of
 from serve.inputs.standard_input import STANDARD_INPUT, standard_input
 
@@ -79,7 +80,7 @@ def check_inputs(inputs: Iterable[str], reading: Reading) -> None:
     without the column."""
     for argument in inputs:
         found = False
-        for path in matches(argument) if is_pattern(argument) else [argument]:
+        for path in named(argument):
             found = True
             kind = container_of(path)
             if kind is not None and kind.check is not None:
@@ -113,9 +114,20 @@ def matches(pattern: str) -> Iterator[str]:
     )
 
 
+def named(argument: str) -> Iterable[str]:
+    """-> what an argument names: itself, a pattern's matches, or the parts of a table that is a folder."""
+    if is_pattern(argument):
+        return matches(argument)
+    return (parts_of(argument) if os.path.isdir(argument) else []) or [argument]
+
+
 def _one(path: str, reading: Reading) -> Iterator[Item]:
     if os.path.isdir(path):
-        yield from walk(path, reading)
+        parts = parts_of(path)
+        for part in parts:
+            yield from _one(part, reading)
+        if not parts:
+            yield from walk(path, reading)
     elif kind := container_of(path):
         yield from kind.items(path, reading)
     else:  # an image, or what is missing, a pipe, a device: the row says which
@@ -231,7 +243,7 @@ def count_inputs(inputs: Iterable[str], reading: Reading) -> int | None:
     for argument in inputs:
         if argument == STANDARD_INPUT:
             return None
-        for path in matches(argument) if is_pattern(argument) else [argument]:
+        for path in named(argument):
             kind = container_of(path)
             if kind is None or kind.count is None:
                 count: int | None = sum(1 for _ in _one(path, replace(reading, skipped=Skipped())))

@@ -186,10 +186,19 @@ def plotted(report: LabelledReport, matrix: np.ndarray, classes: Sequence[str]) 
     return image.getvalue()
 
 
-def report_screen(report: LabelledReport) -> str:
-    """-> the report as some lines for people: the whole, and the classes that are worst."""
+def report_screen(report: LabelledReport, unknown_label: str = "") -> str:
+    """-> the report as some lines for people: the whole, the classes that are worst, and labels that are no
+    class, of which one is given."""
+    unknown = []
+    if report.rows_with_unknown_label:
+        names = ", ".join(one.name for one in report.classes[:3])
+        unknown.append(
+            f"  {report.rows_with_unknown_label} rows have a label that is no class of the bundle "
+            f"(such as {unknown_label!r}; its classes: {names}{', ...' if len(report.classes) > 3 else ''})"
+        )
     if report.accuracy is None:
-        return f"  labelled rows: {report.labelled_rows}, none of them with a prediction"
+        found = f"  labelled rows: {report.labelled_rows}, none of them with a prediction"
+        return "\n".join(map(printable, ([found] if report.labelled_rows else []) + unknown))
     predicted = report.labelled_rows - report.rows_without_prediction
     lines = [
         f"  accuracy {report.accuracy:.2%} over {predicted} labelled rows, "
@@ -200,6 +209,4 @@ def report_screen(report: LabelledReport) -> str:
     lines.append(
         "  lowest recall: " + ", ".join(f"{name} {recall:.1%} of {rows}" for recall, name, rows in worst)
     )
-    if report.rows_with_unknown_label:
-        lines.append(f"  {report.rows_with_unknown_label} rows have a label that is no class of the bundle")
-    return "\n".join(map(printable, lines))
+    return "\n".join(map(printable, lines + unknown))

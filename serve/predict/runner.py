@@ -122,6 +122,7 @@ def _run_job(job: Job) -> int:
         report = make_report(totals.labelled, bundle.classes, min(job.top_k, len(bundle.classes)))
         if report.labelled_rows:
             write_report(job.out, report, totals.labelled, bundle.classes)
+        if report.labelled_rows or report.rows_with_unknown_label:
             summary.labelled = report.numbers()
         write_summary(job.out, summary)
         shards.remove()
@@ -129,7 +130,8 @@ def _run_job(job: Job) -> int:
     if job.display == "json":
         print(msgspec.json.encode(summary).decode())
     elif job.display == "screen":
-        print(screen(summary), *([report_screen(report)] if report.labelled_rows else []), sep="\n")
+        told = report_screen(report, totals.labelled.unknown_label or "")
+        print(screen(summary), *([told] if told and summary.labelled else []), sep="\n")
     return totals.errors
 
 
