@@ -23,7 +23,6 @@ class LabelCounts(msgspec.Struct):
     bin_rows: list[int] = msgspec.field(default_factory=lambda: [0] * BINS)
     bin_confidence: list[float] = msgspec.field(default_factory=lambda: [0.0] * BINS)  # sums
     bin_correct: list[int] = msgspec.field(default_factory=lambda: [0] * BINS)
-    unknown_label: str | msgspec.UnsetType = msgspec.UNSET  # one of those that are no class
 
     def add(self, other: LabelCounts) -> None:
         for true, row in other.confusion.items():
@@ -31,7 +30,6 @@ class LabelCounts(msgspec.Struct):
         self.failed = dict(Counter(self.failed) + Counter(other.failed))
         self.top_k += other.top_k
         self.unknown += other.unknown
-        self.unknown_label = self.unknown_label or other.unknown_label
         self.bin_rows = [a + b for a, b in zip(self.bin_rows, other.bin_rows, strict=True)]
         self.bin_confidence = [a + b for a, b in zip(self.bin_confidence, other.bin_confidence, strict=True)]
         self.bin_correct = [a + b for a, b in zip(self.bin_correct, other.bin_correct, strict=True)]
@@ -54,7 +52,6 @@ def count_labels(rows: Sequence[Row], labels: Sequence[str | None], classes: Seq
         true = label if label in known else _by_number(label, classes)
         if true is None:
             counts.unknown += 1
-            counts.unknown_label = counts.unknown_label or label[:80]
         elif row.status != OK or row.label is None or row.confidence is None:
             failed[true] += 1
         else:

@@ -186,15 +186,14 @@ def plotted(report: LabelledReport, matrix: np.ndarray, classes: Sequence[str]) 
     return image.getvalue()
 
 
-def report_screen(report: LabelledReport, unknown_label: str = "") -> str:
-    """-> the report as some lines for people: the whole, the classes that are worst, and labels that are no
-    class, of which one is given."""
+def report_screen(report: LabelledReport) -> str:
+    """-> the report as some lines for people: the whole, the classes that are worst, labels that are none."""
     unknown = []
     if report.rows_with_unknown_label:
         names = ", ".join(one.name for one in report.classes[:3])
         unknown.append(
             f"  {report.rows_with_unknown_label} rows have a label that is no class of the bundle "
-            f"(such as {unknown_label!r}; its classes: {names}{', ...' if len(report.classes) > 3 else ''})"
+            f"(its classes: {names}{', ...' if len(report.classes) > 3 else ''})"
         )
     if report.accuracy is None:
         found = f"  labelled rows: {report.labelled_rows}, none of them with a prediction"

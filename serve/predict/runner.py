@@ -130,7 +130,7 @@ def _run_job(job: Job) -> int:
     if job.display == "json":
         print(msgspec.json.encode(summary).decode())
     elif job.display == "screen":
-        told = report_screen(report, totals.labelled.unknown_label or "")
+        told = report_screen(report)
         print(screen(summary), *([told] if told and summary.labelled else []), sep="\n")
     return totals.errors
 
