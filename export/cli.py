@@ -104,6 +104,16 @@ def parser() -> Parser:
     for output in FURTHER_OUTPUTS.values():
         graph.add_argument(f"--{output.name}", action="store_true", help=f"further output: {output.help}")
 
+    promises = parser.add_argument_group("answers with a promise")
+    promises.add_argument(
+        "--sets",
+        action="store_true",
+        help=(
+            "calibrate, for each variant, sets that hold the right class of 90, 95 or 99 %% of images, and "
+            "when to abstain, on the run's --calibration-split (else its validation images)"
+        ),
+    )
+
     forms = parser.add_argument_group("other forms of the bundles")
     forms.add_argument(
         "--sign",
@@ -231,7 +241,13 @@ def _options(arguments: argparse.Namespace, run: Run, out: Path, batch: int | No
         extras=tuple(name for name in FURTHER_OUTPUTS if getattr(arguments, name)),
         golden=arguments.golden,
         reference_only=arguments.reference_only,
+        sets=arguments.sets,
     )
+    if options.reference_only and options.sets:
+        raise UsageError(
+            "--reference-only exports without the run's data, and --sets is calibrated on them; leave one of "
+            "the two out."
+        )
     if options.reference_only and (arguments.data or "int8" in options.variants.precisions):
         raise UsageError(
             "--reference-only exports without the run's data: --data names them, and int8 is calibrated on "

@@ -18,6 +18,7 @@ import numpy as np
 from export.check.evaluation import Evaluation, Reference, class_balanced
 from export.check.gates import HeldOut, file_batches
 from export.check.true_fp16 import check_true_fp16
+from export.sets import CalibrationImages
 from export.write.half import write_half
 from export.write.int8_choice import Held, Judges
 from export.write.magnitudes import largest_magnitudes
@@ -59,7 +60,7 @@ class TargetContext:
     """One target in PyTorch, with everything that its files are compared with.
 
     golden: what ffl-verify will judge the files by; golden_files: the names of its images,
-    where they are the user's own.
+    where they are the user's own; sets: what prediction sets are calibrated on, None where nobody asked.
     """
 
     name: str
@@ -71,6 +72,7 @@ class TargetContext:
     golden_files: tuple[str, ...]
     checkpoint_sha256: str
     probes: Probes | None = None
+    sets: CalibrationImages | None = None
 
     def judged(self, images: np.ndarray, logits: np.ndarray, precision: str) -> Held:
         """-> images and PyTorch's logits as ffl-verify will ask them of a file at this precision."""

@@ -57,6 +57,7 @@ class ExportOptions:
     extras: tuple[str, ...] = ()  # further outputs: cam, embedding
     golden: Path | None = None
     reference_only: bool = False  # judged by the images that training stored, without its data
+    sets: bool = False  # calibrate prediction sets and abstention for each variant
 
 
 @dataclass
@@ -191,6 +192,7 @@ def export_target(
         golden_files=tuple(own or ()),
         checkpoint_sha256=loaded.sha256,
         probes=probes,
+        sets=evaluation.calibration if options.sets else None,
     )
 
     # the files, each one verified, then the bundle; its folder appears when all of it is there

@@ -12,23 +12,34 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
-from export.check.gates import check_extras, check_golden, check_parity, measure_accuracy, require_accuracy
+from export.check.gates import (
+    ACCURACY_BATCH,
+    check_extras,
+    check_golden,
+    check_parity,
+    judge_answers,
+    require_accuracy,
+)
 from export.check.localize import first_difference
 from export.computed import computed_precision
 from export.formats import FORMATS, ModelFile, TargetContext, write_fp32
 from export.progress import Progress
+from export.sets import Answered, calibrate_sets
 from export.write.onnx_graph import GraphOptions
 from export.write.tensorrt_engine import write_engine
+from ffl_deploy.data.datasets import Split
 from ffl_deploy.errors import CheckError, OtherMachine, UsageError
 from ffl_deploy.host import available_cores
 from ffl_deploy.manifest import Details, Precision, RefusedVariant, Variant
 from ffl_deploy.parity import gate_precision
 from ffl_deploy.runtime import OnnxRuntimeSession, Session, runtime_named
 from ffl_deploy.runtime.latency import measure_latency
-from ffl_deploy.runtime.session import FixedBatchSession
+from ffl_deploy.runtime.replay import run_in_batches
+from ffl_deploy.runtime.session import FixedBatchSession, Outputs
 from ffl_deploy.runtime.tensorrt_build import EngineOptions, require_targets
 from ffl_deploy.runtime.tensorrt_cache import bundled
 from ffl_deploy.runtime.tensorrt_runtime import TensorRtSession
+from ffl_deploy.sets import CalibratedSets
 
 
 @dataclass(frozen=True)
@@ -166,7 +177,8 @@ def measured(
     )
     parity = check_parity(session, reference, precision, context.model.temperature, locate)
     check_golden(session, golden, context.golden_files, precision, context.model.temperature)
-    accuracy = measure_accuracy(opened.many or session, context.test, precision, opened.callers)
+    answers = answers_to(opened, context.test.split)
+    accuracy = judge_answers(answers, context.test, precision)
     extras = check_extras(session, context.reference, context.extras, precision)
 
     # its speed, where this machine is one that it is for
@@ -177,8 +189,25 @@ def measured(
         parity=parity,
         accuracy=require_accuracy(accuracy, variant.name),
         latency=latency,
-        details=msgspec.structs.replace(variant.details, extras=extras),
+        details=msgspec.structs.replace(
+            variant.details, extras=extras, sets=sets_from(opened, answers, context) if context.sets else None
+        ),
     )
+
+
+def answers_to(opened: Opened, split: Split) -> Outputs:
+    """-> logits and probabilities of a whole split."""
+    session = opened.many or opened.session
+    return run_in_batches(session.run, split.read, len(split), ACCURACY_BATCH, opened.callers)
+
+
+def sets_from(opened: Opened, test: Outputs, context: TargetContext) -> CalibratedSets:
+    """-> the promises of a variant, from its own answers. test: those to the images that measure them."""
+    images = context.sets
+    assert images is not None
+    held = Answered(answers_to(opened, images.split).probabilities, images.split.labels)
+    tested = Answered(test.probabilities, context.test.split.labels)
+    return calibrate_sets(held, tested, images, context.test.name)
 
 
 def variant_name(file: ModelFile, runtime: str) -> str:

@@ -16,6 +16,7 @@ from ffl_deploy.errors import CheckError
 from ffl_deploy.files import sha256_of, write_json
 from ffl_deploy.parity import ParityMetrics, ParityRecord, Verdict
 from ffl_deploy.preprocessing import Preprocessing
+from ffl_deploy.sets import CalibratedSets
 from ffl_deploy.statistics import Interval, PairedDifference
 from ffl_deploy.verified_on import VerifiedOn
 
@@ -203,6 +204,7 @@ class Details(msgspec.Struct, frozen=True, omit_defaults=True):
     # further output -> root mean square difference, in standard deviations
     extras: dict[str, float] | None = None
     engine: EngineRecord | None = None
+    sets: CalibratedSets | None = None  # where --sets asked for it
 
 
 class Variant(msgspec.Struct, frozen=True):

@@ -105,6 +105,14 @@ def build_parser(demo_alone: bool = False) -> Parser:
         metavar="N",
         help="images in one run of a model (default: 32)",
     )
+    computing.add_argument(
+        "--sets",
+        metavar="LEVEL",
+        help=(
+            "give with each answer the set that holds the right class in LEVEL %% of images, and whether to "
+            "abstain: 90, 95, 99 or 90-by-class, ... of bundles exported with --sets"
+        ),
+    )
 
     bounds = parser.add_argument_group("bounds, and who may come in")
     bounds.add_argument(
@@ -220,6 +228,7 @@ def parse_arguments(argv: Sequence[str], demo_alone: bool = False) -> Settings:
         gpu=given.gpu,
         model_control=given.model_control,
         watch_seconds=given.watch,
+        sets=given.sets,
         token=_read_token(given.token_file) if given.token_file else None,
         token_file=given.token_file,
         public_key=given.public_key,

@@ -21,8 +21,9 @@ from ffl_deploy.errors import DeviceLost
 from ffl_deploy.images import ImageError, decode, prepare
 from ffl_deploy.preprocessing import Pixels, Preprocessing
 from ffl_deploy.runtime import Outputs, Session
+from ffl_deploy.sets import SetLevel, set_answers, set_labels
 from serve.inputs.items import Item
-from serve.rows import OK, Row
+from serve.rows import OF_SETS, OK, Row
 
 # items a decoding thread takes at a time: hand-over costs 30 us, a small image decodes in 50
 DECODE_CHUNK = 16
@@ -82,11 +83,17 @@ class Classifier:
     """Runs batches through a session and makes rows of the answers."""
 
     def __init__(
-        self, session: Session, classes: Sequence[str], top_k: int, columns: Sequence[str] = ()
+        self,
+        session: Session,
+        classes: Sequence[str],
+        top_k: int,
+        columns: Sequence[str] = (),
+        sets: SetLevel | None = None,
     ) -> None:
-        """columns: which of rows.OPTIONAL_COLUMNS to fill."""
+        """columns: which of rows.OPTIONAL_COLUMNS to fill, those of `sets` besides, where it is given."""
         self.session, self.classes = session, list(classes)
-        self.top_k, self.columns = min(top_k, len(self.classes)), columns
+        self.top_k, self.sets = min(top_k, len(self.classes)), sets
+        self.columns = [name for name in columns if name not in OF_SETS]
 
     def rows(self, prepared: Sequence[Prepared]) -> list[Row]:
         """-> one row for each, in order; the decoded ones go through the network as one batch."""
@@ -113,6 +120,7 @@ class Classifier:
 
     def _answered(self, good: Sequence[Prepared], outputs: Outputs) -> list[Row]:
         finite = outputs.finite
+        sets = None if self.sets is None else set_answers(np.nan_to_num(outputs.probabilities), self.sets)
         # equal values keep class order
         order = np.argsort(-outputs.probabilities, axis=1, kind="stable")[:, : self.top_k]
         confidences = np.take_along_axis(outputs.probabilities, order, axis=1).tolist()
@@ -124,6 +132,10 @@ class Classifier:
                 continue
             labels = [self.classes[i] for i in ids]
             extra = {name: getattr(outputs, name)[index] for name in self.columns}
+            if sets is not None:
+                member = sets.member[index]
+                extra["set_labels"] = set_labels(member, outputs.probabilities[index], self.classes)
+                extra["abstain"] = bool(sets.abstain[index])
             rows.append(
                 Row(
                     item.path,

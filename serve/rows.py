@@ -19,7 +19,8 @@ from ffl_deploy.installed import require
 Format = Literal["parquet", "jsonl", "csv"]
 FORMATS: tuple[Format, ...] = ("parquet", "jsonl", "csv")
 OK = "ok"
-OPTIONAL_COLUMNS = ("logits", "embedding")
+OPTIONAL_COLUMNS = ("logits", "embedding", "set_labels", "abstain")
+OF_SETS = ("set_labels", "abstain")
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet executes: OWASP, CSV injection
 
 
@@ -39,6 +40,8 @@ class Row(NamedTuple):
     height: int | None = None
     logits: np.ndarray | None = None  # float32 [classes]
     embedding: np.ndarray | None = None  # float32 [features]
+    set_labels: list[str] | None = None  # the classes of the prediction set, by falling confidence
+    abstain: bool | None = None  # whether the answer is too unsure to be given
 
 
 COLUMNS = tuple(name for name in Row._fields if name not in OPTIONAL_COLUMNS)
@@ -93,14 +96,15 @@ def _plain(value: Any) -> Any:
 
 
 def _cell(value: Any) -> Any:
-    """-> a CSV cell: lists as JSON; text that a spreadsheet would execute behind an apostrophe."""
+    """-> a CSV cell: lists, true and false as JSON; text that a spreadsheet would execute behind an
+    apostrophe."""
     if value is None:
         return ""
     if isinstance(value, str):
         return "'" + value if value.startswith(FORMULA_STARTS) else value
     if isinstance(value, np.ndarray):
         value = value.tolist()
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, list) else value
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, list | bool) else value
 
 
 def parquet_schema(extra: Sequence[str]) -> Any:
@@ -120,6 +124,8 @@ def parquet_schema(extra: Sequence[str]) -> Any:
         "height": pa.int32(),
         "logits": pa.list_(pa.float32()),
         "embedding": pa.list_(pa.float32()),
+        "set_labels": pa.list_(pa.string()),
+        "abstain": pa.bool_(),
     }
     return pa.schema(
         [pa.field(name, kinds[name], nullable=name not in ("path", "status")) for name in (*COLUMNS, *extra)]

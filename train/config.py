@@ -77,6 +77,14 @@ class DataOptions:
         0.1,
         "Share of each class's training images that is held out to choose the best epoch.",
     )
+    calibration_split: float = option(
+        0.0,
+        (
+            "Share of those that chooses no epoch either: on it `ffl-export` calibrates sets, abstention and "
+            "thresholds, whose promises need images that chose nothing; 0 is none."
+        ),
+        metavar="SHARE",
+    )
     skip_bad_images: bool = option(False, "Leave unreadable images out instead of stopping.")
     augment: Literal["none", "crop", "resized-crop"] = option(
         "crop",

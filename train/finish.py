@@ -37,6 +37,8 @@ def describe(
 ) -> RunConfig:
     """-> config.json: everything that resuming and exporting need to know."""
     parts = {"train": data.train, "validation": data.validation, "test": data.test}
+    if data.calibration is not None:
+        parts["calibration"] = data.calibration
     counts = {
         name: np.bincount(part.labels, minlength=len(data.classes)).tolist() for name, part in parts.items()
     }

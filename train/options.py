@@ -45,6 +45,7 @@ def data_spec(config: TrainConfig) -> DataSpec:
         skip_bad_images=config.data.skip_bad_images,
         column=config.data.column,
         label_column=config.data.label_column,
+        calibration=config.data.calibration_split,
     )
 
 
@@ -81,6 +82,7 @@ def validate(config: TrainConfig) -> None:
         (0 <= o.ema < 1, "--ema is a decay, from 0 (off) to below 1"),
         (o.clip >= 0, "--clip is a gradient norm, 0 (off) or more"),
         (0 < d.validation < 1, "--validation is a share, above 0 and below 1"),
+        (0 <= d.calibration_split < 1, "--calibration-split is a share, from 0 (none) to below 1"),
         (d.image_size is None or min(sides(d.image_size)) >= 4, "--image-size must be at least 4 pixels"),
         (d.small_size is None or d.small_size >= 4, "--small-size must be at least 4 pixels"),
         (0 < d.small_share < 1, "--small-share is a share of the epochs, above 0 and below 1"),
@@ -149,6 +151,7 @@ KEPT = (
     "data.source",
     "data.image_size",
     "data.validation",
+    "data.calibration_split",
     "data.skip_bad_images",
     "data.column",
     "data.label_column",

@@ -143,9 +143,10 @@ def say(text: str, config: TrainConfig, world: World) -> None:
 def headline(folder: Path, config: TrainConfig, data: ImageData, network: MutualNetwork, place: Place) -> str:
     size = f"{data.preprocessing.width}x{data.preprocessing.height}"
     branches = " + ".join(config.model.branches)
+    apart = f"{len(data.calibration)} calibration, " if data.calibration is not None else ""
     lines = [
         f"{config.model.method} with {branches} on {data.name}: {len(data.classes)} classes, {size} pixels, "
-        f"{len(data.train)} training, {len(data.validation)} validation, {len(data.test)} test images",
+        f"{len(data.train)} training, {len(data.validation)} validation, {apart}{len(data.test)} test images",
         f"{sum(p.numel() for p in network.parameters()):,} parameters, {place.device.type} in "
         f"{place.precision}{f', {place.world.size} processes' if place.world.size > 1 else ''} -> {folder}",
     ]

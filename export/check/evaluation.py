@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from export.sets import CalibrationImages
 from export.write.onnx_graph import Normalize
 from ffl_deploy.data.datasets import ArraySplit, ImageData, Split, load_data
 from ffl_deploy.data.inputs import FILE, changed_files
@@ -120,6 +121,16 @@ class Evaluation:
             read_checkpoint(folder, (QUANTIZATION,)).tensors[QUANTIZATION], str(folder), as_written=True
         )
         return quantized
+
+    @cached_property
+    def calibration(self) -> CalibrationImages:
+        """-> the images that promises are calibrated on: those of --calibration-split, where the run has
+        any."""
+        if self.data.calibration is not None:
+            return CalibrationImages(self.data.calibration, "calibration")
+        own = "the same images chose the epoch and the temperature; train with --calibration-split for others"
+        notes = [self.run.config.split.get("note", ""), own]
+        return CalibrationImages(self.data.validation, "validation", "; ".join(filter(None, notes)))
 
     def reference(self, target: str) -> Reference:
         """-> training's stored evaluation of `target`. Raises UsageError where there is none."""

@@ -154,13 +154,9 @@ def _worst_rows(session: Session, reference: Judged) -> np.ndarray:
     return np.argsort(-difference, kind="stable")[:LOCALIZE_IMAGES]
 
 
-def measure_accuracy(session: Session, test: HeldOut, precision: str, callers: int = 1) -> AccuracyRecord:
-    """-> a variant's accuracy on the test set, paired with PyTorch's, and whether it holds.
-    Does not raise on a failure.
-
-    callers: batches that `session` runs at the same time.
-    """
-    outputs = run_in_batches(session.run, test.split.read, len(test.split), ACCURACY_BATCH, callers)
+def judge_answers(outputs: Outputs, test: HeldOut, precision: str) -> AccuracyRecord:
+    """-> a variant's accuracy on the test set by its answers to it, paired with PyTorch's, and whether it
+    holds. Does not raise on a failure."""
     labels = test.split.labels
     finite = outputs.finite
     outputs = Outputs(np.nan_to_num(outputs.logits), np.nan_to_num(outputs.probabilities))

@@ -57,6 +57,7 @@ def model_card(manifest: Manifest) -> str:
         measured_on=_measured_on(manifest),
         processors=_processors(manifest),
         calibration=_calibration(manifest),
+        sets=_sets(manifest),
         run=source.run,
         checkpoint=source.checkpoint,
         epoch=str(source.epoch),
@@ -116,6 +117,44 @@ def _processors(manifest: Manifest) -> str:
         "the gates)."
     )
     return f"## Processors\n\n{what}\n\n{processor_table(manifest.verified_on)}"
+
+
+SET_COLUMNS = (
+    "variant",
+    "`--sets`",
+    "sets that hold the right class",
+    "classes in a set",
+    "of the worst class",
+    "answered",
+    "of those right",
+)
+
+
+def _sets(manifest: Manifest) -> str:
+    """-> the section about prediction sets and abstention; nothing for a bundle without."""
+    rows, sentences = [], []
+    for variant in manifest.variants:
+        sets = variant.details.sets
+        if sets is None:
+            continue
+        for level in sets.levels:
+            found = level.measured
+            right = "-" if found.answered_right is None else percent(found.answered_right)
+            shares = (found.worst_class, found.answered)
+            size = f"{found.mean_size:.2f}"
+            rows.append(
+                [variant.name, level.name, percent(found.coverage), size, *map(percent, shares), right]
+            )
+        note = f" ({sets.note})" if sets.note else ""
+        sentences.append(
+            f"Calibrated on {sets.images} {sets.split} images{note}, measured on "
+            f"{sets.levels[0].measured.images} {sets.levels[0].measured.split} images. On average over images "
+            "like those at least the share in `--sets` is held; of the answers that are given at least that "
+            f"share is right, in all but {percent(sets.delta)} of calibrations."
+        )
+    if not rows:
+        return ""
+    return f"## Sets and abstention\n\n{sentences[0]}\n\n{table(SET_COLUMNS, rows)}"
 
 
 def _calibration(manifest: Manifest) -> str:

@@ -7,7 +7,7 @@ Nothing here imports torch, except torchvision for CIFAR's own files (cifar.py).
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import msgspec
@@ -16,11 +16,12 @@ import numpy as np
 from ffl_deploy.arrays import read_arrays
 from ffl_deploy.data import NAMED
 from ffl_deploy.data.flat import read_flat
-from ffl_deploy.data.folders import Cut, find_images, find_parts, read_folder, unreadable
+from ffl_deploy.data.folders import Cut, find_images, find_parts, read_folder, shorten, unreadable
 from ffl_deploy.data.inputs import LABELS, Inputs
 from ffl_deploy.data.lists import choose_columns, is_list, label_prints, read_list
 from ffl_deploy.data.splits import ArraySplit, FileSplit, Problems, Split, read_readable, stratified
 from ffl_deploy.data.twins import Twin
+from ffl_deploy.errors import UsageError
 from ffl_deploy.host import available_memory
 from ffl_deploy.images import prepare
 from ffl_deploy.preprocessing import ImageSize, Preprocessing, sides
@@ -54,7 +55,8 @@ class DataSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     root: where CIFAR's files lie, or a list's images where they are not beside it. column, label_column: of a
     list whose columns have names of their own. image_size: side in pixels, or (width, height); None takes the
     data's own. validation: share of the training images, per class, that is held out to choose the best
-    epoch.
+    epoch. calibration: share of those, per class, that chooses no epoch either and calibrates what export
+    promises.
     """
 
     source: str = "digits"
@@ -65,6 +67,7 @@ class DataSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     skip_bad_images: bool = False
     column: str | None = None
     label_column: str | None = None
+    calibration: float = 0.0
 
     @property
     def folder(self) -> str:
@@ -93,8 +96,9 @@ class ImageData:
 
     skipped: path -> reason, of unreadable images that were left out; left_out: reason -> how many files a
     folder holds that are no images by their names; inputs: its files as they were read; twins: pictures in
-    two splits; split_here: whether the test images were held out of a folder that has none apart. The last
-    three are of folders and lists alone.
+    two splits; split_here: whether the test images were held out of a folder that has none apart. These three
+    are of folders and lists alone. calibration: held-out images that choose nothing, where they were asked
+    for.
     """
 
     name: str
@@ -110,6 +114,7 @@ class ImageData:
     inputs: Inputs | None = None
     twins: list[Twin] = field(default_factory=list)
     split_here: bool = False
+    calibration: Split | None = None
 
 
 def load_data(spec: DataSpec, memory_limit: int | None = None) -> ImageData:
@@ -119,10 +124,25 @@ def load_data(spec: DataSpec, memory_limit: int | None = None) -> ImageData:
     memory if not given. It decides nothing but that: splits, pixels and statistics are the same either way.
     """
     if spec.source == "digits":
-        return _digits(spec)
-    if spec.source in NAMED:
-        return _cifar(spec)
-    return _files(spec, available_memory() // 4 if memory_limit is None else memory_limit)
+        data = _digits(spec)
+    elif spec.source in NAMED:
+        data = _cifar(spec)
+    else:
+        data = _files(spec, available_memory() // 4 if memory_limit is None else memory_limit)
+    return _with_calibration(data, spec) if spec.calibration else data
+
+
+def _with_calibration(data: ImageData, spec: DataSpec) -> ImageData:
+    """-> the data with a part of each class's validation images set apart. Raises UsageError."""
+    labels = data.validation.labels
+    single = [data.classes[k] for k in np.flatnonzero(np.bincount(labels, minlength=len(data.classes)) == 1)]
+    if single:
+        raise UsageError(
+            f"the validation split has one image only of {shorten(single)}, and --calibration-split sets one "
+            "apart; give more with --validation, or leave --calibration-split out."
+        )
+    kept, apart = stratified(labels, spec.calibration, spec.split_seed)
+    return replace(data, validation=data.validation.take(kept), calibration=data.validation.take(apart))
 
 
 def _digits(spec: DataSpec) -> ImageData:

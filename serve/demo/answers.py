@@ -13,6 +13,7 @@ from PIL import Image
 from ffl_deploy.images import Decoded, ImageError, prepare
 from ffl_deploy.preprocessing import Pixels
 from serve.server.batcher import Closed, Overloaded
+from serve.server.classify import promises
 from serve.server.models import NonFinite, ServedModel, timed_infer
 from serve.server.service import Service
 
@@ -32,6 +33,7 @@ class Answer:
     top: list[tuple[str, float]]
     milliseconds: float  # in the queue and the model
     cam: np.ndarray | None
+    promised: dict[str, Any]  # what --sets adds: `set` and `abstain`; empty where it was not asked for
 
     @property
     def model(self) -> str:
@@ -44,6 +46,7 @@ class Answer:
             "confidence": confidence,
             "top": [{"label": name, "confidence": value} for name, value in self.top],
             "milliseconds": round(self.milliseconds, 3),
+            **self.promised,
         }
 
 
@@ -78,7 +81,8 @@ async def ask(model: ServedModel, pixels: Pixels) -> Answer:
     except (Overloaded, Closed) as error:
         raise Unanswerable("The server is busy; try again in a moment.") from error
     top = model.bundle.prediction(outputs.logits[0], outputs.probabilities[0], TOP_K).top
-    return Answer(model, top, seconds * 1000, None if outputs.cam is None else outputs.cam[0])
+    cam = None if outputs.cam is None else outputs.cam[0]
+    return Answer(model, top, seconds * 1000, cam, promises(model, outputs)[0])
 
 
 def overlay(pixels: Pixels, cam: np.ndarray, size: int = 320) -> Image.Image:

@@ -219,7 +219,8 @@ def _filled(panels: Panels, answers: list[Answer], pixels: Pixels) -> list[Any]:
         model = answer.served
         values += [
             dict(answer.top),
-            f"{answer.milliseconds:.1f} ms · {model.variant.name} on {model.session.runtime}",
+            f"{answer.milliseconds:.1f} ms · {model.variant.name} on {model.session.runtime}"
+            + sentences.promise(answer.promised, model.sets),
         ]
         if panel.cam is not None:
             shown = prepare(pixels, model.bundle.preprocessing)

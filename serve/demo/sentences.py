@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ffl_deploy.sets import SetLevel
 
 
 def status(text: str) -> str:
@@ -14,6 +18,17 @@ def status(text: str) -> str:
 def problem(text: str) -> str:
     """-> HTML of what went wrong."""
     return f'<p role="alert" class="problem">{html.escape(text)}</p>'
+
+
+def promise(promised: Mapping[str, Any], level: SetLevel | None) -> str:
+    """-> Markdown behind a model's note: its set of classes, and whether it would rather not answer; nothing
+    where --sets was not asked for."""
+    if level is None:
+        return ""
+    names = ", ".join(re.sub(r"([^\w\s])", r"\\\1", name) for name in promised["set"])
+    kind = "of each kind of image" if len(level.thresholds) > 1 else "of images"
+    unsure = "\n\n**Too unsure to answer.**" if promised["abstain"] else ""
+    return f"{unsure}\n\nIt is among these, for at least {100 * level.share:.0f} % {kind}: {names}."
 
 
 def table(

@@ -58,6 +58,14 @@ def build_parser() -> Parser:
         "--embedding", action="store_true", help="add the column embedding, if the bundle's graph gives one"
     )
     parser.add_argument(
+        "--sets",
+        metavar="LEVEL",
+        help=(
+            "add the columns set_labels (classes that hold the right one in LEVEL %% of images: 90, 95, 99, "
+            "or 90-by-class, ...) and abstain, if the bundle was exported with --sets"
+        ),
+    )
+    parser.add_argument(
         "--resume", action="store_true", help="go on with an interrupted run; the result has the same bytes"
     )
     parser.add_argument(
@@ -156,6 +164,7 @@ def run(arguments: argparse.Namespace, out: Path, recovery: Recovery) -> int:
     """Do what the flags say, with the rows in `out`; -> the exit code."""
     from serve.predict.job import Job
     from serve.predict.runner import run_job
+    from serve.rows import OF_SETS
 
     if isinstance(arguments.gpu, int):
         from ffl_deploy.runtime.gpu import use_gpu
@@ -170,7 +179,11 @@ def run(arguments: argparse.Namespace, out: Path, recovery: Recovery) -> int:
         variant=arguments.variant,
         runtime=arguments.runtime,
         top_k=arguments.top_k,
-        columns=[name for name in ("logits", "embedding") if getattr(arguments, name)],
+        columns=[
+            *(name for name in ("logits", "embedding") if getattr(arguments, name)),
+            *(OF_SETS if arguments.sets else ()),
+        ],
+        sets=arguments.sets,
         column=arguments.column,
         label_column=arguments.label_column,
         follow_links=arguments.follow_links,

@@ -26,6 +26,7 @@ class Job:
     runtime: str | None = None
     top_k: int = 5
     columns: list[str] = field(default_factory=list)  # of rows.OPTIONAL_COLUMNS
+    sets: str | None = None  # the level whose sets and abstention are written
     column: str | None = None
     label_column: str | None = None
     follow_links: bool = False

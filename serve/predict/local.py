@@ -8,7 +8,10 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import msgspec
 
+from ffl_deploy.bundle import Bundle
 from ffl_deploy.errors import UsageError
+from ffl_deploy.runtime import Session
+from ffl_deploy.sets import sets_of
 from serve.inputs.items import Item, displayed
 from serve.pipeline import Chunk, Classifier, chunks, run_pipeline
 from serve.predict.job import PredictRun
@@ -22,7 +25,7 @@ def predict_shards(run: PredictRun, items: Iterator[Item]) -> None:
     """Make every shard that is not finished yet."""
     settings, recovery = run.shards.manifest.settings, run.job.recovery
     session = run.bundle.session(run.job.variant, run.job.runtime, threads=settings.threads)
-    classifier = Classifier(session, run.bundle.classes, run.job.top_k, run.job.columns)
+    classifier = classifier_for(run.bundle, session, run.shards.manifest.request)
 
     hashers: dict[int, InputsHasher] = {}
 
@@ -49,6 +52,12 @@ def predict_shards(run: PredictRun, items: Iterator[Item]) -> None:
             if batch.shard == recovery.careful:
                 raise CarefulShardDone
             rows, labels = [], []
+
+
+def classifier_for(bundle: Bundle, session: Session, request: PredictRequest) -> Classifier:
+    """-> what makes the rows that `request` asks for. Raises UsageError for sets that the bundle has not."""
+    sets = None if request.sets is msgspec.UNSET else sets_of(bundle.variant(request.variant), request.sets)
+    return Classifier(session, bundle.classes, request.top_k, request.columns, sets)
 
 
 def unfinished(run: PredictRun, items: Iterator[Item]) -> Iterator[tuple[int, Iterator[Item]]]:

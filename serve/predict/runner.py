@@ -27,6 +27,7 @@ from ffl_deploy.files import sha256_of
 from ffl_deploy.manifest import FileRecord
 from ffl_deploy.runtime import require_gpu_runtime, runtime_named
 from ffl_deploy.runtime.gpu import identity as gpu_identity
+from ffl_deploy.sets import sets_of
 from serve.inputs.items import Item, displayed
 from serve.inputs.sources import Reading, check_inputs, count_inputs, is_pattern, matches, read_inputs
 from serve.pipeline import WorkSettings
@@ -52,7 +53,7 @@ from serve.predict.summary import (
     write_summary,
 )
 from serve.predict.tuning import SMALL_RUN, choose_settings
-from serve.rows import assemble, format_of
+from serve.rows import OF_SETS, assemble, format_of
 
 if TYPE_CHECKING:
     from ffl_deploy.fastest import Choice
@@ -252,11 +253,13 @@ def make_request(job: Job, bundle: Bundle) -> PredictRequest:
     variant = bundle.variant(job.variant)
     given = [output.name for output in bundle.manifest.outputs]
     for column in job.columns:
-        if column not in given:
+        if column not in given and column not in OF_SETS:
             raise UsageError(
                 f"{bundle.folder} has no output {column!r} (it has {', '.join(given)}); "
                 f"export the target with that output, or leave --{column} away."
             )
+    if job.sets is not None:
+        sets_of(variant, job.sets)
     return PredictRequest(
         bundle_sha256=bundle.sha256,
         variant=variant.name,
@@ -267,6 +270,7 @@ def make_request(job: Job, bundle: Bundle) -> PredictRequest:
         inputs=[displayed(argument) for argument in job.inputs],
         options={"column": job.column, "label_column": job.label_column, "follow_links": job.follow_links},
         toolchain=_toolchain(job, job.runtime or variant.runtime),
+        sets=job.sets or msgspec.UNSET,
     )
 
 

@@ -19,9 +19,9 @@ from ffl_deploy.bundle import load_bundle
 from ffl_deploy.errors import UNUSABLE_INPUT, CheckError, FflError, UsageError
 from ffl_deploy.images import ImageError
 from serve.inputs.items import Item, read_file, refuse
-from serve.pipeline import Classifier, chunks, run_pipeline
+from serve.pipeline import chunks, run_pipeline
 from serve.predict.job import PredictRun
-from serve.predict.local import encode_shard
+from serve.predict.local import classifier_for, encode_shard
 from serve.predict.shards import InputsHash, InputsHasher, ShardRecord, ShardsManifest
 from serve.rows import Row
 
@@ -42,7 +42,7 @@ class ShardMaker:
             if self.bundle.sha256 != request.bundle_sha256:
                 raise CheckError(f"{bundle} is another bundle on this node; give every node the same files.")
             session = self.bundle.session(variant, runtime, threads=settings.threads)
-            self.classifier = Classifier(session, self.bundle.classes, request.top_k, request.columns)
+            self.classifier = classifier_for(self.bundle, session, request)
         except FflError as error:
             self.refused = self._refused(error)
 

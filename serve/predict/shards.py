@@ -51,6 +51,7 @@ class PredictRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     inputs: list[str]
     options: dict[str, Any]  # of reading: column, label column, links
     toolchain: dict[str, str]
+    sets: str | msgspec.UnsetType = msgspec.UNSET  # the level of --sets, where it was asked for
 
 
 class ShardsManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -22,6 +22,8 @@ from starlette.types import Receive, Scope, Send
 
 from ffl_deploy.images import ImageError
 from ffl_deploy.preprocessing import Pixels
+from ffl_deploy.runtime import Outputs
+from ffl_deploy.sets import set_answers, set_labels
 from serve.server.exchange import REFUSALS, ClientGone, read_body, refusal, while_connected
 from serve.server.models import ServedModel
 from serve.server.protocol import ProtocolError
@@ -90,14 +92,28 @@ class Classify:
             model.bundle.prediction(logits, probabilities, top_k)
             for logits, probabilities in zip(outputs.logits, outputs.probabilities, strict=True)
         ]
+        promised = promises(model, outputs)
         return [
             {
                 "label": one.label,
                 "confidence": one.confidence,
                 "top": [{"label": label, "confidence": confidence} for label, confidence in one.top],
+                **promise,
             }
-            for one in predictions
+            for one, promise in zip(predictions, promised, strict=True)
         ]
+
+
+def promises(model: ServedModel, outputs: Outputs) -> list[dict[str, Any]]:
+    """-> for each image what --sets adds to its answer: `set`, labels by falling confidence, and `abstain`;
+    nothing where it was not asked for."""
+    if model.sets is None:
+        return [{} for _ in outputs.logits]
+    member, abstain = set_answers(outputs.probabilities, model.sets)
+    return [
+        {"set": set_labels(*one, model.bundle.classes), "abstain": bool(unsure)}
+        for *one, unsure in zip(member, outputs.probabilities, abstain, strict=True)
+    ]
 
 
 async def read_files(scope: Scope, receive: Receive, most: int) -> list[NamedFile]:

@@ -26,6 +26,7 @@ from ffl_deploy.manifest import Variant
 from ffl_deploy.preprocessing import Pixels
 from ffl_deploy.runtime import Outputs, Session, require_gpu_runtime, runtime_named
 from ffl_deploy.selfcheck import require_golden
+from ffl_deploy.sets import SetLevel, set_answers, sets_of
 from serve.server.batcher import MicroBatcher, Overloaded
 from serve.server.protocol import Signature
 from serve.server.settings import Limits, ModelSpec, Settings
@@ -57,6 +58,12 @@ class ServedModel:
     signature: Signature
     why: str = ""  # this variant, where the machine chose it
     statistics: ModelStatistics = field(default_factory=ModelStatistics)
+    sets: SetLevel | None = None  # what --sets asked for
+
+    def results(self, outputs: Outputs) -> dict[str, np.ndarray]:
+        """-> each output of the protocol by its name: the graph's, and where sets were asked for `set`, bool
+        [n, classes], and `abstain`, bool [n]."""
+        return named_results(outputs, self.sets)
 
     async def infer(self, images: np.ndarray) -> Outputs:
         """uint8 [n, height, width, 3] -> Outputs. Raises NonFinite, Overloaded."""
@@ -64,6 +71,14 @@ class ServedModel:
         if not outputs.finite.all():
             raise NonFinite(f"{self.name} gave NaN or infinite values for {_bad_rows(outputs.finite)}")
         return outputs
+
+
+def named_results(outputs: Outputs, sets: SetLevel | None) -> dict[str, np.ndarray]:
+    """-> what `ServedModel.results` says of `outputs`."""
+    named = {name: values for name, values in outputs._asdict().items() if values is not None}
+    if sets is not None:
+        named["set"], named["abstain"] = set_answers(outputs.probabilities, sets)
+    return named
 
 
 def _bad_rows(finite: np.ndarray) -> str:
@@ -194,11 +209,12 @@ def open_model(
     runtime = choice.runtime if choice else settings.runtime or variant.runtime
     if settings.gpu is not None:
         require_gpu_runtime(runtime)
+    sets = sets_of(variant, settings.sets) if settings.sets else None
     workers, threads = workers_and_threads(settings, runtime)
     session = bundle.session(variant.name, runtime, threads, check=False)
     outputs = verify(bundle, variant, session, settings.max_batch, threads)
     preprocessing = bundle.preprocessing
-    shapes = {name: values.shape[1:] for name, values in outputs._asdict().items() if values is not None}
+    shapes = {name: values.shape[1:] for name, values in named_results(outputs, sets).items()}
     signature = Signature(
         spec.name,
         preprocessing.height,
@@ -232,7 +248,7 @@ def open_model(
         name=spec.name,
     )
     why = choice.why if choice else ""
-    model = ServedModel(spec.name, bundle, variant, session, batcher, signature, why, statistics)
+    model = ServedModel(spec.name, bundle, variant, session, batcher, signature, why, statistics, sets)
     # One that was replaced or unloaded ends when the last request that holds it has its answer. In a thread:
     # a run whose client went away may still take its time.
     weakref.finalize(model, lambda: Thread(target=batcher.close, daemon=True).start()).atexit = False

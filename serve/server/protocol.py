@@ -23,6 +23,8 @@ import numpy as np
 
 IMAGES, ENCODED = "images", "encoded"
 HEADER_LENGTH = "inference-header-content-length"
+BOOLEANS = frozenset({"set", "abstain"})
+"""Outputs that are yes or no; all others are FP32."""
 VERSION = "1"  # a bundle is immutable; a new export is served under a new name or by a restart
 
 Parameters = dict[str, str | int | float | bool]
@@ -107,7 +109,7 @@ class Signature:
             "platform": self.platform,
             "inputs": [{"name": IMAGES, "datatype": "UINT8", "shape": [-1, self.height, self.width, 3]}],
             "outputs": [
-                {"name": name, "datatype": "FP32", "shape": [-1, *shape]}
+                {"name": name, "datatype": datatype_of(name), "shape": [-1, *shape]}
                 for name, shape in self.outputs.items()
             ],
             "parameters": {
@@ -127,11 +129,16 @@ class Signature:
             "max_batch_size": self.max_images,
             "input": [{"name": IMAGES, "data_type": "TYPE_UINT8", "dims": [self.height, self.width, 3]}],
             "output": [
-                {"name": name, "data_type": "TYPE_FP32", "dims": list(shape)}
+                {"name": name, "data_type": f"TYPE_{datatype_of(name)}", "dims": list(shape)}
                 for name, shape in self.outputs.items()
             ],
             "dynamic_batching": {"preferred_batch_size": [max_batch], "max_queue_delay_microseconds": 0},
         }
+
+
+def datatype_of(output: str) -> str:
+    """-> the protocol's name for what an output's values are."""
+    return "BOOL" if output in BOOLEANS else "FP32"
 
 
 _decode_header = msgspec.json.Decoder(Header).decode
@@ -198,7 +205,7 @@ def write_response(
     signature: Signature, request: InferRequest, results: Mapping[str, np.ndarray]
 ) -> tuple[list[bytes | memoryview], int | None]:
     """-> (the body as buffers, header_length as in `read_request`). results:
-    output name -> float32 [n, ...]."""
+    output name -> float32 [n, ...], bool of BOOLEANS."""
     described: list[dict[str, Any]] = []
     raw: list[bytes | memoryview] = []
     for output in request.outputs:
@@ -225,7 +232,7 @@ def answered(
     if count := _class_count(output):
         labels, order, datatype = _classification(values, count, signature.classes)
         return order, labels, datatype
-    return values, None, "FP32"
+    return values, None, datatype_of(output.name)
 
 
 def _refuse_shared_memory(tensor: Tensor | RequestedOutput) -> None:
@@ -355,6 +362,8 @@ def _classification(
 
 
 def raw_bytes(values: np.ndarray, labels: list[str] | None) -> bytes | memoryview:
+    if labels is None and values.dtype == bool:
+        return values.tobytes()
     if labels is None:
         return np.ascontiguousarray(values, "<f4").data.cast("B")
     return b"".join(struct.pack("<I", len(text.encode())) + text.encode() for text in labels)

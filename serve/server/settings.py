@@ -106,6 +106,7 @@ class Settings:
     max_batch: int = 32  # images in one run of a model
     model_control: bool = False  # clients may load and unload models
     watch_seconds: float | None = None  # between two looks whether a bundle was replaced on disk
+    sets: str | None = None  # the level whose sets and abstention go with every answer
     token: str | None = field(default=None, repr=False)
     token_file: Path | None = None  # where it came from
     public_key: Path | None = None  # bundles that are not signed by its owner are refused

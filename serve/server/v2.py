@@ -225,7 +225,7 @@ class Infer:
 
         # the model, in a batch with whoever asks at the same time
         outputs = await model.infer(images)
-        results = {name: values for name, values in outputs._asdict().items() if values is not None}
+        results = model.results(outputs)
 
         began = time.perf_counter()
         # the answer: JSON, with raw tensors behind it if the client wants them

@@ -12,7 +12,7 @@ import onnx
 import pytest
 
 from export.check.evaluation import Reference
-from export.check.gates import EXTRA_GATES, HeldOut, check_extras, measure_accuracy
+from export.check.gates import EXTRA_GATES, HeldOut, check_extras, judge_answers
 from export.check.localize import first_difference, layer_differences
 from export.cli import main
 from export.write.graph_parts import tail
@@ -278,13 +278,10 @@ def test_one_image_without_a_finite_answer_fails_the_accuracy_gate() -> None:
     images, labels, logits = answers(6000)
     held = HeldOut(ArraySplit(images, labels), logits)
     probabilities = np.full_like(logits, 1 / 3)
-    assert (
-        measure_accuracy(FixedAnswers(Outputs(logits, probabilities)), held, "fp16").verdict.status
-        == "passed"
-    )
+    assert judge_answers(Outputs(logits, probabilities), held, "fp16").verdict.status == "passed"
     broken = logits.copy()
     broken[17] = np.nan
-    record = measure_accuracy(FixedAnswers(Outputs(broken, probabilities)), held, "fp16")
+    record = judge_answers(Outputs(broken, probabilities), held, "fp16")
     assert record.verdict.failed
     assert str(record.verdict.findings[0]).startswith("number of images with NaN or infinite outputs is 1")
     assert np.isfinite(record.calibration_error)
@@ -295,7 +292,7 @@ def test_accuracy_that_is_lost_fails_the_export_gate() -> None:
     worse = logits.copy()
     worse[:60] = np.roll(worse[:60], 1, axis=1)  # one in a hundred
     held = HeldOut(ArraySplit(images, labels), logits)
-    record = measure_accuracy(FixedAnswers(Outputs(worse, worse)), held, "int8", callers=1)
+    record = judge_answers(Outputs(worse, worse), held, "int8")
     assert record.verdict.failed
     assert record.difference.lost == 60
 
@@ -307,10 +304,10 @@ def test_ties_excuse_only_changes_of_tied_images() -> None:
     lost = logits.copy()
     lost[3] = np.roll(lost[3], 1)
     held = HeldOut(ArraySplit(images, labels), logits)
-    assert measure_accuracy(FixedAnswers(Outputs(lost, lost)), held, "fp32").verdict.failed
+    assert judge_answers(Outputs(lost, lost), held, "fp32").verdict.failed
     turned = logits.copy()
     turned[1, 0] -= 1e-6
-    assert measure_accuracy(FixedAnswers(Outputs(turned, turned)), held, "fp32").verdict.status == "passed"
+    assert judge_answers(Outputs(turned, turned), held, "fp32").verdict.status == "passed"
 
 
 def test_a_wrong_map_is_caught_although_the_logits_are_right() -> None:

@@ -94,7 +94,7 @@ class Methods:
 
             # the model, in a batch with whoever asks at the same time, over HTTP too
             outputs = await model.infer(images)
-            results = {name: values for name, values in outputs._asdict().items() if values is not None}
+            results = model.results(outputs)
 
             ran = time.perf_counter()
             response = write_infer(model.signature, request, results)
