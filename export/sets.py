@@ -50,13 +50,14 @@ def calibrate_sets(held: Answered, test: Answered, images: CalibrationImages, sp
     `test`, whose split's name is `split`."""
     levels = []
     for share in SHARES:
-        above = answers_above(held, share)
-        name = f"{100 * share:.0f}"
+        name, above = f"{100 * share:.0f}", answers_above(held, share)
+        forms = {name: [threshold(held.of_truth, share)]}
         by_class = clustered_thresholds(held, share)
-        for suffix, thresholds in (("", [threshold(held.of_truth, share)]), (BY_CLASS, by_class)):
-            unmeasured = MeasuredSets(split, 0, 0.0, 0.0, 0.0, 0.0, None)
-            level = SetLevel(name + suffix, share, thresholds, above, unmeasured)
-            levels.append(SetLevel(name + suffix, share, thresholds, above, measured(level, test, split)))
+        if len(set(by_class)) > 1:  # else there are too few images to tell classes apart
+            forms[name + BY_CLASS] = by_class
+        for form, thresholds in forms.items():
+            found = measured(thresholds, above, test, split)
+            levels.append(SetLevel(form, share, thresholds, above, found))
     return CalibratedSets(images.name, len(held.labels), images.note, DELTA, levels)
 
 
@@ -163,9 +164,9 @@ def binomial_tail(successes: int, trials: int, probability: float) -> float:
     return min(1.0, math.fsum(map(math.exp, terms)))
 
 
-def measured(level: SetLevel, test: Answered, split: str) -> MeasuredSets:
-    """-> what a level comes to on images that it was not calibrated on."""
-    member, abstain = set_answers(test.probabilities, level)
+def measured(thresholds: list[float], above: float | None, test: Answered, split: str) -> MeasuredSets:
+    """-> what thresholds come to on images that they were not calibrated on."""
+    member, abstain = set_answers(test.probabilities, thresholds, above)
     n = len(test.labels)
     covered = member[np.arange(n), test.labels]
     of_class = np.bincount(test.labels, covered)[np.unique(test.labels)]

@@ -12,11 +12,11 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from ffl_deploy.errors import CheckError
+from ffl_deploy.errors import CheckError, UsageError
 from ffl_deploy.files import sha256_of, write_json
 from ffl_deploy.parity import ParityMetrics, ParityRecord, Verdict
 from ffl_deploy.preprocessing import Preprocessing
-from ffl_deploy.sets import CalibratedSets
+from ffl_deploy.sets import CalibratedSets, SetLevel
 from ffl_deploy.statistics import Interval, PairedDifference
 from ffl_deploy.verified_on import VerifiedOn
 
@@ -241,6 +241,15 @@ class Variant(msgspec.Struct, frozen=True):
         if self.details.engine is None:
             raise CheckError(f"variant {self.name} has no valid engine record; export the bundle again.")
         return self.details.engine
+
+    def sets(self, level: str) -> SetLevel:
+        """-> what the variant promises at `level`, the name of one. Raises UsageError where it does not."""
+        if self.details.sets is None:
+            raise UsageError(
+                f"variant {self.name} has no calibrated sets; export the bundle again with ffl-export "
+                "--sets, or leave --sets out."
+            )
+        return self.details.sets.level(level)
 
 
 class Golden(msgspec.Struct, frozen=True):

@@ -7,15 +7,12 @@ here they are applied. docs/decisions.md says what they promise and what they do
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
 
 from ffl_deploy.errors import UsageError, choices_sentence
-
-if TYPE_CHECKING:
-    from ffl_deploy.manifest import Variant
 
 
 class MeasuredSets(msgspec.Struct, frozen=True):
@@ -44,6 +41,10 @@ class SetLevel(msgspec.Struct, frozen=True):
     answers_above: float | None
     measured: MeasuredSets
 
+    def answers(self, probabilities: np.ndarray) -> SetAnswers:
+        """-> `set_answers` of float32 [n, classes]."""
+        return set_answers(probabilities, self.thresholds, self.answers_above)
+
 
 class CalibratedSets(msgspec.Struct, frozen=True):
     """The promises of one variant. split, images: what they were calibrated on; note: what else that was used
@@ -70,16 +71,19 @@ class SetAnswers(NamedTuple):
     abstain: np.ndarray
 
 
-def set_answers(probabilities: np.ndarray, level: SetLevel) -> SetAnswers:
-    """float32 [n, classes] -> the set of each image, and whether to abstain from answering.
+def set_answers(
+    probabilities: np.ndarray, thresholds: Sequence[float], answers_above: float | None
+) -> SetAnswers:
+    """float32 [n, classes] -> the set of each image, and whether to abstain from answering, by the numbers of
+    a SetLevel.
 
     The predicted class is in every set: that can only raise the share of sets that hold the right one.
     """
-    member = probabilities >= np.asarray(level.thresholds, probabilities.dtype)
+    member = probabilities >= np.asarray(thresholds, probabilities.dtype)
     member[np.arange(len(probabilities)), probabilities.argmax(axis=1)] = True
-    if level.answers_above is None:
+    if answers_above is None:
         return SetAnswers(member, np.ones(len(probabilities), bool))
-    confident = probabilities.max(axis=1) > np.asarray(level.answers_above, probabilities.dtype)
+    confident = probabilities.max(axis=1) > np.asarray(answers_above, probabilities.dtype)
     return SetAnswers(member, ~confident)
 
 
@@ -88,13 +92,3 @@ def set_labels(member: np.ndarray, probabilities: np.ndarray, classes: Sequence[
     order."""
     order = np.argsort(-probabilities, kind="stable")
     return [classes[number] for number in order[member[order]]]
-
-
-def sets_of(variant: Variant, name: str) -> SetLevel:
-    """-> the level called `name` of a bundle's variant. Raises UsageError where it has none."""
-    if variant.details.sets is None:
-        raise UsageError(
-            f"variant {variant.name} has no calibrated sets; export the bundle again with ffl-export --sets, "
-            "or leave --sets out."
-        )
-    return variant.details.sets.level(name)

@@ -21,7 +21,7 @@ from ffl_deploy.errors import DeviceLost
 from ffl_deploy.images import ImageError, decode, prepare
 from ffl_deploy.preprocessing import Pixels, Preprocessing
 from ffl_deploy.runtime import Outputs, Session
-from ffl_deploy.sets import SetLevel, set_answers, set_labels
+from ffl_deploy.sets import SetLevel, set_labels
 from serve.inputs.items import Item
 from serve.rows import OF_SETS, OK, Row
 
@@ -120,7 +120,7 @@ class Classifier:
 
     def _answered(self, good: Sequence[Prepared], outputs: Outputs) -> list[Row]:
         finite = outputs.finite
-        sets = None if self.sets is None else set_answers(np.nan_to_num(outputs.probabilities), self.sets)
+        sets = None if self.sets is None else self.sets.answers(np.nan_to_num(outputs.probabilities))
         # equal values keep class order
         order = np.argsort(-outputs.probabilities, axis=1, kind="stable")[:, : self.top_k]
         confidences = np.take_along_axis(outputs.probabilities, order, axis=1).tolist()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
@@ -16,10 +17,11 @@ from onnx import TensorProto, helper, numpy_helper
 from ffl_deploy.bundle import Bundle, load_bundle, write_bundle
 from ffl_deploy.bundle_files import GoldenSamples
 from ffl_deploy.contract import KEY, contract
-from ffl_deploy.manifest import InputTensor, OutputTensor, Precision, Source, Variant
+from ffl_deploy.manifest import Details, InputTensor, OutputTensor, Precision, Source, Variant
 from ffl_deploy.preprocessing import Preprocessing
 from ffl_deploy.probes import Probes, draw, prepared
 from ffl_deploy.runtime import import_onnxruntime
+from ffl_deploy.sets import CalibratedSets
 
 CHANNELS = 8
 
@@ -40,6 +42,7 @@ def make_bundle(
     crop_fraction: float = 1.0,
     golden_count: int = 4,
     bound: bool = True,
+    sets: CalibratedSets | None = None,
 ) -> Bundle:
     """Write a bundle into `folder` and load it.
 
@@ -51,6 +54,7 @@ def make_bundle(
         cam: the graph also gives `cam`, float32 [batch, size / 2, size / 2]: the mean of the feature maps.
         gray: the golden images are light strokes on black, as digits are.
         variants: names; each is the same fp32 graph in a file of its own.
+        sets: what each variant promises of its answers.
         bound: the models carry the contract and the golden samples made-up pictures; older bundles have
         neither. wrong: of them, those whose file holds other weights: every hash is right, the answers are
         not.
@@ -101,7 +105,10 @@ def make_bundle(
             "tests", "best", "0" * 64, 1, "ffl", ["tiny", "tiny"], "noise", parameters=_parameters(model)
         ),
         variants=[
-            Variant.of_file(folder, folder / file, name, "onnxruntime", Precision("fp32", "fp32"))
+            msgspec.structs.replace(
+                Variant.of_file(folder, folder / file, name, "onnxruntime", Precision("fp32", "fp32")),
+                details=Details(sets=sets),
+            )
             for name, file in files.items()
         ],
         golden=golden,

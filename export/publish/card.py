@@ -132,29 +132,24 @@ SET_COLUMNS = (
 
 def _sets(manifest: Manifest) -> str:
     """-> the section about prediction sets and abstention; nothing for a bundle without."""
-    rows, sentences = [], []
-    for variant in manifest.variants:
-        sets = variant.details.sets
-        if sets is None:
-            continue
-        for level in sets.levels:
-            found = level.measured
-            right = "-" if found.answered_right is None else percent(found.answered_right)
-            shares = (found.worst_class, found.answered)
-            size = f"{found.mean_size:.2f}"
-            rows.append(
-                [variant.name, level.name, percent(found.coverage), size, *map(percent, shares), right]
-            )
-        note = f" ({sets.note})" if sets.note else ""
-        sentences.append(
-            f"Calibrated on {sets.images} {sets.split} images{note}, measured on "
-            f"{sets.levels[0].measured.images} {sets.levels[0].measured.split} images. On average over images "
-            "like those at least the share in `--sets` is held; of the answers that are given at least that "
-            f"share is right, in all but {percent(sets.delta)} of calibrations."
-        )
-    if not rows:
+    calibrated = [(variant.name, variant.details.sets) for variant in manifest.variants]
+    given = [(name, sets) for name, sets in calibrated if sets is not None]
+    if not given:
         return ""
-    return f"## Sets and abstention\n\n{sentences[0]}\n\n{table(SET_COLUMNS, rows)}"
+    rows = []
+    for name, level in [(name, level) for name, sets in given for level in sets.levels]:
+        found = level.measured
+        shares = map(percent, (found.worst_class, found.answered, found.answered_right))
+        rows.append([name, level.name, percent(found.coverage), f"{found.mean_size:.2f}", *shares])
+    sets, found = given[0][1], given[0][1].levels[0].measured
+    note = f" ({sets.note})" if sets.note else ""
+    said = (
+        f"Calibrated on {sets.images} {sets.split} images{note}, measured on {found.images} {found.split} "
+        "images. At least the share in `--sets` of images like those have their class in their set, on "
+        "average over calibrations; of the answers that are given at least that share is right, in "
+        f"{percent(1 - sets.delta, 0)} of calibrations. docs/decisions.md says what that does not promise."
+    )
+    return f"## Sets and abstention\n\n{said}\n\n{table(SET_COLUMNS, rows)}"
 
 
 def _calibration(manifest: Manifest) -> str:

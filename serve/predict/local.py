@@ -11,7 +11,6 @@ import msgspec
 from ffl_deploy.bundle import Bundle
 from ffl_deploy.errors import UsageError
 from ffl_deploy.runtime import Session
-from ffl_deploy.sets import sets_of
 from serve.inputs.items import Item, displayed
 from serve.pipeline import Chunk, Classifier, chunks, run_pipeline
 from serve.predict.job import PredictRun
@@ -56,7 +55,7 @@ def predict_shards(run: PredictRun, items: Iterator[Item]) -> None:
 
 def classifier_for(bundle: Bundle, session: Session, request: PredictRequest) -> Classifier:
     """-> what makes the rows that `request` asks for. Raises UsageError for sets that the bundle has not."""
-    sets = None if request.sets is msgspec.UNSET else sets_of(bundle.variant(request.variant), request.sets)
+    sets = None if request.sets is msgspec.UNSET else bundle.variant(request.variant).sets(request.sets)
     return Classifier(session, bundle.classes, request.top_k, request.columns, sets)
 
 

@@ -27,7 +27,6 @@ from ffl_deploy.files import sha256_of
 from ffl_deploy.manifest import FileRecord
 from ffl_deploy.runtime import require_gpu_runtime, runtime_named
 from ffl_deploy.runtime.gpu import identity as gpu_identity
-from ffl_deploy.sets import sets_of
 from serve.inputs.items import Item, displayed
 from serve.inputs.sources import Reading, check_inputs, count_inputs, is_pattern, matches, read_inputs
 from serve.pipeline import WorkSettings
@@ -259,7 +258,7 @@ def make_request(job: Job, bundle: Bundle) -> PredictRequest:
                 f"export the target with that output, or leave --{column} away."
             )
     if job.sets is not None:
-        sets_of(variant, job.sets)
+        variant.sets(job.sets)
     return PredictRequest(
         bundle_sha256=bundle.sha256,
         variant=variant.name,

@@ -23,7 +23,7 @@ from starlette.types import Receive, Scope, Send
 from ffl_deploy.images import ImageError
 from ffl_deploy.preprocessing import Pixels
 from ffl_deploy.runtime import Outputs
-from ffl_deploy.sets import set_answers, set_labels
+from ffl_deploy.sets import set_labels
 from serve.server.exchange import REFUSALS, ClientGone, read_body, refusal, while_connected
 from serve.server.models import ServedModel
 from serve.server.protocol import ProtocolError
@@ -109,10 +109,10 @@ def promises(model: ServedModel, outputs: Outputs) -> list[dict[str, Any]]:
     nothing where it was not asked for."""
     if model.sets is None:
         return [{} for _ in outputs.logits]
-    member, abstain = set_answers(outputs.probabilities, model.sets)
+    member, abstain = model.sets.answers(outputs.probabilities)
     return [
-        {"set": set_labels(*one, model.bundle.classes), "abstain": bool(unsure)}
-        for *one, unsure in zip(member, outputs.probabilities, abstain, strict=True)
+        {"set": set_labels(those, probabilities, model.bundle.classes), "abstain": bool(unsure)}
+        for those, probabilities, unsure in zip(member, outputs.probabilities, abstain, strict=True)
     ]
 
 

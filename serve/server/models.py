@@ -26,7 +26,7 @@ from ffl_deploy.manifest import Variant
 from ffl_deploy.preprocessing import Pixels
 from ffl_deploy.runtime import Outputs, Session, require_gpu_runtime, runtime_named
 from ffl_deploy.selfcheck import require_golden
-from ffl_deploy.sets import SetLevel, set_answers, sets_of
+from ffl_deploy.sets import SetLevel
 from serve.server.batcher import MicroBatcher, Overloaded
 from serve.server.protocol import Signature
 from serve.server.settings import Limits, ModelSpec, Settings
@@ -77,7 +77,7 @@ def named_results(outputs: Outputs, sets: SetLevel | None) -> dict[str, np.ndarr
     """-> what `ServedModel.results` says of `outputs`."""
     named = {name: values for name, values in outputs._asdict().items() if values is not None}
     if sets is not None:
-        named["set"], named["abstain"] = set_answers(outputs.probabilities, sets)
+        named["set"], named["abstain"] = sets.answers(outputs.probabilities)
     return named
 
 
@@ -209,7 +209,7 @@ def open_model(
     runtime = choice.runtime if choice else settings.runtime or variant.runtime
     if settings.gpu is not None:
         require_gpu_runtime(runtime)
-    sets = sets_of(variant, settings.sets) if settings.sets else None
+    sets = variant.sets(settings.sets) if settings.sets else None
     workers, threads = workers_and_threads(settings, runtime)
     session = bundle.session(variant.name, runtime, threads, check=False)
     outputs = verify(bundle, variant, session, settings.max_batch, threads)
