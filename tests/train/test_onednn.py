@@ -39,6 +39,23 @@ print("right")
 """
 
 
+FOLDED = GRADIENTS.replace(
+    "net(images.permute(0, 3, 1, 2))", "folded(prepared(net, images.permute(0, 3, 1, 2)))"
+).replace(
+    "for turn",
+    """from ffl_deploy.networks.quantization import ActivationQuantizer, FoldedLayer, prepared
+def layer(convolution, norm):
+    quantizer = ActivationQuantizer()
+    quantizer.samples = []  # folded, and not rounded: gradients can be compared
+    return FoldedLayer(convolution, norm, quantizer)
+net.eval(), exact.eval()
+folded = nn.Sequential(layer(net[0], net[1]), net[2], layer(net[3], None))
+for turn""",
+    1,
+)
+"""The same with the layers that quantization-aware training computes, which call no module."""
+
+
 def child(*command: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
@@ -47,9 +64,10 @@ def child(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("order", ["around", "default"])
-def test_gradients_are_those_of_fp64(order: str) -> None:
+@pytest.mark.parametrize("script", [GRADIENTS, FOLDED], ids=["module", "folded"])
+def test_gradients_are_those_of_fp64(script: str, order: str) -> None:
     """On AVX2 those of the stem are wrong by a third without it, where the process lives."""
-    ended = child("-c", GRADIENTS, order)
+    ended = child("-c", script, order)
     assert (ended.returncode, ended.stdout.strip()) == (0, "right"), ended.stderr[-2000:]
 
 
