@@ -9,6 +9,7 @@ is opened. Nothing here imports torch.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ import msgspec
 import numpy as np
 
 from ffl_deploy.bundle_files import AUTO, BundleFiles, GoldenSamples, write_golden
-from ffl_deploy.contract import carries_contract
+from ffl_deploy.contract import NOT_BOUND, carries_contract
 from ffl_deploy.errors import CheckError, UsageError
 from ffl_deploy.files import did_you_mean, existing_folder, shown, write_atomically
 from ffl_deploy.manifest import (
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
     from ffl_deploy.fastest import Choice
     from ffl_deploy.runtime import Session
 
+LOG = logging.getLogger(__name__)
+
 
 class Prediction(NamedTuple):
     """What one image was taken for; `top` is sorted by falling probability."""
@@ -69,6 +72,7 @@ class Bundle(BundleFiles):
         super().__init__(folder, manifest)
         self._sessions: dict[tuple[str | None, str | None], Session] = {}
         self._lock = threading.Lock()
+        self._remarked = False  # that it is an old one
 
     def __repr__(self) -> str:
         variants = ", ".join(variant.name for variant in self.manifest.variants)
@@ -99,6 +103,10 @@ class Bundle(BundleFiles):
             variant, runtime = choice.variant, choice.runtime
         chosen = self.variant(variant)
         session = self.open(variant, runtime, threads)
+        model = self._models.get(chosen.file)
+        if model and not self._remarked and not carries_contract(self.folder / model, self.manifest):
+            self._remarked = True
+            LOG.warning("%s: %s; export it again", shown(self.folder), NOT_BOUND)
         if check:
             from ffl_deploy.selfcheck import require_golden
 

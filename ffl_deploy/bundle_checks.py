@@ -14,6 +14,7 @@ import numpy as np
 
 from ffl_deploy.bundle import Bundle
 from ffl_deploy.bundle_files import AUTO
+from ffl_deploy.contract import NOT_BOUND
 from ffl_deploy.errors import CheckError, OtherMachine, UsageError
 from ffl_deploy.files import entries, shown
 from ffl_deploy.manifest import MANIFEST, Variant
@@ -22,8 +23,6 @@ from ffl_deploy.runtime.onnx_wire import refuse_external_data
 from ffl_deploy.runtime.operators import refuse_foreign_operators
 from ffl_deploy.saturation import check_certificate
 from ffl_deploy.selfcheck import check_preprocessing, golden_record, reason, refusal
-
-NOT_BOUND = "; its classes and preprocessing are not bound to its models (exported before they were)"
 
 
 def check_files(bundle: Bundle) -> int:
@@ -87,7 +86,7 @@ def verify(bundle: Bundle, variant: str | None = None, runtime: str | None = Non
     prepared = ", pictures decoded and resized as in training" if check_preprocessing(bundle) else ""
     yield (
         f"{shown(bundle.folder)}: schema {bundle.manifest.schema}, target {bundle.manifest.target}, {count} "
-        f"files as exported{prepared}{'' if bundle.bound else NOT_BOUND}"
+        f"files as exported{prepared}{'' if bundle.bound else f'; {NOT_BOUND}'}"
     )
     if variant == AUTO:
         choice = bundle.fastest(runtime, remembered=False)

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 KEY = "ffl.contract"
 """Of the entry in an ONNX file's metadata that holds the contract, as JSON."""
 
+NOT_BOUND = "its classes and preprocessing are not bound to its models (exported before they were)"
+
 
 def contract(target: str, classes: Sequence[str], input: InputTensor, temperature: float) -> str:
     """-> the contract as JSON with sorted keys. The fields are named one by one: one that a newer version

@@ -14,9 +14,8 @@ import onnx
 import pytest
 
 from ffl_deploy.bundle import Bundle, load_bundle
-from ffl_deploy.bundle_checks import NOT_BOUND
 from ffl_deploy.command import run_command
-from ffl_deploy.contract import KEY, carries_contract
+from ffl_deploy.contract import KEY, NOT_BOUND, carries_contract
 from ffl_deploy.errors import CheckError
 from ffl_deploy.manifest import MANIFEST
 from ffl_deploy.runtime.onnx_wire import read_metadata
@@ -90,13 +89,29 @@ def test_the_models_say_it_to_whoever_reads_them(tiny_bundle: Bundle) -> None:
     assert tiny_bundle.bound
 
 
+def test_a_bound_bundle_opens_without_a_word(tiny_bundle: Bundle, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("WARNING", "ffl_deploy"):
+        load_bundle(tiny_bundle.folder).session(threads=1)
+    assert caplog.records == []
+
+
 def test_a_bundle_from_before_opens_with_a_remark(
-    make_bundle: Callable[..., Bundle], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    make_bundle: Callable[..., Bundle],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     bundle = make_bundle(tmp_path / "old", bound=False)
     assert not bundle.bound
     assert run_command(main, [str(bundle.folder)]) == 0
     assert NOT_BOUND in capsys.readouterr().out
+    with caplog.at_level("WARNING", "ffl_deploy"):
+        opened = load_bundle(bundle.folder)
+        for _ in range(2):
+            opened.session(threads=1)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{bundle.folder}: {NOT_BOUND}; export it again"
+    ]
     edit(bundle.folder, rotate)  # what nothing could see
     assert load_bundle(bundle.folder).predict([np.zeros((8, 8, 3), np.uint8)])
 
