@@ -18,6 +18,7 @@ from serve.demo.guard import DemoGuard, largest_demo_body
 from serve.demo.slot import DemoSlot
 from serve.server import classify, v2
 from serve.server.compression import Inflate
+from serve.server.full_disk import full_disk
 from serve.server.limits import Bodies, HostAndOrigin, Token, own_hosts
 from serve.server.protocol import HEADER_LENGTH
 from serve.server.proxies import Forwarded
@@ -53,6 +54,12 @@ def create_app(settings: Settings, stop: Callable[[], None] = lambda: None) -> F
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> Response:
         return JSONResponse({"error": str(error.detail)}, error.status_code, error.headers)
+
+    @app.exception_handler(OSError)
+    async def failed_disk(request: Request, error: OSError) -> Response:
+        if (said := full_disk(error)) is None:
+            raise error
+        return JSONResponse({"error": str(said)}, said.status)
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> Response:

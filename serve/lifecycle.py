@@ -20,6 +20,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from ffl_deploy.errors import UsageError
+from serve.server.closing_port import accept_the_rest
 from serve.server.connections import bounded
 from serve.server.limits import LOOPBACK
 from serve.server.logs import log_config
@@ -92,6 +93,8 @@ class DrainingServer(uvicorn.Server):
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        # what the kernel has taken is accepted before the port closes
+        await accept_the_rest(sockets or (), self.service.settings.shutdown_seconds)
         for server in self.servers:
             server.close()
         self.service.become(Phase.CLOSING)

@@ -23,6 +23,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.demo.ages import Ages
+from serve.server.full_disk import full_disk
 from serve.server.responses import Refused
 from serve.server.service import Service
 from serve.server.settings import Limits
@@ -84,10 +85,22 @@ class DemoGuard:
         """Gradio keeps the pieces of an upload that broke off;
         with no other upload in progress they are all that is left."""
         self._uploads += 1
+        failed = False
+
+        async def held_send(message: Message) -> None:
+            nonlocal failed  # Gradio's 500 comes before the error that says why
+            failed = failed or (message["type"] == "http.response.start" and message["status"] == 500)
+            if not failed:
+                await send(message)
+
         try:
-            await self.app(scope, receive, _with_page_headers(send))
+            await self.app(scope, receive, _with_page_headers(held_send))
         except ClientDisconnect:
             pass  # no fault of ours, and nobody is there to hear of it
+        except OSError as error:
+            if (refused := full_disk(error)) is None:
+                raise
+            raise refused from None
         finally:
             self._uploads -= 1
             _remove_pieces(self._ages, self.limits.body_seconds if self._uploads else None)
