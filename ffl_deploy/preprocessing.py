@@ -23,6 +23,18 @@ def sides(size: ImageSize) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else size
 
 
+class Look(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How weights that a network starts from want their images, where that is not the data's own way.
+
+    mean, std: per RGB channel on the 0..1 scale; filter and crop_fraction: see Preprocessing.
+    """
+
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    filter: Literal["box", "bilinear", "bicubic", "lanczos"] | None = None
+    crop_fraction: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
+
+
 class Preprocessing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How an image is brought to the network's size.
 

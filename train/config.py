@@ -104,6 +104,26 @@ class DataOptions:
         metavar="PIXELS",
     )
     small_share: float = option(0.5, "Share of the epochs that are trained at --small-size.")
+    crop_fraction: float | None = option(
+        None,
+        "Share of a photograph's shorter side that the network sees; of the weights it starts from, else 1 "
+        "below 128 pixels and 0.875 from there on, if not given.",
+        metavar="SHARE",
+    )
+    filter: Literal["auto", "box", "bilinear", "bicubic", "lanczos"] = option(
+        "auto",
+        "How images are resized. auto: as for the weights it starts from, else bilinear.",
+        flag="interpolation",
+    )
+    mean: tuple[float, ...] = option(
+        (),
+        "Mean of red, green and blue, 0 to 1, that is subtracted; of the weights it starts from, else of the "
+        "images, if not given.",
+        metavar="0..1",
+    )
+    std: tuple[float, ...] = option(
+        (), "Standard deviations that pixels are divided by, as --mean.", metavar="0..1"
+    )
     mixup: float = option(0.0, "Beta parameter of mixup (Zhang et al. 2018); 0 is off.", metavar="ALPHA")
     cutmix: float = option(
         0.0,
@@ -141,6 +161,20 @@ class ModelOptions:
         "Share of the epochs over which the distillation terms grow to their full weight.",
     )
     pretrained: bool = option(False, "Start torchvision: and timm: backbones from their published weights.")
+    weights: Names = option(
+        (),
+        "Start branches from files of weights: branch0=FILE,branch1=FILE, or one for all. safetensors, .pth, "
+        "or a run.",
+    )
+    freeze: int = option(
+        0,
+        "Stages of each branch that stay as they are, from the first on. What they give is computed once "
+        "where the training views allow it (none, or crop with --crop-padding 0).",
+        metavar="STAGES",
+    )
+    head_epochs: int = option(
+        0, "First epochs in which heads and fusion learn alone, every stage frozen.", metavar="EPOCHS"
+    )
     quantize_aware: Path | None = option(
         None,
         (
@@ -175,6 +209,14 @@ class OptimisationOptions:
         (0.5, 0.75),
         "multistep: shares of the epochs after which the learning rate is multiplied by 0.1.",
         metavar="SHARE",
+    )
+    layer_decay: float = option(
+        1.0, "Learning rate of a stage as a share of that of the stage after it; 1 is the same for all."
+    )
+    patience: int = option(
+        0,
+        "Epochs without a better validation accuracy after which training ends early; 0 is off.",
+        metavar="EPOCHS",
     )
     label_smoothing: float = option(0.0, "Share of each label that is spread over all classes.")
     clip: float = option(0.0, "Largest gradient norm; 0 is off.")

@@ -180,12 +180,14 @@ def _read(path: Path) -> tuple[dict[str, Tensor], int]:
     """-> (state_dict, number of the epoch, -1 where there is none)."""
     import torch
 
+    from train.weights import plain_numbers
+
     if not path.is_file():
         raise UsageError(
             f"there is no file {path}; give the Model_N.pth and Module_N.pth that the official code saved."
         )
     try:
-        with torch.serialization.safe_globals(_numbers()):
+        with torch.serialization.safe_globals(plain_numbers()):
             content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a file of any other kind fails in a way of its own
         raise UsageError(
@@ -207,16 +209,6 @@ def without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if tensors and all(name.startswith("module.") for name in tensors):
         return {name.removeprefix("module."): value for name, value in tensors.items()}
     return dict(tensors)
-
-
-def _numbers() -> list[Any]:
-    """-> what torch has to know to read NumPy's plain numbers (an accuracy beside the weights): data, no
-    code."""
-    import numpy as np
-
-    scalar = np.float64(0).__reduce__()[0]
-    kinds = [np.float64, np.float32, np.int64, np.int32, np.bool_]
-    return [scalar, np.dtype, *kinds, *{type(np.dtype(kind)) for kind in kinds}]
 
 
 def _renamed(tensors: Mapping[str, Tensor], names: Mapping[str, str], path: Path) -> dict[str, Tensor]:

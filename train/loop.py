@@ -27,6 +27,7 @@ from train.cuda_graph import graphed
 from train.data.batches import Batch, Batches
 from train.ema import MovingAverage
 from train.evaluate import accuracies
+from train.features import Partial, frozen_in
 from train.machine import Place
 from train.meter import Meter
 from train.methods import Method
@@ -78,11 +79,30 @@ class Trainer:
         self.state = self.build_state()
         self.position = self.state.restore()
         self.require_one_position()
+        self.freeze(self.position.epoch)
+        self.get_ready()
+
+    def get_ready(self) -> None:
+        """Prepare what the steps call: anew where other stages are frozen than before."""
         self.model = prepare(self.learner(), self.config, self.place)
         parts = self.optimizer, self.scaler, self.ema, self.place
         on_device = self.place.device.type == "cuda"
-        self.work = Step(self.network, self.model, self.method, *parts, options.clip, on_device)
-        self.take_step = graphed(self.work, self.config.machine, self.place, self.say)
+        self.work = Step(self.network, self.model, self.method, *parts, self.options.clip, on_device)
+        # a captured step reads batches of images
+        machine = self.config.machine
+        self.take_step = self.work if self.freezes else graphed(self.work, machine, self.place, self.say)
+
+    @property
+    def freezes(self) -> bool:
+        return bool(self.config.model.freeze or self.config.model.head_epochs)
+
+    def freeze(self, epoch: int) -> bool:
+        """Freeze the stages that do not learn in `epoch`; -> whether they were others before."""
+        depth = frozen_in(epoch, self.config, self.network.depth)
+        changes = depth != self.network.frozen
+        if changes:
+            self.network.freeze(depth)
+        return changes
 
     def build_state(self) -> TrainingState:
         """-> what is saved and restored."""
@@ -97,11 +117,11 @@ class Trainer:
     def learner(self) -> nn.Module:
         """-> what the steps call: it shares the network's weights,
         and gives what the method's losses take."""
-        return self.network
+        return Partial(self.network) if self.freezes else self.network
 
     def answering(self) -> nn.Module:
         """-> what is validated: it shares the network's weights."""
-        return self.network
+        return Partial(self.network) if self.freezes else self.network
 
     def require_one_position(self) -> None:
         """Raises CheckError where the processes found different checkpoints:
@@ -125,6 +145,10 @@ class Trainer:
         self.saved_at = time.monotonic()
         try:
             for epoch in range(self.position.epoch, self.options.epochs):
+                if self.enough(epoch):
+                    break
+                if self.freeze(epoch):
+                    self.get_ready()
                 self.train_epoch(epoch)
                 self.close_epoch(epoch)
             self.background.wait()
@@ -134,6 +158,17 @@ class Trainer:
             if self.recorder is not None:
                 self.recorder.close()
         return self.position
+
+    def enough(self, epoch: int) -> bool:
+        """-> whether training ends before `epoch`: no better one for --patience epochs, apart from those of
+        heads and fusion alone."""
+        best = max(self.position.best_epoch, self.config.model.head_epochs)
+        enough = 0 < self.options.patience <= epoch - best
+        if enough:
+            self.say(
+                f"no better validation accuracy since epoch {self.position.best_epoch}: training ends here"
+            )
+        return enough
 
     def train_epoch(self, epoch: int) -> None:
         """All steps of `epoch` from the position on. Raises Interrupted after saving."""
@@ -216,7 +251,8 @@ class Trainer:
         if self.ema is not None:
             assert isinstance(self.ema.module, MutualNetwork)  # a copy of `network`
             self.place.world.share_buffers(self.ema.module)
-            line["ema"] = accuracies(self.ema.module, self.batches, "validation", self.place)
+            answering = Partial(self.ema.module) if self.freezes else None
+            line["ema"] = accuracies(self.ema.module, self.batches, "validation", self.place, answering)
         return line
 
     def save_in_mid_epoch(self, epoch: int, step: int) -> None:

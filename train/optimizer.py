@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,18 +11,24 @@ from torch import Tensor, nn
 from ffl_deploy.networks.mutual import MutualNetwork
 from train.config import OptimisationOptions
 
+SCALE = "scale"  # of a group: its learning rate as a share of the step's
+
 
 def build_optimizer(network: MutualNetwork, options: OptimisationOptions) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum or AdamW; the fusion module has a weight decay of its own (Kim
-    et al. 2019, IV-A)."""
+    """SGD with Nesterov momentum or AdamW; the fusion module has a weight decay of its own (Kim et al. 2019,
+    IV-A), and each stage a learning rate of its own with --layer-decay (discriminative fine-tuning, Howard
+    and Ruder 2018): `SCALE` of its group, as a share of that of heads and fusion."""
     fusion = list(network.fusion.parameters()) if network.fusion is not None else []
     own = {id(parameter) for parameter in fusion}
-    groups = [
-        {
-            "params": [parameter for parameter in network.parameters() if id(parameter) not in own],
-            "weight_decay": options.weight_decay,
-        }
-    ]
+    groups: list[dict[str, Any]] = []
+    if options.layer_decay != 1:
+        for number, stage in enumerate(network.stages()):
+            parameters = [parameter for module in stage for parameter in module.parameters()]
+            own |= {id(parameter) for parameter in parameters}
+            scale = options.layer_decay ** (network.depth - number)
+            groups.append({"params": parameters, "weight_decay": options.weight_decay, SCALE: scale})
+    rest = [parameter for parameter in network.parameters() if id(parameter) not in own]
+    groups.append({"params": rest, "weight_decay": options.weight_decay})
     if fusion:
         groups.append({"params": fusion, "weight_decay": options.fusion_weight_decay})
     # fused: one kernel for all parameters; on GPUs it saves thousands of launches a step,

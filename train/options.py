@@ -14,7 +14,7 @@ from ffl_deploy.data import NAMED
 from ffl_deploy.data.datasets import DataSpec
 from ffl_deploy.data.lists import is_list
 from ffl_deploy.errors import CheckError, UsageError
-from ffl_deploy.preprocessing import sides
+from ffl_deploy.preprocessing import Look, sides
 from train.config import TrainConfig
 from train.methods import METHODS
 from train.trackers import EXTRAS
@@ -46,7 +46,16 @@ def data_spec(config: TrainConfig) -> DataSpec:
         column=config.data.column,
         label_column=config.data.label_column,
         calibration=config.data.calibration_split,
+        look=look(config),
     )
+
+
+def look(config: TrainConfig) -> Look | None:
+    """-> how the images are to look where the options say so."""
+    data = config.data
+    mean, std = ((values[0], values[1], values[2]) if values else None for values in (data.mean, data.std))
+    own = Look(mean, std, None if data.filter == "auto" else data.filter, data.crop_fraction)
+    return None if own == Look() else own
 
 
 def validate(config: TrainConfig) -> None:
@@ -77,6 +86,23 @@ def validate(config: TrainConfig) -> None:
             config.model.fusion_width is None or config.model.fusion_width >= 1,
             "--fusion-width must be at least 1",
         ),
+        (config.model.freeze >= 0, "--freeze is a number of stages, 0 (none) or more"),
+        (config.model.head_epochs >= 0, "--head-epochs is a number of epochs, 0 or more"),
+        (o.patience >= 0, "--patience is a number of epochs, 0 (off) or more"),
+        (0 < o.layer_decay <= 1, "--layer-decay is a share, above 0 and at most 1"),
+        (
+            d.crop_fraction is None or 0 < d.crop_fraction <= 1,
+            "--crop-fraction is a share, above 0, at most 1",
+        ),
+        *(
+            (
+                len(values) in (0, 3) and all(low < value <= 1 for value in values),
+                f"{flag} takes three numbers, of red, green and blue, between 0 and 1",
+            )
+            for flag, values, low in (("--mean", d.mean, -1e-9), ("--std", d.std, 0))
+        ),
+        (bool(d.mean) == bool(d.std), "--mean and --std come together"),
+        (not (config.model.weights and config.model.pretrained), "give --weights or --pretrained, not both"),
         (0 <= o.warmup < 1, "--warmup is a share of the run, from 0 to below 1"),
         (0 <= o.label_smoothing < 1, "--label-smoothing is a share, from 0 to below 1"),
         (0 <= o.ema < 1, "--ema is a decay, from 0 (off) to below 1"),
@@ -179,7 +205,8 @@ def require_kept(started_from: TrainConfig, config: TrainConfig) -> None:
 def flag_of(name: str) -> str:
     """-> the flag of a flattened option: "optimisation.lr" -> "--lr"."""
     plain = name.split(".")[-1].replace("_", "-")
-    return {"data.source": "--data", "data.root": "--data-root"}.get(name, f"--{plain}")
+    others = {"data.source": "--data", "data.root": "--data-root", "data.filter": "--interpolation"}
+    return others.get(name, f"--{plain}")
 
 
 def flatten(options: dict[str, Any]) -> dict[str, Any]:

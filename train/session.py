@@ -32,6 +32,7 @@ from train.build import (
 from train.config import TrainConfig
 from train.distributed import World, process_group, torchrun_world
 from train.estimate import require_memory, shapes_alone, time_line
+from train.features import FeatureBatches, with_features
 from train.finish import describe, finish
 from train.guidance import advice, no_better_than_chance
 from train.loop import Trainer
@@ -46,6 +47,7 @@ from train.record import draw_curves, read_metrics
 from train.run_folder import claim, gone_on, keep_threads, require_same_data, run_folder, wanted_precision
 from train.schedule import learning_rate
 from train.stopping import StopRequest, stop_on_signals
+from train.weights import as_weights_want, start_from
 
 
 def run_training(config: TrainConfig, stop: StopRequest | None = None) -> int:
@@ -77,6 +79,8 @@ def run_training(config: TrainConfig, stop: StopRequest | None = None) -> int:
 
         # method, data, network, batches: whatever cannot work together is refused here,
         # before a folder exists
+        if stored is None:
+            config = as_weights_want(config)
         method = build_method(config.model.method, config.model.temperature)
         method.check(config.model.branches)
         data = load_data(data_spec(config), memory_limit(config))
@@ -84,8 +88,10 @@ def run_training(config: TrainConfig, stop: StopRequest | None = None) -> int:
         require_memory(shapes_alone(architecture), config, device, world.size)
         seed_everything(config.seed, "weights")
         # A run that is resumed has weights of its own.
-        pretrained = config.model.pretrained and existing_folder(folder / "checkpoints" / "last") is None
-        network = MutualNetwork(architecture, pretrained).to(device).to(memory_format=torch.channels_last)
+        begun = existing_folder(folder / "checkpoints" / "last") is not None
+        network = MutualNetwork(architecture, config.model.pretrained and not begun)
+        loaded = [] if begun else start_from(network, config.model.weights)
+        network = network.to(device).to(memory_format=torch.channels_last)
         if any(is_library_name(name) for name in config.model.branches):
             require_memory(shapes_alone(architecture, network), config, device, world.size)
         trainer: Callable[..., Trainer] = Trainer
@@ -121,13 +127,16 @@ def run_training(config: TrainConfig, stop: StopRequest | None = None) -> int:
             keep_teacher(folder, network)
 
         # train, then test once
-        say(headline(folder, config, data, network, place), config, world)
+        say("\n".join([headline(folder, config, data, network, place), *map(str, loaded)]), config, world)
         if world.is_main and not config.output.quiet:
             for line in (*advice(config, data), *time_line(network, config, place, len(data.train))):
                 say(line, config, world)
         if config.optimisation.epochs > before:
             say(longer(config, before, batches.steps_per_epoch), config, world)
+        batches = with_features(batches, network, config, place, folder, stop)
         position = trainer(network, method, batches, config, place, folder, stop).run()
+        if isinstance(batches, FeatureBatches):
+            batches.close()
         finish(folder, network, batches, data, place, position)
     if world.is_main:
         draw_curves(read_metrics(folder), folder / "curves.png")

@@ -19,7 +19,7 @@ from train.ema import MovingAverage
 from train.machine import Place
 from train.meter import Names, measures
 from train.methods import Method
-from train.optimizer import drop_gradients
+from train.optimizer import SCALE, drop_gradients
 
 
 @dataclass(eq=False)
@@ -45,6 +45,8 @@ class Step:
         self.ramp: float | Tensor = 0.0
         if self.on_device:
             self.rate, self.ramp = (torch.zeros((), device=self.place.device) for _ in range(2))
+        # one tensor for all groups of the same scale
+        self.rates: dict[float, Tensor] = {1.0: self.rate} if isinstance(self.rate, Tensor) else {}
 
     def set(self, rate: float, ramp: float) -> None:
         """Learning rate and weight of the distillation terms from the next step on."""
@@ -54,7 +56,12 @@ class Step:
         else:
             self.rate, self.ramp = rate, ramp
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rate
+            scale = group.get(SCALE, 1.0)
+            if isinstance(self.rate, Tensor):
+                own = self.rates.setdefault(scale, torch.zeros_like(self.rate))
+                group["lr"] = own.fill_(rate * scale)
+            else:
+                group["lr"] = rate * scale
 
     def __call__(self, batches: list[Batch], frozen: Sequence[nn.Module]) -> list[Tensor]:
         """Move the weights once; -> what was measured of each micro-batch, as `measures` gives it, on the

@@ -24,7 +24,7 @@ from ffl_deploy.data.twins import Twin
 from ffl_deploy.errors import UsageError
 from ffl_deploy.host import available_memory
 from ffl_deploy.images import prepare
-from ffl_deploy.preprocessing import ImageSize, Preprocessing, sides
+from ffl_deploy.preprocessing import ImageSize, Look, Preprocessing, sides
 
 __all__ = [
     "ArraySplit",
@@ -56,7 +56,7 @@ class DataSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     list whose columns have names of their own. image_size: side in pixels, or (width, height); None takes the
     data's own. validation: share of the training images, per class, that is held out to choose the best
     epoch. calibration: share of those, per class, that chooses no epoch either and calibrates what export
-    promises.
+    promises. look: of weights that the network starts from.
     """
 
     source: str = "digits"
@@ -68,6 +68,7 @@ class DataSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     column: str | None = None
     label_column: str | None = None
     calibration: float = 0.0
+    look: Look | None = None
 
     @property
     def folder(self) -> str:
@@ -174,11 +175,14 @@ def _from_arrays(
     preprocessing = Preprocessing(height, width)
     if spec.image_size is not None:
         width, height = sides(spec.image_size)
-        preprocessing = Preprocessing(height, width)
+        look = spec.look or Look()
+        preprocessing = Preprocessing(
+            height, width, crop_fraction=look.crop_fraction or 1.0, filter=look.filter or "bilinear"
+        )
         development, test = _resized(development, preprocessing), _resized(test, preprocessing)
     kept, held_out = stratified(development.labels, spec.validation, spec.split_seed)
     train = development.take(kept)
-    mean, std = statistics or channel_statistics(train.images)
+    mean, std = looked_for(spec.look) or statistics or channel_statistics(train.images)
     return ImageData(spec.source, classes, preprocessing, mean, std, train, development.take(held_out), test)
 
 
@@ -210,18 +214,29 @@ def _files(spec: DataSpec, memory_limit: int) -> ImageData:
         parts = {name: find_images(part, name != "train") for name, part in find_parts(source).items()}
     split_here = "test" not in parts
     content = (
-        read_flat(parts["train"], spec.image_size, cut, memory_limit, spec.skip_bad_images)
+        read_flat(parts["train"], spec.image_size, cut, memory_limit, spec.skip_bad_images, spec.look)
         if split_here
-        else read_folder(parts, folder, spec.image_size, cut, memory_limit, spec.skip_bad_images)
+        else read_folder(parts, folder, spec.image_size, cut, memory_limit, spec.skip_bad_images, spec.look)
     )
     if listed:
         content.inputs.parts[LABELS] = label_prints(parts.values())
-    mean, std = folder_statistics(content.train, content.preprocessing, spec.skip_bad_images)
+    mean, std = looked_for(spec.look) or folder_statistics(
+        content.train, content.preprocessing, spec.skip_bad_images
+    )
     return ImageData(
         source.stem if listed else source.resolve().name, content.classes, content.preprocessing, mean, std,
         content.train, content.validation, content.test, content.skipped,
         content.left_out, content.inputs, content.twins, split_here,
     )  # fmt: skip
+
+
+def looked_for(look: Look | None) -> Statistics | None:
+    """-> mean and standard deviation that weights want, on the 0..255 scale."""
+    if look is None or look.mean is None or look.std is None:
+        return None
+    red, green, blue = (round(255 * value, 4) for value in look.mean)
+    stds = [round(255 * value, 4) for value in look.std]
+    return (red, green, blue), (stds[0], stds[1], stds[2])
 
 
 def folder_statistics(train: Split, preprocessing: Preprocessing, skip_bad_images: bool) -> Statistics:

@@ -33,20 +33,25 @@ from ffl_deploy.data.splits import (
 )
 from ffl_deploy.errors import UsageError
 from ffl_deploy.files import shown
-from ffl_deploy.preprocessing import ImageSize
+from ffl_deploy.preprocessing import ImageSize, Look
 
 TEST_SHARE = 0.2
 PARTS = ("test", "validation", "train")
 
 
 def read_flat(
-    part: Listing, image_size: ImageSize | None, cut: Cut, memory_limit: int, skip_bad_images: bool
+    part: Listing,
+    image_size: ImageSize | None,
+    cut: Cut,
+    memory_limit: int,
+    skip_bad_images: bool,
+    look: Look | None = None,
 ) -> FolderContent:
     """Read the images of FOLDER/CLASS/* and split them. Every image is decoded once, since the
     same picture may lie in two files; beyond `memory_limit` bytes it is not kept. Raises UsageError as
     `read_folder`, and for a class with fewer than three different pictures."""
     inputs = Inputs({"all": PartInputs(part.paths, part.prints)})
-    preprocessing = folder_preprocessing(image_size or own_size(part.paths))
+    preprocessing = folder_preprocessing(image_size or own_size(part.paths), look)
     files = FileSplit(part.paths, part.labels, preprocessing)
 
     # the images, or their names, and which of them are one picture

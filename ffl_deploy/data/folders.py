@@ -19,7 +19,7 @@ from ffl_deploy.data.twins import Printed, Twin, find_twins
 from ffl_deploy.errors import UsageError
 from ffl_deploy.files import did_you_mean, shown
 from ffl_deploy.images import FORMATS, MAX_PIXELS, SUFFIXES, ImageError, load, size_of
-from ffl_deploy.preprocessing import ImageSize, Preprocessing, sides
+from ffl_deploy.preprocessing import ImageSize, Look, Preprocessing, sides
 
 CLUTTER = ("thumbs.db", "desktop.ini")  # of operating systems; nobody misses it
 VALIDATION = ("val", "valid", "validation")
@@ -71,6 +71,7 @@ def read_folder(
     cut: Cut,
     memory_limit: int,
     skip_bad_images: bool,
+    look: Look | None = None,
 ) -> FolderContent:
     """Read "train", "test" and "validation", which is cut from "train" where it is not among `parts`; `root`
     is what messages name files below.
@@ -84,7 +85,7 @@ def read_folder(
     inputs = Inputs({part.folder.name: PartInputs(part.paths, part.prints) for part in parts.values()})
     left_out = sum((part.left_out for part in parts.values()), Counter[str]())
     classes = parts["train"].classes
-    preprocessing = folder_preprocessing(image_size or own_size(parts["train"].paths))
+    preprocessing = folder_preprocessing(image_size or own_size(parts["train"].paths), look)
     if "validation" not in parts:
         # Cut by the names alone, so that it does not depend on which files are readable.
         single = [classes[k] for k in np.flatnonzero(np.bincount(parts["train"].labels) < 2)]
@@ -291,12 +292,18 @@ def _alike(names: Sequence[str], others: Sequence[str]) -> str:
     )
 
 
-def folder_preprocessing(size: ImageSize) -> Preprocessing:
+def folder_preprocessing(size: ImageSize, look: Look | None = None) -> Preprocessing:
     """The evaluation view of a folder's images: the largest centre part of that shape, with ImageNet's usual
-    border from 128 pixels on."""
+    border from 128 pixels on; or as `look` says."""
     width, height = sides(size)
+    look = look or Look()
+    usual = 0.875 if min(width, height) >= 128 else 1.0
     return Preprocessing(
-        height, width, resize="crop", crop_fraction=0.875 if min(width, height) >= 128 else 1.0
+        height,
+        width,
+        resize="crop",
+        crop_fraction=usual if look.crop_fraction is None else look.crop_fraction,
+        filter=look.filter or "bilinear",
     )
 
 

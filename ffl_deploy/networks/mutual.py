@@ -62,6 +62,7 @@ class MutualNetwork(nn.Module):
     def __init__(self, config: NetworkConfig, pretrained: bool = False) -> None:
         super().__init__()
         self.config = config
+        self.frozen = 0  # stages of each branch that do not learn, from the first on
         if pretrained and not any(is_library_name(name) for name in config.branches):
             raise UsageError(
                 f"there are no published weights of {', '.join(dict.fromkeys(config.branches))}: "
@@ -92,15 +93,69 @@ class MutualNetwork(nn.Module):
 
     def forward(self, images: Tensor) -> Outputs:
         """images: normalised [n, 3, height, width]."""
-        shared = self.trunk(images)
-        if self.config.scale_trunk_gradient and shared.requires_grad:
-            shared.register_hook(lambda gradient: gradient / len(self.branches))
-        features = [branch(shared) for branch in self.branches]
+        return self.upper([images], 0)
+
+    @property
+    def depth(self) -> int:
+        """Stages of the longest branch, those that are shared among them."""
+        return len(self.trunk) + max(len(_stages(branch)) for branch in self.branches)
+
+    def stages(self) -> list[list[nn.Module]]:
+        """-> for each stage, from the first on, its modules: one where it is shared, else one of each branch
+        that has so many, counted from the last stage that they share."""
+        own = [list(_stages(branch)) for branch in self.branches]
+        longest = max(map(len, own))
+        above = [[stages[k] for stages in own if k < len(stages)] for k in range(longest)]
+        return [[stage] for stage in self.trunk] + above
+
+    def freeze(self, depth: int) -> None:
+        """From now on the first `depth` stages of each branch do not learn, nor do their batch statistics
+        move."""
+        self.frozen = depth
+        for number, stage in enumerate(self.stages()):
+            for module in stage:
+                module.requires_grad_(number >= depth)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> MutualNetwork:
+        super().train(mode)
+        for stage in self.stages()[: self.frozen] if mode else ():
+            for module in stage:
+                module.eval()
+        return self
+
+    def lower(self, images: Tensor, depth: int) -> list[Tensor]:
+        """images: normalised [n, 3, h, w] -> the maps after the first `depth` stages: one where the branches
+        still share them, else one of each branch, and the shared one last where an aggregator looks at it."""
+        maps = [self.trunk[:depth](images)]
+        if depth > len(self.trunk) or not len(self.trunk):
+            after = depth - len(self.trunk)
+            own = [_stages(branch)[:after](maps[0]) for branch in self.branches]
+            maps = own + maps if self.aggregator is not None else own
+        return maps
+
+    def upper(self, maps: list[Tensor], depth: int) -> Outputs:
+        """maps: what `lower` gives for `depth`, of which 0 stands for the images alone."""
+        if len(maps) == 1 and depth <= len(self.trunk):
+            shared = self.trunk[depth:](maps[0])
+            if self.config.scale_trunk_gradient and shared.requires_grad:
+                shared.register_hook(lambda gradient: gradient / len(self.branches))
+            features = [branch(shared) for branch in self.branches]
+        else:
+            after, shared = depth - len(self.trunk), maps[-1]
+            features = [
+                _stages(branch)[after:](own) for branch, own in zip(self.branches, maps, strict=False)
+            ]
         pooled = [pool(feature_map) for feature_map in features]
         logits = [head(vector) for head, vector in zip(self.heads, pooled, strict=True)]
         fused = self.fusion(features) if self.fusion is not None else None
         aggregated = self.aggregator(shared, pooled, logits) if self.aggregator is not None else None
         return Outputs(logits, fused, aggregated, features)
+
+
+def _stages(branch: nn.Module) -> nn.Sequential:
+    assert isinstance(branch, nn.Sequential)
+    return branch
 
 
 def number_of_shared_stages(config: NetworkConfig, lengths: list[int]) -> int:

@@ -24,6 +24,46 @@ class PlainWeights(NamedTuple):
     missing: list[str]
 
 
+class Layout(NamedTuple):
+    """How a library calls the tensors of a branch. own: its name -> the name in the network's state_dict;
+    classifier: its names -> their shapes, of what comes after the feature map."""
+
+    own: dict[str, str]
+    classifier: dict[str, torch.Size]
+
+
+def layout_of(network: MutualNetwork, branch: int) -> Layout:
+    """-> the names of branch number `branch` in the library that its backbone comes from. Own ResNets have
+    those of FFL's official code and of torchvision's ResNets. Raises UsageError for other backbones."""
+    name, config = network.config.branches[branch], network.config
+    prefixes = body_prefixes(network, branch)
+    body = [*network.trunk.children(), *network.branches[branch].children()]
+    if name.startswith("resnet"):
+        head = {f"fc.{key}": value.shape for key, value in network.heads[branch].state_dict().items()}
+        return Layout(_as_resnet(body, prefixes), head)
+    if not is_library_name(name):
+        raise UsageError(f"{name} is this project's own; no library has a model that its weights would fit.")
+    model = build_model(name, config.height, config.width, classes=config.classes).eval()
+    own_names = {id(value): key for key, value in model.state_dict(keep_vars=True).items()}
+    shapes = {key: value.shape for key, value in model.state_dict().items()}
+    own: dict[str, str] = {}
+    for stage, prefix in zip(stages_of(name, model, config.height, config.width), prefixes, strict=True):
+        own |= {
+            own_names[id(tensor)]: prefix + key for key, tensor in stage.state_dict(keep_vars=True).items()
+        }
+    # in the library's order, which files that know other names are taken in
+    ordered = {key: own[key] for key in shapes if key in own}
+    return Layout(ordered, {key: shape for key, shape in shapes.items() if key not in own})
+
+
+def body_prefixes(network: MutualNetwork, branch: int) -> list[str]:
+    """-> for each stage of branch number `branch` what its tensors' names in the network begin with."""
+    trunk = [f"trunk.{stage}." for stage in range(len(network.trunk))]
+    stages = network.branches[branch]
+    assert isinstance(stages, nn.Sequential)
+    return [*trunk, *(f"branches.{branch}.{stage}." for stage in range(len(stages)))]
+
+
 def plain_weights(network: MutualNetwork, branch: int) -> PlainWeights:
     """-> the weights of branch number `branch` (trunk, branch, head) under its library's names.
 
@@ -36,46 +76,34 @@ def plain_weights(network: MutualNetwork, branch: int) -> PlainWeights:
     if not 0 <= branch < len(network.branches):
         raise UsageError(f"this run has branches 0 to {len(network.branches) - 1}, not {branch}.")
     name, config = network.config.branches[branch], network.config
-    body = [*network.trunk.children(), *network.branches[branch].children()]
+    layout, values = layout_of(network, branch), network.state_dict()
+    tensors = {key: values[own] for key, own in layout.own.items()}
     head = network.heads[branch].state_dict()
-    if name.startswith("resnet"):
-        return PlainWeights(_as_resnet(body) | {f"fc.{key}": value for key, value in head.items()}, [])
     if not is_library_name(name):
-        raise UsageError(f"{name} is this project's own; no library has a model that its weights would fit.")
-    model = build_model(name, config.height, config.width, classes=config.classes).eval()
-    own_names = {id(value): key for key, value in model.state_dict(keep_vars=True).items()}
-    tensors: dict[str, Tensor] = {}
-    for stage, trained in zip(stages_of(name, model, config.height, config.width), body, strict=True):
-        values = trained.state_dict()
-        tensors |= {
-            own_names[id(tensor)]: values[key] for key, tensor in stage.state_dict(keep_vars=True).items()
-        }
-    missing = [key for key in own_names.values() if key not in tensors]
-
-    # stages_of may have taken it apart
-    model = build_model(name, config.height, config.width, classes=config.classes).eval()
-    classifier = {key: head.get(key.rpartition(".")[2]) for key in missing}
-    shapes = {key: value.shape for key, value in model.state_dict().items()}
-    if len(missing) == 2 and all(
-        value is not None and value.shape == shapes[key] for key, value in classifier.items()
-    ):
-        with_head = tensors | {key: value for key, value in classifier.items() if value is not None}
-        model.load_state_dict(with_head)
+        return PlainWeights(tensors | {f"fc.{key}": value for key, value in head.items()}, [])
+    classifier = {
+        key: head[key.rpartition(".")[2]]
+        for key, shape in layout.classifier.items()
+        if (own := head.get(key.rpartition(".")[2])) is not None and own.shape == shape
+    }
+    if len(classifier) == len(layout.classifier) == 2:
+        model = build_model(name, config.height, config.width, classes=config.classes).eval()
+        model.load_state_dict(tensors | classifier)
         if _same_logits(model, build_target(network, f"branch{branch}"), config.height, config.width):
-            return PlainWeights(with_head, [])
-    return PlainWeights(tensors, missing)
+            return PlainWeights(tensors | classifier, [])
+    return PlainWeights(tensors, list(layout.classifier))
 
 
-def _as_resnet(stages: Sequence[nn.Module]) -> dict[str, Tensor]:
-    """-> the weights of a ResNet's stages as conv1, bn1, layer1, layer2, layer3."""
+def _as_resnet(stages: Sequence[nn.Module], prefixes: Sequence[str]) -> dict[str, str]:
+    """-> the names of a ResNet's stages as conv1, bn1, layer1, layer2, layer3 -> those in the network."""
     stem = {"0": "conv1", "1": "bn1"}
     layers = [
         {block: f"layer{k}.{block}" for block, _ in stages[k].named_children()} for k in range(1, len(stages))
     ]
     return {
-        f"{new[key.partition('.')[0]]}.{key.partition('.')[2]}": value
-        for stage, new in zip(stages, [stem, *layers], strict=True)
-        for key, value in stage.state_dict().items()
+        f"{new[key.partition('.')[0]]}.{key.partition('.')[2]}": prefix + key
+        for stage, prefix, new in zip(stages, prefixes, [stem, *layers], strict=True)
+        for key in stage.state_dict()
     }
 
 

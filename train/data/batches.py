@@ -33,7 +33,12 @@ class Batch(NamedTuple):
 class Batches(Protocol):
     """What the loop asks of a source of images."""
 
-    steps_per_epoch: int
+    data: ImageData
+    plan: Plan
+    collate: Collate
+
+    @property
+    def steps_per_epoch(self) -> int: ...
 
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 [n, 3, h, w] -> float [n, 3, h, w] as the network takes it."""
@@ -101,15 +106,21 @@ class Collate:
         which decides its mixing."""
         if self.options.small_size and epoch < self.plan.small_epochs:
             images = shrink(images, self.options.small_size)
-        normalized, soft_labels = self.normalize(images), labels
         mixes = self.options.mixup > 0 or self.options.cutmix > 0
-        if self.plan.label_smoothing or mixes:
-            soft_labels = soften(labels, self.classes, self.plan.label_smoothing)
+        normalized, soft_labels = self.normalize(images), self.soft(labels, mixes)
         if mixes:
             normalized, soft_labels = mix(
                 normalized, soft_labels, self.options, generator(self.plan.seed, "mix", draw)
             )
         return Batch(normalized, labels, soft_labels)
+
+    def soft(self, labels: Tensor, mixes: bool = False) -> Tensor:
+        """labels: int64 [n] -> what is learned of them: themselves, or float [n, classes]."""
+        return (
+            soften(labels, self.classes, self.plan.label_smoothing)
+            if self.plan.label_smoothing or mixes
+            else labels
+        )
 
 
 def epoch_order(images: int, batch_size: int, shares: int, seed: int, epoch: int) -> list[Tensor]:
@@ -132,7 +143,7 @@ class InMemoryBatches:
     """Batches of an ImageData held on the plan's device."""
 
     def __init__(self, data: ImageData, plan: Plan, evaluation_batch: int = 512) -> None:
-        self.plan, self.evaluation_batch = plan, evaluation_batch
+        self.data, self.plan, self.evaluation_batch = data, plan, evaluation_batch
         self.collate = Collate(data, plan)
         self.normalize = self.collate.normalize
         assert isinstance(data.train, ArraySplit), "images on disk are for StreamedBatches"
