@@ -93,7 +93,7 @@ class MutualNetwork(nn.Module):
 
     def forward(self, images: Tensor) -> Outputs:
         """images: normalised [n, 3, height, width]."""
-        return self.upper([images], 0)
+        return self._above_trunk(self.trunk(images))
 
     @property
     def depth(self) -> int:
@@ -127,25 +127,27 @@ class MutualNetwork(nn.Module):
     def lower(self, images: Tensor, depth: int) -> list[Tensor]:
         """images: normalised [n, 3, h, w] -> the maps after the first `depth` stages: one where the branches
         still share them, else one of each branch, and the shared one last where an aggregator looks at it."""
-        maps = [self.trunk[:depth](images)]
-        if depth > len(self.trunk) or not len(self.trunk):
-            after = depth - len(self.trunk)
-            own = [_stages(branch)[:after](maps[0]) for branch in self.branches]
-            maps = own + maps if self.aggregator is not None else own
-        return maps
+        shared = self.trunk[:depth](images)
+        if depth <= len(self.trunk):
+            return [shared]
+        own = [_stages(branch)[: depth - len(self.trunk)](shared) for branch in self.branches]
+        return own if self.aggregator is None else [*own, shared]
 
     def upper(self, maps: list[Tensor], depth: int) -> Outputs:
-        """maps: what `lower` gives for `depth`, of which 0 stands for the images alone."""
-        if len(maps) == 1 and depth <= len(self.trunk):
-            shared = self.trunk[depth:](maps[0])
-            if self.config.scale_trunk_gradient and shared.requires_grad:
-                shared.register_hook(lambda gradient: gradient / len(self.branches))
-            features = [branch(shared) for branch in self.branches]
-        else:
-            after, shared = depth - len(self.trunk), maps[-1]
-            features = [
-                _stages(branch)[after:](own) for branch, own in zip(self.branches, maps, strict=False)
-            ]
+        """maps: what `lower` gives for `depth`."""
+        after = depth - len(self.trunk)
+        if after <= 0:
+            return self._above_trunk(self.trunk[depth:](maps[0]))
+        features = [_stages(branch)[after:](own) for branch, own in zip(self.branches, maps, strict=False)]
+        return self._classified(maps[-1], features)
+
+    def _above_trunk(self, shared: Tensor) -> Outputs:
+        if self.config.scale_trunk_gradient and shared.requires_grad:
+            shared.register_hook(lambda gradient: gradient / len(self.branches))
+        return self._classified(shared, [branch(shared) for branch in self.branches])
+
+    def _classified(self, shared: Tensor, features: list[Tensor]) -> Outputs:
+        """shared: the trunk's map, which an aggregator looks at; features: the branches' last maps."""
         pooled = [pool(feature_map) for feature_map in features]
         logits = [head(vector) for head, vector in zip(self.heads, pooled, strict=True)]
         fused = self.fusion(features) if self.fusion is not None else None
