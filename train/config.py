@@ -110,10 +110,9 @@ class DataOptions:
         "below 128 pixels and 0.875 from there on, if not given.",
         metavar="SHARE",
     )
-    filter: Literal["auto", "box", "bilinear", "bicubic", "lanczos"] = option(
+    interpolation: Literal["auto", "box", "bilinear", "bicubic", "lanczos"] = option(
         "auto",
         "How images are resized. auto: as for the weights it starts from, else bilinear.",
-        flag="interpolation",
     )
     mean: tuple[float, ...] = option(
         (),

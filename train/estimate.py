@@ -116,7 +116,8 @@ def _step(network: nn.Module, batch: torch.Tensor) -> float:
 
 def time_line(network: MutualNetwork, config: TrainConfig, place: Place, images: int) -> Iterator[str]:
     """Yield a line where training will take more than a minute on this CPU."""
-    if place.device.type != "cpu" or config.machine.compile or config.model.quantize_aware is not None:
+    partly = config.model.quantize_aware is not None or config.model.freeze or config.model.head_epochs
+    if place.device.type != "cpu" or config.machine.compile or partly:
         return
     with contextlib.suppress(RuntimeError, ValueError):  # the run itself says what is wrong
         seconds = estimated_seconds(network, config, -(-images // place.world.size))

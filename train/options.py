@@ -54,7 +54,7 @@ def look(config: TrainConfig) -> Look | None:
     """-> how the images are to look where the options say so."""
     data = config.data
     mean, std = ((values[0], values[1], values[2]) if values else None for values in (data.mean, data.std))
-    own = Look(mean, std, None if data.filter == "auto" else data.filter, data.crop_fraction)
+    own = Look(mean, std, None if data.interpolation == "auto" else data.interpolation, data.crop_fraction)
     return None if own == Look() else own
 
 
@@ -205,8 +205,7 @@ def require_kept(started_from: TrainConfig, config: TrainConfig) -> None:
 def flag_of(name: str) -> str:
     """-> the flag of a flattened option: "optimisation.lr" -> "--lr"."""
     plain = name.split(".")[-1].replace("_", "-")
-    others = {"data.source": "--data", "data.root": "--data-root", "data.filter": "--interpolation"}
-    return others.get(name, f"--{plain}")
+    return {"data.source": "--data", "data.root": "--data-root"}.get(name, f"--{plain}")
 
 
 def flatten(options: dict[str, Any]) -> dict[str, Any]:

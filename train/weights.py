@@ -114,7 +114,7 @@ def as_weights_want(config: TrainConfig) -> TrainConfig:
     changed = replace(
         data,
         image_size=size if data.image_size is None else data.image_size,
-        filter=filter_ if data.filter == "auto" else data.filter,
+        interpolation=filter_ if data.interpolation == "auto" else data.interpolation,
         crop_fraction=wanted.look.crop_fraction if data.crop_fraction is None else data.crop_fraction,
         mean=data.mean or wanted.look.mean or (),
         std=data.std or wanted.look.std or (),

@@ -217,7 +217,7 @@ def test_a_run_and_its_plain_weights_start_another_run(
 def test_size_and_normalisation_follow_the_weights_unless_told_otherwise(hues: Path, tmp_path: Path) -> None:
     flags = ["--data", str(hues), "--branches", "timm:tf_efficientnet_lite0,resnet8", "--pretrained"]
     data = as_weights_want(parse(flags)).data
-    assert (data.image_size, data.filter, data.crop_fraction) == ((224, 224), "bicubic", 0.875)
+    assert (data.image_size, data.interpolation, data.crop_fraction) == ((224, 224), "bicubic", 0.875)
     assert (data.mean, data.std) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     told = [
         *flags,
@@ -235,7 +235,7 @@ def test_size_and_normalisation_follow_the_weights_unless_told_otherwise(hues: P
         "1",
     ]
     data = as_weights_want(parse([*told, "--crop-fraction", "1"])).data
-    assert (data.image_size, data.filter, data.crop_fraction) == (96, "box", 1.0)
+    assert (data.image_size, data.interpolation, data.crop_fraction) == (96, "box", 1.0)
     assert (data.mean, data.std) == ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     resnet = as_weights_want(parse(["--branches", f"{RESNET},resnet8", "--pretrained"])).data
     assert (resnet.image_size, resnet.crop_fraction) == ((224, 224), 0.875)
