@@ -216,11 +216,11 @@ def load_bundle(folder: str | os.PathLike[str], public_key: str | os.PathLike[st
     """
     folder = Path(os.path.abspath(folder))
     folder = existing_folder(folder) or folder
+    wanted = f"give the folder that ffl-export wrote (it holds {MANIFEST})"
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{shown(folder)} is a file and not a bundle; {wanted}, before any images.")
     if not folder.is_dir():
-        raise UsageError(
-            f"{shown(folder)} is not a folder; give the folder that ffl-export wrote (it holds {MANIFEST})."
-            f"{did_you_mean(shown(folder))}"
-        )
+        raise UsageError(f"there is no folder {shown(folder)}; {wanted}.{did_you_mean(shown(folder))}")
     if not (folder / MANIFEST).is_file():
         inside = sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST}"))
         hint = (

@@ -109,6 +109,10 @@ class Parser(argparse.ArgumentParser):
             raise argparse.ArgumentError(action, f"there is no {value!r}. {sentence}".rstrip("."))
 
     def error(self, message: str) -> NoReturn:
+        start, found, names = message.partition("the following arguments are required: ")
+        if found and not start:
+            example = f"; for example: {self.examples[0]}" if self.examples else ""
+            message = f"{names} {'are' if ', ' in names else 'is'} missing{example}"
         end = " See" if message.endswith("?") else "; see"
         raise UsageError(f"{message}{end} {self.prog} --help.")
 

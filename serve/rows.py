@@ -57,7 +57,8 @@ def format_of(out: Path, wanted: str | None) -> Format:
             if known == "parquet":
                 require("pyarrow", "write .csv or .jsonl instead")
             return known
-    raise UsageError(f"{out} has the suffix of no known format; give --format {'|'.join(FORMATS)}.")
+    suffixes = ", ".join(f".{known}" for known in FORMATS)
+    raise UsageError(f"{out} ends in no known format; end it in one of {suffixes}, or give --format.")
 
 
 def encode(rows: Sequence[Row], format: Format, extra: Sequence[str]) -> bytes:

@@ -106,6 +106,24 @@ def test_the_version_is_the_package_s(module: str, capsys: pytest.CaptureFixture
         ("ffl_deploy.web.command", "b --ot x", "Did you mean --out?"),
         ("export.cli", "--presision int8", "Did you mean --precision?"),
         ("export.cli", "--precision int4", "Did you mean 'int8'?"),
+        ("serve.predict.command", "b", "INPUT is missing; for example: ffl-predict examples/cifar100/fused "),
+        ("serve.predict.command", "", "BUNDLE, INPUT are missing; for example: ffl-predict "),
+        (
+            "serve.predict.command",
+            "LICENSE examples/cifar100/fused",
+            "is a file and not a bundle; give the folder",
+        ),
+        (
+            "serve.predict.command",
+            "examples/cifar100/fuse LICENSE",
+            "Did you mean 'examples/cifar100/fused'?",
+        ),
+        (
+            "serve.predict.command",
+            "examples/cifar100/fused LICENSE --out p.xlsx",
+            "end it in one of .parquet, .jsonl, .csv, or give --format",
+        ),
+        ("ffl_deploy.verify", "LICENSE", "is a file and not a bundle; give the folder"),
         ("train.run", "--epoch 3", "Did you mean --epochs?"),
         ("train.run", "--method fll", "Did you mean 'ffl'?"),
         ("train.run", "--epochs three", "'three' is not a whole number"),
@@ -123,6 +141,7 @@ def test_what_was_mistyped_is_told_with_what_was_meant(
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert said in error
+    assert "Did you mean 'LICENSE'" not in error
 
 
 def test_underscores_are_dashes_everywhere() -> None:

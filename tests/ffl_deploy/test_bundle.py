@@ -173,8 +173,8 @@ def test_a_manifest_that_is_no_manifest_is_refused(folder: Path, content: bytes)
 
 
 def test_where_there_is_no_bundle_it_is_said_where_one_is(folder: Path, tmp_path: Path) -> None:
-    assert "is not a folder" in complaint(tmp_path / "nowhere", UsageError)
-    assert "is not a folder" in complaint(folder / "model.onnx", UsageError)
+    assert "there is no folder" in complaint(tmp_path / "nowhere", UsageError)
+    assert "is a file and not a bundle" in complaint(folder / "model.onnx", UsageError)
     assert "give one of the bundles inside it: tiny" in complaint(tmp_path, UsageError)
     (tmp_path / "empty").mkdir()
     assert "write one with ffl-export" in complaint(tmp_path / "empty", UsageError)

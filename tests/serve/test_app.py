@@ -413,7 +413,7 @@ def test_a_corrupt_bundle_ends_the_server_with_code_1_and_one_sentence(
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["missing"], "is not a folder"),
+        (["missing"], "there is no folder missing"),
         (["{bundle}", "{bundle}"], "two bundles are called"),
         (["{bundle}", "--variant", "int8"], "no variant 'int8'"),
         (["{bundle}", "--port", "99999"], "--port"),
