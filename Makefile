@@ -21,7 +21,7 @@ $(BIN)/python:
 
 # The road from images to predictions; what a user installs.
 $(VENV)/.ready: $(BIN)/python pyproject.toml constraints.txt
-	@echo "installing into $(VENV): some minutes the first time, about 7 GB with PyTorch for GPUs (much less with TORCH_INDEX=URL, docs/install.md)"
+	@echo "installing into $(VENV): some minutes the first time, about 6 GB with PyTorch for GPUs (much less with TORCH_INDEX=URL, docs/install.md)"
 	$(if $(TORCH_INDEX),$(PIP) torch torchvision --index-url $(TORCH_INDEX))
 	$(PIP) -e '.[export,predict,cpu]'
 	@touch $@
