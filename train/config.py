@@ -237,8 +237,8 @@ class MachineOptions:
     threads: int | None = option(
         None,
         (
-            "CPU threads of this process; one per core where neither flag nor recipe says. Part of the result: "
-            "sums are added in another order."
+            "CPU threads of this process; one per core where neither flag nor recipe says. Part of the "
+            "result: sums are added in another order."
         ),
     )
     compile: bool = option(False, "Compile the network with torch.compile (pays on GPUs, not on CPUs).")

@@ -111,6 +111,8 @@ def _run_job(job: Job) -> int:
             engine_of(job)(run, items)
 
         # one file of all shards, what it amounts to, and only then the shards may go
+        if job.out.exists():
+            logging.getLogger("ffl_deploy").warning("%s was there already; its rows are replaced", job.out)
         assemble(
             (shards.data_path(index) for index in range(totals.shards)), job.out, request.format, job.columns
         )

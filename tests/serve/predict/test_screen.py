@@ -63,3 +63,14 @@ def test_flags_that_need_a_file_say_so(
 ) -> None:
     assert predict(tiny_bundle, folder, flag) == 2
     assert words in capsys.readouterr().err
+
+
+def test_rows_that_are_replaced_are_told(
+    tiny_bundle: Bundle, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "rows.csv"
+    for told in (False, True):
+        assert predict(tiny_bundle, folder, "--out", out) == 0
+        error = capsys.readouterr().err
+        assert (f"{out} was there already; its rows are replaced\n" in error) is told
+    assert len(out.read_text().splitlines()) == 4
