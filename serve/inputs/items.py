@@ -29,6 +29,7 @@ class Item(NamedTuple):
     file: str | None = None  # what `read` reads, where that is a file: another machine can read it too
     source: str | None = None  # the archive or table that a `bound` item is read from
     held: int = 0  # bytes of it that are in memory already
+    version: str = ""  # of what lies elsewhere: what its store says that changes with the content
 
     def loaded(self) -> Item:
         """-> this item with its bytes, or the reason why there are none, in memory."""
@@ -45,7 +46,8 @@ class Item(NamedTuple):
         # as in the decoding threads: a fault of ours may cost this row, not those behind it
         except Exception as error:
             read = partial(refuse, "internal_error", f"{type(error).__name__}: {error}")
-        return Item(self.path, read, self.label, file=None, source=self.file or self.source, held=held)
+        source = self.file or self.source
+        return Item(self.path, read, self.label, file=None, source=source, held=held, version=self.version)
 
 
 @dataclass
@@ -80,8 +82,8 @@ def identity(item: Item) -> bytes:
     try:
         status = os.stat(item.file or item.source or "")
         stamp = f"{status.st_size} {status.st_mtime_ns}"
-    except (OSError, ValueError):  # a name that no file can have
-        stamp = "-"
+    except (OSError, ValueError):  # a name that no file can have, and what is no file
+        stamp = item.version or "-"
     return "\0".join((item.path, item.label or "", stamp, "")).encode()
 
 
@@ -133,7 +135,7 @@ def read_file(path: str, limit: int = MAX_FILE_BYTES) -> bytes:
             return file.read(status.st_size or limit)
     except (FileNotFoundError, NotADirectoryError) as error:
         address = "://" in os.fsdecode(path)
-        why = "addresses are not fetched; download it first" if address else "there is no such file"
+        why = "only addresses on the command line are fetched" if address else "there is no such file"
         raise ImageError("missing", why) from error
     except ValueError as error:  # a NUL inside a name that a table gave
         raise ImageError("missing", "the name holds a character that no file name can hold") from error

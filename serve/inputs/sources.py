@@ -16,7 +16,7 @@ from pathlib import PurePath
 
 from ffl_deploy.errors import UsageError
 from ffl_deploy.images import SUFFIXES
-from serve.inputs import archives, tables
+from serve.inputs import archives, remote, tables
 from serve.inputs.columnar import parts_of
 from serve.inputs.items import METADATA, Item, Skipped, failed_item, file_item, is_metadata, label_of
 from serve.inputs.standard_input import STANDARD_INPUT, standard_input
@@ -79,6 +79,9 @@ def check_inputs(inputs: Iterable[str], reading: Reading) -> None:
     """Refuse before any work what cannot be read at all. Raises UsageError for an empty pattern or a table
     without the column."""
     for argument in inputs:
+        if remote.is_address(argument):
+            remote.check(argument)
+            continue
         found = False
         for path in named(argument):
             found = True
@@ -95,6 +98,8 @@ def read_inputs(inputs: Iterable[str], reading: Reading) -> Iterator[Item]:
     for argument in inputs:
         if argument == STANDARD_INPUT:
             yield from _listed_on(standard_input())
+        elif remote.is_address(argument):
+            yield from remote.items(argument, reading.classes, reading.skipped)
         elif is_pattern(argument):
             for path in sorted_names(matches(argument)):
                 yield from _one(path, reading)
@@ -104,7 +109,7 @@ def read_inputs(inputs: Iterable[str], reading: Reading) -> Iterator[Item]:
 
 def is_pattern(argument: str) -> bool:
     """-> whether the argument is a glob: it has * ? or [ and no file is called so."""
-    return glob.has_magic(argument) and not os.path.lexists(argument)
+    return glob.has_magic(argument) and not os.path.lexists(argument) and not remote.is_address(argument)
 
 
 def matches(pattern: str) -> Iterator[str]:
@@ -243,6 +248,9 @@ def count_inputs(inputs: Iterable[str], reading: Reading) -> int | None:
     for argument in inputs:
         if argument == STANDARD_INPUT:
             return None
+        if remote.is_address(argument):
+            total += remote.count(argument)
+            continue
         for path in named(argument):
             kind = container_of(path)
             if kind is None or kind.count is None:
