@@ -144,7 +144,7 @@ def _int8(
     rows = class_balanced(validation.labels, VALIDATION_IMAGES)
     judges = Judges(
         held=Held(validation.read(rows), evaluation.validation_logits[context.name][rows]),
-        golden=Held(context.golden.images, context.golden.logits),
+        verified=tuple(Held(one.images, one.logits) for one in (context.golden, context.reference)),
         batch=batch,
     )
     trained = evaluation.quantized

@@ -76,7 +76,9 @@ class Finding(msgspec.Struct, frozen=True):
 
     def __str__(self) -> str:
         where = f" at {self.where}" if self.where else ""
-        return f"{self.metric} is {self.measured:.3g}{where}, the gate is {self.limit:.6g}"
+        # as many digits as it takes to be another number than the gate
+        digits = next((d for d in range(3, 17) if float(f"{self.measured:.{d}g}") != self.limit), 17)
+        return f"{self.metric} is {self.measured:.{digits}g}{where}, the gate is {self.limit:.6g}"
 
 
 class Verdict(msgspec.Struct, frozen=True):

@@ -1,7 +1,7 @@
 """Which method an int8 file is calibrated by, and which layers stay in float.
 
-The choice is made on the validation split, among the methods whose file holds its gate on the golden samples
-(the logits alone: no label is looked at).
+The choice is made on the validation split, among the methods whose file holds its gate on the images that it
+will be verified on (the logits alone: no label is looked at).
 """
 
 from __future__ import annotations
@@ -41,18 +41,19 @@ class Held:
 class Judges:
     """What the files that are tried are compared on.
 
-    held: validation images, which choose the method; golden: what ffl-verify will judge the files by; batch:
-    the only size that a file takes, None for any.
+    held: validation images, which choose the method; verified: the sets of images that the chosen file has to
+    hold its gate on, in export and in ffl-verify; batch: the only size that a file takes, None for any.
     """
 
     held: Held
-    golden: Held
+    verified: tuple[Held, ...]
     batch: int | None = None
 
     def candidate(self, path: Path, method: str, float_layers: Sequence[str]) -> Candidate:
         """-> how the file, which was written by `method` with `float_layers` in float, does."""
         metrics = self._compared(path, self.held)
-        holds = not judge({"64": self._compared(path, self.golden)}, PARITY_GATES["int8"]).failed
+        gate = PARITY_GATES["int8"]
+        holds = not any(judge({"64": self._compared(path, one)}, gate).failed for one in self.verified)
         return Candidate(
             method=method,
             float_layers=list(float_layers),

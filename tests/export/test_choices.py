@@ -15,9 +15,10 @@ from export.publish.cost import multiply_adds
 from export.publish.report import body, mark_pareto, recommend, with_timing
 from export.publish.side_by_side import in_turns, medians
 from export.publish.undecided import behind
-from export.write.int8_choice import BLOCKS, choose, sensitive_blocks
+from export.write.int8_choice import BLOCKS, Held, Judges, choose, sensitive_blocks
 from export.write.qdq import channel_scales
 from export.write.ranges import chunk_size
+from ffl_deploy.bundle import Bundle
 from ffl_deploy.manifest import PAIR, AccuracyRecord, Candidate
 from ffl_deploy.parity import Verdict
 from ffl_deploy.report import (
@@ -109,6 +110,16 @@ def test_a_method_whose_file_ffl_verify_would_refuse_is_not_taken() -> None:
     assert (best.method, len(best.float_layers)) == ("entropy", 3)
     best, candidates = choose(measurer(kl, [], none), ranked)
     assert (best.method, best.golden, len(candidates)) == ("percentile", False, 7)
+
+
+def test_a_file_has_to_hold_on_every_set_that_it_will_be_verified_on(tiny_bundle: Bundle) -> None:
+    """The run's reference images too, not the golden samples alone."""
+    images = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)
+    right = Held(images, tiny_bundle.session().run(images).logits)
+    wrong = Held(images, right.logits[:, ::-1])
+    path = tiny_bundle.folder / "model.onnx"
+    assert Judges(right, (right, right)).candidate(path, "minmax", ()).golden
+    assert not Judges(right, (right, wrong)).candidate(path, "minmax", ()).golden
 
 
 def test_blocks_are_ranked_by_the_damage_that_they_do_alone() -> None:

@@ -104,7 +104,7 @@ def test_the_same_file_gives_the_same_other_forms(exported: Path, digits_run: Ru
     for turn in ("first", "second"):
         folder = tmp_path / turn
         folder.mkdir()
-        judges = Judges(Held(images[64:128], logits[64:128]), Held(images[:64], logits[:64]))
+        judges = Judges(Held(images[64:128], logits[64:128]), (Held(images[:64], logits[:64]),))
         quantize(exported / "fused" / "model.onnx", folder, images[:64], judges)
         for precision in ("fp16", "bf16"):
             write_half(exported / "fused" / "model.onnx", folder / f"model.{precision}.onnx", precision)

@@ -10,6 +10,7 @@ from ffl_deploy.errors import CheckError
 from ffl_deploy.parity import (
     ACCURACY_GATES,
     PARITY_GATES,
+    Finding,
     ParityRecord,
     compare,
     gate_precision,
@@ -85,6 +86,13 @@ def test_fp32_gate_is_a_share_of_the_logits_standard_deviation(share: float, sta
     if status == "failed":
         assert "max logit difference" in str(verdict.findings[0])
         assert "batch 7" in str(verdict.findings[0])
+
+
+def test_what_just_breaks_a_gate_is_told_as_another_number_than_the_gate() -> None:
+    assert (
+        str(Finding("cosine", 0.94997, 0.95, "batch 64")) == "cosine is 0.94997 at batch 64, the gate is 0.95"
+    )
+    assert str(Finding("cosine", 0.8211, 0.95)) == "cosine is 0.821, the gate is 0.95"
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

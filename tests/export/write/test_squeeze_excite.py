@@ -99,7 +99,7 @@ def images(count: int) -> np.ndarray:
 
 def judges(path: Path) -> Judges:
     held, golden = images(96), images(16)
-    return Judges(Held(held, answer(path, held)), Held(golden, answer(path, golden)))
+    return Judges(Held(held, answer(path, held)), (Held(golden, answer(path, golden)),))
 
 
 def test_squeeze_excite_hard_swish_and_silu_are_int8_and_answer_alike(tmp_path: Path) -> None:
