@@ -27,7 +27,7 @@ DISTRIBUTIONS = {
     "PIL": "pillow", "google": "protobuf", "cuda": "cuda-bindings", "onnx_ir": "onnx-ir",
     "pillow_heif": "pillow-heif", "model_signing": "model-signing", "prometheus_client": "prometheus-client",
     "python_multipart": "python-multipart", "mlflow": "mlflow-skinny", "tensorrt": "tensorrt-cu13",
-    "tensorrt_rtx": "tensorrt-rtx-cu13",
+    "tensorrt_rtx": "tensorrt-rtx-cu13", "grpc": "grpcio",
 }  # fmt: skip
 
 

@@ -25,7 +25,7 @@ import pytest
 from PIL import Image
 
 from ffl_deploy.bundle import Bundle, load_bundle
-from serve.inputs import items, tables
+from serve.inputs import columnar, items
 
 Predict = Callable[..., Any]
 Photo = Callable[..., bytes]
@@ -329,7 +329,7 @@ def test_25_parquet_without_the_column(predict: Predict, tmp_path: Path) -> None
 def test_25_null_and_giant_cells(
     predict: Predict, tmp_path: Path, photo: Photo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tables, "MAX_FILE_BYTES", 100_000)
+    monkeypatch.setattr(columnar, "MAX_FILE_BYTES", 100_000)
     cells = [photo(1), None, b"\0" * 200_000, b"", photo(2)]
     pq.write_table(pa.table({"image": pa.array(cells, pa.binary())}), tmp_path / "x.parquet")
     run = predict(tmp_path / "x.parquet")
@@ -344,7 +344,7 @@ def test_25_giant_row_group_is_not_loaded(
     with pq.ParquetWriter(tmp_path / "x.parquet", pa.schema([("image", pa.binary())])) as writer:
         writer.write_table(pa.table({"image": noise}))
         writer.write_table(pa.table({"image": [photo(1)]}))
-    monkeypatch.setattr(tables, "MAX_CHUNK_BYTES", 5000)
+    monkeypatch.setattr(columnar, "MAX_CHUNK_BYTES", 5000)
     assert predict(tmp_path / "x.parquet").statuses == ["too_large"] * 3 + ["ok"]
 
 
