@@ -6,7 +6,8 @@ One network at a time is trained by `ffl-train --method vanilla` for a few epoch
 enlarged to 64 pixels, exported by `ffl-export --precision int8`, and its int8 file compared with its own fp32
 file on all test images of these classes (1,000). ONNX Runtime computes them: the file's certificate says that
 its sums are exact on every processor. What is finished is kept in --work and not done again; a training that
-has used up its processor time is saved, and the next call goes on. Prints a table.
+has used up its processor time is saved, and the next call goes on. Prints a table; exit code 1 where export
+refused a network's int8 file (the others are measured all the same).
 """
 
 from __future__ import annotations
@@ -79,18 +80,23 @@ def main(argv: Sequence[str]) -> int:
     )
     arguments = parser.parse_args(argv)
     images = linked(arguments.data, arguments.work / "images")
-    rows = []
+    rows, code = [], DONE
     for name in arguments.networks:
         stored = arguments.work / f"{name}.json"
         if not stored.is_file():
-            bundle = exported(name, images, arguments.work, arguments.epochs, arguments.cpu_minutes)
+            try:
+                bundle = exported(name, images, arguments.work, arguments.epochs, arguments.cpu_minutes)
+            except CheckError as error:
+                print(f"{name}: {error}", file=sys.stderr, flush=True)
+                code = error.exit_code
+                continue
             if bundle is None:
                 continue
             write_atomically(stored, json.dumps(asdict(measured(name, bundle, images / "test")), indent=1))
         rows.append(msgspec.json.decode(stored.read_bytes(), type=Row))
         print(f"{name}: {stored.read_text()}", file=sys.stderr, flush=True)
     print(as_table(rows))
-    return DONE
+    return code
 
 
 def linked(data: Path, folder: Path) -> Path:
@@ -115,7 +121,7 @@ def exported(name: str, images: Path, work: Path, epochs: int, minutes: float | 
         if limited([sys.executable, "-m", "train.run", *flags], minutes) == INTERRUPTED:
             print(f"{name}: training is not finished; call again to go on.", file=sys.stderr, flush=True)
             return None
-    if not bundle.exists():
+    if not (bundle / "model.int8.onnx").exists():
         flags = [str(run), "--target", "branch0", "--precision", "int8", "--out", str(bundle.parent)]
         limited([sys.executable, "-m", "export.cli", *flags], None)
     return bundle
