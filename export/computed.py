@@ -3,11 +3,15 @@ not from what was asked for."""
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ffl_deploy.errors import CheckError, FflError
 from ffl_deploy.runtime import import_onnxruntime
 
 QUANTIZED = {
@@ -27,15 +31,33 @@ FLOAT = {
 }
 
 
+@contextlib.contextmanager
+def temporary_folder(model: Path) -> Iterator[Path]:
+    """Yield a folder for files that are made of `model`. Raises CheckError in place of whatever a library
+    raises where there is no room for them: cut files are DecodeError, InvalidProtobuf and worse."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            yield Path(folder)
+        except FflError:
+            raise
+        except Exception as error:
+            if shutil.disk_usage(folder).free < 3 * model.stat().st_size:
+                raise CheckError(
+                    f"{tempfile.gettempdir()} has too little room for temporary files; free some space "
+                    "there, or set TMPDIR to a folder that has some."
+                ) from error
+            raise
+
+
 def optimized_graph(path: Path) -> Any:
     """-> the onnx graph as ONNX Runtime's CPU provider executes `path`, all optimisations on."""
     import onnx
 
     ort = import_onnxruntime()
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder(path) as folder:
         options = ort.SessionOptions()
         options.log_severity_level = 3
-        options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
+        options.optimized_model_filepath = str(folder / "optimised.onnx")
         ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         return onnx.load(options.optimized_model_filepath).graph
 

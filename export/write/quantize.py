@@ -12,7 +12,6 @@ is calibrated.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from export.computed import float_operators, operator_histogram
+from export.computed import float_operators, operator_histogram, temporary_folder
 from export.write.graph_parts import OPERATORS, blocks, name_nodes
 from export.write.int8_choice import Judges, choose, sensitive_blocks
 from export.write.onnx_file import check_onnx
@@ -91,14 +90,14 @@ def quantize(
     # of their ends
     methods = (TRAINED,) if scales.activations else METHODS
     forms = {}
-    with tempfile.TemporaryDirectory() as temporary:
-        prepared = Path(temporary) / "prepared.onnx"
+    with temporary_folder(source) as temporary:
+        prepared = temporary / "prepared.onnx"
         proto = prepare(source, prepared)
         ranges = collect_ranges(prepared, images, OPERATORS, judges.batch)
         ranges[TRAINED] = with_trained(ranges["minmax"], scales)
         for form, name in FILES.items():
             # choose
-            attempts = Attempts(form, proto, ranges, scales, Path(temporary) / "trial.onnx", judges)
+            attempts = Attempts(form, proto, ranges, scales, temporary / "trial.onnx", judges)
             chosen, candidates = choose(attempts.measure, attempts.ranked, methods)
 
             # write

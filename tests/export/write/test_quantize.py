@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import pytest
+from google.protobuf.message import DecodeError
 from onnx import TensorProto, helper, numpy_helper
 
+from export.computed import temporary_folder
 from export.write.graph_parts import OPERATORS, name_nodes
 from export.write.qdq import write_form
 from export.write.ranges import collect_ranges
+from ffl_deploy.bundle import Bundle
+from ffl_deploy.errors import CheckError
 from ffl_deploy.runtime import import_onnxruntime
 from ffl_deploy.saturation import certify
 
@@ -94,3 +100,24 @@ def test_an_attention_computes_in_float_whatever_its_neighbours_do(
     exact = answer(attention, images)
     found = answer(path, images)
     assert np.abs(found - exact).max() < 0.1 * exact.std()
+
+
+def test_a_full_temporary_folder_is_one_sentence(
+    tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files that are cut short are DecodeError or InvalidProtobuf, and no word of the disk."""
+    model, room = tiny_bundle.folder / "model.onnx", 1 << 30
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=room))
+
+    def load_a_cut_file() -> None:
+        with temporary_folder(model) as folder:
+            (folder / "cut.onnx").write_bytes(model.read_bytes()[:1000])
+            onnx.load(folder / "cut.onnx")
+
+    with pytest.raises(DecodeError):  # not for want of room: a fault of ours, then
+        load_a_cut_file()
+    room = 1000
+    with pytest.raises(CheckError, match=r"has too little room for temporary files; .* set TMPDIR"):
+        load_a_cut_file()
+    with pytest.raises(CheckError, match="a gate"), temporary_folder(model):
+        raise CheckError("a gate")
