@@ -174,6 +174,13 @@ class ModelOptions:
     head_epochs: int = option(
         0, "First epochs in which heads and fusion learn alone, every stage frozen.", metavar="EPOCHS"
     )
+    teacher: str | None = option(
+        None,
+        "A trained network whose softened answers every classifier learns too: a run, a bundle, "
+        "NAME=FILE of weights, or `ema`, the moving average of this run's own.",
+        metavar="RUN|BUNDLE|NAME=FILE|ema",
+    )
+    teacher_weight: float = option(1.0, "Weight of the teacher's answers beside the method's own losses.")
     quantize_aware: Path | None = option(
         None,
         (

@@ -9,7 +9,7 @@ every step, without gradients. The folder goes when the run ends.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -36,6 +36,7 @@ class Maps(NamedTuple):
 
     tensors: list[Tensor]
     depth: int
+    answers: Tensor | None = None  # of a teacher: logits [n, classes]
 
 
 class Partial(nn.Module):
@@ -82,6 +83,7 @@ class FeatureBatches:
     folder: Path
     seed: int
     mirrored: bool
+    teacher: Callable[[Tensor], Tensor] | None = None
     stop: StopRequest | None = None
     quiet: bool = False
     kept: dict[tuple[str, int], list[np.ndarray]] = field(default_factory=dict)
@@ -98,7 +100,7 @@ class FeatureBatches:
 
     def training(self, epoch: int, first_step: int) -> Iterator[list[Batch]]:
         depth = self.network.frozen
-        if not depth:
+        if not depth and self.teacher is None:
             yield from self.source.training(epoch, first_step)
             return
         maps = self.maps("training", depth)
@@ -134,9 +136,17 @@ class FeatureBatches:
             yield self.take(maps, rows, depth), torch.from_numpy(labels[rows]).to(self.place.device)  # type: ignore[misc]
 
     def take(self, maps: list[np.ndarray], rows: np.ndarray, depth: int) -> Maps:
-        """-> the maps of these rows on the device, in fp32 and channels_last order."""
-        chosen = [torch.from_numpy(kept[np.asarray(rows)]).to(self.place.device) for kept in maps]
-        return Maps([values.float().permute(0, 3, 1, 2) for values in chosen], depth)
+        """-> the maps of these rows on the device, in fp32 and channels_last order; a teacher's answers."""
+        chosen = [torch.from_numpy(kept[np.asarray(rows)]).to(self.place.device).float() for kept in maps]
+        answers = chosen.pop() if chosen and chosen[-1].ndim == 2 else None
+        if depth:
+            return Maps([values.permute(0, 3, 1, 2) for values in chosen], depth, answers)
+        # nothing is frozen: the views themselves, with what the teacher says of them
+        train = self.data.train
+        pixels = torch.from_numpy(train.read(rows % len(train))).to(self.place.device).permute(0, 3, 1, 2)
+        mirrored = torch.from_numpy(rows >= len(train)).to(self.place.device)
+        pixels = torch.where(mirrored[:, None, None, None], pixels.flip(3), pixels)
+        return Maps([self.normalize(pixels)], 0, answers)
 
     def maps(self, split: str, depth: int) -> list[np.ndarray]:
         """-> for each map of `MutualNetwork.lower` float16 [n, h, w, C]: of the images, then of their mirror
@@ -177,8 +187,10 @@ class FeatureBatches:
             for view in range(views):
                 normalized = self.normalize(pixels.flip(3) if view else pixels)
                 with self.place.autocast():
-                    maps = self.network.lower(normalized, depth)
+                    maps = self.network.lower(normalized, depth) if depth else []
                 halves = [values.permute(0, 2, 3, 1).half().cpu().numpy() for values in maps]
+                if self.teacher is not None and split == "training":
+                    halves.append(self.teacher(normalized).half().cpu().numpy())
                 if not all(np.isfinite(values).all() for values in halves):
                     raise CheckError(
                         f"what {depth} frozen stages give does not fit into half precision; leave --freeze "
@@ -211,12 +223,16 @@ def with_features(
     place: Place,
     folder: Path,
     stop: StopRequest | None = None,
+    teacher: Callable[[Tensor], Tensor] | None = None,
 ) -> Batches:
     """-> `batches`, with what frozen stages give computed once where that is possible: few views, one
-    process."""
-    wanted = config.model.freeze or config.model.head_epochs
+    process. teacher: whose answers are kept too."""
+    wanted = config.model.freeze or config.model.head_epochs or teacher is not None
     if not wanted or not views_are_few(config) or place.world.size > 1:
         return batches
+    if config.model.teacher is not None and teacher is None:
+        return batches  # one that changes with every step
+    mirrored, quiet = flips(config.data), config.output.quiet
     return FeatureBatches(
-        batches, network, place, folder / FOLDER, config.seed, flips(config.data), stop, config.output.quiet
+        batches, network, place, folder / FOLDER, config.seed, mirrored, teacher, stop, quiet
     )

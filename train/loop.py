@@ -90,11 +90,16 @@ class Trainer:
         self.work = Step(self.network, self.model, self.method, *parts, self.options.clip, on_device)
         # a captured step reads batches of images
         machine = self.config.machine
-        self.take_step = self.work if self.freezes else graphed(self.work, machine, self.place, self.say)
+        self.take_step = graphed(self.work, machine, self.place, self.say) if self.captures else self.work
 
     @property
     def freezes(self) -> bool:
         return bool(self.config.model.freeze or self.config.model.head_epochs)
+
+    @property
+    def captures(self) -> bool:
+        """Whether steps may become a CUDA graph."""
+        return not self.freezes
 
     def freeze(self, epoch: int) -> bool:
         """Freeze the stages that do not learn in `epoch`; -> whether they were others before."""

@@ -89,6 +89,15 @@ def validate(config: TrainConfig) -> None:
         (config.model.freeze >= 0, "--freeze is a number of stages, 0 (none) or more"),
         (config.model.head_epochs >= 0, "--head-epochs is a number of epochs, 0 or more"),
         (o.patience >= 0, "--patience is a number of epochs, 0 (off) or more"),
+        (config.model.teacher_weight > 0, "--teacher-weight must be above 0"),
+        (
+            config.model.teacher != "ema" or o.ema > 0,
+            "--teacher ema needs the moving average: give --ema, such as 0.99",
+        ),
+        (
+            config.model.teacher is None or config.model.quantize_aware is None,
+            "--quantize-aware has a teacher of its own, the run that it fine-tunes: leave --teacher out",
+        ),
         (0 < o.layer_decay <= 1, "--layer-decay is a share, above 0 and at most 1"),
         (
             d.crop_fraction is None or 0 < d.crop_fraction <= 1,

@@ -15,9 +15,8 @@ which export uses as they are.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,26 +33,16 @@ from ffl_deploy.networks.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
-from ffl_deploy.networks.mutual import MutualNetwork, Outputs
+from ffl_deploy.networks.mutual import MutualNetwork
 from ffl_deploy.networks.quantization import QuantizedNetwork
 from ffl_deploy.run_directory import load_run
 from train.loop import Trainer
-from train.methods import Method, distill
 from train.state import Position, TrainingState
+from train.teacher import TaughtOutputs, taught
 
 TEACHER = "teacher"  # the checkpoint that is fine-tuned
 CALIBRATION_IMAGES = 512
 CALIBRATION_BATCH = 64
-
-
-class TaughtOutputs(NamedTuple):
-    """What the student answers, and the teacher's logits [n, classes] for the same images."""
-
-    student: Outputs
-    teacher: Tensor
-
-    def classifiers(self) -> dict[str, Tensor]:
-        return self.student.classifiers()
 
 
 class Lesson(nn.Module):
@@ -74,29 +63,6 @@ class Lesson(nn.Module):
         with torch.no_grad():
             logits = self.teacher(images).classifiers()[self.subject]
         return TaughtOutputs(self.student(images), logits)
-
-
-@dataclass(frozen=True)
-class Taught(Method):
-    """The losses of `method`, and T^2 KL(z <- z_teacher) for each branch and the fused classifier."""
-
-    method: Method = field(default_factory=Method)
-
-    def losses(  # type: ignore[override]
-        self, outputs: TaughtOutputs, labels: Tensor, ramp: float | Tensor
-    ) -> dict[str, Tensor]:
-        student, parts = outputs.student, self.method.losses(outputs.student, labels, ramp)
-        for name, logits in student.classifiers().items():
-            if name == "fused" or name.startswith("branch"):
-                parts[f"qkd/{name}"] = distill(logits, outputs.teacher, self.temperature)
-        return parts
-
-    def frozen(self, network: MutualNetwork, progress: float, step: int) -> list[nn.Module]:
-        return self.method.frozen(network, progress, step)
-
-
-def taught(method: Method) -> Taught:
-    return Taught(temperature=method.temperature, strong=method.strong, method=method)
 
 
 @dataclass(frozen=True)
@@ -137,9 +103,7 @@ class QuantizeAwareTrainer(Trainer):
         images = torch.from_numpy(self.calibration).to(self.place.device).permute(0, 3, 1, 2)
         self.student.calibrate(self.batches.normalize(chunk) for chunk in images.split(CALIBRATION_BATCH))
         self.lesson = Lesson(self.student, teacher, self.method.strong)
-        self.method = Taught(
-            temperature=self.method.temperature, strong=self.method.strong, method=self.method
-        )
+        self.method = taught(self.method, "qkd")
         super().__post_init__()
 
     def build_state(self) -> TrainingState:

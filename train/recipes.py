@@ -156,6 +156,7 @@ def fine_tuning(trained: TrainConfig, run: Path) -> TrainConfig:
             weights=(),
             freeze=0,
             head_epochs=0,
+            teacher=None,
         ),
         optimisation=replace(
             old, epochs=epochs, lr=old.lr / 200, schedule="cosine", warmup=0.0, clip=1.0, ema=0.0, patience=0

@@ -47,6 +47,7 @@ from train.record import draw_curves, read_metrics
 from train.run_folder import claim, gone_on, keep_threads, require_same_data, run_folder, wanted_precision
 from train.schedule import learning_rate
 from train.stopping import StopRequest, stop_on_signals
+from train.teacher import OWN_AVERAGE, TaughtTrainer, Teacher, open_teacher
 from train.weights import as_weights_want, start_from
 
 
@@ -98,6 +99,7 @@ def run_training(config: TrainConfig, stop: StopRequest | None = None) -> int:
         if config.model.quantize_aware is not None:
             load_teacher(folder, config.model.quantize_aware, network)
             trainer = partial(QuantizeAwareTrainer, calibration=calibration_images(data))
+        teacher: Teacher | None = None
         fastest = partial(fastest_precision, network, method, config)
         place = choose_place(wanted_precision(config, stored), device, world, fastest)
         check_small_size(config, network, place)
@@ -108,6 +110,10 @@ def run_training(config: TrainConfig, stop: StopRequest | None = None) -> int:
         elif device.type == "cpu":
             keep_off_faulty_kernels(network)
         batches = make_batches(config, data, place)
+        if config.model.teacher is not None:
+            if config.model.teacher != OWN_AVERAGE:
+                teacher = open_teacher(config.model.teacher, data, place)
+            trainer = partial(TaughtTrainer, teacher=teacher)
 
         # the folder is this process's own from here on; a resumed run finds what it was begun with
         described = describe(config, data, architecture, method, place)
@@ -133,7 +139,7 @@ def run_training(config: TrainConfig, stop: StopRequest | None = None) -> int:
                 say(line, config, world)
         if config.optimisation.epochs > before:
             say(longer(config, before, batches.steps_per_epoch), config, world)
-        batches = with_features(batches, network, config, place, folder, stop)
+        batches = with_features(batches, network, config, place, folder, stop, teacher)
         position = trainer(network, method, batches, config, place, folder, stop).run()
         if isinstance(batches, FeatureBatches):
             batches.close()

@@ -47,6 +47,7 @@ class Loaded(NamedTuple):
     loaded: int
     left: dict[str, str]
     note: str = ""
+    names: frozenset[str] = frozenset()  # in the network
 
     def __str__(self) -> str:
         parts = [f"branch{self.branch} starts from {shown(self.source)}: {self.loaded} tensors"]
@@ -85,9 +86,16 @@ def sources(values: Sequence[str], branches: Sequence[str]) -> dict[int, Path]:
     return found
 
 
-def start_from(network: MutualNetwork, values: Sequence[str]) -> list[Loaded]:
+def start_from(network: MutualNetwork, values: Sequence[str], flag: str = "--weights") -> list[Loaded]:
     """Give the branches of `network` the weights that `values` of --weights name; -> what was loaded.
     Stages that branches share are those of the first branch. Raises UsageError, and changes nothing then."""
+    try:
+        return _start_from(network, values)
+    except UsageError as error:
+        raise UsageError(str(error).replace("--weights", flag)) from error
+
+
+def _start_from(network: MutualNetwork, values: Sequence[str]) -> list[Loaded]:
     found = sources(values, network.config.branches)
     new: dict[str, Tensor] = {}
     reports: list[Loaded] = []
@@ -97,6 +105,12 @@ def start_from(network: MutualNetwork, values: Sequence[str]) -> list[Loaded]:
         reports.append(loaded)
     network.load_state_dict(network.state_dict() | new)
     return reports[::-1]
+
+
+def look_of_file(name: str, path: Path) -> Look | None:
+    """-> how the weights in `path`, of the network `name`, want their images; None where nothing says so."""
+    wanted = _wanted_by_file(path) or _wanted_by_library(name)
+    return None if wanted is None else wanted.look
 
 
 def as_weights_want(config: TrainConfig) -> TrainConfig:
@@ -209,7 +223,7 @@ def fitted(network: MutualNetwork, branch: int, path: Path) -> tuple[dict[str, T
         if key in layout.own and key.endswith(COUNTER)
     }
     taken, left = _head(network, branch, head, layout.classifier)
-    return new | taken, Loaded(branch, path, len(new) + len(taken), left, note)
+    return new | taken, Loaded(branch, path, len(new) + len(taken), left, note, frozenset(new | taken))
 
 
 def _head(
@@ -317,7 +331,8 @@ def _from_own(
         own_head = {key: shapes[f"heads.{branch}.{key.rpartition('.')[2]}"].shape for key in head}
         taken, left = _head(network, branch, head, own_head)
         new = {wanted[key]: value for key, value in fitting.items()}
-        return new | taken, Loaded(branch, path, len(new) + len(taken), left, f"branch{other} of that run")
+        note, names = f"branch{other} of that run", frozenset(new | taken)
+        return new | taken, Loaded(branch, path, len(names), left, note, names)
     raise wrong[0]
 
 
