@@ -123,6 +123,10 @@ class DataOptions:
     std: tuple[float, ...] = option(
         (), "Standard deviations that pixels are divided by, as --mean.", metavar="0..1"
     )
+    balance: Literal["none", "sampling", "weights"] = option(
+        "none",
+        "Rare classes count for as much as frequent ones: drawn as often, or each image's loss weighted.",
+    )
     mixup: float = option(0.0, "Beta parameter of mixup (Zhang et al. 2018); 0 is off.", metavar="ALPHA")
     cutmix: float = option(
         0.0,

@@ -105,7 +105,7 @@ class FeatureBatches:
             return
         maps = self.maps("training", depth)
         labels = torch.from_numpy(self.data.train.labels)
-        for step, rows in enumerate(self.source.plan.order(len(labels), epoch)):
+        for step, rows in enumerate(self.plan.order(self.data.train.labels, epoch)):
             if step < first_step:
                 continue
             number = epoch * self.steps_per_epoch + step

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import math
 import platform
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,22 @@ def reference_logits(network: MutualNetwork, images: torch.Tensor) -> dict[str, 
     return logits_of(copy.deepcopy(network).cpu(), images)
 
 
+def recall_of(predicted: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
+    """predicted, labels: int64 [n] -> float64 [classes]: the share of each class's images that are told as
+    it; their mean is the macro accuracy. Every class has test images."""
+    hits = np.bincount(labels[predicted == labels], minlength=classes)
+    return hits / np.maximum(np.bincount(labels, minlength=classes), 1)
+
+
+def never_predicted(predicted: Mapping[str, np.ndarray], classes: Sequence[str]) -> dict[str, list[str]]:
+    """-> classifier -> the classes that it named for no image; of those alone that leave some out."""
+    left_out = {
+        name: [classes[k] for k in np.setdiff1d(np.arange(len(classes)), labels)]
+        for name, labels in predicted.items()
+    }
+    return {name: names for name, names in left_out.items() if names}
+
+
 def finish(
     folder: Path, network: MutualNetwork, batches: Batches, data: ImageData, place: Place, position: Position
 ) -> None:
@@ -127,6 +144,9 @@ def finish(
             np.savez_compressed(file, **answers)
         with replace_file(folder / REFERENCE) as file:
             np.savez_compressed(file, **arrays)
+        recalls = {
+            name: recall_of(labels, data.test.labels, len(data.classes)) for name, labels in predicted.items()
+        }
         summary = {
             "accuracy": {name: round(value, 6) for name, value in accuracy.items()},
             # 0 where it was trained elsewhere
@@ -137,5 +157,11 @@ def finish(
             "best_epoch": position.best_epoch,
             "best_validation_accuracy": position.best_accuracy if position.best_accuracy >= 0 else None,
             "test_images": len(data.test),
+            "macro_accuracy": {name: round(float(np.mean(values)), 6) for name, values in recalls.items()},
+            "recall": {
+                name: dict(zip(data.classes, values.round(6).tolist(), strict=True))
+                for name, values in recalls.items()
+            },
+            "never_predicted": never_predicted(predicted, data.classes),
         }
         write_json(folder / SUMMARY, summary)

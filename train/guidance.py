@@ -4,6 +4,7 @@ result more than chance; each answered with what to type."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +21,8 @@ FEW = 5000
 classes has enough."""
 PUBLISHED_SIZES = (64, 96, 128, 160, 192, 224)
 """Sides for networks whose weights were trained at 224 pixels; smaller is faster and less accurate."""
+UNEQUAL = 0.02
+"""Accuracy over all images minus that over classes, from which it is worth a line."""
 COARSE = 3
 """How many times larger photographs may be than the network's input before it is worth a line."""
 
@@ -63,6 +66,32 @@ def _formats(left_out: Mapping[str, int]) -> list[str]:
         if count:
             how = f"run: {install_command('heif')}" if one.name == "HEIF" else "update Pillow"
             lines.append(f"{count} of these are {one.name} photographs, which can be read; {how}")
+    return lines
+
+
+def unequal_classes(summary: Mapping[str, Any], labels: np.ndarray) -> list[str]:
+    """-> lines about classes that are told badly, which an accuracy over all images hides.
+
+    summary: of a finished run; labels: int64 [n], of the test images.
+    """
+    lines = []
+    for names in {tuple(names): None for names in summary["never_predicted"].values()}:
+        by = [name for name, found in summary["never_predicted"].items() if tuple(found) == names]
+        counts = dict(zip(summary["classes"], np.bincount(labels).tolist(), strict=False))
+        shown = ", ".join(f"{name} ({counts.get(name, 0)} test images)" for name in names[:5])
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        lines.append(
+            f"never predicted by {', '.join(by)}: {shown}{more}; add images of what is rare, or give it more "
+            "weight: --balance weights"
+        )
+    name = next(iter(summary["accuracy"]))
+    accuracy, macro = summary["accuracy"][name], summary["macro_accuracy"][name]
+    if accuracy - macro >= UNEQUAL:
+        worst = min(summary["recall"][name].items(), key=lambda one: (one[1], one[0]))
+        lines.append(
+            f"each class counted alike, {name} is right for {100 * macro:.2f} %: least for {worst[0]}, of "
+            f"which {100 * worst[1]:.1f} % are told"
+        )
     return lines
 
 

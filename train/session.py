@@ -34,7 +34,7 @@ from train.distributed import World, process_group, torchrun_world
 from train.estimate import require_memory, shapes_alone, time_line
 from train.features import FeatureBatches, with_features
 from train.finish import describe, finish
-from train.guidance import advice, no_better_than_chance
+from train.guidance import advice, no_better_than_chance, unequal_classes
 from train.loop import Trainer
 from train.machine import Place, choose_device, choose_place, require_possible, resources_in_one_sentence
 from train.methods import build_method
@@ -207,6 +207,7 @@ def closing(folder: Path, labels: np.ndarray) -> str:
             f"test accuracy ({summary['test_images']} images, weights of epoch {summary['best_epoch']}):",
             *rows,
             *filter(None, [no_better_than_chance(summary["accuracy"], labels, len(summary["classes"]))]),
+            *unequal_classes(summary, labels),
             (
                 f"{summary['seconds']:.0f} s, {summary['images_per_second']:.0f} images/s; next: ffl-export "
                 f"{folder} --target all"

@@ -20,9 +20,9 @@ from ffl_deploy.run_directory import load_run
 from tests.train.test_loop import assert_same_run, stop_after
 from tests.train.test_processes import run
 from train.methods import FFL, distill
-from train.quantize_aware import Taught, TaughtOutputs
 from train.record import read_metrics
 from train.run import main, parse
+from train.teacher import TaughtOutputs, taught
 
 BRANCHES = ("--branches", "resnet8,resnet8")
 
@@ -106,9 +106,7 @@ def test_the_teacher_s_term_is_ffl_s_distillation() -> None:
     outputs, labels = Outputs(z[:2], z[2], None, []), torch.tensor([0, 1, 2, 0])
     ffl = FFL()
     plain = ffl.losses(outputs, labels, 1.0)
-    parts = Taught(ffl.temperature, strong="fused", method=ffl).losses(
-        TaughtOutputs(outputs, z[3]), labels, 1.0
-    )
+    parts = taught(ffl, "qkd").losses(TaughtOutputs(outputs, z[3]), labels, 1.0)
     assert {name: parts[name] for name in plain} == plain
     for name, logits in (("branch0", z[0]), ("branch1", z[1]), ("fused", z[2])):
         assert torch.equal(parts[f"qkd/{name}"], distill(logits, z[3], 3.0))

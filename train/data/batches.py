@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -82,9 +83,10 @@ class Plan:
     shares: Shares
     small_epochs: int = 0
 
-    def order(self, images: int, epoch: int) -> list[Tensor]:
-        """-> the indices of each step of `epoch`, out of `images`."""
-        return epoch_order(images, self.batch_size, self.shares.total, self.seed, epoch)
+    def order(self, labels: np.ndarray, epoch: int) -> list[Tensor]:
+        """labels: int64 [n], of the training images -> the rows of each step of `epoch`."""
+        weights = None if self.options.balance != "sampling" else class_weights(labels)[labels]
+        return epoch_order(len(labels), self.batch_size, self.shares.total, self.seed, epoch, weights)
 
 
 class Collate:
@@ -94,6 +96,8 @@ class Collate:
         self.plan, self.options, self.classes = plan, plan.options, len(data.classes)
         device = plan.device
         self.mean = torch.tensor(data.mean, device=device).view(1, 3, 1, 1)
+        balanced = plan.options.balance == "weights"
+        self.weights = class_weights(data.train.labels).to(device) if balanced else None
         self.scale = 1 / torch.tensor(data.std, device=device).view(1, 3, 1, 1)
 
     def normalize(self, images: Tensor) -> Tensor:
@@ -116,17 +120,32 @@ class Collate:
 
     def soft(self, labels: Tensor, mixes: bool = False) -> Tensor:
         """labels: int64 [n] -> what is learned of them: themselves, or float [n, classes]."""
-        return (
-            soften(labels, self.classes, self.plan.label_smoothing)
-            if self.plan.label_smoothing or mixes
-            else labels
-        )
+        smoothing = self.plan.label_smoothing
+        if not (smoothing or mixes or self.weights is not None):
+            return labels
+        soft = soften(labels, self.classes, smoothing)
+        # cross entropy is linear in them: a label of weight w is a loss of weight w, whatever the method
+        return soft if self.weights is None else soft * self.weights[labels][:, None]
 
 
-def epoch_order(images: int, batch_size: int, shares: int, seed: int, epoch: int) -> list[Tensor]:
-    """-> the indices of each step of `epoch`. A last batch too small
-    for batch statistics in every share is left out."""
-    order = torch.randperm(images, generator=generator(seed, "order", epoch))
+def class_weights(labels: np.ndarray) -> Tensor:
+    """labels: int64 [n], of every class -> float [classes]: inverse to how many images a class has, 1 on
+    average over the images."""
+    counts = torch.from_numpy(np.bincount(labels))
+    return len(labels) / (len(counts) * counts).float()
+
+
+def epoch_order(
+    images: int, batch_size: int, shares: int, seed: int, epoch: int, weights: Tensor | None = None
+) -> list[Tensor]:
+    """-> the indices of each step of `epoch`: every image once, or as many drawn with `weights` [images]. A
+    last batch too small for batch statistics in every share is left out."""
+    draws = generator(seed, "order", epoch)
+    order = (
+        torch.randperm(images, generator=draws)
+        if weights is None
+        else torch.multinomial(weights.double(), images, replacement=True, generator=draws)
+    )
     return [chunk for chunk in order.split(batch_size) if len(chunk) >= 2 * shares]
 
 
@@ -151,7 +170,7 @@ class InMemoryBatches:
         self.crops = RandomCrops(images, crop_padding(plan.options), flips(plan.options))
         self.labels = torch.from_numpy(data.train.labels).to(plan.device)
         self.held_out = {"validation": data.validation, "test": data.test}
-        self.steps_per_epoch = len(plan.order(len(self.labels), 0))
+        self.steps_per_epoch = len(plan.order(data.train.labels, 0))
 
     def training(self, epoch: int, first_step: int) -> Iterator[list[Batch]]:
         shares = self.plan.shares
@@ -171,7 +190,7 @@ class InMemoryBatches:
 
         Those of the whole epoch go to a GPU together, so that a step needs nothing of the host.
         """
-        order = self.plan.order(len(self.labels), epoch)
+        order = self.plan.order(self.data.train.labels, epoch)
         steps = []
         for step in range(first_step, len(order)):
             draws = generator(self.plan.seed, "augment", epoch * self.steps_per_epoch + step)

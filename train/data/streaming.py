@@ -226,13 +226,13 @@ class StreamedBatches:
         self.workers = max(1, min(most, available_cores() // beside)) if workers is None else workers
         self.collate = Collate(data, plan)
         self.normalize = self.collate.normalize
-        self.steps_per_epoch = len(plan.order(len(data.train), 0))
+        self.steps_per_epoch = len(plan.order(data.train.labels, 0))
         self.reported: set[str] = set()
         self.said = False  # that /dev/shm is small
 
     def training(self, epoch: int, first_step: int) -> Iterator[list[Batch]]:
         size, shares = (self.data.preprocessing.height, self.data.preprocessing.width), self.plan.shares
-        order = self.plan.order(len(self.data.train), epoch)
+        order = self.plan.order(self.data.train.labels, epoch)
         steps = TrainingSteps(self.data.train, self.plan.options, size, order, shares, self.plan.seed, epoch)
         for step, pieces in enumerate(self.load(steps, range(first_step, len(steps))), start=first_step):
             self.report(pieces.replaced)
