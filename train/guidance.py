@@ -44,7 +44,8 @@ def advice(config: TrainConfig, data: ImageData) -> list[str]:
     parts = [part for name, part in data.inputs.parts.items() if name != LABELS]
     side = max((median_side(part.files) for part in parts), default=0)
     better = max((one for one in PUBLISHED_SIZES if one <= side), default=0)
-    if len(data.train) < FEW and not config.model.pretrained and better:
+    begun = config.model.pretrained or config.model.weights
+    if len(data.train) < FEW and not begun and better:
         names = ",".join(["torchvision:resnet18"] * max(2, len(config.model.branches)))
         lines.append(
             f"{len(data.train):,} photographs are few for a network that knows nothing yet; one that starts "
