@@ -23,6 +23,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.demo.ages import Ages
+from serve.demo.aside import Aside
 from serve.server.full_disk import full_disk
 from serve.server.responses import Refused
 from serve.server.service import Service
@@ -57,6 +58,8 @@ class DemoGuard:
         prefix = re.escape(service.settings.root_path + FILE)
         self._own_url = re.compile(rf"(https?://[^/]+)?{prefix}")
         self._uploads, self._ages = 0, Ages()  # in progress; of their pieces
+        self._aside = Aside(app)
+        service.endings.append(self._aside.close)
         self._kept_bytes, self._measure_at = 0, 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -94,7 +97,7 @@ class DemoGuard:
                 await send(message)
 
         try:
-            await self.app(scope, receive, _with_page_headers(held_send))
+            await self._aside(scope, receive, _with_page_headers(held_send))
         except ClientDisconnect:
             pass  # no fault of ours, and nobody is there to hear of it
         except OSError as error:

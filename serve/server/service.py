@@ -43,6 +43,7 @@ class Service:
         self.grpc_port: int | None = None  # on which, once it does
         # called to end the streams that would never end by themselves
         self.endless: list[Callable[[], None]] = []
+        self.endings: list[Callable[[], None]] = []  # called when no request is left
         self._started = time.monotonic()
         self.log = logging.getLogger(LOGGER)
 
@@ -117,4 +118,6 @@ class Service:
         """Stop the threads; called when no request is left."""
         for model in self.models.values():
             model.batcher.close()
+        for end in self.endings:
+            end()
         self.decoders.close()

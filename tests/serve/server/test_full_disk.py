@@ -44,7 +44,7 @@ def test_an_upload_that_meets_a_full_disk_says_so_and_gives_its_space_back(
     async def receive() -> Any:
         return {"type": "http.request", "body": b"", "more_body": False}
 
-    service = SimpleNamespace(settings=SimpleNamespace(limits=Limits(), root_path=""))
+    service = SimpleNamespace(settings=SimpleNamespace(limits=Limits(), root_path=""), endings=[])
     scope = {
         "type": "http",
         "method": "POST",
@@ -53,6 +53,8 @@ def test_an_upload_that_meets_a_full_disk_says_so_and_gives_its_space_back(
         "headers": [],
     }
     asyncio.run(DemoGuard(inner, service)(scope, receive, send))  # type: ignore[arg-type]
+    for end in service.endings:
+        end()
     assert [message.get("status") for message in sent] == [507, None]
     assert b"disk is full" in sent[1]["body"]
     gc.collect()

@@ -397,6 +397,7 @@ def test_the_upload_folder_has_a_quota(two_bundles: tuple[Bundle, Bundle]) -> No
 
     class Service:
         settings = Settings((), limits=Limits(upload_folder_bytes=1000))
+        endings: list[Any] = []
 
     async def application(scope: Any, receive: Any, send: Any) -> None:
         raise AssertionError("reached the demo")
