@@ -39,7 +39,10 @@ def build_parser() -> Parser:
     parser.add_argument("bundle", metavar="BUNDLE", help="folder that ffl-export wrote")
     parser.add_argument("inputs", metavar="INPUT", nargs="+", help="what to classify")
     parser.add_argument(
-        "--out", metavar="FILE", type=Path, help="where the rows go; the suffix chooses the format"
+        "--out",
+        metavar="FILE",
+        type=Path,
+        help="where the rows go, - to print them; the suffix chooses the format",
     )
     parser.add_argument(
         "--format", choices=("parquet", "jsonl", "csv"), help="default: by the suffix of FILE, else parquet"
@@ -147,6 +150,8 @@ def supervised_main(argv: Sequence[str]) -> int:
 
 def delivered(arguments: argparse.Namespace, job: Callable[[Path], int]) -> int:
     """Run `job` on --out, or on a temporary file whose rows are then printed; -> its exit code."""
+    if arguments.out == Path("-"):  # standard output, as - among the inputs is standard input
+        arguments.out, arguments.format = None, arguments.format or "jsonl"
     if arguments.out:
         if arguments.out.is_dir():
             raise UsageError(f"{arguments.out} is a folder; give --out a file inside it.")

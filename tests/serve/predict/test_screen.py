@@ -74,3 +74,18 @@ def test_rows_that_are_replaced_are_told(
         error = capsys.readouterr().err
         assert (f"{out} was there already; its rows are replaced\n" in error) is told
     assert len(out.read_text().splitlines()) == 4
+
+
+def test_a_dash_is_standard_output(
+    tiny_bundle: Bundle,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    assert predict(tiny_bundle, folder, "--out", "-") == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["path"] for row in rows] == [str(folder / name) for name in ("a.jpg", "b.png", "sub/c.webp")]
+    assert sorted(tmp_path.rglob("*")) == before, "no file called -"
