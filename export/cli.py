@@ -16,6 +16,7 @@ from ffl_deploy.parity import PRECISIONS
 from ffl_deploy.runtime import RUNTIMES
 
 if TYPE_CHECKING:
+    from export.cascade import Promise
     from export.pipeline import ExportOptions
     from ffl_deploy.bundle import Bundle
     from ffl_deploy.report import ArtefactLimits, Refusal
@@ -48,8 +49,8 @@ def parser() -> Parser:
         action="append",
         metavar="NAME",
         help=(
-            "fused, ensemble, branch0, ... or all; may be repeated (default: the classifier that the run's "
-            "best checkpoint was chosen by)"
+            "fused, ensemble, branch0, ..., all of these, or cascade (branch0+fused); may be repeated "
+            "(default: the classifier that the run's best checkpoint was chosen by)"
         ),
     )
     parser.add_argument("--checkpoint", default="best", metavar="NAME", help="best (default), last or ema")
@@ -112,6 +113,21 @@ def parser() -> Parser:
             "calibrate, for each variant, sets that hold the right class of 90, 95 or 99 %% of images, and "
             "when to abstain, on the run's --calibration-split (else its validation images)"
         ),
+    )
+    promises.add_argument(
+        "--max-loss-points",
+        type=float,
+        metavar="X",
+        help=(
+            "of --target cascade: points of accuracy that answering by the first exit may cost, shown on the "
+            "same images (default: 0.5, unless --max-deferred is given)"
+        ),
+    )
+    promises.add_argument(
+        "--max-deferred",
+        type=float,
+        metavar="SHARE",
+        help="of --target cascade: share of images that the last exit may have to answer (0 to 1)",
     )
 
     forms = parser.add_argument_group("other forms of the bundles")
@@ -242,6 +258,7 @@ def _options(arguments: argparse.Namespace, run: Run, out: Path, batch: int | No
         golden=arguments.golden,
         reference_only=arguments.reference_only,
         sets=arguments.sets,
+        promise=_promise(arguments.max_loss_points, arguments.max_deferred),
     )
     if options.reference_only and options.sets:
         raise UsageError(
@@ -254,6 +271,17 @@ def _options(arguments: argparse.Namespace, run: Run, out: Path, batch: int | No
             "them; leave one of the two out."
         )
     return options
+
+
+def _promise(loss: float | None, deferred: float | None) -> Promise:
+    """-> what --max-loss-points and --max-deferred ask of a cascade. Raises UsageError."""
+    from export.cascade import MAX_LOSS_POINTS, Promise
+
+    if loss is not None and not 0 < loss < 100:
+        raise UsageError(f"--max-loss-points {loss:g} has to be above 0 and below 100, as 0.5 is.")
+    if deferred is not None and not 0 < deferred < 1:
+        raise UsageError(f"--max-deferred {deferred:g} is no share; give for example 0.3 for 30 %.")
+    return Promise(MAX_LOSS_POINTS if loss is None and deferred is None else loss, deferred)
 
 
 def _require_places(arguments: argparse.Namespace, targets: Sequence[str], run: Run) -> None:

@@ -15,10 +15,13 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from export.cascade import Cascade, choose_threshold
 from export.check.evaluation import Evaluation, Reference, class_balanced
+from export.check.exits import exit_logits
 from export.check.gates import HeldOut, file_batches
 from export.check.true_fp16 import check_true_fp16
 from export.sets import CalibrationImages
+from export.write.cascade_graph import ALL, CascadeModel, write_threshold
 from export.write.half import write_half
 from export.write.int8_choice import Held, Judges
 from export.write.magnitudes import largest_magnitudes
@@ -29,7 +32,7 @@ from export.write.trained_scales import trained_scales
 from ffl_deploy.bundle_files import GoldenSamples
 from ffl_deploy.contract import KEY, contract
 from ffl_deploy.errors import CheckError
-from ffl_deploy.manifest import DEFAULT_VARIANT, Details, InputTensor
+from ffl_deploy.manifest import DEFAULT_VARIANT, CascadeThreshold, Details, InputTensor, Precision, Variant
 from ffl_deploy.parity import PARITY_GATES
 from ffl_deploy.probes import Probes
 from ffl_deploy.runtime import RUNTIMES
@@ -43,7 +46,8 @@ class ModelFile:
     """A written ONNX file that is still to be verified.
 
     runtimes: those to do that on; the first one names the variant. engine: TensorRT builds from it. on_cpu:
-    whether a CPU is what it is for; the speed of a file for a GPU is not measured on one.
+    whether a CPU is what it is for; the speed of a file for a GPU is not measured on one. threshold: of a
+    cascade, the file's own.
     """
 
     name: str
@@ -53,6 +57,7 @@ class ModelFile:
     details: Details = field(default_factory=Details)
     engine: bool = True
     on_cpu: bool = True
+    threshold: CascadeThreshold | None = None
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,8 @@ class TargetContext:
     """One target in PyTorch, with everything that its files are compared with.
 
     golden: what ffl-verify will judge the files by; golden_files: the names of its images,
-    where they are the user's own; sets: what prediction sets are calibrated on, None where nobody asked.
+    where they are the user's own; sets: what prediction sets are calibrated on, None where nobody asked;
+    cascade: its exits, where the target is one.
     """
 
     name: str
@@ -73,6 +79,7 @@ class TargetContext:
     checkpoint_sha256: str
     probes: Probes | None = None
     sets: CalibrationImages | None = None
+    cascade: Cascade | None = None
 
     def judged(self, images: np.ndarray, logits: np.ndarray, precision: str) -> Held:
         """-> images and PyTorch's logits as ffl-verify will ask them of a file at this precision."""
@@ -114,7 +121,8 @@ def write_fp32(
     write_onnx(context.model, source, shape.height, shape.width, graph, metadata)
     if file_batches(source) != graph.batch:
         raise CheckError(f"the exporter froze the batch of {source.name} to {file_batches(source)}.")
-    return ModelFile(DEFAULT_VARIANT, source, "fp32", tuple(runtimes))
+    threshold = context.cascade.threshold if context.cascade else None
+    return ModelFile(DEFAULT_VARIANT, source, "fp32", tuple(runtimes), threshold=threshold)
 
 
 def _fp16(
@@ -137,23 +145,58 @@ def _bf16(
     return [ModelFile("bf16", path, "bf16", ("openvino",), Details(half=record))]
 
 
+def last_logits(context: TargetContext) -> np.ndarray:
+    """-> the logits of a cascade's last exit of the golden images [n, classes], in PyTorch."""
+    import torch
+
+    model = context.model
+    assert isinstance(model, CascadeModel)
+    with torch.inference_mode():
+        images = torch.from_numpy(context.golden.images)
+        first = model.target.first(model.normalise(images))
+        return model.target.last(first, torch.arange(len(images))).numpy()
+
+
+def with_own_threshold(path: Path, cascade: Cascade, images: CalibrationImages) -> CascadeThreshold:
+    """Give a cascade's file the threshold that keeps the promise for its own scores; -> what was chosen.
+    Raises CheckError where none does."""
+    stored = Precision("int8", "int8")
+    unmeasured = Variant(path.name, "onnxruntime", path.name, sha256="", bytes=0, precision=stored)
+    exits = exit_logits(path, unmeasured, images.split)
+    threshold = choose_threshold(exits, images.split.labels, cascade.promise, images)
+    write_threshold(path, path, threshold.value)
+    return threshold
+
+
 def _int8(
     source: Path, context: TargetContext, batch: int | None, runtimes: Sequence[str]
 ) -> list[ModelFile]:
     evaluation, validation = context.evaluation, context.evaluation.data.validation
     rows = class_balanced(validation.labels, VALIDATION_IMAGES)
-    judges = Judges(
-        held=Held(validation.read(rows), evaluation.validation_logits[context.name][rows]),
-        verified=tuple(Held(one.images, one.logits) for one in (context.golden, context.reference)),
-        batch=batch,
-    )
-    trained = evaluation.quantized
-    scales = None if trained is None else trained_scales(trained, context.name, source)
-    forms = quantize(source, source.parent, evaluation.calibration_images(IMAGES), judges, scales)
+    verified = tuple(Held(one.images, one.logits) for one in (context.golden, context.reference))
+    judging, scales, cascade = context.name, None, context.cascade
+    whole = source
+    if cascade:  # every image through every layer, which the ranges and the choice have to see
+        judging = cascade.exits[1]
+        reference = evaluation.reference(judging)
+        golden = Held(context.golden.images, last_logits(context))
+        verified = (golden, Held(reference.images, reference.logits))
+        whole = write_threshold(source, source.with_name("model.whole.onnx"), ALL)
+    elif evaluation.quantized is not None:
+        scales = trained_scales(evaluation.quantized, context.name, source)
+    held = Held(validation.read(rows), evaluation.validation_logits[judging][rows])
+    judges = Judges(held=held, verified=verified, batch=batch)
+    forms = quantize(whole, source.parent, evaluation.calibration_images(IMAGES), judges, scales)
     details = {
         name: Details(quantisation=form.choice, certificate=form.certificate) for name, form in forms.items()
     }
     computing = tuple(name for name in runtimes if RUNTIMES[name].int8)
+    if cascade:  # TensorRT has no NonZero, and would need two engines
+        whole.unlink()
+        forms["tensorrt"].path.unlink()
+        path = forms["cpu"].path
+        threshold = with_own_threshold(path, cascade, evaluation.calibration)
+        return [ModelFile("int8", path, "int8", computing, details["cpu"], engine=False, threshold=threshold)]
     return [
         ModelFile("int8", forms["cpu"].path, "int8", computing, details["cpu"], engine=False),
         ModelFile(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from export.cascade import Cascade, Exits, Promise, choose_threshold
 from export.check.evaluation import Evaluation, check_target
 from export.check.gates import HeldOut
 from export.formats import FORMATS, TargetContext
@@ -19,6 +20,7 @@ from export.progress import Progress
 from export.publish.card import model_card
 from export.temperature import calibrate
 from export.variants import VariantOptions, build_variants, check_runtimes
+from export.write.cascade_graph import EXIT, CascadeModel
 from export.write.onnx_graph import DeployedModel, has_features, require_features
 from ffl_deploy import __version__
 from ffl_deploy.bundle import Bundle, load_bundle, write_bundle
@@ -36,7 +38,7 @@ from ffl_deploy.manifest import (
 from ffl_deploy.markdown import megabytes, percent
 from ffl_deploy.networks.checkpoint import load_network
 from ffl_deploy.networks.mutual import MutualNetwork
-from ffl_deploy.networks.targets import build_target, target_names
+from ffl_deploy.networks.targets import CASCADE, CascadeTarget, build_target, exits_of, target_names
 from ffl_deploy.probes import check_pixels
 from ffl_deploy.processor import description
 from ffl_deploy.report import Refusal
@@ -58,6 +60,7 @@ class ExportOptions:
     golden: Path | None = None
     reference_only: bool = False  # judged by the images that training stored, without its data
     sets: bool = False  # calibrate prediction sets and abstention for each variant
+    promise: Promise = Promise()  # noqa: RUF009 immutable; of a cascade's threshold
 
 
 @dataclass
@@ -87,8 +90,8 @@ def export_run(run: Run, options: ExportOptions, progress: Progress) -> Exported
     targets = asked_targets(loaded.network, options, run)
     check_runtimes(options.variants)
     evaluation = Evaluation(run, loaded, options.checkpoint, targets, options.reference_only)
-    for target in targets:
-        evaluation.reference(target)
+    for classifier in evaluation.targets:
+        evaluation.reference(classifier)
     evaluation.data  # noqa: B018 read, and refused, once for all targets
     own = read_golden(options.golden, run) if options.golden else None
 
@@ -122,9 +125,11 @@ def asked_targets(network: MutualNetwork, options: ExportOptions, run: Run) -> l
     known = target_names(network)
     targets = known if "all" in options.targets else list(dict.fromkeys(options.targets))
     for target in targets:
-        if target not in known:
+        if exits_of(target):
+            require_cascade(network, target, options)
+        elif target not in known:
             raise UsageError(
-                f"{run.folder} has no target {target!r}. {choices_sentence(target, [*known, 'all'])}"
+                f"{run.folder} has no target {target!r}. {choices_sentence(target, [*known, CASCADE, 'all'])}"
             )
     for target in targets:
         folder = options.out / target
@@ -142,6 +147,20 @@ def asked_targets(network: MutualNetwork, options: ExportOptions, run: Run) -> l
         for target in targets:
             require_features(build_target(network, target), options.extras, target)
     return targets
+
+
+def require_cascade(network: MutualNetwork, target: str, options: ExportOptions) -> None:
+    """Raises UsageError where `target` is no cascade of this network, or cannot be had with `options`."""
+    build_target(network, target)
+    refused = [name for name in options.variants.precisions if name in ("fp16", "bf16")]
+    for asked, said in (
+        (options.variants.graph.batch, "--batch N: how many images are deferred differs"),
+        (refused, f"--precision {' and '.join(refused)}: it comes in fp32 and int8"),
+        (options.variants.engines, "--tensorrt: TensorRT cannot choose rows"),
+        (options.reference_only, "--reference-only: its threshold is chosen on held-out images"),
+    ):
+        if asked:
+            raise UsageError(f"a cascade cannot be exported with {said}; leave that out for {target}.")
 
 
 def foreign_files(folder: Path) -> list[str]:
@@ -173,15 +192,26 @@ def export_target(
     # PyTorch's side: the target gives the logits that training stored
     progress.step(f"{name}: comparing with training's own logits")
     target = build_target(loaded.network, name)
-    reference = evaluation.reference(name)
-    check_target(DeployedModel(target, run.mean, run.std).eval(), reference, name)
-    probes = run.probes(options.checkpoint, name)
+    cascade = route(evaluation, name, options.promise)
+    if cascade is None:
+        reference = evaluation.reference(name)
+        probes = run.probes(options.checkpoint, name)
+    else:
+        reference, probes = cascade.judged(evaluation.reference(cascade.exits[0])), None
+
+    def deployed(temperature: float = 1.0) -> DeployedModel:
+        if cascade is None:
+            return DeployedModel(target, run.mean, run.std, temperature, options.extras).eval()
+        assert isinstance(target, CascadeTarget)
+        return CascadeModel(target, run.mean, run.std, temperature, cascade.threshold.value).eval()
+
+    check_target(deployed(), reference, name)
     if probes is not None:
         check_pixels(probes, run.preprocessing, f"{run.folder / CONFIG}")
 
     # what goes into the graph, and what its files are compared with
     calibration = calibrate(evaluation, name)
-    model = DeployedModel(target, run.mean, run.std, calibration.temperature, options.extras).eval()
+    model = deployed(calibration.temperature)
     context = TargetContext(
         name=name,
         model=model,
@@ -193,6 +223,7 @@ def export_target(
         checkpoint_sha256=loaded.sha256,
         probes=probes,
         sets=evaluation.calibration if options.sets else None,
+        cascade=cascade,
     )
 
     # the files, each one verified, then the bundle; its folder appears when all of it is there
@@ -205,7 +236,7 @@ def export_target(
             target=name,
             classes=run.classes,
             input=InputTensor(run.preprocessing, batch=batch),
-            outputs=output_tensors(model, run, batch),
+            outputs=output_tensors(model, run, batch, cascade),
             source=Source(
                 run=run.name,
                 checkpoint=options.checkpoint,
@@ -231,6 +262,21 @@ def export_target(
     return load_bundle(options.out / name)
 
 
+def route(evaluation: Evaluation, name: str, promise: Promise) -> Cascade | None:
+    """-> the cascade that `name` names, with its threshold; None where it names another target. From then on
+    `evaluation` has its logits under its name. Raises CheckError where no threshold keeps the promise."""
+    names = exits_of(name)
+    if names is None:
+        return None
+    images = evaluation.calibration
+    held = Exits(*(evaluation.calibration_logits[one] for one in names))
+    threshold = choose_threshold(held, images.split.labels, promise, images)
+    for logits in (evaluation.test_logits, evaluation.validation_logits):
+        logits[name] = Exits(*(logits[one] for one in names)).routed(threshold.value)
+    reference = Exits(*(evaluation.reference(one).logits for one in names))
+    return Cascade(names, promise, threshold, reference)
+
+
 def verified_here(variants: Sequence[Variant]) -> VerifiedOn:
     """-> what the exporting processor computed, of the variants whose gate it could run."""
     outcomes = {}
@@ -247,7 +293,9 @@ def verified_here(variants: Sequence[Variant]) -> VerifiedOn:
 ALWAYS_GIVEN = {"logits": "unnormalised scores", "probabilities": "softmax of logits / temperature"}
 
 
-def output_tensors(model: DeployedModel, run: Run, batch: int | None) -> list[OutputTensor]:
+def output_tensors(
+    model: DeployedModel, run: Run, batch: int | None, cascade: Cascade | None = None
+) -> list[OutputTensor]:
     """-> the graph's outputs with the shapes that the model gives; batch: the only one that it takes,
     None for any."""
     import torch
@@ -257,6 +305,8 @@ def output_tensors(model: DeployedModel, run: Run, batch: int | None) -> list[Ou
             torch.zeros(1, run.preprocessing.height, run.preprocessing.width, 3, dtype=torch.uint8)
         )
     descriptions = ALWAYS_GIVEN | {row.name: row.description for row in FURTHER_OUTPUTS.values()}
+    if cascade is not None:
+        descriptions[EXIT] = "which classifier answered: 0 {}, 1 {}".format(*cascade.exits)
     return [
         OutputTensor(name, [batch or "batch", *value.shape[1:]], descriptions[name])
         for name, value in zip(model.output_names, values, strict=True)

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
+from export.check.evaluation import Reference
+from export.check.exits import check_exits, exit_agreement, exit_times
 from export.check.gates import (
     ACCURACY_BATCH,
     check_extras,
@@ -30,7 +32,7 @@ from export.write.tensorrt_engine import write_engine
 from ffl_deploy.data.datasets import Split
 from ffl_deploy.errors import CheckError, OtherMachine, UsageError
 from ffl_deploy.host import available_cores
-from ffl_deploy.manifest import Details, Precision, RefusedVariant, Variant
+from ffl_deploy.manifest import CascadeRecord, Details, Precision, RefusedVariant, Variant
 from ffl_deploy.parity import gate_precision
 from ffl_deploy.runtime import OnnxRuntimeSession, Session, runtime_named
 from ffl_deploy.runtime.latency import measure_latency
@@ -40,6 +42,7 @@ from ffl_deploy.runtime.tensorrt_build import EngineOptions, require_targets
 from ffl_deploy.runtime.tensorrt_cache import bundled
 from ffl_deploy.runtime.tensorrt_runtime import TensorRtSession
 from ffl_deploy.sets import CalibratedSets
+from ffl_deploy.statistics import paired_difference
 
 
 @dataclass(frozen=True)
@@ -190,7 +193,10 @@ def measured(
         accuracy=require_accuracy(accuracy, variant.name),
         latency=latency,
         details=msgspec.structs.replace(
-            variant.details, extras=extras, sets=sets_from(opened, answers, context) if context.sets else None
+            variant.details,
+            extras=extras,
+            sets=sets_from(opened, answers, context) if context.sets else None,
+            cascade=cascade_record(session, file, variant, answers, context) if context.cascade else None,
         ),
     )
 
@@ -208,6 +214,36 @@ def sets_from(opened: Opened, test: Outputs, context: TargetContext) -> Calibrat
     held = Answered(answers_to(opened, images.split).probabilities, images.split.labels)
     tested = Answered(test.probabilities, context.test.split.labels)
     return calibrate_sets(held, tested, images, context.test.name)
+
+
+def cascade_record(
+    session: Session, file: ModelFile, variant: Variant, answers: Outputs, context: TargetContext
+) -> CascadeRecord:
+    """Hold the exits of a cascade, and the routing between them, to their gates; -> what was measured.
+    answers: to the test images. Raises CheckError."""
+    cascade, threshold = context.cascade, file.threshold
+    assert cascade is not None
+    assert threshold is not None
+    assert answers.exit is not None
+    precision = gate_precision(variant.precision.stored, variant.precision.computed)
+    whole = context.evaluation.reference(cascade.exits[0])
+    temperature = context.model.temperature
+    check_exits(file.path, variant, whole, cascade.reference, cascade.exits, precision, temperature)
+
+    edge = cascade.reference.edge(threshold.value)
+    expected = cascade.reference.deferred(threshold.value)[~edge].astype(np.int64)
+    kept = Reference(whole.images[~edge], whole.labels[~edge], whole.logits[~edge])
+    test, labels = context.test.split, context.test.split.labels
+    last = context.evaluation.test_logits[cascade.exits[1]].argmax(axis=1) == labels
+    return CascadeRecord(
+        exits=list(cascade.exits),
+        threshold=threshold,
+        edge=int(edge.sum()),
+        exit_agreement=exit_agreement(session, kept, expected, precision),
+        deferred=float(answers.exit.mean()),
+        against_last=paired_difference(last, answers.logits.argmax(axis=1) == labels),
+        times=exit_times(session, file.path, variant, test),
+    )
 
 
 def variant_name(file: ModelFile, runtime: str) -> str:

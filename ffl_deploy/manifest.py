@@ -192,6 +192,44 @@ class Certificate(msgspec.Struct, frozen=True):
         return self.largest_pair_sum <= self.limit
 
 
+class CascadeThreshold(msgspec.Struct, frozen=True):
+    """The softmax of the first exit below which an image is deferred, the promise by which it was chosen on
+    held-out images (see docs/decisions.md), and what it came to on those."""
+
+    value: float
+    max_loss_points: float | None  # below the last exit's accuracy
+    max_deferred: float | None  # share of images
+    delta: float
+    split: str
+    images: int
+    note: str
+    deferred: float
+    loss_points: float
+
+
+class CascadeTimes(msgspec.Struct, frozen=True):
+    """Mean milliseconds of a batch of test images, and of the same batches with every image deferred, which
+    is what the last exit alone takes; in turns."""
+
+    batch: int
+    cascade_ms: float
+    last_ms: float
+
+
+class CascadeRecord(msgspec.Struct, frozen=True):
+    """Two exits in one file. edge: reference images so near the threshold that rounding decides their exit,
+    left out of the comparison; exit_agreement: of the others, with PyTorch's exits; deferred: share of the
+    test images; against_last: accuracy paired with that of PyTorch's last exit on the test images."""
+
+    exits: list[str]
+    threshold: CascadeThreshold
+    edge: int
+    exit_agreement: float
+    deferred: float
+    against_last: PairedDifference
+    times: list[CascadeTimes]
+
+
 class Details(msgspec.Struct, frozen=True, omit_defaults=True):
     """What else is known of a variant's file; each part is there for the files
     that it says something about."""
@@ -205,6 +243,7 @@ class Details(msgspec.Struct, frozen=True, omit_defaults=True):
     extras: dict[str, float] | None = None
     engine: EngineRecord | None = None
     sets: CalibratedSets | None = None  # where --sets asked for it
+    cascade: CascadeRecord | None = None  # of the target cascade
 
 
 class Variant(msgspec.Struct, frozen=True):
@@ -241,6 +280,11 @@ class Variant(msgspec.Struct, frozen=True):
         if self.details.engine is None:
             raise CheckError(f"variant {self.name} has no valid engine record; export the bundle again.")
         return self.details.engine
+
+    @property
+    def exits(self) -> list[str]:
+        """-> the classifiers of a cascade, in the order of its output `exit`; empty of any other target."""
+        return self.details.cascade.exits if self.details.cascade else []
 
     def sets(self, level: str) -> SetLevel:
         """-> what the variant promises at `level`, the name of one. Raises UsageError where it does not."""

@@ -89,11 +89,14 @@ class Classifier:
         top_k: int,
         columns: Sequence[str] = (),
         sets: SetLevel | None = None,
+        exits: Sequence[str] = (),
     ) -> None:
-        """columns: which of rows.OPTIONAL_COLUMNS to fill, those of `sets` besides, where it is given."""
+        """columns: which of rows.OPTIONAL_COLUMNS to fill, those of `sets` besides, where it is given; exits:
+        the names of a cascade's classifiers."""
         self.session, self.classes = session, list(classes)
         self.top_k, self.sets = min(top_k, len(self.classes)), sets
-        self.columns = [name for name in columns if name not in OF_SETS]
+        self.columns = [name for name in columns if name not in (*OF_SETS, "exit")]
+        self.exits = exits
 
     def rows(self, prepared: Sequence[Prepared]) -> list[Row]:
         """-> one row for each, in order; the decoded ones go through the network as one batch."""
@@ -132,6 +135,8 @@ class Classifier:
                 continue
             labels = [self.classes[i] for i in ids]
             extra = {name: getattr(outputs, name)[index] for name in self.columns}
+            if self.exits and outputs.exit is not None:
+                extra["exit"] = self.exits[outputs.exit[index]]
             if sets is not None:
                 member = sets.member[index]
                 extra["set_labels"] = set_labels(member, outputs.probabilities[index], self.classes)

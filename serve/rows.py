@@ -19,7 +19,7 @@ from ffl_deploy.installed import require
 Format = Literal["parquet", "jsonl", "csv"]
 FORMATS: tuple[Format, ...] = ("parquet", "jsonl", "csv")
 OK = "ok"
-OPTIONAL_COLUMNS = ("logits", "embedding", "set_labels", "abstain")
+OPTIONAL_COLUMNS = ("logits", "embedding", "set_labels", "abstain", "exit")
 OF_SETS = ("set_labels", "abstain")
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet executes: OWASP, CSV injection
 
@@ -42,6 +42,7 @@ class Row(NamedTuple):
     embedding: np.ndarray | None = None  # float32 [features]
     set_labels: list[str] | None = None  # the classes of the prediction set, by falling confidence
     abstain: bool | None = None  # whether the answer is too unsure to be given
+    exit: str | None = None  # which classifier of a cascade answered
 
 
 COLUMNS = tuple(name for name in Row._fields if name not in OPTIONAL_COLUMNS)
@@ -127,6 +128,7 @@ def parquet_schema(extra: Sequence[str]) -> Any:
         "embedding": pa.list_(pa.float32()),
         "set_labels": pa.list_(pa.string()),
         "abstain": pa.bool_(),
+        "exit": pa.string(),
     }
     return pa.schema(
         [pa.field(name, kinds[name], nullable=name not in ("path", "status")) for name in (*COLUMNS, *extra)]

@@ -17,6 +17,7 @@ from export.write.onnx_graph import Normalize
 from ffl_deploy.data.datasets import ArraySplit, ImageData, Split, load_data
 from ffl_deploy.data.inputs import FILE, changed_files
 from ffl_deploy.errors import CheckError, UsageError
+from ffl_deploy.networks.targets import exits_of
 from ffl_deploy.parity import PARITY_GATES, compare, judge
 from ffl_deploy.run_directory import Run
 
@@ -43,7 +44,8 @@ class Evaluation:
     """PyTorch's side of the comparison for one run and checkpoint; each split is read and
     passed through once.
 
-    loaded: the network with that checkpoint's weights; targets: the classifiers that are asked for;
+    loaded: the network with that checkpoint's weights; targets: the classifiers that are asked for, of a
+    cascade its exits;
     reference_only: the images that training stored stand for every split.
     """
 
@@ -55,7 +57,8 @@ class Evaluation:
         targets: Sequence[str],
         reference_only: bool = False,
     ) -> None:
-        self.run, self.loaded, self.checkpoint, self.targets = run, loaded, checkpoint, tuple(targets)
+        self.run, self.loaded, self.checkpoint = run, loaded, checkpoint
+        self.targets = tuple(dict.fromkeys(one for name in targets for one in exits_of(name) or (name,)))
         self.reference_only = reference_only
         self.held_out = "reference" if reference_only else "test"
 
@@ -105,6 +108,10 @@ class Evaluation:
     @cached_property
     def validation_logits(self) -> dict[str, np.ndarray]:
         return classifier_logits(self.run, self.loaded.network, self.data.validation, self.targets)
+
+    @cached_property
+    def calibration_logits(self) -> dict[str, np.ndarray]:
+        return classifier_logits(self.run, self.loaded.network, self.calibration.split, self.targets)
 
     @cached_property
     def quantized(self) -> QuantizedNetwork | None:

@@ -42,7 +42,7 @@ def model_card(manifest: Manifest) -> str:
         target=manifest.target,
         branches=" + ".join(source.branches),
         data=source.data,
-        what=_STRONG.get(manifest.target, "one sub-network, deployable alone"),
+        what=_what(manifest),
         method=source.method,
         layout=manifest.input.layout,
         height=str(shape.height),
@@ -58,6 +58,7 @@ def model_card(manifest: Manifest) -> str:
         processors=_processors(manifest),
         calibration=_calibration(manifest),
         sets=_sets(manifest),
+        cascade=_cascade(manifest),
         run=source.run,
         checkpoint=source.checkpoint,
         epoch=str(source.epoch),
@@ -66,6 +67,12 @@ def model_card(manifest: Manifest) -> str:
         golden_origin=manifest.golden.origin,
         toolchain=", ".join(f"{name} {version}" for name, version in manifest.toolchain.items()),
     )
+
+
+def _what(manifest: Manifest) -> str:
+    if manifest.variants[0].exits:
+        return "a cascade: {} first, {} where that is unsure".format(*manifest.variants[0].exits)
+    return _STRONG.get(manifest.target, "one sub-network, deployable alone")
 
 
 def _row(variant: Variant) -> list[str]:
@@ -150,6 +157,38 @@ def _sets(manifest: Manifest) -> str:
         f"{percent(1 - sets.delta, 0)} of calibrations. docs/decisions.md says what that does not promise."
     )
     return f"## Sets and abstention\n\n{said}\n\n{table(SET_COLUMNS, rows)}"
+
+
+CASCADE_COLUMNS = ("variant", "deferred", "accuracy against the last exit", "ms at batch 1", "ms at batch 64")
+
+
+def _cascade(manifest: Manifest) -> str:
+    """-> the section about the exits of a cascade; nothing for another target."""
+    records = [(variant.name, variant.details.cascade) for variant in manifest.variants]
+    given = [(name, record) for name, record in records if record is not None]
+    if not given:
+        return ""
+    rows = []
+    for name, record in given:
+        points, interval = 100 * record.against_last.delta, record.against_last.interval
+        change = f"{points:+.2f} points ({within(interval.low, interval.high)})"
+        times = [f"{one.cascade_ms:.2f} of {one.last_ms:.2f}" for one in record.times]
+        rows.append([name, percent(record.deferred), change, *times])
+    first, last = given[0][1].exits
+    chosen = given[0][1].threshold
+    promises = [
+        f"costs at most {chosen.max_loss_points:g} points of accuracy" if chosen.max_loss_points else "",
+        f"defers at most {percent(chosen.max_deferred)} of the images" if chosen.max_deferred else "",
+    ]
+    note = f" ({chosen.note})" if chosen.note else ""
+    said = (
+        f"`{first}` answers where it is sure enough; others are deferred to `{last}`, which goes on from "
+        f"what {first} computed. The output `exit` says which answered. The threshold was chosen on "
+        f"{chosen.images} {chosen.split} images{note} so that it {' and '.join(filter(None, promises))}, in "
+        f"{percent(1 - chosen.delta, 0)} of such choices. Times are means over batches of test images, of "
+        "those of the same file with every image deferred."
+    )
+    return f"## Cascade\n\n{said}\n\n{table(CASCADE_COLUMNS, rows)}"
 
 
 def _calibration(manifest: Manifest) -> str:

@@ -89,6 +89,14 @@ class DeployedModel(nn.Module):
         further = [FURTHER_OUTPUTS[name].compute(traced) for name in self.extras]
         return logits, torch.softmax(logits / self.temperature, dim=1), *further
 
+    def tracing(self, example: Tensor) -> tuple[tuple[Tensor, ...], dict[str, Any] | None, list[str]]:
+        """-> (what the graph is traced with, its dynamic sizes, the inputs' names) for any batch; example:
+        two images."""
+        return (example,), {"images": {0: torch.export.Dim("batch", min=1, max=65536)}}, ["images"]
+
+    def finish(self, proto: Any) -> None:
+        """Change the exporter's ModelProto in place, where it could not write what is meant."""
+
 
 def has_features(target: nn.Module) -> bool:
     """-> whether `target` has a single feature map and classifier that further outputs could be made from."""
@@ -133,17 +141,19 @@ def write_onnx(
 
     # traced with two images: a batch of one would be taken for a constant
     example = torch.zeros(options.batch or 2, height, width, 3, dtype=torch.uint8)
-    shapes = None if options.batch else {"images": {0: torch.export.Dim("batch", min=1, max=65536)}}
+    arguments, shapes, names = model.tracing(example)
+    if options.batch:
+        shapes = None
     try:
         with _quiet():
             program = torch.onnx.export(
                 model,
-                (example,),
+                arguments,
                 dynamo=True,
                 external_data=False,
                 dynamic_shapes=shapes,
                 opset_version=options.opset,
-                input_names=["images"],
+                input_names=names,
                 output_names=model.output_names,
                 verbose=False,
             )
@@ -156,6 +166,7 @@ def write_onnx(
 
     # the same bytes on every machine
     proto = program.model_proto
+    model.finish(proto)
     _strip(proto)
     onnx.helper.set_model_props(proto, metadata)
     save_onnx(proto, path)

@@ -4,6 +4,7 @@ holding only the weights that it needs."""
 from __future__ import annotations
 
 import copy
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -67,7 +68,51 @@ class EnsembleTarget(nn.Module):
         return mean(logits) if self.gate is None else self.gate(shared, pooled, logits)
 
 
-Target = BranchTarget | FusedTarget | EnsembleTarget
+class FirstExit(NamedTuple):
+    """What the first exit of a cascade computed of n images, for its answer and for the rest."""
+
+    logits: Tensor  # [n, classes]
+    shared: Tensor  # the trunk's feature map, [n, C, h, w]
+    features: Tensor  # the first branch's last feature map
+
+
+class CascadeTarget(nn.Module):
+    """Two exits: one branch with its head, and the fused classifier, which takes that branch's features.
+
+    What the first exit computed of an image is not computed again for the last. number: of that branch.
+    """
+
+    def __init__(self, fused: FusedTarget, number: int, head: nn.Linear) -> None:
+        super().__init__()
+        self.trunk, self.branches, self.fusion = fused.trunk, fused.branches, fused.fusion
+        self.number, self.head = number, head
+
+    def first(self, images: Tensor) -> FirstExit:
+        """images: normalised [n, 3, h, w]."""
+        shared = self.trunk(images)
+        features = self.branches[self.number](shared)
+        return FirstExit(self.head(pool(features)), shared, features)
+
+    def last(self, first: FirstExit, rows: Tensor) -> Tensor:
+        """rows: int64 [k], of the images -> the fused classifier's logits of those, [k, classes]."""
+        shared, known = first.shared.index_select(0, rows), first.features.index_select(0, rows)
+        features = [
+            known if number == self.number else branch(shared) for number, branch in enumerate(self.branches)
+        ]
+        return self.fusion.classifier(pool(self.fusion.features(features)))
+
+
+Target = BranchTarget | FusedTarget | EnsembleTarget | CascadeTarget
+CASCADE = "cascade"
+
+
+def exits_of(target: str) -> tuple[str, str] | None:
+    """-> the two classifiers of the cascade that `target` names, the first exit first: of "branch1+fused"
+    these, of "cascade" branch0 and fused; None where it names none."""
+    if target == CASCADE:
+        return "branch0", "fused"
+    first, plus, last = target.partition("+")
+    return (first, last) if plus else None
 
 
 def target_names(network: MutualNetwork) -> list[str]:
@@ -97,6 +142,9 @@ def build_target(network: MutualNetwork, name: str) -> Target:
     """-> a copy of what target `name` needs, in eval mode, independent of `network`.
     Raises UsageError for an unknown name."""
     known = target_names(network)
+    exits = exits_of(name)
+    if exits is not None:
+        return _build_cascade(network, name, exits)
     if name not in known:
         raise UsageError(f"this run has no target {name!r}. {choices_sentence(name, known)}")
     trunk, branches, heads = network.trunk, network.branches, network.heads
@@ -115,3 +163,19 @@ def build_target(network: MutualNetwork, name: str) -> Target:
         assert isinstance(head, nn.Linear)
         target = BranchTarget(trunk, branches[index], head)
     return copy.deepcopy(target).eval().requires_grad_(False)
+
+
+def _build_cascade(network: MutualNetwork, name: str, exits: tuple[str, str]) -> Target:
+    """Raises UsageError where the network has not both exits, or others than a branch and the fused one."""
+    first, last = exits
+    if not {first, last} <= set(target_names(network)) or last != "fused" or not first.startswith("branch"):
+        raise UsageError(
+            f"{name!r} is no cascade of this run: its first exit is a branch and its last one the fused "
+            "classifier, as in branch0+fused, which is also called cascade."
+        )
+    fused = build_target(network, last)
+    assert isinstance(fused, FusedTarget)
+    number = int(first.removeprefix("branch"))
+    head = copy.deepcopy(network.heads[number])
+    assert isinstance(head, nn.Linear)
+    return CascadeTarget(fused, number, head).eval().requires_grad_(False)

@@ -63,7 +63,7 @@ def run_in_batches(
                 f"a batch of {len(part)} images came back with {len(outputs.logits)} rows of logits."
             )
         # maps and embeddings of a whole test set would take its memory
-        return Outputs(outputs.logits, outputs.probabilities)
+        return Outputs(outputs.logits, outputs.probabilities, exit=outputs.exit)
 
     with ThreadPoolExecutor(callers) as pool:
         answers = list((pool.map if callers > 1 else map)(answer, range(0, count, batch)))

@@ -18,6 +18,7 @@ class Outputs(NamedTuple):
     probabilities: np.ndarray  # float32 [n, classes]
     cam: np.ndarray | None = None  # float32 [n, h, w], where the bundle was exported with --cam
     embedding: np.ndarray | None = None  # float32 [n, features], where the bundle's graph gives it
+    exit: np.ndarray | None = None  # int64 [n], of a cascade: 0 where its first exit answered, 1 the last
 
     @property
     def finite(self) -> np.ndarray:

@@ -33,7 +33,7 @@ class Answer:
     top: list[tuple[str, float]]
     milliseconds: float  # in the queue and the model
     cam: np.ndarray | None
-    promised: dict[str, Any]  # what --sets adds: `set` and `abstain`; empty where it was not asked for
+    promised: dict[str, Any]  # what `promises` says of it
 
     @property
     def model(self) -> str:

@@ -21,14 +21,15 @@ def problem(text: str) -> str:
 
 
 def promise(promised: Mapping[str, Any], level: SetLevel | None) -> str:
-    """-> Markdown behind a model's note: its set of classes, and whether it would rather not answer; nothing
-    where --sets was not asked for."""
+    """-> Markdown behind a model's note: which exit of a cascade answered, the set of classes, and whether it
+    would rather not answer; nothing of what was not asked for."""
+    by = f", answered by {promised['exit']}" if "exit" in promised else ""
     if level is None:
-        return ""
+        return by
     names = ", ".join(re.sub(r"([^\w\s])", r"\\\1", name) for name in promised["set"])
     kind = "of each kind of image" if len(level.thresholds) > 1 else "of images"
     unsure = "\n\n**Too unsure to answer.**" if promised["abstain"] else ""
-    return f"{unsure}\n\nIt is among these, for at least {100 * level.share:.0f} % {kind}: {names}."
+    return f"{by}{unsure}\n\nIt is among these, for at least {100 * level.share:.0f} % {kind}: {names}."
 
 
 def table(

@@ -55,8 +55,9 @@ def predict_shards(run: PredictRun, items: Iterator[Item]) -> None:
 
 def classifier_for(bundle: Bundle, session: Session, request: PredictRequest) -> Classifier:
     """-> what makes the rows that `request` asks for. Raises UsageError for sets that the bundle has not."""
-    sets = None if request.sets is msgspec.UNSET else bundle.variant(request.variant).sets(request.sets)
-    return Classifier(session, bundle.classes, request.top_k, request.columns, sets)
+    variant = bundle.variant(request.variant)
+    sets = None if request.sets is msgspec.UNSET else variant.sets(request.sets)
+    return Classifier(session, bundle.classes, request.top_k, request.columns, sets, variant.exits)
 
 
 def unfinished(run: PredictRun, items: Iterator[Item]) -> Iterator[tuple[int, Iterator[Item]]]:

@@ -78,6 +78,8 @@ def _run_job(job: Job) -> int:
     choice = None
     if job.variant == AUTO:
         job, choice = with_fastest(job, bundle)
+    if bundle.variant(job.variant).exits:
+        job = replace(job, columns=[*job.columns, "exit"])
     request = make_request(job, bundle)
     check_gpu(job, request.runtime)
     if finished:

@@ -105,14 +105,17 @@ class Classify:
 
 
 def promises(model: ServedModel, outputs: Outputs) -> list[dict[str, Any]]:
-    """-> for each image what --sets adds to its answer: `set`, labels by falling confidence, and `abstain`;
-    nothing where it was not asked for."""
+    """-> for each image what its answer has besides: of --sets `set`, labels by falling confidence, and
+    `abstain`; of a cascade `exit`, the classifier that answered."""
+    found: list[dict[str, Any]] = [{} for _ in outputs.logits]
+    if outputs.exit is not None and model.variant.exits:
+        found = [{"exit": model.variant.exits[number]} for number in outputs.exit]
     if model.sets is None:
-        return [{} for _ in outputs.logits]
+        return found
     member, abstain = model.sets.answers(outputs.probabilities)
     return [
-        {"set": set_labels(those, probabilities, model.bundle.classes), "abstain": bool(unsure)}
-        for those, probabilities, unsure in zip(member, outputs.probabilities, abstain, strict=True)
+        {**one, "set": set_labels(those, values, model.bundle.classes), "abstain": bool(unsure)}
+        for one, those, values, unsure in zip(found, member, outputs.probabilities, abstain, strict=True)
     ]
 
 

@@ -49,6 +49,12 @@ class Metrics:
         self.run_seconds = Histogram(
             "ffl_run_seconds", "One run of a model.", ["model"], buckets=_SECONDS, registry=registry
         )
+        self.exits = Counter(
+            "ffl_exit_images",
+            "Images that a cascade's classifier has answered; the last exit's are those that were deferred.",
+            ["model", "exit"],
+            registry=registry,
+        )
         self.queue = Gauge("ffl_queue_images", "Images that wait for a model.", ["model"], registry=registry)
         self.ready = Gauge(
             "ffl_ready",
@@ -63,6 +69,10 @@ class Metrics:
         self.images.labels(model).inc(images)
         self.batch_images.labels(model).observe(images)
         self.run_seconds.labels(model).observe(seconds)
+
+    def observe_exit(self, model: str, exit: str, images: int) -> None:
+        """A cascade has answered so many images by that classifier."""
+        self.exits.labels(model, exit).inc(images)
 
     def watch_queue(self, model: str, waiting: Callable[[], int]) -> None:
         """Let the gauge of `model` call `waiting` when it is scraped."""

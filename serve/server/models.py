@@ -38,6 +38,10 @@ ObserveBatch = Callable[[str, int, float], None]
 """Called after each run with (model name, images, seconds)."""
 
 
+ObserveExit = Callable[[str, str, int], None]
+"""Called after each run of a cascade with (model name, a classifier, images that it answered)."""
+
+
 DeviceFailed = Callable[[DeviceLost], None]
 """Called when a GPU failed in a way that only a new process comes back from."""
 
@@ -194,7 +198,11 @@ def check_specs(specs: Iterable[ModelSpec], public_key: Path | None = None) -> N
 
 
 def open_model(
-    spec: ModelSpec, settings: Settings, observe: ObserveBatch, lost: DeviceFailed = lambda error: None
+    spec: ModelSpec,
+    settings: Settings,
+    observe: ObserveBatch,
+    lost: DeviceFailed = lambda error: None,
+    left: ObserveExit = lambda model, exit, images: None,
 ) -> ServedModel:
     """Load and verify one bundle: every file's hash,
     then the golden samples through the session that will serve.
@@ -227,10 +235,14 @@ def open_model(
 
     def run(images: np.ndarray) -> Outputs:
         try:
-            return session.run(images)
+            outputs = session.run(images)
         except DeviceLost as error:
             lost(error)
             raise
+        if outputs.exit is not None:
+            for number, name in enumerate(variant.exits):
+                left(spec.name, name, int((outputs.exit == number).sum()))
+        return outputs
 
     statistics = ModelStatistics()
 

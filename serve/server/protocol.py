@@ -23,8 +23,8 @@ import numpy as np
 
 IMAGES, ENCODED = "images", "encoded"
 HEADER_LENGTH = "inference-header-content-length"
-BOOLEANS = frozenset({"set", "abstain"})
-"""Outputs that are yes or no; all others are FP32."""
+DATATYPES = {"set": "BOOL", "abstain": "BOOL", "exit": "INT64"}
+"""Of outputs; all others are FP32."""
 VERSION = "1"  # a bundle is immutable; a new export is served under a new name or by a restart
 
 Parameters = dict[str, str | int | float | bool]
@@ -138,7 +138,7 @@ class Signature:
 
 def datatype_of(output: str) -> str:
     """-> the protocol's name for what an output's values are."""
-    return "BOOL" if output in BOOLEANS else "FP32"
+    return DATATYPES.get(output, "FP32")
 
 
 _decode_header = msgspec.json.Decoder(Header).decode
@@ -205,7 +205,7 @@ def write_response(
     signature: Signature, request: InferRequest, results: Mapping[str, np.ndarray]
 ) -> tuple[list[bytes | memoryview], int | None]:
     """-> (the body as buffers, header_length as in `read_request`). results:
-    output name -> float32 [n, ...], bool of BOOLEANS."""
+    output name -> float32 [n, ...], but for DATATYPES."""
     described: list[dict[str, Any]] = []
     raw: list[bytes | memoryview] = []
     for output in request.outputs:
@@ -362,8 +362,8 @@ def _classification(
 
 
 def raw_bytes(values: np.ndarray, labels: list[str] | None) -> bytes | memoryview:
-    if labels is None and values.dtype == bool:
-        return values.tobytes()
+    if labels is None and values.dtype in (np.bool_, np.int64):
+        return values.astype(values.dtype.newbyteorder("<")).tobytes()
     if labels is None:
         return np.ascontiguousarray(values, "<f4").data.cast("B")
     return b"".join(struct.pack("<I", len(text.encode())) + text.encode() for text in labels)

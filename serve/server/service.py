@@ -57,7 +57,12 @@ class Service:
         """Open and verify one bundle, and only then let it answer in the place of what had its name. What was
         asked of that is still answered by it. Raises CheckError, UsageError."""
         model = await asyncio.to_thread(
-            open_model, spec, self.settings, self.metrics.observe_batch, self.lose
+            open_model,
+            spec,
+            self.settings,
+            self.metrics.observe_batch,
+            self.lose,
+            self.metrics.observe_exit,
         )
         held = {**self.models, spec.name: model}
         self.models = {name: held[name] for name in self._names if name in held}

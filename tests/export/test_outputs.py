@@ -21,7 +21,7 @@ from export.outputs import FURTHER_OUTPUTS, FurtherOutput
 from ffl_deploy.runtime import session
 
 Outputs = session.Outputs
-session.Outputs = namedtuple("Outputs", [*Outputs._fields, "energy"], defaults=[None] * 3)
+session.Outputs = namedtuple("Outputs", [*Outputs._fields, "energy"], defaults=[None] * 4)
 for name in ("finite", "rows", "joined"):
     setattr(session.Outputs, name, Outputs.__dict__[name])
 

@@ -1,0 +1,132 @@
+"""The threshold of a cascade: which images its first exit may answer, so that a promise holds.
+
+An image is deferred where the first exit's largest softmax is below the threshold. Thresholds of a fixed grid
+are tested on calibration images from the one that defers most on, until a test fails (Learn then Test:
+Angelopoulos et al. 2021, fixed-sequence testing). The test is Tango's, of a paired difference.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from export.check.evaluation import Reference
+from export.sets import DELTA, CalibrationImages, binomial_tail
+from ffl_deploy.errors import CheckError
+from ffl_deploy.manifest import CascadeThreshold
+from ffl_deploy.statistics import log_softmax, tango_interval
+
+GRID = 1 / (1 + np.exp(-np.arange(90, -51, -1) / 10))  # of a softmax, finer towards 1; falling
+EDGE = 1e-4
+"""How near a score may be to the threshold for rounding to decide: some ten times the fp32 gate's."""
+MAX_LOSS_POINTS = 0.5
+
+
+class Promise(NamedTuple):
+    """What the threshold has to keep: at most so many points of accuracy below the last exit's, at most such
+    a share of images deferred; None: not asked for."""
+
+    max_loss_points: float | None = MAX_LOSS_POINTS
+    max_deferred: float | None = None
+
+
+class Exits(NamedTuple):
+    """Both classifiers' logits [n, classes] of the same images."""
+
+    first: np.ndarray
+    last: np.ndarray
+
+    @property
+    def scores(self) -> np.ndarray:
+        """-> [n]: the first exit's largest softmax, which decides."""
+        return np.exp(log_softmax(self.first.astype(np.float64))).max(axis=1)
+
+    def deferred(self, threshold: float) -> np.ndarray:
+        """-> bool [n]."""
+        return self.scores < threshold
+
+    def edge(self, threshold: float) -> np.ndarray:
+        """-> bool [n]: images whose exit rounding may change."""
+        return np.abs(self.scores - threshold) < EDGE
+
+    def routed(self, threshold: float) -> np.ndarray:
+        """-> [n, classes]: the logits of whichever exit answers."""
+        return np.where(self.deferred(threshold)[:, None], self.last, self.first)
+
+
+def choose_threshold(
+    exits: Exits, labels: np.ndarray, promise: Promise, images: CalibrationImages, delta: float = DELTA
+) -> CascadeThreshold:
+    """-> the threshold that defers least and keeps the loss, in all but `delta` of the calibration samples;
+    where only a share of deferred images is asked for, the one that defers most and keeps it.
+
+    Raises CheckError where there is none.
+    """
+    n, scores = len(labels), exits.scores
+    first, last = (logits.argmax(axis=1) == labels for logits in exits)
+
+    def keeps_loss(threshold: float, points: float) -> bool:
+        answered = scores >= threshold
+        gained, lost = int((answered & first & ~last).sum()), int((answered & last & ~first).sum())
+        return tango_interval(gained, lost, n, 1 - 2 * delta).low >= -points / 100
+
+    def keeps_share(threshold: float, share: float) -> bool:
+        return binomial_tail(int((scores < threshold).sum()), n, share) <= delta
+
+    chosen = None
+    if promise.max_loss_points is not None:
+        for threshold in GRID:
+            if not keeps_loss(threshold, promise.max_loss_points):
+                break
+            chosen = threshold
+        asked = f"loses at most {promise.max_loss_points:g} points"
+    else:
+        assert promise.max_deferred is not None
+        for threshold in GRID[::-1]:
+            if not keeps_share(threshold, promise.max_deferred):
+                break
+            chosen = threshold
+        asked = f"defers at most {promise.max_deferred:g} of the images"
+    with_share = promise.max_loss_points is not None and promise.max_deferred is not None
+    if chosen is not None and with_share and not keeps_share(chosen, promise.max_deferred or 0):
+        asked += f" and defers at most {promise.max_deferred:g} of the images"
+        chosen = None
+    if chosen is None or not (scores >= chosen).any():
+        raise CheckError(
+            f"on {n} {images.name} images no threshold of the cascade can be shown to be one that {asked}; "
+            "give more images with --calibration-split, or ask for less with --max-loss-points or "
+            "--max-deferred."
+        )
+    share = float((scores < chosen).mean())
+    lost = float((last.astype(int) - np.where(scores < chosen, last, first)).mean())
+    return CascadeThreshold(
+        value=float(np.float32(chosen)),
+        max_loss_points=promise.max_loss_points,
+        max_deferred=promise.max_deferred,
+        delta=delta,
+        split=images.name,
+        images=n,
+        note=images.note,
+        deferred=share,
+        loss_points=100 * lost,
+    )
+
+
+@dataclass(frozen=True)
+class Cascade:
+    """A target with two exits. exits: their names; reference: PyTorch's logits of both on all reference
+    images."""
+
+    exits: tuple[str, str]
+    promise: Promise
+    threshold: CascadeThreshold
+    reference: Exits
+
+    def judged(self, whole: Reference) -> Reference:
+        """-> the reference images that files are compared on, with the logits of the exit that answers: all
+        but those at the threshold's edge."""
+        kept = ~self.reference.edge(self.threshold.value)
+        logits = self.reference.routed(self.threshold.value)
+        return Reference(whole.images[kept], whole.labels[kept], logits[kept])
