@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from export.check.evaluation import Reference
 from export.sets import DELTA, CalibrationImages, binomial_tail
 from ffl_deploy.errors import CheckError
 from ffl_deploy.manifest import CascadeThreshold
@@ -123,10 +122,3 @@ class Cascade:
     promise: Promise
     threshold: CascadeThreshold
     reference: Exits
-
-    def judged(self, whole: Reference) -> Reference:
-        """-> the reference images that files are compared on, with the logits of the exit that answers: all
-        but those at the threshold's edge."""
-        kept = ~self.reference.edge(self.threshold.value)
-        logits = self.reference.routed(self.threshold.value)
-        return Reference(whole.images[kept], whole.labels[kept], logits[kept])

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from export.cascade import Cascade, Exits, Promise, choose_threshold
-from export.check.evaluation import Evaluation, check_target
+from export.check.evaluation import Evaluation, Reference, check_target
 from export.check.gates import HeldOut
 from export.formats import FORMATS, TargetContext
 from export.golden import golden_samples, read_golden
@@ -197,7 +197,7 @@ def export_target(
         reference = evaluation.reference(name)
         probes = run.probes(options.checkpoint, name)
     else:
-        reference, probes = cascade.judged(evaluation.reference(cascade.exits[0])), None
+        reference, probes = routed_reference(cascade, evaluation.reference(cascade.exits[0])), None
 
     def deployed(temperature: float = 1.0) -> DeployedModel:
         if cascade is None:
@@ -275,6 +275,14 @@ def route(evaluation: Evaluation, name: str, promise: Promise) -> Cascade | None
         logits[name] = Exits(*(logits[one] for one in names)).routed(threshold.value)
     reference = Exits(*(evaluation.reference(one).logits for one in names))
     return Cascade(names, promise, threshold, reference)
+
+
+def routed_reference(cascade: Cascade, whole: Reference) -> Reference:
+    """-> the reference images that files are compared on, with the logits of the exit that answers: all of
+    `whole` but those at the threshold's edge."""
+    kept = ~cascade.reference.edge(cascade.threshold.value)
+    logits = cascade.reference.routed(cascade.threshold.value)
+    return Reference(whole.images[kept], whole.labels[kept], logits[kept])
 
 
 def verified_here(variants: Sequence[Variant]) -> VerifiedOn:
