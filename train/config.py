@@ -169,6 +169,12 @@ class ModelOptions:
         "Start branches from files of weights: branch0=FILE,branch1=FILE, or one for all. safetensors, .pth, "
         "or a run.",
     )
+    weights_cache: Path | None = option(
+        None,
+        "Folder in which --pretrained looks first and keeps published weights; the libraries' own if not "
+        "given.",
+        metavar="DIR",
+    )
     freeze: int = option(
         0,
         "Stages of each branch that stay as they are, from the first on. What they give is computed once "

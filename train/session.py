@@ -90,7 +90,9 @@ def run_training(config: TrainConfig, stop: StopRequest | None = None) -> int:
         seed_everything(config.seed, "weights")
         # A run that is resumed has weights of its own.
         begun = existing_folder(folder / "checkpoints" / "last") is not None
-        network = MutualNetwork(architecture, config.model.pretrained and not begun)
+        cache = config.model.weights_cache
+        published = config.model.pretrained and not begun
+        network = MutualNetwork(architecture, published if cache is None or not published else cache)
         loaded = [] if begun else start_from(network, config.model.weights)
         network = network.to(device).to(memory_format=torch.channels_last)
         if any(is_library_name(name) for name in config.model.branches):

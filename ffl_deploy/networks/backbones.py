@@ -10,6 +10,7 @@ import contextlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -53,12 +54,13 @@ def is_library_name(name: str) -> bool:
     return name.partition(":")[0] in ("torchvision", "timm") and ":" in name
 
 
-def build_backbone(name: str, height: int, width: int, pretrained: bool = False) -> Backbone:
+def build_backbone(name: str, height: int, width: int, pretrained: bool | Path = False) -> Backbone:
     """-> a freshly initialised backbone; `torchvision:`
     and `timm:` ones have their library's own initialisation.
 
     height, width: of the images; only networks that are built for one size (windowed attention) depend on
-    them. pretrained: start `torchvision:` and `timm:` backbones from their published weights. Raises
+    them. pretrained: start `torchvision:` and `timm:` backbones from their published weights, kept
+    in that folder. Raises
     UsageError that names the known ones, or says why this one cannot be built.
     """
     if is_library_name(name):

@@ -9,8 +9,10 @@ name (plain_weights.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +31,9 @@ from ffl_deploy.networks.stages import (
     units_of,
 )
 
+Pretrained = bool | Path
+"""Whether a network starts from its published weights; a folder is where they are kept."""
+CONNECT = 5.0  # seconds
 LIBRARIES = ("torchvision", "timm")
 # What torchvision calls the modules after the feature map.
 _HEADS = ("avgpool", "dropout", "classifier", "fc", "head", "heads")
@@ -36,7 +41,7 @@ _HEADS = ("avgpool", "dropout", "classifier", "fc", "head", "heads")
 _PROBES = (128, 224)
 
 
-def library_stages(name: str, height: int, width: int, pretrained: bool = False) -> list[nn.Module]:
+def library_stages(name: str, height: int, width: int, pretrained: Pretrained = False) -> list[nn.Module]:
     """name: `torchvision:NAME` or `timm:NAME` -> its stages; see `build_backbone`. Raises UsageError."""
     stages = stages_of(name, build_model(name, height, width, pretrained=pretrained).eval(), height, width)
     return [stage.train() for stage in stages]
@@ -53,9 +58,10 @@ def stages_of(name: str, model: nn.Module, height: int, width: int) -> list[nn.M
 
 
 def build_model(
-    name: str, height: int, width: int, classes: int | None = None, pretrained: bool = False
+    name: str, height: int, width: int, classes: int | None = None, pretrained: Pretrained = False
 ) -> nn.Module:
     """-> the library's own model, with a classifier for `classes` where they are given. Raises UsageError."""
+    cached = require_published(name, pretrained) if pretrained else None
     library, _, model = name.partition(":")
     known = library_names(library)
     if model.partition(".")[0] not in known:  # timm names may end in .TAG, which selects published weights
@@ -71,10 +77,16 @@ def build_model(
         )
     try:
         if library == "torchvision":
-            return _torchvision_model(model, classes, pretrained)
+            with kept_in(pretrained):
+                return _torchvision_model(model, classes, bool(pretrained))
         return _timm_model(model, height, width, classes, pretrained)
     except Exception as error:  # each library, and each way to fail at a download, has exceptions of its own
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        if cached is not None:
+            raise UsageError(
+                f"the published weights of {name} are damaged where they are kept, {cached} ({reason}); "
+                "delete that file, and they are fetched anew."
+            ) from error
         if pretrained:
             raise UsageError(
                 f"the published weights of {name} cannot be had ({reason}); check the network connection, "
@@ -84,6 +96,63 @@ def build_model(
             f"{name} cannot be built for images of {height}x{width} ({reason}); try another name or "
             "--image-size."
         ) from error
+
+
+@contextmanager
+def kept_in(pretrained: Pretrained) -> Iterator[None]:
+    """For the block, torchvision looks for weights, and keeps them, in the folder that `pretrained` names."""
+    before = torch.hub._hub_dir
+    if isinstance(pretrained, Path):
+        torch.hub.set_dir(str(pretrained))
+    try:
+        yield
+    finally:
+        torch.hub._hub_dir = before
+
+
+def require_published(name: str, pretrained: Pretrained) -> Path | None:
+    """-> the file in which the published weights of `name` are kept on this machine; None where they have to
+    be fetched. Raises UsageError at once where neither is possible: the libraries try for a minute."""
+    library, _, model = name.partition(":")
+    if library == "torchvision":
+        from torchvision import models
+
+        with kept_in(pretrained):
+            folder = Path(torch.hub.get_dir()) / "checkpoints"
+        try:
+            url = models.get_model_weights(model).DEFAULT.url
+        except (ValueError, AttributeError):
+            return None
+        file = folder / url.rpartition("/")[2]
+        return file if file.is_file() else None
+    return _kept_by_timm(name, model, pretrained)
+
+
+def _kept_by_timm(name: str, model: str, pretrained: Pretrained) -> Path | None:
+    import timm
+    from huggingface_hub import constants, get_session, try_to_load_from_cache
+
+    about = timm.get_pretrained_cfg(model)
+    if about is None or not about.hf_hub_id:
+        return None
+    folder = pretrained if isinstance(pretrained, Path) else None
+    for file in ("model.safetensors", "pytorch_model.bin"):
+        kept = try_to_load_from_cache(about.hf_hub_id, file, cache_dir=folder)
+        if isinstance(kept, str):
+            return Path(kept)
+    if constants.HF_HUB_OFFLINE:
+        reason = "HF_HUB_OFFLINE is set"
+    else:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=CONNECT)
+            return None
+        except Exception as error:  # of whatever HTTP library that one is built on
+            reason = type(error).__name__
+    raise UsageError(
+        f"the published weights of {name} cannot be had (they are not in {folder or constants.HF_HUB_CACHE}, "
+        f"and {constants.ENDPOINT} does not answer: {reason}); copy them there (--weights-cache DIR names "
+        "another folder), give a file with --weights, or train from scratch without --pretrained."
+    )
 
 
 def library_names(library: str) -> Sequence[str]:
@@ -116,10 +185,12 @@ def _torchvision_model(name: str, classes: int | None, pretrained: bool) -> nn.M
     return model
 
 
-def _timm_model(name: str, height: int, width: int, classes: int | None, pretrained: bool) -> nn.Module:
+def _timm_model(name: str, height: int, width: int, classes: int | None, pretrained: Pretrained) -> nn.Module:
     import timm
 
-    options: dict[str, Any] = {"num_classes": classes or 0, "pretrained": pretrained}
+    options: dict[str, Any] = {"num_classes": classes or 0, "pretrained": bool(pretrained)}
+    if isinstance(pretrained, Path):
+        options["cache_dir"] = str(pretrained)
     if _takes_one_size(name):
         options["img_size"] = (height, width)
     return timm.create_model(name, **options)

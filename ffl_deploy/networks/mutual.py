@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -55,11 +56,11 @@ class Outputs(NamedTuple):
 class MutualNetwork(nn.Module):
     """Networks that are trained together; each classifier can be deployed alone (targets.py).
 
-    pretrained: start from the libraries' published weights; a matter of initialisation,
-    so no part of the architecture.
+    pretrained: start from the libraries' published weights, kept in that folder where it is one; a matter of
+    initialisation, so no part of the architecture.
     """
 
-    def __init__(self, config: NetworkConfig, pretrained: bool = False) -> None:
+    def __init__(self, config: NetworkConfig, pretrained: bool | Path = False) -> None:
         super().__init__()
         self.config = config
         self.frozen = 0  # stages of each branch that do not learn, from the first on

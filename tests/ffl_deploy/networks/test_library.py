@@ -241,6 +241,73 @@ def test_weights_that_cannot_be_downloaded_are_one_sentence(name: str) -> None:
         MutualNetwork(NetworkConfig((name, "resnet20"), 3, 32, 32), pretrained=True)
 
 
+@pytest.mark.usefixtures("no_network")
+def test_without_a_network_the_hub_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """timm's own way is many attempts with pauses between them, and a line for each."""
+    import huggingface_hub
+
+    asked: list[float] = []
+
+    class Session:
+        def head(self, address: str, timeout: float) -> None:
+            asked.append(timeout)
+            raise OSError("network is unreachable")
+
+    monkeypatch.setattr(huggingface_hub, "get_session", Session)
+    with pytest.raises(
+        UsageError, match=r"they are not in .*hf, and .* does not answer: OSError"
+    ) as raised:
+        MutualNetwork(NetworkConfig(("timm:resnet18", "resnet20"), 3, 32, 32), pretrained=True)
+    assert "\n" not in str(raised.value)
+    assert len(asked) == 1
+    assert 0 < asked[0] <= 10
+
+
+def test_weights_that_are_kept_need_no_network_and_damaged_ones_are_called_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torchvision import models
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr("torch.hub.urlopen", refuse)
+    torch.manual_seed(3)
+    published = models.resnet18().state_dict()
+    kept = tmp_path / "mine" / "checkpoints" / models.ResNet18_Weights.DEFAULT.url.rpartition("/")[2]
+    kept.parent.mkdir(parents=True)
+    torch.save(published, kept)
+    config = NetworkConfig(("torchvision:resnet18", "resnet20"), 3, 32, 32)
+    network = MutualNetwork(config, pretrained=tmp_path / "mine")
+    assert torch.equal(network.branches[0][0][0].weight, published["conv1.weight"])
+
+    kept.write_bytes(kept.read_bytes()[:1000])
+    with pytest.raises(UsageError, match=rf"are damaged where they are kept, {kept} .*delete that file"):
+        MutualNetwork(config, pretrained=tmp_path / "mine")
+
+
+@pytest.mark.usefixtures("no_network")
+def test_timm_too_reads_what_is_kept(tmp_path: Path) -> None:
+    import timm
+    from safetensors.torch import save_file
+
+    repository = timm.get_pretrained_cfg("resnet18").hf_hub_id
+    folder = tmp_path / "mine" / f"models--{repository.replace('/', '--')}"
+    snapshot = folder / "snapshots" / ("1" * 40)
+    snapshot.mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("1" * 40)
+    torch.manual_seed(3)
+    published = timm.create_model("resnet18").state_dict()
+    save_file(published, snapshot / "model.safetensors")
+    config = NetworkConfig(("timm:resnet18", "resnet20"), 3, 32, 32)
+    network = MutualNetwork(config, pretrained=tmp_path / "mine")
+    assert any(torch.equal(value, published["conv1.weight"]) for value in network.state_dict().values())
+    (snapshot / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(UsageError, match=r"are damaged where they are kept, .*model.safetensors"):
+        MutualNetwork(config, pretrained=tmp_path / "mine")
+
+
 def test_pretrained_needs_a_branch_that_has_published_weights() -> None:
     with pytest.raises(
         UsageError,
