@@ -254,9 +254,7 @@ def test_without_a_network_the_hub_is_asked_once(monkeypatch: pytest.MonkeyPatch
             raise OSError("network is unreachable")
 
     monkeypatch.setattr(huggingface_hub, "get_session", Session)
-    with pytest.raises(
-        UsageError, match=r"they are not in .*hf, and .* does not answer: OSError"
-    ) as raised:
+    with pytest.raises(UsageError, match=r"they are not in .*hf, and .* does not answer: OSError") as raised:
         MutualNetwork(NetworkConfig(("timm:resnet18", "resnet20"), 3, 32, 32), pretrained=True)
     assert "\n" not in str(raised.value)
     assert len(asked) == 1
