@@ -32,6 +32,7 @@ from ffl_deploy.signing import signature_path
 from ffl_deploy.verified_on import Outcome, VerifiedOn, processor_table, with_record
 
 EMULATOR = "qemu-x86_64"
+OWN_KERNELS = ("-U", "OPENBLAS_CORETYPE")  # what this machine's NumPy is told is not for the other CPU
 PROCESSORS = ("Haswell", "Nehalem")
 RUNTIMES = ("onnxruntime", "openvino")
 
@@ -71,6 +72,7 @@ def emulated_outcomes(folder: Path, processor: str) -> VerifiedOn:
         )
     command = [
         EMULATOR,
+        *OWN_KERNELS,
         "-cpu",
         processor,
         sys.executable,
