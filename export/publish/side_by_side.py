@@ -66,15 +66,15 @@ def _run(run: Callable[[np.ndarray], Any], images: np.ndarray) -> Callable[[], A
 
 def in_turns(
     runs: Mapping[str, Callable[[], Any]],
-    seconds: float = SECONDS,
+    seconds: float | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[list[float]]]:
     """-> name -> the calls of each of its windows, in ms; the k-th windows of all lie in the same round.
 
-    Ends when the interval of every median is small (`is_wide`), or after about `seconds`.
+    Ends when the interval of every median is small (`is_wide`), or after about `seconds` (SECONDS).
     """
     windows: dict[str, list[list[float]]] = {name: [] for name in runs}
-    end = clock() + seconds
+    end = clock() + (SECONDS if seconds is None else seconds)
     order: Sequence[str] = list(runs)
     for number in range(1, MAX_ROUNDS + 1):
         for name in order:
