@@ -110,6 +110,11 @@ class Service:
     def ready(self) -> bool:
         return self.phase is Phase.READY
 
+    @property
+    def ending(self) -> bool:
+        """-> whether no new request should come any more."""
+        return self.phase in (Phase.DRAINING, Phase.CLOSING)
+
     def log_ready(self) -> None:
         seconds = round(time.monotonic() - self._started, 2)
         grpc = {} if self.grpc_port is None else {"grpc_port": self.grpc_port}

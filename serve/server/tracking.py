@@ -4,8 +4,10 @@ and ends connections while the server closes."""
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import time
+from typing import NamedTuple
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -31,14 +33,53 @@ def short_and_plain(given: str) -> bool:
     return 0 < len(given) <= 64 and _ID_CHARACTERS.issuperset(given)
 
 
+class RequestIds:
+    """-> the client's own id of a request, where it is short and plain, else one of this server's."""
+
+    def __init__(self) -> None:
+        self._numbers, self._prefix = itertools.count(1), os.urandom(4).hex()
+
+    def __call__(self, given: str) -> str:
+        return given if short_and_plain(given) else f"{self._prefix}-{next(self._numbers)}"
+
+
+class Asked(NamedTuple):
+    """A request, for its log line. said: the method, and over HTTP the path; probe: whether failing is the
+    answer that was asked for."""
+
+    said: dict[str, str]
+    client: str
+    request_id: str
+    probe: bool
+
+
+def record(
+    service: Service, asked: Asked, route: str, status: int | str, seconds: float, *, failed: bool
+) -> None:
+    """Count and time a request that has its answer, and log it where somebody may have to know."""
+    service.metrics.requests.labels(route, str(status)).inc()
+    service.metrics.request_seconds.labels(route).observe(seconds)
+    if service.settings.access_log or (failed and not asked.probe):
+        service.log.log(
+            logging.WARNING if failed else logging.INFO,
+            "request",
+            extra={
+                **asked.said,
+                "status": status,
+                "milliseconds": round(seconds * 1000, 2),
+                "client": asked.client,
+                "request_id": asked.request_id,
+            },
+        )
+
+
 class Tracking:
     """Every response carries `x-request-id` (the client's own, if it is short and plain),
     which the log lines repeat."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self.app, self.service = app, service
-        self._numbers = itertools.count(1)
-        self._prefix = os.urandom(4).hex()
+        self._ids = RequestIds()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -46,7 +87,7 @@ class Tracking:
         # who asks, and when
         metrics = self.service.metrics
         began = time.perf_counter()
-        request_id = self._request_id(scope)
+        request_id = self._ids(Headers(scope=scope).get("x-request-id", ""))
         status = 499  # nginx's number for a client that left before its answer
 
         # the answer, on its way out
@@ -71,27 +112,7 @@ class Tracking:
             raise
         finally:
             metrics.in_flight.dec()
-            seconds = time.perf_counter() - began
-            route = route_of(scope["path"])
-            metrics.requests.labels(route, str(status)).inc()
-            metrics.request_seconds.labels(route).observe(seconds)
-            if self.service.settings.access_log or (status >= 400 and route != "health"):
-                self.service.log.log(
-                    30 if status >= 400 else 20,
-                    "request",
-                    extra={
-                        "method": scope["method"],
-                        "path": scope["path"],
-                        "status": status,
-                        "milliseconds": round(seconds * 1000, 2),
-                        "client": (scope.get("client") or ("",))[0],
-                        "request_id": request_id,
-                    },
-                )
+            route, said = route_of(scope["path"]), {"method": scope["method"], "path": scope["path"]}
+            asked = Asked(said, (scope.get("client") or ("",))[0], request_id, probe=route == "health")
+            record(self.service, asked, route, status, time.perf_counter() - began, failed=status >= 400)
         return None
-
-    def _request_id(self, scope: Scope) -> str:
-        given = Headers(scope=scope).get("x-request-id")
-        if short_and_plain(given or ""):
-            return str(given)
-        return f"{self._prefix}-{next(self._numbers)}"

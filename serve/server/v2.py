@@ -165,8 +165,8 @@ class Descriptions:
 
     async def model_ready(self, request: Request) -> Response:
         name = self._model(request).name
-        draining = self.service.phase in (Phase.DRAINING, Phase.CLOSING)
-        return json_response({"name": name, "ready": not draining}, 503 if draining else 200)
+        ending = self.service.ending
+        return json_response({"name": name, "ready": not ending}, 503 if ending else 200)
 
     async def config(self, request: Request) -> Response:
         model = self._model(request)

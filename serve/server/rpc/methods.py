@@ -15,7 +15,7 @@ from serve.server.protocol import VERSION
 from serve.server.repository import Repository
 from serve.server.rpc.infer import read_infer, write_infer
 from serve.server.rpc.messages import message
-from serve.server.service import Phase, Service
+from serve.server.service import Service
 from serve.server.v2 import (
     NOT_CONTROLLED,
     PARSE_INLINE_BYTES,
@@ -41,9 +41,8 @@ class Methods:
         return message("ServerReadyResponse")(ready=self.service.ready)
 
     async def ModelReady(self, asked: Any) -> Any:
-        draining = self.service.phase in (Phase.DRAINING, Phase.CLOSING)
         loaded = asked.name in self.service.models and asked.version in ("", VERSION)
-        return message("ModelReadyResponse")(ready=loaded and not draining)
+        return message("ModelReadyResponse")(ready=loaded and not self.service.ending)
 
     async def ServerMetadata(self, asked: Any) -> Any:
         return message("ServerMetadataResponse")(**server_metadata(self.service))

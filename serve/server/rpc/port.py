@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
-import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -24,7 +22,7 @@ from serve.server.repository import Repository
 from serve.server.rpc.messages import HEALTH, INFERENCE, message, parsed, pool
 from serve.server.rpc.methods import Methods
 from serve.server.service import Service
-from serve.server.tracking import short_and_plain
+from serve.server.tracking import Asked, RequestIds, record
 
 Code = grpc.StatusCode
 CODES = {
@@ -98,7 +96,7 @@ class Calls:
         self.reading = Reading(max(1, limits.bytes_in_flight // self.largest))
         self.streams = 0
         self._token = service.settings.token.encode() if service.settings.token else None
-        self._numbers, self._prefix = itertools.count(1), os.urandom(4).hex()
+        self._ids = RequestIds()
 
     @contextlib.asynccontextmanager
     async def tracked(self, name: str, context: Any) -> AsyncIterator[None]:
@@ -107,8 +105,7 @@ class Calls:
         metadata = {
             key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)
         }
-        given = metadata.get("x-request-id", "")
-        request_id = given if short_and_plain(given) else f"{self._prefix}-{next(self._numbers)}"
+        request_id = self._ids(metadata.get("x-request-id", ""))
         context.set_trailing_metadata((("x-request-id", request_id),))
         failed: tuple[grpc.StatusCode, str] | None = None
         metrics.in_flight.inc()
@@ -135,21 +132,10 @@ class Calls:
         finally:
             metrics.in_flight.dec()
             code = failed[0] if failed else code
-            seconds, route = time.perf_counter() - began, f"grpc_{'infer' if 'Infer' in name else 'other'}"
-            metrics.requests.labels(route, code.name).inc()
-            metrics.request_seconds.labels(route).observe(seconds)
-            if self.service.settings.access_log or (failed and name not in OPEN_TO_ALL):
-                self.service.log.log(
-                    30 if failed else 20,
-                    "request",
-                    extra={
-                        "method": f"grpc {name}",
-                        "status": code.name,
-                        "milliseconds": round(seconds * 1000, 2),
-                        "client": address_of(context),
-                        "request_id": request_id,
-                    },
-                )
+            route, said = f"grpc_{'infer' if 'Infer' in name else 'other'}", {"method": f"grpc {name}"}
+            asked = Asked(said, address_of(context), request_id, probe=name in OPEN_TO_ALL)
+            seconds = time.perf_counter() - began
+            record(self.service, asked, route, code.name, seconds, failed=failed is not None)
         if failed:
             await context.abort(*failed)
 
