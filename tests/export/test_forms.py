@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -31,22 +32,13 @@ REASON = "is not installed"
 
 
 @pytest.fixture(scope="module")
-def key(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("model_signing", reason=f"model-signing {REASON}")
-    from cryptography.hazmat.primitives import serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    path = tmp_path_factory.mktemp("key") / "private.pem"
-    private = ec.generate_private_key(ec.SECP256R1())
-    encoding, none = serialization.Encoding.PEM, serialization.NoEncryption()
-    path.write_bytes(private.private_bytes(encoding, serialization.PrivateFormat.PKCS8, none))
-    public = private.public_key().public_bytes(encoding, serialization.PublicFormat.SubjectPublicKeyInfo)
-    path.with_name("public.pem").write_bytes(public)
-    return path
+def keys(signing_keys: Callable[[str], tuple[Path, Path]]) -> tuple[Path, Path]:
+    """A private and a public key."""
+    return signing_keys("forms")
 
 
 @pytest.fixture(scope="module")
-def forms(digits_run: Run, key: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def forms(digits_run: Run, keys: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """branch0 in every form that this machine can make, by one command; -> the folder with bundles/,
     triton/ and space/."""
     pytest.importorskip("openvino", reason=f"OpenVINO {REASON}")
@@ -75,7 +67,7 @@ def forms(digits_run: Run, key: Path, tmp_path_factory: pytest.TempPathFactory) 
         "--space-sdk",
         "gradio",
     ]
-    flags += ["--sign", str(key), "--min-accuracy", "0.5", "--out", str(root / "bundles")]
+    flags += ["--sign", str(keys[0]), "--min-accuracy", "0.5", "--out", str(root / "bundles")]
     assert main([str(digits_run.folder), *flags]) == 0
     return root
 
@@ -114,9 +106,9 @@ def test_every_form_is_in_the_bundle_with_what_it_computes(forms: Path) -> None:
 
 
 def test_the_bundle_verifies_and_says_what_could_not_run(
-    forms: Path, key: Path, capsys: pytest.CaptureFixture[str]
+    forms: Path, keys: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = [str(forms / "bundles" / "branch0"), "--public-key", str(key.with_name("public.pem"))]
+    arguments = [str(forms / "bundles" / "branch0"), "--public-key", str(keys[1])]
     assert run_command(verify_main, arguments) == 0
     said = capsys.readouterr().out
     assert "signed by the owner" in said

@@ -272,29 +272,17 @@ def test_the_hash_of_a_bundle_is_that_of_its_manifest(tiny_bundle: Bundle) -> No
     assert tiny_bundle.sha256 == sha256_of(tiny_bundle.folder / MANIFEST)
 
 
-def test_a_signature_tells_whose_bundle_it_is(bundle: Path, verify: Verify, tmp_path: Path) -> None:
-    pytest.importorskip("model_signing", reason="model-signing is not installed")
-    from cryptography.hazmat.primitives import serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
+def test_a_signature_tells_whose_bundle_it_is(
+    bundle: Path, verify: Verify, tmp_path: Path, signing_keys: Callable[[str], tuple[Path, Path]]
+) -> None:
     from ffl_deploy.signing import sign_bundle
 
-    def keys(name: str) -> tuple[Path, Path]:
-        key = ec.generate_private_key(ec.SECP256R1())
-        private, public = tmp_path / f"{name}.pem", tmp_path / f"{name}.pub"
-        pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
-        private.write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain))
-        public.write_bytes(
-            key.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo)
-        )
-        return private, public
-
-    private, public = keys("ours")
+    private, public = signing_keys("ours")
     code, _, err = verify(bundle, "--public-key", public)
     assert (code, "no signature" in err) == (1, True)
     assert sign_bundle(bundle, private) == tmp_path / "bundle.sig"
     assert verify(bundle, "--public-key", public)[0] == 0
-    code, _, err = verify(bundle, "--public-key", keys("theirs")[1])
+    code, _, err = verify(bundle, "--public-key", signing_keys("theirs")[1])
     assert (code, "not a signature" in err) == (1, True)
     (bundle / "README.md").write_text("another card")
     relist(bundle)  # every hash is right again: only the signature knows

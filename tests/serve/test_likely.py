@@ -128,30 +128,10 @@ def test_files_that_are_gone_are_forgotten() -> None:
     assert list(ages._seen) == ["b"]
 
 
-@pytest.fixture
-def keys(tmp_path: Path) -> Callable[[str], tuple[Path, Path]]:
-    """name -> a new private and public key in PEM."""
-    pytest.importorskip("model_signing", reason="model-signing is not installed")
-    from cryptography.hazmat.primitives import serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    def make(name: str) -> tuple[Path, Path]:
-        key = ec.generate_private_key(ec.SECP256R1())
-        private, public = tmp_path / f"{name}.pem", tmp_path / f"{name}.pub"
-        pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
-        private.write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain))
-        public.write_bytes(
-            key.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo)
-        )
-        return private, public
-
-    return make
-
-
 def test_a_signature_can_be_required_wherever_a_bundle_is_used(
     tiny_bundle: Bundle,
     tmp_path: Path,
-    keys: Callable[[str], tuple[Path, Path]],
+    signing_keys: Callable[[str], tuple[Path, Path]],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """ffl-verify alone could ask for one: whoever swapped a bundle and its hashes was served."""
@@ -165,7 +145,7 @@ def test_a_signature_can_be_required_wherever_a_bundle_is_used(
 
     folder = Path(shutil.copytree(tiny_bundle.folder, tmp_path / "b"))
     Image.new("RGB", (32, 32)).save(tmp_path / "image.png")
-    (private, public), out = keys("ours"), tmp_path / "rows.jsonl"
+    (private, public), out = signing_keys("ours"), tmp_path / "rows.jsonl"
     predict = [str(folder), str(tmp_path / "image.png"), "--out", str(out), "--quiet", "--public-key"]
     serve = [str(folder), "--no-demo", "--port", "0", "--public-key"]
 
@@ -179,7 +159,7 @@ def test_a_signature_can_be_required_wherever_a_bundle_is_used(
 
     refused(public, "has no signature")
     sign_bundle(folder, private)
-    refused(keys("theirs")[1], "by this key")
+    refused(signing_keys("theirs")[1], "by this key")
     assert run_command(predict_main, [*predict, str(public)]) == 0
     settings = parse_arguments([*serve, str(public)])
     model = open_model(settings.models[0], settings, lambda name, images, seconds: None)
