@@ -1,8 +1,7 @@
 """A list of images with labels, LIST.csv, .tsv or .parquet: a row names a file, its class and, in a column
 called split, perhaps its part.
 
-Paths are relative to the list's own folder, or to another one. Names of columns are those that ffl-predict
-takes, so the list that a network was trained from can be predicted and scored as it is.
+Paths are relative to the list's own folder, or to another one.
 """
 
 from __future__ import annotations
@@ -20,14 +19,12 @@ import numpy as np
 from ffl_deploy.data.folders import Listing, shorten
 from ffl_deploy.data.inputs import PartInputs, file_prints
 from ffl_deploy.data.splits import Paths
-from ffl_deploy.errors import UsageError
+from ffl_deploy.errors import UsageError, first_line
 from ffl_deploy.files import did_you_mean, shown
+from ffl_deploy.image_lists import IMAGE_COLUMNS, LABEL_COLUMNS, LONGEST_LINE, open_text
 from ffl_deploy.installed import require
 
 SUFFIXES = (".csv", ".tsv", ".parquet")
-# tried in this order
-IMAGE_COLUMNS = ("path", "image", "file_name", "image_path", "filename", "file")
-LABEL_COLUMNS = ("label", "class", "target")
 SPLIT_COLUMNS = ("split", "subset")
 PARTS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -228,19 +225,14 @@ def _is_text(table: Path) -> bool:
 # Text -------------------------------------------------------------------------------------------------------
 
 
-def _open_text(table: Path) -> Any:
-    # names that are not UTF-8 stay openable
-    return open(table, newline="", encoding="utf-8-sig", errors="surrogateescape")
-
-
 def _delimiter(header: str) -> str:
     """-> what separates the columns: spreadsheets of some countries write semicolons."""
     return max(DELIMITERS, key=header.count)
 
 
 def _csv_names(table: Path) -> list[str]:
-    with _open_text(table) as file:
-        header = file.readline(1 << 20)
+    with open_text(table) as file:
+        header = file.readline(LONGEST_LINE)
         names = next(csv.reader([header], delimiter=_delimiter(header)), None) if header.strip() else None
     if not names:
         raise UsageError(f"{shown(table)} is empty; its first line must name the columns.")
@@ -248,8 +240,8 @@ def _csv_names(table: Path) -> list[str]:
 
 
 def _csv_rows(table: Path, columns: Columns) -> Iterator[Row]:
-    with _open_text(table) as file:
-        header = file.readline(1 << 20)
+    with open_text(table) as file:
+        header = file.readline(LONGEST_LINE)
         file.seek(0)
         reader = csv.DictReader(file, delimiter=_delimiter(header), restval="")
         try:
@@ -276,8 +268,9 @@ def _parquet(table: Path) -> Any:
     try:
         return pq.ParquetFile(table, pre_buffer=False)
     except (pa.ArrowException, OSError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UsageError(f"{shown(table)} is no Parquet table that can be read ({reason}).") from error
+        raise UsageError(
+            f"{shown(table)} is no Parquet table that can be read ({first_line(error)})."
+        ) from error
 
 
 def _parquet_rows(table: Path, columns: Columns) -> Iterator[Row]:
@@ -291,8 +284,9 @@ def _parquet_rows(table: Path, columns: Columns) -> Iterator[Row]:
         content = file.read(columns=names)
         cells = [content.column(name).to_pylist() if name is not None else None for name in columns]
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UsageError(f"{shown(table)} is no Parquet table that can be read ({reason}).") from error
+        raise UsageError(
+            f"{shown(table)} is no Parquet table that can be read ({first_line(error)})."
+        ) from error
     for row in range(content.num_rows):
         values = (None if column is None or column[row] is None else str(column[row]) for column in cells)
         yield Row(f"row {row + 1}", *values)

@@ -14,16 +14,17 @@ from typing import Any
 
 import msgspec
 
+from ffl_deploy import image_lists
 from ffl_deploy.errors import UsageError
+from ffl_deploy.image_lists import LONGEST_LINE, open_text
 from ffl_deploy.images import SUFFIXES
 from serve.inputs import columnar
 from serve.inputs.items import Item, displayed, label_text, path_item, refuse
 
 # tried in this order
-IMAGE_COLUMNS = ("path", "image", "file_name", "image_path", "filename", "file", "img", "image_id", "bytes")
-LABEL_COLUMNS = ("label", "class", "target", "fine_label", "labels")
+IMAGE_COLUMNS = (*image_lists.IMAGE_COLUMNS, "img", "image_id", "bytes")
+LABEL_COLUMNS = (*image_lists.LABEL_COLUMNS, "fine_label", "labels")
 DELIMITERS = (",", ";", "\t")  # the first one that the header has
-LONGEST_LINE = 2**20
 LIST = "path"  # the one column of a list
 
 
@@ -92,21 +93,16 @@ def _chosen(
 # ---- CSV and TSV
 
 
-def _open_text(path: str) -> Any:
-    # names that are not UTF-8 stay openable
-    return open(path, newline="", encoding="utf-8-sig", errors="surrogateescape")
-
-
 def _delimiter(path: str) -> str:
     if path.lower().endswith(".tsv"):
         return "\t"
-    with _open_text(path) as file:
+    with open_text(path) as file:
         header = file.readline(LONGEST_LINE)
     return next((one for one in DELIMITERS if one in header), ",")
 
 
 def _csv_names(path: str) -> list[str]:
-    with _open_text(path) as file:
+    with open_text(path) as file:
         try:
             header = next(csv.reader(file, delimiter=_delimiter(path)), None)
         except csv.Error as error:
@@ -117,10 +113,10 @@ def _csv_names(path: str) -> list[str]:
 
 
 def _csv_rows(path: str, column: str, label_column: str | None) -> Iterator[Item]:
-    names = _csv_names(path)
-    with _open_text(path) as file:
-        next(csv.reader(file, delimiter=_delimiter(path)), None)
-        reader = csv.DictReader(file, names, delimiter=_delimiter(path))
+    names, delimiter = _csv_names(path), _delimiter(path)
+    with open_text(path) as file:
+        next(csv.reader(file, delimiter=delimiter), None)
+        reader = csv.DictReader(file, names, delimiter=delimiter)
         number = 0
         while True:
             try:
