@@ -12,7 +12,6 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
-from export.check.evaluation import Reference
 from export.check.exits import check_exits, exit_agreement, exit_times
 from export.check.gates import (
     ACCURACY_BATCH,
@@ -232,14 +231,13 @@ def cascade_record(
 
     edge = cascade.reference.edge(threshold.value)
     expected = cascade.reference.deferred(threshold.value)[~edge].astype(np.int64)
-    kept = Reference(whole.images[~edge], whole.labels[~edge], whole.logits[~edge])
     test, labels = context.test.split, context.test.split.labels
     last = context.evaluation.test_logits[cascade.exits[1]].argmax(axis=1) == labels
     return CascadeRecord(
         exits=list(cascade.exits),
         threshold=threshold,
         edge=int(edge.sum()),
-        exit_agreement=exit_agreement(session, kept, expected, precision),
+        exit_agreement=exit_agreement(session, whole.images[~edge], expected, precision),
         deferred=float(answers.exit.mean()),
         against_last=paired_difference(last, answers.logits.argmax(axis=1) == labels),
         times=exit_times(session, file.path, variant, test),

@@ -49,6 +49,11 @@ class Interrupted(FflError):
     exit_code = INTERRUPTED
 
 
+def first_line(error: BaseException) -> str:
+    """-> the first line of what an exception of a library says; its type where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def choices_sentence(name: str, known: Sequence[str]) -> str:
     """-> "Known: a, b, c." with the nearest name first in mind when `name` looks like a typing error."""
     near = get_close_matches(name, known, n=1)

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
-from ffl_deploy.errors import UsageError
+from ffl_deploy.errors import UsageError, first_line
 from ffl_deploy.files import did_you_mean, shown
 from ffl_deploy.networks.backbones import is_library_name
 from ffl_deploy.networks.checkpoint import MODEL, read_checkpoint
@@ -378,9 +378,8 @@ def read_without_code(path: Path) -> Any:
                 f"--weights {shown(path)} asks for code to be executed when it is opened{what}, which is not "
                 "done; save its state_dict alone: torch.save(model.state_dict(), FILE)."
             ) from error
-        first = reason.strip().partition("\n")[0] or type(error).__name__
         raise UsageError(
-            f"--weights {shown(path)} is no file of weights, or a damaged one ({first})."
+            f"--weights {shown(path)} is no file of weights, or a damaged one ({first_line(error)})."
         ) from error
 
 

@@ -65,10 +65,10 @@ def check_exits(
                 )
 
 
-def exit_agreement(session: Session, reference: Reference, expected: np.ndarray, precision: str) -> float:
-    """-> share of the reference images that leave by PyTorch's exit. expected: int64 [n], without the edge.
+def exit_agreement(session: Session, images: np.ndarray, expected: np.ndarray, precision: str) -> float:
+    """-> share of the reference images [n, h, w, 3] that leave by PyTorch's exit, int64 [n].
     Raises CheckError where one does not in fp32, or there is no output for it."""
-    outputs = run_in_batches(session.run, reference.images.__getitem__, len(reference.images), ACCURACY_BATCH)
+    outputs = run_in_batches(session.run, images.__getitem__, len(images), ACCURACY_BATCH)
     if outputs.exit is None:
         raise CheckError(f"variant {session.variant} gives no output exit.")
     same = float((outputs.exit == expected).mean())

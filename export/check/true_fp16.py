@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from export.check.evaluation import Reference, class_balanced
-from ffl_deploy.errors import CheckError
+from ffl_deploy.errors import CheckError, first_line
 from ffl_deploy.parity import PARITY_GATES, ParityMetrics, compare, judge
 
 IMAGES = 16
@@ -41,7 +41,7 @@ def check_true_fp16(path: Path, reference: Reference, batch: int | None = None) 
             with np.errstate(over="ignore", invalid="ignore"):  # what is looked for here
                 logits += list(run.run(["logits"], {"images": images})[0][: len(rows) - start])
         except Exception as error:  # the reference raises what NumPy and its operators raise
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            reason = first_line(error)
             raise CheckError(
                 f"{path.name} cannot be computed in true fp16 by onnx.reference: {reason}"
             ) from error

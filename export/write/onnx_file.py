@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ffl_deploy.errors import CheckError
+from ffl_deploy.errors import CheckError, first_line
 from ffl_deploy.files import write_atomically
 
 
@@ -62,7 +62,7 @@ def check_onnx(path: Path) -> None:
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except Exception as error:  # the checker, shape inference and protobuf each raise their own
-        raise CheckError(f"onnx refuses {path.name}: {str(error).strip().splitlines()[0]}") from error
+        raise CheckError(f"onnx refuses {path.name}: {first_line(error)}") from error
 
 
 def _domain(name: str) -> str:

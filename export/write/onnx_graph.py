@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from export.outputs import FURTHER_OUTPUTS, ForwardPass
 from export.write.onnx_file import save_onnx
-from ffl_deploy.errors import CheckError, UsageError
+from ffl_deploy.errors import CheckError, UsageError, first_line
 
 OPSET = 20
 """Default ONNX opset: what the exporter writes natively, and what ONNX Runtime,
@@ -158,7 +158,7 @@ def write_onnx(
                 verbose=False,
             )
     except torch.onnx.errors.OnnxExporterError as error:
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        reason = first_line(error.__cause__ or error)
         raise CheckError(
             f"PyTorch {torch.__version__} cannot export this target at opset {options.opset}: {reason}"
         ) from error

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ffl_deploy.errors import UsageError
+from ffl_deploy.errors import UsageError, first_line
 from ffl_deploy.installed import missing
 from ffl_deploy.networks.stages import (
     Permute,
@@ -81,7 +81,7 @@ def build_model(
                 return _torchvision_model(model, classes, bool(pretrained))
         return _timm_model(model, height, width, classes, pretrained)
     except Exception as error:  # each library, and each way to fail at a download, has exceptions of its own
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = first_line(error)
         if cached is not None:
             raise UsageError(
                 f"the published weights of {name} are damaged where they are kept, {cached} ({reason}); "

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from ffl_deploy.errors import UsageError
+from ffl_deploy.errors import UsageError, first_line
 from ffl_deploy.images import ImageError
 from serve.inputs.items import MAX_FILE_BYTES, Item, displayed, label_text, path_item, refuse
 
@@ -133,9 +133,7 @@ def _parquet(path: str) -> Any:
     try:
         return pq.ParquetFile(path, pre_buffer=False)
     except (pa.ArrowException, OSError) as error:
-        raise UsageError(
-            f"{path} is not a Parquet table that can be read ({str(error).splitlines()[0]})."
-        ) from error
+        raise UsageError(f"{path} is not a Parquet table that can be read ({first_line(error)}).") from error
 
 
 def _arrow(path: str) -> Any:
@@ -148,9 +146,7 @@ def _arrow(path: str) -> Any:
         source = pa.memory_map(path)
         return pa.ipc.open_file(source) if random else pa.ipc.open_stream(source)
     except (pa.ArrowException, OSError) as error:
-        raise UsageError(
-            f"{path} is not an Arrow table that can be read ({str(error).splitlines()[0]})."
-        ) from error
+        raise UsageError(f"{path} is not an Arrow table that can be read ({first_line(error)}).") from error
 
 
 def _parquet_batches(path: str, column: str, wanted: Sequence[str]) -> Iterator[Any]:
@@ -175,7 +171,7 @@ def _parquet_batches(path: str, column: str, wanted: Sequence[str]) -> Iterator[
                 yield batch
                 read += len(batch)
         except (pa.ArrowException, OSError) as error:
-            message = f"the table is corrupt here ({str(error).splitlines()[0]})"
+            message = f"the table is corrupt here ({first_line(error)})"
             yield Unread(rows - read, "corrupt", message)
 
 
@@ -192,7 +188,7 @@ def _arrow_batches(path: str, wanted: Sequence[str]) -> Iterator[Any]:
             for batch in reader:
                 yield batch.select(list(wanted))
     except (pa.ArrowException, OSError) as error:
-        yield Unread(1, "corrupt", f"the table is corrupt from here on ({str(error).splitlines()[0]})")
+        yield Unread(1, "corrupt", f"the table is corrupt from here on ({first_line(error)})")
 
 
 def _is_bytes(kind: Any) -> bool:

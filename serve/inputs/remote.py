@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from ffl_deploy.errors import UsageError
+from ffl_deploy.errors import UsageError, first_line
 from ffl_deploy.images import SUFFIXES, ImageError
 from ffl_deploy.installed import require
 from serve.inputs.items import MAX_FILE_BYTES, Item, Skipped, label_of
@@ -91,4 +91,4 @@ def _fetched(files: Any, name: str) -> bytes:
 
 
 def _words(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]
+    return first_line(error)[:200]

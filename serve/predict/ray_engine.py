@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from ffl_deploy.errors import CheckError, UsageError
+from ffl_deploy.errors import CheckError, UsageError, first_line
 from ffl_deploy.installed import missing
 from ffl_deploy.runtime import runtime_named
 from serve.inputs.items import Item
@@ -55,7 +55,7 @@ def predict_shards(run: PredictRun, items: Iterator[Item]) -> None:
                 commit(run, finished)
     except ray.exceptions.RayError as error:
         raise CheckError(
-            f"the cluster gave up a shard ({str(error).strip().splitlines()[0]}); the finished ones are "
+            f"the cluster gave up a shard ({first_line(error)}); the finished ones are "
             "kept: the same command with --resume goes on, and with --engine local it also finds the image "
             "that kills workers."
         ) from error
@@ -91,7 +91,7 @@ def start_ray() -> Any:
             ray.init(log_to_driver=False, logging_level=logging.ERROR, **local)
         except Exception as error:  # a node that does not come up in time is a plain Exception
             raise CheckError(
-                f"Ray did not start ({str(error).strip().splitlines()[0]}); free the machine, or start it "
+                f"Ray did not start ({first_line(error)}); free the machine, or start it "
                 "yourself (ray start --head, then RAY_ADDRESS=auto), or leave --engine ray away."
             ) from error
     # its tracebacks; the error itself is raised here
