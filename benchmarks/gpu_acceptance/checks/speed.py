@@ -28,21 +28,11 @@ def run(context: Context) -> None:
     if not context.gpu:
         report.leave_out("CUDA graphs, fp16, torch.compile, larger batches: need a GPU")
 
-    # one after the other, so that memory is one setting's own: each is warm before it is timed
-    eager: dict[str, float] = {}
-    for setting in settings(context.gpu):
-        try:
-            training = Training(data, context.device, setting, context.work / "speed")
-            training.seconds(WARM + 2 if context.gpu else 1)
-            blocks = [training.seconds(steps) for _ in range(rounds)]
-        # one that fails is told, and the others go on
-        except (RuntimeError, torch.OutOfMemoryError) as error:
-            report.note(**{setting.name: {"error": str(error).splitlines()[0]}})
-            report.must(f"{setting.name} runs", False)
-            continue
-        report.note(**{setting.name: speed(blocks, setting.batch)})
-        if setting.batch == 128 and not setting.compile:
-            eager[setting.name] = float(np.median(blocks))
+    eager = {
+        setting.name: seconds
+        for setting in settings(context.gpu)
+        if (seconds := timed(setting, data, context, steps, rounds)) is not None
+    }
 
     # what `auto` takes, and the official code, in turns
     precision = chosen_precision(data, context) if context.gpu else "fp32"
@@ -73,20 +63,46 @@ def run(context: Context) -> None:
             report.note(**{f"times the speed of {name}": round(ratio, 3)})
             if context.gpu:
                 report.must(f"not slower than {name}", ratio >= 1)
+    # last, as torch.compile may take what time is left
+    for setting in further(context.gpu):
+        timed(setting, data, context, steps, rounds)
+
+
+def timed(setting: Setting, data: Any, context: Context, steps: int, rounds: int) -> float | None:
+    """Time one setting, warm, alone in memory; -> median seconds of a step, or None where it fails."""
+    try:
+        training = Training(data, context.device, setting, context.work / "speed")
+        training.seconds(WARM + 2 if context.gpu else 1)
+        blocks = [training.seconds(steps) for _ in range(rounds)]
+    # one that fails is told, and the others go on
+    except (RuntimeError, torch.OutOfMemoryError) as error:
+        context.report.note(**{setting.name: {"error": str(error).splitlines()[0]}})
+        context.report.must(f"{setting.name} runs", False)
+        return None
+    context.report.note(**{setting.name: speed(blocks, setting.batch)})
+    return float(np.median(blocks))
 
 
 def settings(gpu: bool) -> Iterator[Setting]:
-    """The most telling first, as the time may end."""
+    """What `auto` chooses from."""
     if not gpu:
         yield Setting("fp32")
         return
-    for batch in BATCHES:
+    for precision in ("fp32", "bf16", "fp16"):
+        for graph in ("on", "off"):
+            yield Setting(precision, BATCHES[0], graph)  # type: ignore[arg-type]
+
+
+def further(gpu: bool) -> Iterator[Setting]:
+    """Larger batches and torch.compile, which a user has to ask for."""
+    if not gpu:
+        return
+    for batch in BATCHES[1:]:
         for precision in ("fp32", "bf16", "fp16"):
             for graph in ("on", "off"):
                 yield Setting(precision, batch, graph)  # type: ignore[arg-type]
-        if batch == BATCHES[0]:
-            yield Setting("bf16", batch, "off", compile=True)
-            yield Setting("bf16", batch, "on", compile=True)
+    for graph in ("off", "on"):
+        yield Setting("bf16", BATCHES[0], graph, compile=True)  # type: ignore[arg-type]
 
 
 def speed(seconds: list[float], batch: int) -> dict[str, Any]:
