@@ -207,10 +207,17 @@ class Trainer:
         self.work.set(learning_rate(number, self.steps, self.options), ramp)
 
         # the device's work, and what it measured
-        rows = self.take_step(micro_batches, self.method.frozen(self.network, number / self.steps, number))
+        frozen = self.method.frozen(self.network, number / self.steps, number)
+        with self.place.searching(self.has_usual_shape(micro_batches)):
+            rows = self.take_step(micro_batches, frozen)
         for batch, row in zip(micro_batches, rows, strict=True):
             self.meter.add(number, len(batch.labels), self.work.names, row)
             self.position.images += len(batch.labels) * self.place.world.size
+
+    def has_usual_shape(self, micro_batches: list[Batch]) -> bool:
+        """-> whether a step is one of the many that are alike: not the smaller last one of an epoch."""
+        usual = self.options.batch_size // (self.options.accumulate * self.place.world.size)
+        return all(len(batch.labels) >= usual for batch in micro_batches)
 
     def close_epoch(self, epoch: int) -> None:
         """Validate and save. Raises Interrupted where the run is to stop before its last epoch."""

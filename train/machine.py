@@ -27,18 +27,31 @@ _TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class Place:
     """Where a process of a run computes: its device and arithmetic, and its place among the other processes.
 
-    precision is what is used, not what was asked for: "fp32", "bf16" or "fp16".
+    precision is what is used, not what was asked for: "fp32", "bf16" or "fp16". searches: whether cuDNN tries
+    out its algorithms for the shapes that most steps have.
     """
 
     device: torch.device
     precision: str
     world: World = field(default_factory=World)
+    searches: bool = False
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Forward passes run inside; convolutions and linear layers then compute in `precision`."""
         if self.precision == "fp32":
             return nullcontext()
         return torch.autocast(self.device.type, dtype=_TYPES[self.precision])
+
+    @contextmanager
+    def searching(self, wanted: bool = True) -> Iterator[None]:
+        """In the block, cuDNN tries out its algorithms for every shape that it has not seen, if this place
+        searches; elsewhere it takes the one that it expects to be fastest."""
+        before = torch.backends.cudnn.benchmark
+        torch.backends.cudnn.benchmark = wanted and self.searches
+        try:
+            yield
+        finally:
+            torch.backends.cudnn.benchmark = before
 
     @contextmanager
     def exact(self) -> Iterator[Place]:
@@ -82,14 +95,12 @@ def choose_device(options: MachineOptions, world: World) -> torch.device:
 
 
 def repeat_every_bit(wanted: bool) -> None:
-    """Whether a GPU is to use algorithms alone that add in the same order every time; without, the fastest
-    for the shapes of the run's steps are tried out."""
+    """Whether a GPU is to use algorithms alone that add in the same order every time."""
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
     torch.use_deterministic_algorithms(wanted)
     # a search for bugs, no part of the result
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    torch.backends.cudnn.benchmark = not wanted
 
 
 def why_no_gpu(world: World) -> str:
@@ -175,20 +186,33 @@ def why_no_graph(device: torch.device, world: World) -> str:
     return "is for one process, and several share this run" if world.size > 1 else ""
 
 
+SEARCH_FROM = 5000
+"""Steps of a run from which a GPU searches its algorithms: it takes seconds for every shape, as long as
+hundreds of steps (docs/gpu-acceptance.md)."""
+
+
+def searches(options: MachineOptions, device: torch.device, steps: int) -> bool:
+    """-> whether cuDNN is to try out its algorithms in a run of `steps` steps."""
+    return device.type == "cuda" and not options.deterministic and steps >= SEARCH_FROM
+
+
 def choose_place(
-    wanted: str, device: torch.device, world: World, fastest: Callable[[Place], str] | None = None
+    wanted: str,
+    device: torch.device,
+    world: World,
+    fastest: Callable[[Place], str] | None = None,
+    searches: bool = False,
 ) -> Place:
     """wanted: a precision or "auto", which every process of `world` resolves alike. fastest: measures the
-    precisions of a GPU; without it `auto` is bf16 there, or fp16 where there is none.
+    precisions of a GPU; without it `auto` is bf16 there, or fp16 where there is none. searches: as Place's.
 
     bf16 is taken at its word everywhere: a CPU without it emulates it, slowly.
     """
     if wanted != "auto":
-        return Place(device, wanted, world)
+        return Place(device, wanted, world, searches)
     if device.type == "cuda":
-        place = Place(
-            device, "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16", world
-        )
+        half = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        place = Place(device, half, world, searches)
         return place if fastest is None else replace(place, precision=fastest(place))
     return Place(device, world.agree("bf16" if bf16_speed_up() >= WORTH_IT else "fp32"), world)
 

@@ -79,7 +79,8 @@ def seconds_of_passes(
     passes = both_passes(copy.deepcopy(network).train(), method, batch, place)
     try:
         for _ in range(WARM):  # in these cuDNN chooses its algorithms
-            device.run(passes)
+            with place.searching():
+                device.run(passes)
         run: Callable[[], object] = partial(device.run, passes)
         if graphs:
             with suppress(RuntimeError):  # what cannot be captured will not be, and is timed as it is

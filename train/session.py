@@ -36,7 +36,14 @@ from train.features import FeatureBatches, with_features
 from train.finish import describe, finish
 from train.guidance import advice, no_better_than_chance, unequal_classes
 from train.loop import Trainer
-from train.machine import Place, choose_device, choose_place, require_possible, resources_in_one_sentence
+from train.machine import (
+    Place,
+    choose_device,
+    choose_place,
+    require_possible,
+    resources_in_one_sentence,
+    searches,
+)
 from train.methods import build_method
 from train.onednn import in_default_order, keep_off_faulty_kernels
 from train.options import data_spec
@@ -103,7 +110,8 @@ def run_training(config: TrainConfig, stop: StopRequest | None = None) -> int:
             trainer = partial(QuantizeAwareTrainer, calibration=calibration_images(data))
         teacher: Teacher | None = None
         fastest = partial(fastest_precision, network, method, config)
-        place = choose_place(wanted_precision(config, stored), device, world, fastest)
+        search = searches(config.machine, device, steps_of(config, data))
+        place = choose_place(wanted_precision(config, stored), device, world, fastest, search)
         check_small_size(config, network, place)
         if config.machine.sync_batchnorm:
             network = synchronize_batchnorm(network, place)
@@ -150,6 +158,11 @@ def run_training(config: TrainConfig, stop: StopRequest | None = None) -> int:
         draw_curves(read_metrics(folder), folder / "curves.png")
         say(closing(folder, data.test.labels), config, world)
     return 0
+
+
+def steps_of(config: TrainConfig, data: ImageData) -> int:
+    """-> about how many steps the run takes."""
+    return config.optimisation.epochs * -(-len(data.train) // config.optimisation.batch_size)
 
 
 def say(text: str, config: TrainConfig, world: World) -> None:

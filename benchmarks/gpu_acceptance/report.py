@@ -4,6 +4,7 @@ had."""
 from __future__ import annotations
 
 import json
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,26 +18,31 @@ class NotHere(Exception):
 
 @dataclass
 class Report:
-    """found: numbers and texts; checks: what must hold, and whether it does; left_out: what could not run."""
+    """found: numbers and texts; checks: what must hold, and whether it does; left_out: what could not run.
+    Parts of a stage may run in threads."""
 
     path: Path
     found: dict[str, Any] = field(default_factory=dict)
     checks: dict[str, bool] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
+    lock: threading.RLock = field(default_factory=threading.RLock)
 
     def note(self, **found: Any) -> None:
-        self.found |= found
-        self.save()
+        with self.lock:
+            self.found |= found
+            self.save()
 
     def must(self, text: str, holds: bool) -> None:
         """Something that must hold; the stage goes on either way."""
-        self.checks[text] = bool(holds) and self.checks.get(text, True)
-        self.save()
+        with self.lock:
+            self.checks[text] = bool(holds) and self.checks.get(text, True)
+            self.save()
 
     def leave_out(self, text: str) -> None:
         """A part that this machine cannot run, and why."""
-        self.left_out.append(text)
-        self.save()
+        with self.lock:
+            self.left_out.append(text)
+            self.save()
 
     def save(self) -> None:
         content = {"found": self.found, "checks": self.checks, "left_out": self.left_out}

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,25 +43,49 @@ class Settings:
 def run_stages(stages: Sequence[Stage], settings: Settings) -> list[dict[str, Any]]:
     """-> a line per stage, which were also printed and stored as they came."""
     started, device, lines = time.monotonic(), settings.device, []
-    share = 60 * settings.minutes / sum(stage.limit for stage in stages)
+    groups = beside(stages, len(os.sched_getaffinity(0)))
+    share = 60 * settings.minutes / sum(max(stage.limit for stage in group) for group in groups)
     for name in ("stages", "logs", "work"):
         (settings.out / name).mkdir(parents=True, exist_ok=True)
     (settings.out / "acceptance.jsonl").write_text("")
-    for stage in stages:
+    for group in groups:
         left = 60 * settings.minutes - (time.monotonic() - started)
-        limit = min(stage.limit * share, left)
-        if stage.needs_gpu and device == "cpu":
-            line = not_run(stage, "needs an NVIDIA GPU")
-        elif limit < LEAST:
-            line = not_run(stage, "no time is left")
-        else:
-            line = run_stage(stage, settings, device, limit)
-        device = line["found"].get("device", device) if device == "auto" else device
-        lines.append(line)
-        print(json.dumps(line), flush=True)
-        with open(settings.out / "acceptance.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
+        with ThreadPoolExecutor(len(group)) as pool:
+            limits = [min(stage.limit * share, left) for stage in group]
+            running = [
+                pool.submit(run_or_not, stage, settings, device, limit)
+                for stage, limit in zip(group, limits, strict=True)
+            ]
+            for done in running:
+                line = done.result()
+                device = line["found"].get("device", device) if device == "auto" else device
+                lines.append(line)
+                print(json.dumps(line), flush=True)
+                with open(settings.out / "acceptance.jsonl", "a") as file:
+                    file.write(json.dumps(line) + "\n")
     return lines
+
+
+def beside(stages: Sequence[Stage], cores: int) -> list[list[Stage]]:
+    """-> the stages in order, in groups that run at once: of those that need not be alone, one for every two
+    cores."""
+    groups: list[list[Stage]] = []
+    for stage in stages:
+        last = groups[-1] if groups else []
+        if last and not stage.alone and not last[0].alone and len(last) < max(1, cores // 2):
+            last.append(stage)
+        else:
+            groups.append([stage])
+    return groups
+
+
+def run_or_not(stage: Stage, settings: Settings, device: str, limit: float) -> dict[str, Any]:
+    """Run a stage where that makes sense; -> its line."""
+    if stage.needs_gpu and device == "cpu":
+        return not_run(stage, "needs an NVIDIA GPU")
+    if limit < LEAST:
+        return not_run(stage, "no time is left")
+    return run_stage(stage, settings, device, limit)
 
 
 def not_run(stage: Stage, why: str) -> dict[str, Any]:

@@ -33,19 +33,19 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """How a step is taken. batch: images."""
+    """How a step is taken. batch: images; searches: whether cuDNN tries out its algorithms."""
 
     precision: str
     batch: int = 128
     cuda_graph: Literal["auto", "on", "off"] = "off"
     compile: bool = False
+    searches: bool = True
 
     @property
     def name(self) -> str:
         ways = {"on": "CUDA graph", "off": "as it is", "auto": "auto"}
-        return (
-            f"{self.precision}, {ways[self.cuda_graph]}{', compiled' if self.compile else ''}, {self.batch}"
-        )
+        further = f"{', compiled' if self.compile else ''}{'' if self.searches else ', no search'}"
+        return f"{self.precision}, {ways[self.cuda_graph]}{further}, {self.batch}"
 
 
 class Training:
@@ -64,7 +64,7 @@ class Training:
         config: TrainConfig = dataclasses.replace(
             recipe, machine=machine, model=model, optimisation=optimisation, output=output
         )
-        place = Place(choose_device(machine, World()), setting.precision)
+        place = Place(choose_device(machine, World()), setting.precision, searches=setting.searches)
         method = build_method(model.method)
         seed_everything(0, "weights")
         network = MutualNetwork(choose_network(config, method, data)).to(place.device)

@@ -22,7 +22,7 @@ from benchmarks.gpu_acceptance.images import decoded, pack, unpack
 from benchmarks.gpu_acceptance.page import PAGE, page, results_of, stored
 from benchmarks.gpu_acceptance.page import main as page_main
 from benchmarks.gpu_acceptance.report import Report
-from benchmarks.gpu_acceptance.runner import Settings, run_stages, store, worst
+from benchmarks.gpu_acceptance.runner import Settings, beside, run_stages, store, worst
 from benchmarks.gpu_acceptance.stages import STAGES, Stage
 from ffl_deploy.command import run_command
 
@@ -32,6 +32,12 @@ from pathlib import Path
 from benchmarks.gpu_acceptance.report import Report
 report = Report(Path(sys.argv[1]))
 """
+WAITS = """
+Path(report.path.parent / {0!r}).touch()
+while not Path(report.path.parent / {1!r}).exists():
+    time.sleep(0.02)
+report.must("both run", True)
+"""
 CODES = {
     "good": "report.note(device='cpu', speed=2.5); report.must('it works', True)",
     "bad": "report.must('it works', True); report.must('it is fast', False)",
@@ -39,6 +45,8 @@ CODES = {
     "crashed": "report.note(so_far=1); os.abort()",
     "slow": "report.note(so_far=1); print(subprocess.Popen(['sleep', '99']).pid, flush=True); time.sleep(99)",
     "lacking": "print('needs the official code'); sys.exit(77)",
+    "one": WAITS.format("one", "other"),
+    "other": WAITS.format("other", "one"),
     "partly": "report.leave_out('fp16: needs a GPU')",
 }
 
@@ -103,6 +111,28 @@ def test_without_a_gpu_a_stage_that_needs_one_is_not_even_begun(tmp_path: Path) 
     assert lines[1]["seconds"] == 0
 
 
+@pytest.mark.parametrize(
+    ("cores", "expected"),
+    [
+        (1, ["a", "b", "c", "d", "e"]),
+        (2, ["a", "b", "c", "d", "e"]),
+        (4, ["a", "bc", "d", "e"]),
+        (9, ["a", "bcd", "e"]),
+    ],
+)
+def test_stages_that_measure_nothing_run_beside_each_other(cores: int, expected: list[str]) -> None:
+    stages = [Stage(name, 1, False, "", "", alone=name in "ae") for name in "abcde"]
+    assert ["".join(stage.name for stage in group) for group in beside(stages, cores)] == expected
+
+
+def test_stages_beside_each_other_run_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each waits for the other."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(4)))
+    stages = [Stage(name, 60, False, "", "", alone=False) for name in ("one", "other")]
+    lines = run_stages(stages, Fakes(tmp_path, 1))
+    assert [(line["stage"], line["status"]) for line in lines] == [("one", "ok"), ("other", "ok")]
+
+
 def test_no_stage_begins_when_no_time_is_left(tmp_path: Path) -> None:
     lines = run_stages([Stage("good", 60, False, "", "")], Fakes(tmp_path, 0.01))
     assert lines[0]["why"] == "no time is left"
@@ -123,7 +153,9 @@ def test_the_exit_code_is_the_worst(statuses: list[str], left_out: list[str], ex
 
 def test_every_stage_has_its_module_and_they_fit_into_nine_minutes() -> None:
     assert len(STAGES) == 13
-    assert sum(stage.limit for stage in STAGES) <= 9.5 * 60
+    groups = beside(STAGES, 16)
+    assert [len(group) for group in groups] == [1, 6, 1, 1, 1, 1, 1, 1]
+    assert sum(max(stage.limit for stage in group) for group in groups) <= 9 * 60
     for stage in STAGES:
         assert callable(importlib.import_module(f"benchmarks.gpu_acceptance.checks.{stage.name}").run)
 

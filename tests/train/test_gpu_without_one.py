@@ -281,14 +281,12 @@ def test_deterministic_sets_what_torch_asks_for(
     wanted: bool, pretended: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pretended(True)
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", wanted)
     monkeypatch.setitem(os.environ, "CUBLAS_WORKSPACE_CONFIG", "")
     os.environ.pop("CUBLAS_WORKSPACE_CONFIG")
     precision = torch.get_float32_matmul_precision()
     try:
         choose_device(MachineOptions(deterministic=wanted), World())
         assert torch.are_deterministic_algorithms_enabled() is wanted
-        assert torch.backends.cudnn.benchmark is not wanted
         assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) is wanted
     finally:
         torch.use_deterministic_algorithms(False)

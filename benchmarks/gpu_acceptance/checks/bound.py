@@ -26,12 +26,19 @@ def run(context: Context) -> None:
         captured.seconds(WARM + 2)
         kernels = replays(captured)
         step = median(captured.seconds(20) for _ in range(5))
-        tiny = Training(data, context.device, Setting(precision, batch=2), context.work / "bound")
+        tiny = Training(
+            data, context.device, Setting(precision, batch=2, searches=False), context.work / "bound"
+        )
         tiny.seconds(WARM + 2)
         trainer, device = captured.trainer, captured.place.device
         batch = some_batch(trainer.network, 128, device)
         passes = seconds_of_passes(
-            trainer.network, trainer.method, batch, Place(device, precision), Cuda(device), graphs=True
+            trainer.network,
+            trainer.method,
+            batch,
+            Place(device, precision, searches=True),
+            Cuda(device),
+            graphs=True,
         )
         found = {
             "step ms": 1e3 * step,

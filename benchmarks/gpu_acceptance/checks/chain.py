@@ -31,7 +31,8 @@ def one(context: Context, precision: str, images: Path) -> None:
     """Train, export, verify, predict."""
     folder, report = context.work / f"chain-{precision}", context.report
     train = ["--data", "digits", "--device", context.device, "--precision", precision, *context.size(3)]
-    further = ["--target", "all", "--precision", "int8", "--precision", "fp16"] if context.gpu else []
+    whole = ["--target", "all", "--precision", "int8", "--precision", "fp16"]
+    further = whole if precision == "fp32" and context.gpu else []
     bundles, rows = folder / "bundles", folder / "rows.jsonl"
     commands = {
         "train": module("train.run", *train, "--quiet", "--out", str(folder / "run")),
@@ -44,6 +45,7 @@ def one(context: Context, precision: str, images: Path) -> None:
         begun = time.monotonic()
         done = start(command)
         seconds[name] = round(time.monotonic() - begun, 1)
+        report.note(**{f"{precision}_seconds": dict(seconds)})
         report.must(f"{precision}: {name} ends with 0", done.returncode == 0)
         if done.returncode:
             report.note(**{f"{precision}_{name}": sentence(done)})
@@ -61,7 +63,6 @@ def one(context: Context, precision: str, images: Path) -> None:
                 f"{precision}: it trained on the GPU", toolchain["device"] == torch.cuda.get_device_name()
             )
             report.must(f"{precision}: in {precision}", toolchain["precision"] == precision)
-    report.note(**{f"{precision}_seconds": seconds})
 
 
 def digits(folder: Path) -> Path:

@@ -21,7 +21,7 @@ def run(context: Context) -> None:
         raise NotHere("needs CIFAR-100 (--data NPZ)")
     folder, result = context.work / "cifar", context.out / "learning.json"
     context.report.note(images=unpack(context.data, folder))
-    epochs, seeds, images = ("8", "2", "16000") if context.gpu else ("1", "1", "1000")
+    epochs, seeds, images = ("4", "2", "16000") if context.gpu else ("1", "1", "1000")
     command = [
         sys.executable,
         "-m",

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from safetensors.numpy import load_file
@@ -15,42 +16,44 @@ from benchmarks.gpu_acceptance.report import Context
 from benchmarks.gpu_acceptance.training import ROOT, module, pythonpath, sentence
 from benchmarks.gpu_acceptance.training import run as start
 
-EPOCHS = {"cpu": 6, "cuda": 20}  # enough to be stopped twice in
+EPOCHS = {"cpu": 6, "cuda": 12}  # enough to be stopped twice in
 
 
 def run(context: Context) -> None:
     precisions = ("bf16", "fp16") if context.gpu else ("fp32",)
-    for precision in precisions:
-        flags = ["--data", "digits", "--device", context.device, "--precision", precision, "--quiet"]
-        flags += [
-            *context.size(EPOCHS["cuda"], EPOCHS["cpu"]),
-            "--deterministic",
-            "--checkpoint-minutes",
-            "0",
-        ]
-        whole, stopped = (context.work / f"resume-{precision}-{name}" for name in ("whole", "stopped"))
-        done = start(module("train.run", *flags, "--out", str(whole)))
-        context.report.must(f"{precision}: trained", done.returncode == 0)
-        if done.returncode:
-            context.report.note(**{precision: sentence(done)})
-            continue
-        code = interrupted(module("train.run", *flags, "--out", str(stopped)), stopped, signal.SIGTERM)
-        context.report.must(f"{precision}: SIGTERM ends with 130", code == 130)
-        again = module("train.run", "--resume", str(stopped), "--quiet")
-        # once more, killed at once in the middle of what it does, which with --checkpoint-minutes 0 is to
-        # save
-        code = interrupted(again, stopped, signal.SIGKILL)
-        context.report.must(f"{precision}: killed", code == -signal.SIGKILL)
-        done = start(again)
-        context.report.must(f"{precision}: resumed to the end", done.returncode == 0)
-        if done.returncode:
-            context.report.note(**{precision: sentence(done)})
-            continue
-        for name, differ in differences(whole, stopped).items():
-            context.report.must(f"{precision}: {name} has the same bits", not differ)
-        states = [json.loads((run / "checkpoints/last/state.json").read_text()) for run in (whole, stopped)]
-        context.report.must(f"{precision}: the same loss scale", states[0]["scaler"] == states[1]["scaler"])
-        context.report.must(f"{precision}: the same images", states[0]["images"] == states[1]["images"])
+    with ThreadPoolExecutor(len(precisions)) as pool:
+        for done in [pool.submit(one, context, precision) for precision in precisions]:
+            done.result()
+
+
+def one(context: Context, precision: str) -> None:
+    """A run as it is, and one that is stopped, then killed, then ended."""
+    report = context.report
+    flags = ["--data", "digits", "--device", context.device, "--precision", precision, "--quiet"]
+    flags += context.size(EPOCHS["cuda"], EPOCHS["cpu"])
+    flags += ["--deterministic", "--checkpoint-minutes", "0"]
+    whole, stopped = (context.work / f"resume-{precision}-{name}" for name in ("whole", "stopped"))
+    done = start(module("train.run", *flags, "--out", str(whole)))
+    report.must(f"{precision}: trained", done.returncode == 0)
+    if done.returncode:
+        report.note(**{precision: sentence(done)})
+        return
+    code = interrupted(module("train.run", *flags, "--out", str(stopped)), stopped, signal.SIGTERM)
+    report.must(f"{precision}: SIGTERM ends with 130", code == 130)
+    again = module("train.run", "--resume", str(stopped), "--quiet")
+    # once more, killed at once in the middle of what it does, which with --checkpoint-minutes 0 is to save
+    code = interrupted(again, stopped, signal.SIGKILL)
+    report.must(f"{precision}: killed", code == -signal.SIGKILL)
+    done = start(again)
+    report.must(f"{precision}: resumed to the end", done.returncode == 0)
+    if done.returncode:
+        report.note(**{precision: sentence(done)})
+        return
+    for name, differ in differences(whole, stopped).items():
+        report.must(f"{precision}: {name} has the same bits", not differ)
+    states = [json.loads((run / "checkpoints/last/state.json").read_text()) for run in (whole, stopped)]
+    report.must(f"{precision}: the same loss scale", states[0]["scaler"] == states[1]["scaler"])
+    report.must(f"{precision}: the same images", states[0]["images"] == states[1]["images"])
 
 
 def interrupted(command: list[str], folder: Path, how: signal.Signals, timeout: float = 300.0) -> int:

@@ -54,9 +54,9 @@ def run(context: Context) -> None:
     report.note(auto_is={"precision": precision, "said": auto.said})
     if context.gpu and eager:
         median = float(np.median(times["auto"]))
-        report.must(
-            "auto is within 5 % of the best as it is or captured", median <= NEAR * min(eager.values())
-        )
+        choices = [value for name, value in eager.items() if not name.startswith("fp16")]
+        report.must("auto is within 5 % of the best that it chooses from", median <= NEAR * min(choices))
+        report.note(**{"auto, times the time of the fastest": round(median / min(eager.values()), 3)})
     for name in sides:
         if name != "auto":
             ratio = float(np.median(np.array(times[name]) / np.array(times["auto"])))
@@ -72,35 +72,39 @@ def timed(setting: Setting, data: Any, context: Context, steps: int, rounds: int
     """Time one setting, warm, alone in memory; -> median seconds of a step, or None where it fails."""
     try:
         training = Training(data, context.device, setting, context.work / "speed")
+        started = time.perf_counter()
         training.seconds(WARM + 2 if context.gpu else 1)
+        warm = time.perf_counter() - started
         blocks = [training.seconds(steps) for _ in range(rounds)]
     # one that fails is told, and the others go on
     except (RuntimeError, torch.OutOfMemoryError) as error:
         context.report.note(**{setting.name: {"error": str(error).splitlines()[0]}})
         context.report.must(f"{setting.name} runs", False)
         return None
-    context.report.note(**{setting.name: speed(blocks, setting.batch)})
+    context.report.note(**{setting.name: speed(blocks, setting.batch) | {"warm_up_s": round(warm, 2)}})
     return float(np.median(blocks))
 
 
 def settings(gpu: bool) -> Iterator[Setting]:
-    """What `auto` chooses from."""
+    """What `auto` chooses from, and fp16."""
     if not gpu:
         yield Setting("fp32")
         return
     for precision in ("fp32", "bf16", "fp16"):
-        for graph in ("on", "off"):
+        for graph in ("off", "on"):
             yield Setting(precision, BATCHES[0], graph)  # type: ignore[arg-type]
 
 
 def further(gpu: bool) -> Iterator[Setting]:
-    """Larger batches and torch.compile, which a user has to ask for."""
+    """Without cuDNN's search, which short runs do without; larger batches and torch.compile, which a user has
+    to ask for."""
     if not gpu:
         return
+    for precision in ("fp32", "bf16"):
+        yield Setting(precision, BATCHES[0], "on", searches=False)
     for batch in BATCHES[1:]:
-        for precision in ("fp32", "bf16", "fp16"):
-            for graph in ("on", "off"):
-                yield Setting(precision, batch, graph)  # type: ignore[arg-type]
+        for graph in ("off", "on"):
+            yield Setting("bf16", batch, graph)  # type: ignore[arg-type]
     for graph in ("off", "on"):
         yield Setting("bf16", BATCHES[0], graph, compile=True)  # type: ignore[arg-type]
 

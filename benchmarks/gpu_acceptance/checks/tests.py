@@ -27,7 +27,10 @@ def run(context: Context) -> None:
         "tests/export",
         f"--junitxml={result}",
     ]
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", "5"]
     done = start([*command, "-p", "no:cacheprovider"])
+    (context.out / "gpu-tests.txt").write_text(done.stdout + done.stderr)
     context.report.note(code=done.returncode, said=done.stdout.strip().splitlines()[-1:])
     outcomes: dict[str, list[str]] = {"passed": [], "failed": [], "skipped": []}
     for case in ElementTree.parse(result).iter("testcase"):

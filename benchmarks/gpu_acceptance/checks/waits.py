@@ -24,7 +24,7 @@ def run(context: Context) -> None:
     data = decoded(context.data, 60)
     for graph in ("off", "on"):
         for precision in ("fp32", "bf16"):
-            setting = Setting(precision, cuda_graph=graph)  # type: ignore[arg-type]
+            setting = Setting(precision, cuda_graph=graph, searches=False)  # type: ignore[arg-type]
             training = Training(data, context.device, setting, context.work / "waits")
             for _ in range(AGREE_EVERY * (WARM + 1)):
                 training.step()
@@ -50,7 +50,7 @@ def waited(training: Training) -> list[str]:
     return waits
 
 
-def profiled(training: Training, trace: Path, steps: int = 10) -> dict[str, Any]:
+def profiled(training: Training, trace: Path, steps: int = 5) -> dict[str, Any]:
     """-> launches, copies and the GPU's busy share of a step; the trace is left beside."""
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
