@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,6 +39,7 @@ def main(argv: Sequence[str]) -> int:
         "--only", nargs="+", choices=names, default=names, metavar="STAGE", help=", ".join(names)
     )
     parser.add_argument("--stage", choices=names, help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, default=600.0, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     for path in (arguments.data, arguments.official):
         if path is not None and not path.exists():
@@ -46,7 +48,9 @@ def main(argv: Sequence[str]) -> int:
     if arguments.stage:
         report = Report(out / "stages" / f"{arguments.stage}.json")
         device = arguments.device if arguments.device != "auto" else found_device()
-        return one(arguments.stage, Context(out, device, arguments.data, arguments.official, report))
+        ends = time.monotonic() + arguments.seconds
+        context = Context(out, device, arguments.data, arguments.official, report, ends)
+        return one(arguments.stage, context)
     settings = Settings(out, arguments.minutes, arguments.device, arguments.data, arguments.official)
     lines = run_stages([stage for stage in STAGES if stage.name in arguments.only], settings)
     store(lines, settings)

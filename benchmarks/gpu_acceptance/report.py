@@ -52,13 +52,15 @@ class Report:
 @dataclass(frozen=True)
 class Context:
     """What every stage is given. device: "cuda" or "cpu"; data: the kit's images; official: its clone of the
-    official code; work: what stages leave for later ones."""
+    official code; work: what stages leave for later ones; ends: when the stage is ended, on the monotonic
+    clock."""
 
     out: Path
     device: str
     data: Path | None
     official: Path | None
     report: Report
+    ends: float = float("inf")
 
     @property
     def work(self) -> Path:

@@ -53,7 +53,7 @@ def run_stages(stages: Sequence[Stage], settings: Settings) -> list[dict[str, An
         with ThreadPoolExecutor(len(group)) as pool:
             limits = [min(stage.limit * share, left) for stage in group]
             running = [
-                pool.submit(run_or_not, stage, settings, device, limit)
+                pool.submit(run_or_not, stage, settings, device, limit, len(group))
                 for stage, limit in zip(group, limits, strict=True)
             ]
             for done in running:
@@ -79,13 +79,15 @@ def beside(stages: Sequence[Stage], cores: int) -> list[list[Stage]]:
     return groups
 
 
-def run_or_not(stage: Stage, settings: Settings, device: str, limit: float) -> dict[str, Any]:
-    """Run a stage where that makes sense; -> its line."""
+def run_or_not(
+    stage: Stage, settings: Settings, device: str, limit: float, neighbours: int
+) -> dict[str, Any]:
+    """Run a stage where that makes sense; -> its line. neighbours: how many run at once, itself counted."""
     if stage.needs_gpu and device == "cpu":
         return not_run(stage, "needs an NVIDIA GPU")
     if limit < LEAST:
         return not_run(stage, "no time is left")
-    return run_stage(stage, settings, device, limit)
+    return run_stage(stage, settings, device, limit, neighbours)
 
 
 def not_run(stage: Stage, why: str) -> dict[str, Any]:
@@ -95,14 +97,18 @@ def not_run(stage: Stage, why: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def run_stage(stage: Stage, settings: Settings, device: str, limit: float) -> dict[str, Any]:
+def run_stage(stage: Stage, settings: Settings, device: str, limit: float, neighbours: int) -> dict[str, Any]:
     """Run one; -> its line. Whatever it started ends with it."""
     path, log = settings.out / "stages" / f"{stage.name}.json", settings.out / "logs" / f"{stage.name}.txt"
     path.unlink(missing_ok=True)
-    begun = time.monotonic()
+    begun, environment = time.monotonic(), dict(os.environ)
+    if neighbours > 1:  # threads that wait for each other's cores take many times as long
+        threads = len(os.sched_getaffinity(0)) // (2 * neighbours)
+        environment["OMP_NUM_THREADS"] = str(max(1, threads))
     with open(log, "wb") as file:
         child = subprocess.Popen(
-            settings.command(stage, device),
+            [*settings.command(stage, device), "--seconds", f"{limit:.0f}"],
+            env=environment,
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=file,

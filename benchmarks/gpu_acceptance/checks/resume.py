@@ -16,7 +16,7 @@ from benchmarks.gpu_acceptance.report import Context
 from benchmarks.gpu_acceptance.training import ROOT, module, pythonpath, sentence
 from benchmarks.gpu_acceptance.training import run as start
 
-EPOCHS = {"cpu": 6, "cuda": 12}  # enough to be stopped twice in
+EPOCHS = {"cpu": 6, "cuda": 8}  # enough to be stopped twice in
 
 
 def run(context: Context) -> None:
