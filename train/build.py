@@ -8,6 +8,7 @@ from ffl_deploy.data.datasets import ArraySplit, ImageData
 from ffl_deploy.errors import CheckError, UsageError
 from ffl_deploy.networks.mutual import MutualNetwork, NetworkConfig
 from train.config import TrainConfig
+from train.data.augment import changes_views
 from train.data.batches import Batches, InMemoryBatches, Plan, Shares, crop_padding
 from train.data.streaming import StreamedBatches
 from train.machine import Place
@@ -55,6 +56,15 @@ def check_small_size(config: TrainConfig, network: MutualNetwork, place: Place) 
         raise UsageError(
             f"{names} cannot take images of {small} pixels ({error}); use a larger --small-size."
         ) from error
+
+
+def check_stochastic_depth(config: TrainConfig, network: MutualNetwork) -> None:
+    """Raise UsageError where every stage is frozen: frozen ones skip no block, their features are kept."""
+    if config.model.stochastic_depth and config.model.freeze >= network.depth:
+        raise UsageError(
+            f"--freeze {config.model.freeze} freezes all {network.depth} stages, which then skip no blocks: "
+            "leave --stochastic-depth out, or freeze fewer."
+        )
 
 
 def synchronize_batchnorm(network: MutualNetwork, place: Place) -> MutualNetwork:
@@ -130,6 +140,8 @@ def held_on_device(config: TrainConfig, data: ImageData, place: Place) -> bool:
     """-> whether the training images stay on the device; streamed, they give the same batches."""
     if not isinstance(data.train, ArraySplit) or config.data.augment == "resized-crop":
         return False
+    if changes_views(config.data):
+        return False  # one image after the other is work for processes beside the one that trains
     # A GPU needs the rest for the network and its activations; a CPU's share is load_data's decision already.
     return (
         place.device.type != "cuda"

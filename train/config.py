@@ -127,6 +127,16 @@ class DataOptions:
         "none",
         "Rare classes count for as much as frequent ones: drawn as often, or each image's loss weighted.",
     )
+    auto_augment: Literal["none", "randaugment", "trivialaugment"] = option(
+        "none",
+        "Change every training view at random, by torchvision: two operations (RandAugment, Cubuk et al. "
+        "2020), or one of any strength (TrivialAugment, Müller and Hutter 2021).",
+    )
+    random_erase: float = option(
+        0.0,
+        "Share of the training views of which a random rectangle is erased (Zhong et al. 2020).",
+        metavar="SHARE",
+    )
     mixup: float = option(0.0, "Beta parameter of mixup (Zhang et al. 2018); 0 is off.", metavar="ALPHA")
     cutmix: float = option(
         0.0,
@@ -174,6 +184,12 @@ class ModelOptions:
         "Folder in which --pretrained looks first and keeps published weights; the libraries' own if not "
         "given.",
         metavar="DIR",
+    )
+    stochastic_depth: float | None = option(
+        None,
+        "Share of images for which training skips a network's last block, fewer towards its first (Huang et "
+        "al. 2016); of torchvision: and timm: branches, their library's own if not given.",
+        metavar="SHARE",
     )
     freeze: int = option(
         0,

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from ffl_deploy.errors import CheckError, Interrupted
 from ffl_deploy.networks.mutual import MutualNetwork, Outputs
 from train.config import TrainConfig
+from train.data.augment import changes_views
 from train.data.batches import Batch, Batches, flips
 from train.machine import Place
 from train.randomness import generator
@@ -61,7 +62,7 @@ def views_are_few(config: TrainConfig) -> bool:
     """-> whether a training image has no other views than itself and its mirror image."""
     data = config.data
     whole = data.augment == "none" or (data.augment == "crop" and data.crop_padding == 0)
-    changed = data.mixup or data.cutmix or data.small_size
+    changed = data.mixup or data.cutmix or data.small_size or changes_views(data)
     return whole and not changed
 
 

@@ -122,6 +122,11 @@ def validate(config: TrainConfig) -> None:
         (d.small_size is None or d.small_size >= 4, "--small-size must be at least 4 pixels"),
         (0 < d.small_share < 1, "--small-share is a share of the epochs, above 0 and below 1"),
         (d.crop_padding >= 0, "--crop-padding must be 0 or more"),
+        (0 <= d.random_erase <= 1, "--random-erase is a share, from 0 (off) to 1"),
+        (
+            config.model.stochastic_depth is None or 0 <= config.model.stochastic_depth < 1,
+            "--stochastic-depth is a share, from 0 (off) to below 1",
+        ),
         (d.mixup >= 0 and d.cutmix >= 0, "--mixup and --cutmix must be 0 (off) or more"),
         (config.model.temperature is None or config.model.temperature > 0, "--temperature must be above 0"),
         (

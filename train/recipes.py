@@ -147,13 +147,16 @@ def fine_tuning(trained: TrainConfig, run: Path) -> TrainConfig:
     epochs = max(1, round(0.1 * old.epochs))
     return replace(
         trained,
-        data=replace(trained.data, small_size=None, mixup=0.0, cutmix=0.0),
+        data=replace(
+            trained.data, small_size=None, mixup=0.0, cutmix=0.0, auto_augment="none", random_erase=0.0
+        ),
         model=replace(
             trained.model,
             quantize_aware=run,
             ramp_up=0.0,
             pretrained=False,
             weights=(),
+            stochastic_depth=None,
             freeze=0,
             head_epochs=0,
             teacher=None,

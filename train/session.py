@@ -24,6 +24,7 @@ from ffl_deploy.networks.mutual import MutualNetwork
 from ffl_deploy.run_directory import CONFIG, REFERENCE, SUMMARY, load_run
 from train.build import (
     check_small_size,
+    check_stochastic_depth,
     choose_network,
     make_batches,
     memory_limit,
@@ -99,7 +100,9 @@ def run_training(config: TrainConfig, stop: StopRequest | None = None) -> int:
         begun = existing_folder(folder / "checkpoints" / "last") is not None
         cache = config.model.weights_cache
         published = config.model.pretrained and not begun
-        network = MutualNetwork(architecture, published if cache is None or not published else cache)
+        start = published if cache is None or not published else cache
+        network = MutualNetwork(architecture, start, config.model.stochastic_depth)
+        check_stochastic_depth(config, network)
         loaded = [] if begun else start_from(network, config.model.weights)
         network = network.to(device).to(memory_format=torch.channels_last)
         if any(is_library_name(name) for name in config.model.branches):

@@ -54,20 +54,30 @@ def is_library_name(name: str) -> bool:
     return name.partition(":")[0] in ("torchvision", "timm") and ":" in name
 
 
-def build_backbone(name: str, height: int, width: int, pretrained: bool | Path = False) -> Backbone:
+def build_backbone(
+    name: str,
+    height: int,
+    width: int,
+    pretrained: bool | Path = False,
+    stochastic_depth: float | None = None,
+) -> Backbone:
     """-> a freshly initialised backbone; `torchvision:`
     and `timm:` ones have their library's own initialisation.
 
     height, width: of the images; only networks that are built for one size (windowed attention) depend on
-    them. pretrained: start `torchvision:` and `timm:` backbones from their published weights, kept
-    in that folder. Raises
+    them. pretrained: start `torchvision:` and `timm:` backbones from their published weights, kept in that
+    folder. stochastic_depth: how often training skips their last block; their library's own if None. Raises
     UsageError that names the known ones, or says why this one cannot be built.
     """
     if is_library_name(name):
         # torchvision and timm only where they are asked for
         from ffl_deploy.networks.library import library_stages
 
-        return Backbone(name, tuple(library_stages(name, height, width, pretrained)))
+        return Backbone(name, tuple(library_stages(name, height, width, pretrained, stochastic_depth)))
+    if stochastic_depth is not None:
+        raise UsageError(
+            f"--stochastic-depth is for torchvision: and timm: branches; {name} has none: leave it out."
+        )
     for pattern, (build, _) in _FAMILIES.items():
         if match := re.fullmatch(pattern, name):
             stages = build(*(int(number) for number in match.groups() if number))

@@ -9,7 +9,7 @@ name (plain_weights.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -35,16 +35,24 @@ Pretrained = bool | Path
 """Whether a network starts from its published weights; a folder is where they are kept."""
 CONNECT = 5.0  # seconds
 LIBRARIES = ("torchvision", "timm")
+STOCHASTIC_DEPTH = {"torchvision": "stochastic_depth_prob", "timm": "drop_path_rate"}
+"""Library -> what its networks call the probability of skipping their last block."""
 # What torchvision calls the modules after the feature map.
 _HEADS = ("avgpool", "dropout", "classifier", "fc", "head", "heads")
 # Sides of the noise image: large enough for a map of several pixels; some networks take their own size only.
 _PROBES = (128, 224)
 
 
-def library_stages(name: str, height: int, width: int, pretrained: Pretrained = False) -> list[nn.Module]:
+def library_stages(
+    name: str,
+    height: int,
+    width: int,
+    pretrained: Pretrained = False,
+    stochastic_depth: float | None = None,
+) -> list[nn.Module]:
     """name: `torchvision:NAME` or `timm:NAME` -> its stages; see `build_backbone`. Raises UsageError."""
-    stages = stages_of(name, build_model(name, height, width, pretrained=pretrained).eval(), height, width)
-    return [stage.train() for stage in stages]
+    model = build_model(name, height, width, pretrained=pretrained, stochastic_depth=stochastic_depth)
+    return [stage.train() for stage in stages_of(name, model.eval(), height, width)]
 
 
 @torch.no_grad()
@@ -58,7 +66,12 @@ def stages_of(name: str, model: nn.Module, height: int, width: int) -> list[nn.M
 
 
 def build_model(
-    name: str, height: int, width: int, classes: int | None = None, pretrained: Pretrained = False
+    name: str,
+    height: int,
+    width: int,
+    classes: int | None = None,
+    pretrained: Pretrained = False,
+    stochastic_depth: float | None = None,
 ) -> nn.Module:
     """-> the library's own model, with a classifier for `classes` where they are given. Raises UsageError."""
     cached = require_published(name, pretrained) if pretrained else None
@@ -75,13 +88,18 @@ def build_model(
         raise UsageError(
             f"{library} has no model {model!r}. {hint} ({listing}.list_models() lists all {len(known)}.)"
         )
+    skipping = {} if stochastic_depth is None else {STOCHASTIC_DEPTH[library]: stochastic_depth}
     try:
         if library == "torchvision":
             with kept_in(pretrained):
-                return _torchvision_model(model, classes, bool(pretrained))
-        return _timm_model(model, height, width, classes, pretrained)
+                return _torchvision_model(model, classes, bool(pretrained), skipping)
+        return _timm_model(model, height, width, classes, pretrained, skipping)
     except Exception as error:  # each library, and each way to fail at a download, has exceptions of its own
         reason = first_line(error)
+        if isinstance(error, TypeError) and any(argument in reason for argument in skipping):
+            raise UsageError(
+                f"{name} has no stochastic depth that could be set ({reason}); leave --stochastic-depth out."
+            ) from error
         if cached is not None:
             raise UsageError(
                 f"the published weights of {name} are damaged where they are kept, {cached} ({reason}); "
@@ -169,10 +187,12 @@ def library_names(library: str) -> Sequence[str]:
         raise missing(library) from error
 
 
-def _torchvision_model(name: str, classes: int | None, pretrained: bool) -> nn.Module:
+def _torchvision_model(
+    name: str, classes: int | None, pretrained: bool, skipping: Mapping[str, float]
+) -> nn.Module:
     from torchvision import models
 
-    options: dict[str, Any] = {} if classes is None else {"num_classes": classes}
+    options: dict[str, Any] = dict(skipping) if classes is None else {"num_classes": classes, **skipping}
     if name in ("googlenet", "inception_v3"):
         options["aux_logits"] = False  # auxiliary classifiers are not part of the way to the feature map
         if not pretrained:
@@ -185,10 +205,17 @@ def _torchvision_model(name: str, classes: int | None, pretrained: bool) -> nn.M
     return model
 
 
-def _timm_model(name: str, height: int, width: int, classes: int | None, pretrained: Pretrained) -> nn.Module:
+def _timm_model(
+    name: str,
+    height: int,
+    width: int,
+    classes: int | None,
+    pretrained: Pretrained,
+    skipping: Mapping[str, float],
+) -> nn.Module:
     import timm
 
-    options: dict[str, Any] = {"num_classes": classes or 0, "pretrained": bool(pretrained)}
+    options: dict[str, Any] = {"num_classes": classes or 0, "pretrained": bool(pretrained), **skipping}
     if isinstance(pretrained, Path):
         options["cache_dir"] = str(pretrained)
     if _takes_one_size(name):

@@ -57,10 +57,13 @@ class MutualNetwork(nn.Module):
     """Networks that are trained together; each classifier can be deployed alone (targets.py).
 
     pretrained: start from the libraries' published weights, kept in that folder where it is one; a matter of
-    initialisation, so no part of the architecture.
+    initialisation, so no part of the architecture. Nor is stochastic_depth, which has no weights and is off
+    outside training: how often it skips the last block of a library's backbone.
     """
 
-    def __init__(self, config: NetworkConfig, pretrained: bool | Path = False) -> None:
+    def __init__(
+        self, config: NetworkConfig, pretrained: bool | Path = False, stochastic_depth: float | None = None
+    ) -> None:
         super().__init__()
         self.config = config
         self.frozen = 0  # stages of each branch that do not learn, from the first on
@@ -70,7 +73,8 @@ class MutualNetwork(nn.Module):
                 "--pretrained is for torchvision:NAME and timm:NAME branches."
             )
         backbones = [
-            build_backbone(name, config.height, config.width, pretrained) for name in config.branches
+            build_backbone(name, config.height, config.width, pretrained, stochastic_depth)
+            for name in config.branches
         ]
         shared = number_of_shared_stages(config, [len(backbone.stages) for backbone in backbones])
         self.trunk = nn.Sequential(*backbones[0].stages[:shared])

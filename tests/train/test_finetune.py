@@ -15,6 +15,7 @@ from ffl_deploy.errors import Interrupted
 from ffl_deploy.networks.checkpoint import load_network
 from ffl_deploy.networks.mutual import MutualNetwork, NetworkConfig
 from ffl_deploy.run_directory import load_run
+from train.data.batches import Batch
 from train.features import frozen_in, views_are_few
 from train.optimizer import SCALE, build_optimizer
 from train.recipes import RECIPES
@@ -154,6 +155,40 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not(
     assert whole == tmp_path / "whole"
 
 
+SKIPPING = ("--branches", "timm:mobilenetv3_small_050,timm:mobilenetv3_small_050", "--image-size", "32")
+
+
+def test_skipped_blocks_are_those_of_a_run_that_was_not_stopped(
+    train_tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from train.loop import Trainer
+
+    flags = [*SKIPPING, "--epochs", "1", "--stochastic-depth", "0.5"]
+    whole = train_tiny("whole", *flags)
+    step = Trainer.step
+
+    def stops(self: Trainer, number: int, batches: list[Batch]) -> None:
+        step(self, number, batches)
+        self.stop.requested = number == 1
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", stops)
+        with pytest.raises(Interrupted):
+            train_tiny("stopped", *flags)
+    stopped = train_tiny("stopped", "--resume", str(tmp_path / "stopped"), "--quiet")
+    never = train_tiny("never", *flags, "--stochastic-depth", "0")
+    ends = [load_network(load_run(run), "last").network.state_dict() for run in (whole, stopped, never)]
+    assert all(torch.equal(value, ends[1][key]) for key, value in ends[0].items())
+    assert not torch.equal(ends[0]["heads.0.weight"], ends[2]["heads.0.weight"])
+
+
+def test_skipping_blocks_of_a_network_that_is_frozen_is_refused(train_tiny: Callable[..., Path]) -> None:
+    from ffl_deploy.errors import UsageError
+
+    with pytest.raises(UsageError, match=r"--freeze 9 freezes all \d stages, which then skip no blocks"):
+        train_tiny("run", *SKIPPING, "--stochastic-depth", "0.2", "--freeze", "9")
+
+
 def test_epochs_of_heads_come_first() -> None:
     config = parse(["--weights", "x.pth", "--head-epochs", "2", "--freeze", "3"])
     assert [frozen_in(epoch, config, 5) for epoch in range(4)] == [5, 5, 3, 3]
@@ -167,6 +202,8 @@ def test_weights_choose_the_recipe_and_a_recipe_that_is_named_wins() -> None:
     assert views_are_few(RECIPES["finetune"])
     assert not views_are_few(parse(["--weights", "x.pth", "--crop-padding", "2"]))
     assert not views_are_few(parse(["--weights", "x.pth", "--mixup", "0.2"]))
+    assert not views_are_few(parse(["--weights", "x.pth", "--auto-augment", "randaugment"]))
+    assert not views_are_few(parse(["--weights", "x.pth", "--random-erase", "0.1"]))
 
 
 def test_training_ends_early_where_it_gets_no_better(
@@ -194,8 +231,10 @@ def test_training_ends_early_where_it_gets_no_better(
         (["--mean", "1", "2", "3", "--std", "1", "1", "1"], "--mean takes three numbers"),
         (["--crop-fraction", "0"], "--crop-fraction is a share"),
         (["--weights", "x.pth", "--pretrained"], "--weights or --pretrained, not both"),
+        (["--random-erase", "1.5"], "--random-erase is a share"),
+        (["--stochastic-depth", "1"], "--stochastic-depth is a share"),
     ],
-    ids=["freeze", "layer-decay", "mean alone", "mean", "crop-fraction", "both"],
+    ids=["freeze", "layer-decay", "mean alone", "mean", "crop-fraction", "both", "erase", "depth"],
 )
 def test_values_that_no_run_can_use(flags: list[str], sentence: str) -> None:
     from ffl_deploy.errors import UsageError

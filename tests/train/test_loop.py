@@ -163,7 +163,9 @@ def test_resume_in_mid_epoch_is_bit_identical(
             "fp32",
         ],
         ["--precision", "bf16", "--small-size", "6"],
+        ["--auto-augment", "trivialaugment", "--random-erase", "0.5", "--workers", "0"],
     ],
+    ids=["ema", "mixed", "small", "changed"],
 )
 def test_resume_is_bit_identical_with_every_option(
     flags: list[str], train_tiny: TrainTiny, monkeypatch: pytest.MonkeyPatch

@@ -1,8 +1,9 @@
-"""Training views of images: cut, mirrored, mixed; and soft labels.
-Every draw comes from a generator that is handed in."""
+"""Training views of images: cut, mirrored, changed, mixed; and soft labels.
+Every draw comes from a generator or a seed that is handed in."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ffl_deploy.preprocessing import Pixels
 from train.config import DataOptions
+
+Transform = Callable[[Tensor], Tensor]
+"""uint8 [3, h, w] -> uint8 [3, h', w'], with draws of torch's own generator: one of torchvision's."""
+POLICIES = {"randaugment": "RandAugment", "trivialaugment": "TrivialAugmentWide"}
+"""--auto-augment -> the class of torchvision's v2."""
 
 
 class CropDraws(NamedTuple):
@@ -67,6 +74,37 @@ class RandomCrops:
         indices, top, left, mirrored = draws
         batch = self.windows[indices, :, top, left]
         return torch.where(mirrored.bool()[:, None, None, None], batch.flip(3), batch) if self.flip else batch
+
+
+def changes_views(options: DataOptions) -> bool:
+    """-> whether a training view is changed beyond its cut, each image in another way."""
+    return options.auto_augment != "none" or options.random_erase > 0
+
+
+def random_changes(options: DataOptions, fill: Sequence[float]) -> Transform | None:
+    """-> torchvision's --auto-augment and --random-erase, for one image after the other; None for neither.
+    fill: red, green and blue in 0..255 of pixels that are moved in or erased: the mean, 0 to the network."""
+    if not changes_views(options):
+        return None
+    from torchvision.transforms import v2
+
+    color, steps = [float(round(value)) for value in fill], []
+    if options.auto_augment != "none":
+        policy = getattr(v2, POLICIES[options.auto_augment])
+        steps.append(policy(interpolation=v2.InterpolationMode.BILINEAR, fill=color))
+    if options.random_erase > 0:
+        steps.append(v2.RandomErasing(options.random_erase, value=color))
+    return v2.Compose(steps)
+
+
+def transform_one(image: Pixels, transform: Transform, seed: int) -> Pixels:
+    """uint8 [h, w, 3] -> uint8 [h', w', 3]. The draws are of `seed`; torch's own generator stays where it
+    was."""
+    pixels = torch.from_numpy(image.copy()).permute(2, 0, 1)  # torch takes no read-only arrays
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        changed: Pixels = transform(pixels).permute(1, 2, 0).numpy()
+    return changed
 
 
 def send(values: Tensor, device: torch.device) -> Tensor:

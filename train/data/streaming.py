@@ -1,5 +1,5 @@
-"""Batches from images that do not fit into memory, or whose training views need the original pixels:
-worker processes read.
+"""Batches from images that do not fit into memory, or whose training views need the original pixels or are
+changed one by one: worker processes read.
 
 A worker makes whole steps. What a step contains is a function of (seed, epoch, position) alone, as in
 batches.py: any number of workers gives the same batches, `crop` gives those of images in memory, and a
@@ -28,7 +28,7 @@ from ffl_deploy.errors import CheckError
 from ffl_deploy.host import available_cores
 from ffl_deploy.preprocessing import Pixels
 from train.config import DataOptions
-from train.data.augment import crop_one, draw_crops
+from train.data.augment import crop_one, draw_crops, random_changes, transform_one
 from train.data.batches import Batch, Collate, Plan, Shares, crop_padding, flips
 from train.machine import decoding_failed
 from train.randomness import derived_seed, generator
@@ -115,9 +115,11 @@ class TrainingSteps(Dataset[Pieces | UnreadableImage]):
         shares: Shares,
         seed: int,
         epoch: int,
+        fill: Sequence[float],
     ) -> None:
         self.split, self.options, self.size, self.order = split, options, size, order
         self.shares, self.seed, self.epoch = shares, seed, epoch
+        self.changes = random_changes(options, fill)
 
     def __len__(self) -> int:
         return len(self.order)
@@ -125,6 +127,7 @@ class TrainingSteps(Dataset[Pieces | UnreadableImage]):
     def __getitem__(self, step: int) -> Pieces | UnreadableImage:
         rows = self.order[step]
         view = self.resized_crops(step) if self.options.augment == "resized-crop" else self.padded_crops(step)
+        view = self.changed(view, step)
         cuts = torch.arange(len(rows)).tensor_split(self.shares.total)
         pieces = Pieces([], [], [])
         try:
@@ -178,17 +181,23 @@ class TrainingSteps(Dataset[Pieces | UnreadableImage]):
 
         steps: list[torch.nn.Module] = [v2.RandomResizedCrop(self.size, antialias=True)]
         transform = v2.Compose([*steps, v2.RandomHorizontalFlip()] if self.options.flip else steps)
+        return lambda row, place: transform_one(
+            self.split.original(row), transform, self.seed_of("augment", step, place)
+        )
+
+    def changed(self, view: View, step: int) -> View:
+        """-> `view` and what --auto-augment and --random-erase then make of it."""
+        changes = self.changes
+        if changes is None:
+            return view
+        return lambda row, place: transform_one(
+            view(row, place), changes, self.seed_of("change", step, place)
+        )
+
+    def seed_of(self, purpose: str, step: int, place: int) -> int:
+        """-> the seed of one image of a step, of every epoch another one."""
         first = self.epoch * len(self.split) + step * len(self.order[0])
-
-        def view(row: int, place: int) -> Pixels:
-            # torch takes no read-only arrays
-            image = torch.from_numpy(self.split.original(row).copy()).permute(2, 0, 1)
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(derived_seed(self.seed, "augment", first + place))
-                pixels: Pixels = transform(image).permute(1, 2, 0).numpy()
-            return pixels
-
-        return view
+        return derived_seed(self.seed, purpose, first + place)
 
 
 class EvaluationBatches(Dataset[tuple[Tensor, Tensor] | UnreadableImage]):
@@ -233,7 +242,8 @@ class StreamedBatches:
     def training(self, epoch: int, first_step: int) -> Iterator[list[Batch]]:
         size, shares = (self.data.preprocessing.height, self.data.preprocessing.width), self.plan.shares
         order = self.plan.order(self.data.train.labels, epoch)
-        steps = TrainingSteps(self.data.train, self.plan.options, size, order, shares, self.plan.seed, epoch)
+        split, options, seed = self.data.train, self.plan.options, self.plan.seed
+        steps = TrainingSteps(split, options, size, order, shares, seed, epoch, self.data.mean)
         for step, pieces in enumerate(self.load(steps, range(first_step, len(steps))), start=first_step):
             self.report(pieces.replaced)
             draw = (epoch * self.steps_per_epoch + step) * shares.total

@@ -324,3 +324,39 @@ def test_pretrained_weights_reach_the_branches(monkeypatch: pytest.MonkeyPatch) 
     network = MutualNetwork(NetworkConfig(("torchvision:resnet18", "resnet20"), 3, 32, 32), pretrained=True)
     assert torch.equal(network.branches[0][0][0].weight, published["conv1.weight"])
     assert torch.equal(network.branches[0][4][1].bn2.running_var, published["layer4.1.bn2.running_var"])
+
+
+@pytest.mark.parametrize(
+    "name", ["timm:mobilenetv3_small_050", "torchvision:efficientnet_b0"], ids=["timm", "torchvision"]
+)
+def test_stochastic_depth_is_the_library_s_and_off_outside_training(name: str) -> None:
+    """The same weights whatever the probability; images skip blocks in training alone."""
+    torch.manual_seed(0)
+    often = MutualNetwork(NetworkConfig((name,), 3, 64, 64, fusion=None), stochastic_depth=0.9)
+    never = MutualNetwork(NetworkConfig((name,), 3, 64, 64, fusion=None), stochastic_depth=0.0)
+    never.load_state_dict(often.state_dict())
+    images = torch.randn(2, 3, 64, 64)
+    for network in (often, never):
+        for module in network.modules():
+            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+                module.momentum = 0.0
+    assert torch.equal(often.eval()(images).branches[0], never.eval()(images).branches[0])
+
+    def passes(network: MutualNetwork) -> int:
+        network.train()
+        return len({network(images).features[0].detach().numpy().tobytes() for _ in range(4)})
+
+    assert passes(never) == 1
+    assert passes(often) > 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["torchvision:resnet18", "torchvision:swin_t", "timm:vgg11", "resnet8"],
+    ids=["torchvision", "fixed there", "timm", "own"],
+)
+def test_stochastic_depth_that_cannot_be_set_is_one_sentence(name: str) -> None:
+    with pytest.raises(UsageError, match="--stochastic-depth") as refused:
+        build_backbone(name, 64, 64, stochastic_depth=0.1)
+    assert name in str(refused.value)
+    assert str(refused.value).count("\n") == 0

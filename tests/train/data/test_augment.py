@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any, get_args, get_type_hints
+
 import numpy as np
 import pytest
 import torch
+from torchvision.transforms import v2
 
 from train.config import DataOptions
-from train.data.augment import RandomCrops, crop_one, draw_crops, mix, soften
+from train.data.augment import (
+    POLICIES,
+    RandomCrops,
+    crop_one,
+    draw_crops,
+    mix,
+    random_changes,
+    soften,
+    transform_one,
+)
 from train.randomness import generator
 
 
@@ -56,6 +68,57 @@ def test_draws_are_the_same_with_and_without_mirroring() -> None:
     with_flip, without = (draw_crops(50, 4, flip, generator(1, "augment", 0)) for flip in (True, False))
     assert torch.equal(with_flip.top, without.top)
     assert torch.equal(with_flip.left, without.left)
+
+
+MEAN = (120.4, 99.6, 80.0)
+
+
+def picture(seed: int = 0) -> np.ndarray:
+    image = np.random.default_rng(seed).integers(0, 256, (24, 20, 3), dtype=np.uint8)
+    image.setflags(write=False)  # as the images of a split in memory may be
+    return image
+
+
+@pytest.mark.parametrize(
+    ("name", "policy"),
+    [("randaugment", v2.RandAugment), ("trivialaugment", v2.TrivialAugmentWide)],
+    ids=["randaugment", "trivialaugment"],
+)
+def test_random_changes_are_torchvisions_and_of_their_seed_alone(name: Any, policy: Any) -> None:
+    changes = random_changes(DataOptions(auto_augment=name), MEAN)
+    assert changes is not None
+    own = policy(interpolation=v2.InterpolationMode.BILINEAR, fill=[120.0, 100.0, 80.0])
+    seen, state = set(), torch.get_rng_state()
+    for seed in range(8):
+        found = transform_one(picture(), changes, seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            wanted = own(torch.from_numpy(picture().copy()).permute(2, 0, 1))
+        assert np.array_equal(found, wanted.permute(1, 2, 0).numpy())
+        assert (found.dtype, found.shape) == (np.uint8, (24, 20, 3))
+        seen.add(found.tobytes())
+    assert len(seen) > 4
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_what_is_erased_is_the_mean_color() -> None:
+    always, never = (random_changes(DataOptions(random_erase=share), MEAN) for share in (1.0, 0.0))
+    assert always is not None
+    assert never is None
+    before = picture()
+    changed = transform_one(before, always, 3)
+    other = (changed != before).any(axis=2)
+    assert 0.01 < other.mean() < 0.4  # torchvision erases 2 to 33 %
+    assert (changed[other] == (120, 100, 80)).all()
+    share = [
+        bool((transform_one(before, random_changes(DataOptions(random_erase=0.3), MEAN), s) != before).any())  # type: ignore[arg-type]
+        for s in range(400)
+    ]
+    assert 0.2 < np.mean(share) < 0.4
+
+
+def test_every_policy_that_can_be_asked_for_is_there() -> None:
+    assert get_args(get_type_hints(DataOptions)["auto_augment"]) == ("none", *POLICIES)
 
 
 def test_soft_labels() -> None:

@@ -29,6 +29,7 @@ from train.distributed import World
 CPU = torch.device("cpu")
 CROP = DataOptions(crop_padding=3)
 RESIZED = DataOptions(augment="resized-crop")
+CHANGED = replace(CROP, auto_augment="randaugment", random_erase=0.5)
 
 
 @pytest.fixture
@@ -82,7 +83,7 @@ def test_streamed_batches_are_those_of_images_in_memory(
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-@pytest.mark.parametrize("options", [CROP, RESIZED])
+@pytest.mark.parametrize("options", [CROP, RESIZED, CHANGED], ids=["crop", "resized-crop", "changed"])
 def test_any_number_of_workers_gives_the_same_batches(on_disk: ImageData, options: DataOptions) -> None:
     assert same(stream(on_disk, options, 0).training(1, 0), stream(on_disk, options, 2).training(1, 0)) == 4
     one, other = (list(stream(on_disk, options, workers).evaluation("test")) for workers in (0, 2))
@@ -143,6 +144,32 @@ def test_resized_crops_are_torchvisions_of_the_original_image(on_disk: ImageData
     expected = transform(torch.from_numpy(on_disk.train.original(row).copy()).permute(2, 0, 1))
     assert torch.equal(batch.images[7], stream(on_disk, RESIZED, 0).normalize(expected[None])[0])
     assert int(batch.labels[7]) == on_disk.train.labels[row]
+
+
+@pytest.mark.parametrize(
+    "options", [CHANGED, replace(RESIZED, auto_augment="trivialaugment")], ids=["crop", "part"]
+)
+def test_changed_views_are_functions_of_seed_epoch_and_position(
+    on_disk: ImageData, options: DataOptions
+) -> None:
+    whole = list(stream(on_disk, options, 0).training(2, 0))
+    assert same(iter(whole[2:]), stream(on_disk, options, 0).training(2, 2)) == 2
+    later = next(stream(on_disk, options, 0).training(3, 0))
+    assert not torch.equal(whole[0][0].images, later[0].images)
+    # two processes with two micro-batches each see the same images
+    ranks = [stream(on_disk, options, 0, World(rank, 2), 2).training(0, 0) for rank in (0, 1)]
+    first = stream(on_disk, options, 0).training(0, 0)
+    for step, parts in zip(first, zip(*ranks, strict=True), strict=False):
+        order = [parts[0][0], parts[1][0], parts[0][1], parts[1][1]]
+        assert torch.equal(torch.cat([part.images for part in order]), step[0].images)
+
+
+def test_images_in_memory_and_on_disk_are_changed_alike(folder: Path, on_disk: ImageData) -> None:
+    held = load_data(DataSpec(source=str(folder)))
+    assert same(stream(held, CHANGED, 0).training(1, 0), stream(on_disk, CHANGED, 0).training(1, 0)) == 4
+    plain, changed = (next(stream(held, options, 0).training(1, 0))[0] for options in (CROP, CHANGED))
+    assert torch.equal(plain.labels, changed.labels)
+    assert sum(not torch.equal(a, b) for a, b in zip(plain.images, changed.images, strict=True)) > 8
 
 
 def test_a_resumed_epoch_reads_nothing_it_skips(on_disk: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
