@@ -78,17 +78,30 @@ def encode(rows: Sequence[Row], format: Format, extra: Sequence[str]) -> bytes:
     return text.getvalue().encode()
 
 
-def assemble(shards: Iterable[Path], out: Path, format: Format, extra: Sequence[str]) -> None:
-    """Write the shards, in order, as one file that appears under its name only when it
-    is complete and on disk."""
+def assemble(pieces: Iterable[Any], out: Path, format: Format, extra: Sequence[str]) -> None:
+    """Write the pieces, which `piece` gives of shards, in order, as one file that appears under its name only
+    when it is complete and on disk."""
     with replace_file(out) as file:
         if format == "parquet":
-            _join_parquet(shards, file, extra)
+            _join_parquet(pieces, file, extra)
             return
-        if format == "csv":
-            file.write((",".join((*COLUMNS, *extra)) + "\n").encode())
-        for shard in shards:
-            file.write(shard.read_bytes())
+        file.write(header(format, extra))
+        for rows in pieces:
+            file.write(rows)
+
+
+def header(format: Format, extra: Sequence[str]) -> bytes:
+    """-> what stands before the rows of a CSV or JSON lines file."""
+    return (",".join((*COLUMNS, *extra)) + "\n").encode() if format == "csv" else b""
+
+
+def piece(shard: Path, format: Format) -> Any:
+    """-> one shard for `assemble`: a table of pyarrow, or the bytes of its rows."""
+    if format != "parquet":
+        return shard.read_bytes()
+    import pyarrow.parquet as pq
+
+    return pq.ParquetFile(shard).read()
 
 
 def _plain(value: Any) -> Any:
@@ -153,9 +166,9 @@ def _encode_parquet(rows: Sequence[Row], extra: Sequence[str]) -> bytes:
     return bytes(sink.getvalue())
 
 
-def _join_parquet(shards: Iterable[Path], file: IO[bytes], extra: Sequence[str]) -> None:
+def _join_parquet(tables: Iterable[Any], file: IO[bytes], extra: Sequence[str]) -> None:
     import pyarrow.parquet as pq
 
     with pq.ParquetWriter(file, parquet_schema(extra), compression="zstd") as writer:
-        for shard in shards:
-            writer.write_table(pq.ParquetFile(shard).read())
+        for table in tables:
+            writer.write_table(table)

@@ -20,7 +20,7 @@ from ffl_deploy.runtime import Outputs, Session
 from serve.inputs import archives
 from serve.inputs.items import Item, Skipped, file_item
 from serve.pipeline import Classifier, Prepared, prepare_item
-from serve.rows import OK, Format, Row, assemble, encode
+from serve.rows import OK, Format, Row, assemble, encode, piece
 from serve.server.batcher import Overloaded
 from serve.server.models import ServedModel
 from serve.server.service import Service
@@ -155,6 +155,6 @@ def write_table(rows: Sequence[Row], folder: Path, format: Format) -> Path:
     shard = folder / f"shard.{format}"
     shard.write_bytes(encode(rows, format, ()))
     out = folder / f"predictions.{format}"
-    assemble([shard], out, format, ())
+    assemble([piece(shard, format)], out, format, ())
     shard.unlink()
     return out

@@ -12,6 +12,7 @@ from typing import Literal
 from ffl_deploy.command import Parser, gpu_number, positive, run_command
 from ffl_deploy.errors import DONE, SOME_INPUTS_FAILED, CheckError, Interrupted, UsageError
 from serve.inputs.standard_input import STANDARD_INPUT, spool_standard_input
+from serve.predict.parts import part_given
 from serve.predict.supervise import Recovery, WorkerDied, supervise
 
 DESCRIPTION = """\
@@ -23,7 +24,14 @@ image that cannot be used gets a row that says why, and the run goes on. Without
 
 Exit: 0 all rows ok; 1 corrupt bundle, full disk; 2 unusable input; 3 finished, some rows have errors;
 130 interrupted (--resume).
+
+Of a run that several machines share, each makes a part (--part 1/3, 2/3, 3/3), and
+ffl-predict merge FILE... --out FILE puts them together.
 """
+
+
+MERGE = "merge"
+"""The first word where parts of a run are put together; a bundle in a folder of that name is ./merge."""
 
 
 def build_parser() -> Parser:
@@ -70,6 +78,12 @@ def build_parser() -> Parser:
     )
     parser.add_argument(
         "--resume", action="store_true", help="go on with an interrupted run; the result has the same bytes"
+    )
+    parser.add_argument(
+        "--part",
+        metavar="I/N",
+        type=part_given,
+        help="make a part of the run: every N-th shard from the I-th on; see ffl-predict merge --help",
     )
     parser.add_argument(
         "--engine",
@@ -130,6 +144,8 @@ def gpu_or_all(text: str) -> int | Literal["all"]:
 
 def main(argv: Sequence[str]) -> int:
     """Run in this process: for tests and for programs that call the command."""
+    if argv[:1] == [MERGE]:
+        return merge(argv[1:])
     arguments = build_parser().parse_args(argv)
     try:
         return delivered(arguments, lambda out: run(arguments, out, Recovery()))
@@ -139,6 +155,8 @@ def main(argv: Sequence[str]) -> int:
 
 def supervised_main(argv: Sequence[str]) -> int:
     """Run in a child process that is restarted when it dies."""
+    if argv[:1] == [MERGE]:
+        return merge(argv[1:])
     arguments = build_parser().parse_args(argv)
     if STANDARD_INPUT in arguments.inputs:
         spool_standard_input()
@@ -146,6 +164,13 @@ def supervised_main(argv: Sequence[str]) -> int:
         arguments,
         lambda out: supervise(lambda recovery: run_command(lambda _: run(arguments, out, recovery))),
     )
+
+
+def merge(argv: Sequence[str]) -> int:
+    """`ffl-predict merge`."""
+    from serve.predict.merge import main
+
+    return main(argv)
 
 
 def delivered(arguments: argparse.Namespace, job: Callable[[Path], int]) -> int:
@@ -156,6 +181,8 @@ def delivered(arguments: argparse.Namespace, job: Callable[[Path], int]) -> int:
         if arguments.out.is_dir():
             raise UsageError(f"{arguments.out} is a folder; give --out a file inside it.")
         return job(Path(os.path.realpath(arguments.out)) if arguments.out.is_symlink() else arguments.out)
+    if arguments.part:
+        raise UsageError("the rows of a --part are for ffl-predict merge; give them a file with --out.")
     from serve.predict.screen import rows_on_screen, show
 
     with rows_on_screen(arguments) as rows:
@@ -196,6 +223,7 @@ def run(arguments: argparse.Namespace, out: Path, recovery: Recovery) -> int:
         threads=arguments.threads,
         shard_size=arguments.shard_size,
         resume=arguments.resume,
+        part=arguments.part,
         engine=arguments.engine,
         gpu=arguments.gpu,
         public_key=arguments.public_key,

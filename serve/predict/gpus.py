@@ -113,4 +113,4 @@ def predict_shards(run: PredictRun, items: Iterator[Item]) -> None:
 
         for finished in ordered_map(made, shards(), threads, 2 * len(gpus), lambda shard: len(shard.items)):
             commit(run, finished)
-            recovery.marker.finished(finished.index + 1)
+            recovery.marker.finished(run.job.own.next_from(finished.index + 1))

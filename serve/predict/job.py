@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from ffl_deploy.bundle import Bundle
+from serve.predict.parts import WHOLE, Part
 from serve.predict.progress import Display, Progress
 from serve.predict.shards import ShardsFolder
 from serve.predict.summary import Totals
@@ -34,12 +35,18 @@ class Job:
     threads: int | None = None
     shard_size: int | None = None
     resume: bool = False
+    part: Part | None = None  # None: the whole run
     engine: Literal["local", "ray"] = "local"
     public_key: Path | None = None  # of whoever has to have signed the bundle
     gpu: int | Literal["all"] | None = None  # None: the first, where the runtime computes on one
     display: Display = "screen"
     quiet: bool = False  # no remarks on standard error
     recovery: Recovery = field(default_factory=Recovery)
+
+    @property
+    def own(self) -> Part:
+        """-> the shards that are made here."""
+        return self.part or WHOLE
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 
 import msgspec
@@ -47,7 +48,7 @@ def predict_shards(run: PredictRun, items: Iterator[Item]) -> None:
             data, record = encode_shard(rows, labels, run.shards.manifest.request, run.bundle.classes, inputs)
             run.shards.commit(batch.shard, data, record)
             run.totals.add_record(batch.shard, record, resumed=False)
-            recovery.marker.finished(batch.shard + 1)
+            recovery.marker.finished(run.job.own.next_from(batch.shard + 1))
             if batch.shard == recovery.careful:
                 raise CarefulShardDone
             rows, labels = [], []
@@ -61,15 +62,19 @@ def classifier_for(bundle: Bundle, session: Session, request: PredictRequest) ->
 
 
 def unfinished(run: PredictRun, items: Iterator[Item]) -> Iterator[tuple[int, Iterator[Item]]]:
-    """Yield (index, items) of each shard to make; check and count those that an earlier session finished.
+    """Yield (index, items) of each shard to make; check and count those that an earlier session finished;
+    pass over those of other parts.
 
     Each shard's items must be used up before the next shard is asked for.
     """
-    shards = run.shards
+    shards, own, marker = run.shards, run.job.own, run.job.recovery.marker
+    marker.finished(max(marker.get()[0], own.next_from(0)))
     index = 0
     for index, shard in enumerate(cut(items, shards.manifest.settings.shard_size)):
+        if not own.owns(index):
+            deque(shard, maxlen=0)
+            continue
         record = shards.record(index)
-        run.totals.shards = index + 1
         if record is None:
             yield index, shard
             continue
@@ -82,10 +87,10 @@ def unfinished(run: PredictRun, items: Iterator[Item]) -> Iterator[tuple[int, It
         if changed:
             raise inputs_changed(run, index, changed)
         run.totals.add_record(index, record, resumed=True)
-        run.job.recovery.marker.finished(index + 1)
+        marker.finished(own.next_from(index + 1))
         run.progress.advance(record.rows, record.rows - record.statuses.get(OK, 0))
-    if shards.record(index + 1) is not None:
-        raise inputs_changed(run, index + 1, "one that is gone now")
+    if shards.record(own.next_from(index + 1)) is not None:
+        raise inputs_changed(run, own.next_from(index + 1), "one that is gone now")
 
 
 def inputs_changed(run: PredictRun, index: int, first: str) -> UsageError:

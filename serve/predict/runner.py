@@ -32,7 +32,9 @@ from serve.inputs.sources import Reading, check_inputs, count_inputs, is_pattern
 from serve.pipeline import WorkSettings
 from serve.predict import local
 from serve.predict.job import Job, PredictRun
-from serve.predict.labelled_report import make_report, report_path, report_screen, write_report
+from serve.predict.labelled_report import report_path
+from serve.predict.part_file import part_path, write_part
+from serve.predict.parts import Listing
 from serve.predict.progress import Progress
 from serve.predict.shards import (
     MANIFEST,
@@ -49,10 +51,11 @@ from serve.predict.summary import (
     screen,
     summarize,
     summary_path,
+    with_report,
     write_summary,
 )
 from serve.predict.tuning import SMALL_RUN, choose_settings
-from serve.rows import OF_SETS, assemble, format_of
+from serve.rows import OF_SETS, assemble, format_of, piece
 
 if TYPE_CHECKING:
     from ffl_deploy.fastest import Choice
@@ -76,6 +79,8 @@ def _run_job(job: Job) -> int:
     if not finished:
         check_inputs(job.inputs, reading)
     choice = None
+    if job.variant == AUTO and job.part is not None:
+        raise UsageError("--variant auto may choose another variant on each machine; name one beside --part.")
     if job.variant == AUTO:
         job, choice = with_fastest(job, bundle)
     if bundle.variant(job.variant).exits:
@@ -108,34 +113,31 @@ def _run_job(job: Job) -> int:
     ):
         check_overrides(job, shards)
         totals = Totals()
-        with Progress(job.display, lambda: count_inputs(job.inputs, reading)) as progress:
+        listing = Listing()
+        with Progress(job.display, lambda: count_own(job, reading, shards)) as progress:
             run = PredictRun(job, bundle, shards, totals, progress)
-            engine_of(job)(run, items)
+            engine_of(job)(run, listing.passing(items) if job.part else items)
 
         # one file of all shards, what it amounts to, and only then the shards may go
         if job.out.exists():
             logging.getLogger("ffl_deploy").warning("%s was there already; its rows are replaced", job.out)
-        assemble(
-            (shards.data_path(index) for index in range(totals.shards)), job.out, request.format, job.columns
-        )
+        pieces = (piece(shards.data_path(index), request.format) for index in totals.shards)
+        assemble(pieces, job.out, request.format, job.columns)
         summary = summarize(totals, shards.manifest, job.out, reading.skipped, time.perf_counter() - started)
         summary.output = FileRecord(sha256_of(job.out), job.out.stat().st_size)
-        summary.inputs_sha256 = inputs_digest(totals.inputs[index] for index in range(totals.shards))
+        summary.inputs_sha256 = inputs_digest(totals.inputs[index] for index in totals.shards)
         if choice is not None:
             summary.auto = choice
-        report = make_report(totals.labelled, bundle.classes, min(job.top_k, len(bundle.classes)))
-        if report.labelled_rows:
-            write_report(job.out, report, totals.labelled, bundle.classes)
-        if report.labelled_rows or report.rows_with_unknown_label:
-            summary.labelled = report.numbers()
+        report = with_report(job.out, summary, totals, bundle.classes)
+        if job.part is not None:
+            write_part(job.out, job.part, bundle.classes, shards, listing, summary)
         write_summary(job.out, summary)
         shards.remove()
 
     if job.display == "json":
         print(msgspec.json.encode(summary).decode())
     elif job.display == "screen":
-        told = report_screen(report)
-        print(screen(summary), *([told] if told and summary.labelled else []), sep="\n")
+        print(screen(summary, report))
     return totals.errors
 
 
@@ -188,6 +190,12 @@ def _earlier_request(out: Path) -> PredictRequest | None:
     return None
 
 
+def count_own(job: Job, reading: Reading, shards: ShardsFolder) -> int | None:
+    """-> how many rows there will be, None where only reading everything would tell."""
+    total = count_inputs(job.inputs, reading)
+    return None if total is None else job.own.items_of(total, shards.manifest.settings.shard_size)
+
+
 def check_output(job: Job) -> None:
     """Raise UsageError where writing the output would replace an input, or what is no file."""
     if job.out.exists() and not job.out.is_file():
@@ -197,7 +205,7 @@ def check_output(job: Job) -> None:
         )
     written = {
         os.path.realpath(path)
-        for path in (job.out, summary_path(job.out), report_path(job.out))
+        for path in (job.out, summary_path(job.out), report_path(job.out), part_path(job.out))
         if path.exists()
     }
     for argument in job.inputs if written else ():
@@ -274,6 +282,7 @@ def make_request(job: Job, bundle: Bundle) -> PredictRequest:
         options={"column": job.column, "label_column": job.label_column, "follow_links": job.follow_links},
         toolchain=_toolchain(job, job.runtime or variant.runtime),
         sets=job.sets or msgspec.UNSET,
+        part=msgspec.UNSET if job.part is None else str(job.part),
     )
 
 
@@ -329,11 +338,12 @@ def _already_finished(job: Job, request: PredictRequest, reading: Reading) -> in
 def _inputs_now(job: Job, reading: Reading, settings: WorkSettings) -> str:
     """-> the hash of all inputs as they are now; no image is read."""
     hashes = []
-    for shard in local.cut(read_inputs(job.inputs, reading), settings.shard_size):
-        hasher = InputsHasher()
-        for _ in hasher.passing(shard):
+    for index, shard in enumerate(local.cut(read_inputs(job.inputs, reading), settings.shard_size)):
+        hasher, own = InputsHasher(), job.own.owns(index)
+        for _ in hasher.passing(shard) if own else shard:
             pass
-        hashes.append(hasher.result().sha256)
+        if own:
+            hashes.append(hasher.result().sha256)
     return inputs_digest(hashes)
 
 

@@ -52,6 +52,7 @@ class PredictRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     options: dict[str, Any]  # of reading: column, label column, links
     toolchain: dict[str, str]
     sets: str | msgspec.UnsetType = msgspec.UNSET  # the level of --sets, where it was asked for
+    part: str | msgspec.UnsetType = msgspec.UNSET  # of --part, where not all was asked for
 
 
 class ShardsManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -181,6 +182,7 @@ def _existing(folder: Path, request: PredictRequest, resume: bool) -> ShardsMani
     for name in PredictRequest.__struct_fields__:
         before, now = getattr(manifest.request, name), getattr(request, name)
         if before != now:
+            before, now = ("none" if value is msgspec.UNSET else value for value in (before, now))
             raise UsageError(
                 f"{folder} belongs to a run with {name} = {before}, not {now}; "
                 "repeat that command with --resume, or remove the folder."

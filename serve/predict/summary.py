@@ -18,7 +18,13 @@ from ffl_deploy.manifest import FileRecord
 from serve.inputs.items import Skipped, displayed
 from serve.pipeline import WorkSettings
 from serve.predict.labelled import LabelCounts
-from serve.predict.labelled_report import LabelledNumbers
+from serve.predict.labelled_report import (
+    LabelledNumbers,
+    LabelledReport,
+    make_report,
+    report_screen,
+    write_report,
+)
 from serve.predict.shards import PredictRequest, ShardRecord, ShardsManifest
 from serve.rows import OK
 
@@ -53,7 +59,6 @@ class Histogram:
 class Totals:
     """Everything the summary counts; memory does not grow with the number of rows."""
 
-    shards: int = 0
     rows: int = 0
     resumed_rows: int = 0  # of them from shards that an earlier, interrupted run finished
     statuses: Counter[str] = field(default_factory=Counter)
@@ -79,6 +84,11 @@ class Totals:
             self.decode.add(seconds)
         for seconds in infer_seconds:
             self.infer.add(seconds)
+
+    @property
+    def shards(self) -> list[int]:
+        """-> the numbers of the shards, in order: all of them, or those of a part."""
+        return sorted(self.inputs)
 
     @property
     def errors(self) -> int:
@@ -160,8 +170,18 @@ def write_summary(out: Path, summary: Summary) -> None:
     write_json(summary_path(out), summary)
 
 
-def screen(summary: Summary) -> str:
-    """-> the summary as lines for people."""
+def with_report(out: Path, summary: Summary, totals: Totals, classes: Sequence[str]) -> LabelledReport:
+    """Write the report where inputs have labels, and what the summary repeats of it; -> the report."""
+    report = make_report(totals.labelled, classes, min(summary.request.top_k, len(classes)))
+    if report.labelled_rows:
+        write_report(out, report, totals.labelled, classes)
+    if report.labelled_rows or report.rows_with_unknown_label:
+        summary.labelled = report.numbers()
+    return report
+
+
+def screen(summary: Summary, report: LabelledReport) -> str:
+    """-> the summary, and of labelled inputs the report, as lines for people."""
     # how many, and how fast
     lines = [f"{summary.rows} rows in {summary.out}: {summary.ok} ok, {summary.errors} with an error"]
     if summary.resumed_rows:
@@ -189,7 +209,10 @@ def screen(summary: Summary) -> str:
         lines.append(
             "  skipped, not inputs: " + ", ".join(f"{n} {reason}" for reason, n in summary.skipped.items())
         )
-    return "\n".join(map(printable, lines))
+    lines = list(map(printable, lines))
+    if summary.labelled is not msgspec.UNSET and (told := report_screen(report)):
+        lines.append(told)
+    return "\n".join(lines)
 
 
 def _without_ok(statuses: dict[str, int]) -> dict[str, int]:

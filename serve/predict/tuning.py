@@ -38,6 +38,20 @@ def choose_settings(bundle: Bundle, job: Job, small: bool) -> WorkSettings:
             threads=job.threads or 1,
             decoders=1,
         )
+    # of a part every machine has to choose the same, however many cores it has: one thread for each batch,
+    # which is what the bytes depend on, and as many batches at once as there is room for
+    if job.part is not None:
+        streams = job.threads or available_cores()
+        size = SMALL_BATCH
+        if runtime_named(job.runtime or bundle.variant(job.variant).runtime).gpu:
+            streams, size = min(streams, GPU_STREAMS), GPU_BATCH_SIZES[1]
+        return WorkSettings(
+            job.batch_size or size,
+            job.shard_size or SHARD_SIZE,
+            streams,
+            threads=1,
+            decoders=available_cores(),
+        )
     cores = job.threads or max(1, available_cores() // (gpu_count() if job.gpu == "all" else 1))
     if small or (job.batch_size is not None and cores == 1):
         batch_size, streams = job.batch_size or SMALL_BATCH, 1
