@@ -342,6 +342,27 @@ def test_32_an_image_that_kills_the_worker_is_quarantined(
 
 
 @pytest.mark.fault
+def test_32_an_image_that_kills_the_worker_of_a_part_is_quarantined(
+    tiny_bundle: Bundle, many: Path, tmp_path: Path
+) -> None:
+    """Of a part, the shard at which a worker dies is not the next number: its neighbours are other parts'."""
+    shard = int(FLAGS[FLAGS.index("--shard-size") + 1])
+    deadly = shard * 4 + 5  # in the second shard of part 2/3
+    (many / f"{deadly:04d}.jpg").write_bytes(b"deadly")
+    out = tmp_path / "out.jsonl"
+    code, stderr = finish(
+        start(
+            tiny_bundle.folder, many, "--out", out, *FLAGS, "--part", "2/3",
+            script=DEADLY.format(signal="SIGSEGV"),
+        )
+    )  # fmt: skip
+    assert code == 3, stderr
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [index for index, row in enumerate(rows) if row["status"] == "crashed"] == [shard + 5]
+    assert out.with_name("out.jsonl.part.json").is_file()
+
+
+@pytest.mark.fault
 def test_32_a_worker_killed_once_costs_nothing(tiny_bundle: Bundle, many: Path, tmp_path: Path) -> None:
     whole, out, marker = tmp_path / "whole.parquet", tmp_path / "out.parquet", tmp_path / "died"
     assert finish(start(tiny_bundle.folder, many, "--out", whole, *FLAGS))[0] == 3
