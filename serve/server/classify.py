@@ -17,7 +17,6 @@ from starlette.datastructures import Headers, QueryParams, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from ffl_deploy.images import ImageError
@@ -29,6 +28,7 @@ from serve.server.models import ServedModel
 from serve.server.protocol import ProtocolError
 from serve.server.responses import json_response
 from serve.server.service import Service
+from serve.server.tracking import REQUEST_ID
 from serve.server.v2 import find_model
 
 PATH = "/classify"
@@ -53,14 +53,19 @@ class Classify:
         try:
             files = await read_files(scope, receive, self.service.settings.limits.images_per_request)
             async with while_connected(receive):
-                response = await self._answer(model, files, _top_k(query.get("top_k")))
+                content = await self._answer(model, files, _top_k(query.get("top_k")))
         except (ClientGone, ClientDisconnect):
             return
         except REFUSALS as error:
             response = refusal(error, model.name)
+        else:
+            if "x-request-id" in Headers(scope=scope):  # a stored answer says whose it is
+                content["request_id"] = scope[REQUEST_ID]
+            readable = any("error" not in row for row in content["images"])
+            response = json_response(content, 200 if readable else 400)
         await response(scope, receive, send)
 
-    async def _answer(self, model: ServedModel, files: Sequence[NamedFile], top_k: int) -> Response:
+    async def _answer(self, model: ServedModel, files: Sequence[NamedFile], top_k: int) -> dict[str, Any]:
         # every image on its own: pixels, or what is wrong with it
         found = await asyncio.gather(*[self._pixels(model, data) for _, data in files])
         good = [pixels for pixels in found if not isinstance(pixels, ImageError)]
@@ -75,8 +80,7 @@ class Classify:
                 else next(answers)
             )
             rows.append({"file": name, **answer})
-        content = {"model": model.name, "variant": model.variant.name, "images": rows}
-        return json_response(content, 200 if good else 400)
+        return {"model": model.name, "variant": model.variant.name, "images": rows}
 
     async def _pixels(self, model: ServedModel, data: bytes) -> Pixels | ImageError:
         try:

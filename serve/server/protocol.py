@@ -21,6 +21,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from serve.server.noted import note
+
 IMAGES, ENCODED = "images", "encoded"
 HEADER_LENGTH = "inference-header-content-length"
 DATATYPES = {"set": "BOOL", "abstain": "BOOL", "exit": "INT64"}
@@ -171,6 +173,7 @@ def read_request(body: bytes, header_length: int | None, signature: Signature) -
 
 def checked(header: Header, raw: memoryview | None, signature: Signature) -> InferRequest:
     """-> the request, over HTTP or gRPC. raw: the tensors behind its description. Raises ProtocolError."""
+    note("id", header.id)  # first: what is refused is logged
     # the one input
     if len(header.inputs) != 1:
         raise ProtocolError(

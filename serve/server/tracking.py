@@ -12,9 +12,12 @@ from typing import NamedTuple
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve.server import noted
 from serve.server.service import Phase, Service
 
-_ID_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.")
+_ID_CHARACTERS = frozenset(map(chr, range(0x21, 0x7F)))  # what a header can hold anywhere, without spaces
+REQUEST_ID = "ffl.request_id"  # of a scope
+LONGEST_PATH = 1024  # characters of a path that a log line repeats
 
 
 def route_of(path: str) -> str:
@@ -30,7 +33,7 @@ def route_of(path: str) -> str:
 
 def short_and_plain(given: str) -> bool:
     """-> whether a client's own request id is repeated."""
-    return 0 < len(given) <= 64 and _ID_CHARACTERS.issuperset(given)
+    return 0 < len(given) <= noted.LONGEST and _ID_CHARACTERS.issuperset(given)
 
 
 class RequestIds:
@@ -39,13 +42,18 @@ class RequestIds:
     def __init__(self) -> None:
         self._numbers, self._prefix = itertools.count(1), os.urandom(4).hex()
 
-    def __call__(self, given: str) -> str:
-        return given if short_and_plain(given) else f"{self._prefix}-{next(self._numbers)}"
+    def __call__(self, given: str, said: dict[str, str]) -> str:
+        """said: of its log line, which repeats the beginning of an id that cannot be the request's."""
+        if short_and_plain(given):
+            return given
+        if given:
+            said["sent_request_id"] = given[: noted.LONGEST]
+        return f"{self._prefix}-{next(self._numbers)}"
 
 
 class Asked(NamedTuple):
-    """A request, for its log line. said: the method, and over HTTP the path; probe: whether failing is the
-    answer that was asked for."""
+    """A request, for its log line. said: the method, over HTTP the path, and what was noted of it; probe:
+    whether failing is the answer that was asked for."""
 
     said: dict[str, str]
     client: str
@@ -74,8 +82,8 @@ def record(
 
 
 class Tracking:
-    """Every response carries `x-request-id` (the client's own, if it is short and plain),
-    which the log lines repeat."""
+    """Every response carries `x-request-id` (the client's own, if it is short and plain), which the log line
+    repeats, together with the `id` of an inference request's body."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self.app, self.service = app, service
@@ -87,7 +95,9 @@ class Tracking:
         # who asks, and when
         metrics = self.service.metrics
         began = time.perf_counter()
-        request_id = self._ids(Headers(scope=scope).get("x-request-id", ""))
+        said = {"method": scope["method"], "path": scope["path"][:LONGEST_PATH]}
+        scope[REQUEST_ID] = request_id = self._ids(Headers(scope=scope).get("x-request-id", ""), said)
+        noted.begin(said)
         status = 499  # nginx's number for a client that left before its answer
 
         # the answer, on its way out
@@ -112,7 +122,7 @@ class Tracking:
             raise
         finally:
             metrics.in_flight.dec()
-            route, said = route_of(scope["path"]), {"method": scope["method"], "path": scope["path"]}
+            route = route_of(scope["path"])
             asked = Asked(said, (scope.get("client") or ("",))[0], request_id, probe=route == "health")
             record(self.service, asked, route, status, time.perf_counter() - began, failed=status >= 400)
         return None

@@ -16,6 +16,7 @@ import grpc
 from starlette.exceptions import HTTPException
 
 from ffl_deploy.errors import FflError, UsageError
+from serve.server import noted
 from serve.server.exchange import REFUSALS, refused_as
 from serve.server.limits import has_token
 from serve.server.repository import Repository
@@ -105,7 +106,9 @@ class Calls:
         metadata = {
             key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)
         }
-        request_id = self._ids(metadata.get("x-request-id", ""))
+        said = {"method": f"grpc {name}"}
+        request_id = self._ids(metadata.get("x-request-id", ""), said)
+        noted.begin(said)
         context.set_trailing_metadata((("x-request-id", request_id),))
         failed: tuple[grpc.StatusCode, str] | None = None
         metrics.in_flight.inc()
@@ -132,7 +135,7 @@ class Calls:
         finally:
             metrics.in_flight.dec()
             code = failed[0] if failed else code
-            route, said = f"grpc_{'infer' if 'Infer' in name else 'other'}", {"method": f"grpc {name}"}
+            route = f"grpc_{'infer' if 'Infer' in name else 'other'}"
             asked = Asked(said, address_of(context), request_id, probe=name in OPEN_TO_ALL)
             seconds = time.perf_counter() - began
             record(self.service, asked, route, code.name, seconds, failed=failed is not None)
