@@ -1,4 +1,4 @@
-"""Whose request a log line is about: what a client sent is in the line and in the answer, whatever that was."""
+"""Whose request a log line is about: what a client sent is in the line and in the answer, whatever it was."""
 
 from __future__ import annotations
 
