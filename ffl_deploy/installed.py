@@ -58,6 +58,7 @@ PACKAGES = {
     "pillow_heif": Package("pillow-heif", "heif"),
     "ray": Package("Ray", "ray"),
     "grpc": Package("gRPC", "grpc"),
+    "opentelemetry": Package("OpenTelemetry's OTLP exporter", "otel"),
     "fsspec": Package("fsspec", "remote"),
     "s3fs": Package("s3fs", "remote"),
     "gcsfs": Package("gcsfs", "remote"),
@@ -93,9 +94,14 @@ def missing(module: str, instead: str = "") -> MissingPackage:
 
 
 def require(module: str, instead: str = "") -> None:
-    """Raise MissingPackage where a module of PACKAGES is not installed; without importing it, so at once."""
-    if importlib.util.find_spec(module) is None:
-        raise missing(module, instead)
+    """Raise MissingPackage where a module of PACKAGES, or one inside of it, is not installed; without
+    importing it, so at once."""
+    try:
+        found = importlib.util.find_spec(module)
+    except ModuleNotFoundError:  # nor what it would be inside of
+        found = None
+    if found is None:
+        raise missing(module.partition(".")[0], instead)
 
 
 def missing_import(error: ModuleNotFoundError) -> MissingPackage | None:

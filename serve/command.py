@@ -196,6 +196,11 @@ def build_parser(demo_alone: bool = False) -> Parser:
     ending.add_argument(
         "--log-format", choices=("json", "text"), help="default: text on a terminal, else json"
     )
+    ending.add_argument(
+        "--otlp",
+        metavar="URL",
+        help="send OpenTelemetry traces to this collector, as http://localhost:4318 (default: none are made)",
+    )
     return parser
 
 
@@ -213,6 +218,14 @@ def parse_arguments(argv: Sequence[str], demo_alone: bool = False) -> Settings:
         raise UsageError("--drain and --shutdown cannot be negative.")
     if given.watch is not None and not 0.1 <= given.watch <= 86_400:
         raise UsageError(f"--watch is {given.watch:g}; it has to be from 0.1 to 86400 seconds.")
+    if given.otlp is not None:
+        require("opentelemetry.exporter.otlp.proto.http", "leave --otlp out")
+        parts = urlsplit(given.otlp)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise UsageError(
+                f"--otlp {given.otlp!r} is no address of a collector; give the one that takes OTLP over "
+                "HTTP, such as http://localhost:4318."
+            )
     return Settings(
         models=tuple(ModelSpec.parse(text, given.variant) for text in given.bundles),
         host=given.host,
@@ -239,6 +252,7 @@ def parse_arguments(argv: Sequence[str], demo_alone: bool = False) -> Settings:
         drain_seconds=given.drain,
         shutdown_seconds=given.shutdown,
         access_log=given.access_log,
+        otlp=given.otlp,
         log_format=given.log_format or ("text" if sys.stderr.isatty() else "json"),
         limits=Limits(queued_images=given.max_queue, body_bytes=given.max_body_mib << 20),
     )

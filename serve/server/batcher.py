@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ffl_deploy.runtime import Outputs
+from serve.server.noted import took
 
 RunModel = Callable[[np.ndarray], Outputs]
 """uint8 [n, height, width, 3] -> Outputs with n rows; blocks."""
@@ -43,6 +44,9 @@ class _Job:
     future: asyncio.Future[Outputs]
     loop: asyncio.AbstractEventLoop = field(repr=False)
     queued_at: float = field(default_factory=time.perf_counter)
+    began_at: float = 0.0  # its run
+    ended_at: float = 0.0
+    together: int = 0  # images of its run
 
 
 class MicroBatcher:
@@ -101,7 +105,10 @@ class MicroBatcher:
             self._waiting_images += len(images)
             self._changed.notify()
         try:
-            return await job.future
+            outputs = await job.future
+            took("queue", job.queued_at, job.began_at, len(images))
+            took("run", job.began_at, job.ended_at, job.together)
+            return outputs
         except asyncio.CancelledError:
             self._forget(job)
             raise
@@ -122,13 +129,16 @@ class MicroBatcher:
 
     def _work(self) -> None:
         while jobs := self._take():
+            began, together = time.perf_counter(), sum(len(job.images) for job in jobs)
             if self._waited:
-                now = time.perf_counter()
                 for job in jobs:
-                    self._waited(now - job.queued_at)
+                    self._waited(began - job.queued_at)
             results = self._run_together(jobs)
+            ended = time.perf_counter()
+            for job in jobs:
+                job.began_at, job.ended_at, job.together = began, ended, together
             with self._changed:
-                self._running_images -= sum(len(job.images) for job in jobs)
+                self._running_images -= together
             # All jobs of one batch nearly always share a loop: one wake-up answers them all.
             for loop in {job.loop for job in jobs}:
                 answers = [

@@ -25,6 +25,7 @@ from ffl_deploy.runtime import Outputs
 from ffl_deploy.sets import set_labels
 from serve.server.exchange import REFUSALS, ClientGone, read_body, refusal, while_connected
 from serve.server.models import ServedModel
+from serve.server.noted import step
 from serve.server.protocol import ProtocolError
 from serve.server.responses import json_response
 from serve.server.service import Service
@@ -51,7 +52,8 @@ class Classify:
         query = QueryParams(scope["query_string"])
         model = find_model(self.service, query.get("model") or self.service.settings.models[0].name)
         try:
-            files = await read_files(scope, receive, self.service.settings.limits.images_per_request)
+            with step("read"):
+                files = await read_files(scope, receive, self.service.settings.limits.images_per_request)
             async with while_connected(receive):
                 content = await self._answer(model, files, _top_k(query.get("top_k")))
         except (ClientGone, ClientDisconnect):

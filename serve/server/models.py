@@ -28,6 +28,7 @@ from ffl_deploy.runtime import Outputs, Session, require_gpu_runtime, runtime_na
 from ffl_deploy.selfcheck import require_golden
 from ffl_deploy.sets import SetLevel
 from serve.server.batcher import MicroBatcher, Overloaded
+from serve.server.noted import step
 from serve.server.protocol import Signature
 from serve.server.settings import Limits, ModelSpec, Settings
 from serve.server.statistics import ModelStatistics
@@ -125,7 +126,8 @@ class Decoders:
             left -= pixels.shape[0] * pixels.shape[1]
             return prepare(pixels, preprocessing)
 
-        return np.stack(await self._run([partial(one, data) for data in files]))
+        with step("decode", len(files)):
+            return np.stack(await self._run([partial(one, data) for data in files]))
 
     async def run(self, function: Callable[..., T], *arguments: object) -> T:
         """-> what `function` gives on one of the threads. Raises what it raises, Overloaded."""

@@ -19,6 +19,7 @@ SILENCE = {
     "HF_HUB_OFFLINE": "1",
     "DO_NOT_TRACK": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "FASTAPI_OTEL_AUTO_CONFIGURE": "false",  # --otlp alone makes traces
     # Gradio keeps its last 10,000 events and makes a data frame of them after each one,
     # for a dashboard that is off here.
     "GRADIO_ANALYTICS_MAX_EVENTS": "1",

@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Callable
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from ffl_deploy.errors import DeviceLost
 from ffl_deploy.runtime.gpu import memory
@@ -16,6 +17,9 @@ from serve.server.logs import LOGGER
 from serve.server.metrics import Metrics
 from serve.server.models import Decoders, ServedModel, open_model
 from serve.server.settings import ModelSpec, Settings
+
+if TYPE_CHECKING:
+    from serve.server.tracing import Traces
 
 
 class Phase(Enum):
@@ -35,6 +39,11 @@ class Service:
         self.metrics = Metrics()
         self.decoders = Decoders(settings.limits)
         self.room = Room(settings.limits)
+        self.traces: Traces | None = None
+        if settings.otlp is not None:
+            from serve.server import tracing  # an extra
+
+            self.traces = tracing.Traces(tracing.exporter_to(settings.otlp))
         self.models: dict[str, ServedModel] = {}
         self._names = [spec.name for spec in settings.models]
         self.phase = Phase.STARTING
@@ -130,4 +139,6 @@ class Service:
             model.batcher.close()
         for end in self.endings:
             end()
+        if self.traces is not None:
+            self.traces.close()
         self.decoders.close()

@@ -118,4 +118,5 @@ class Settings:
     shutdown_seconds: float = 30.0  # for requests in flight
     access_log: bool = False
     log_format: str = "json"
+    otlp: str | None = None  # the address of a collector of traces; None: none are made
     limits: Limits = Limits()

@@ -7,12 +7,14 @@ import itertools
 import logging
 import os
 import time
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.server import noted
+from serve.server.noted import Notes
 from serve.server.service import Phase, Service
 
 _ID_CHARACTERS = frozenset(map(chr, range(0x21, 0x7F)))  # what a header can hold anywhere, without spaces
@@ -29,6 +31,17 @@ def route_of(path: str) -> str:
     if path == "/v2" or path.startswith("/v2/"):
         return "v2"
     return path[1:] if path in ("/metrics", "/classify") else "demo"
+
+
+ROUTES = {
+    "infer": "/v2/models/{model}/infer",
+    "health": "/v2/health",
+    "v2": "/v2",
+    "metrics": "/metrics",
+    "classify": "/classify",
+    "demo": "/",
+}
+"""What `route_of` gives -> a path with its variable part named."""
 
 
 def short_and_plain(given: str) -> bool:
@@ -52,19 +65,44 @@ class RequestIds:
 
 
 class Asked(NamedTuple):
-    """A request, for its log line. said: the method, over HTTP the path, and what was noted of it; probe:
-    whether failing is the answer that was asked for."""
+    """A request, for its log line and its trace. notes: the method, over HTTP the path, and what became known
+    of it; probe: whether failing is the answer that was asked for; headers: with its `traceparent`."""
 
-    said: dict[str, str]
+    notes: Notes
     client: str
     request_id: str
     probe: bool
+    headers: Mapping[str, str]
+    began: float  # of time.perf_counter
+
+
+class Span(NamedTuple):
+    """What OpenTelemetry's conventions say of a request that has its answer. fault: of this server."""
+
+    name: str
+    attributes: dict[str, str | int]
+    fault: str = ""
 
 
 def record(
-    service: Service, asked: Asked, route: str, status: int | str, seconds: float, *, failed: bool
+    service: Service, asked: Asked, route: str, status: int | str, span: Span, *, failed: bool
 ) -> None:
-    """Count and time a request that has its answer, and log it where somebody may have to know."""
+    """Count, time and trace a request that has its answer, and log it where somebody may have to know."""
+    seconds, said = time.perf_counter() - asked.began, asked.notes.said
+    if service.traces is not None and not asked.probe and route != "metrics":
+        known = {f"ffl.{name}": said[name] for name in ("model", "id") if name in said}
+        ids: dict[str, str | int] = {"client.address": asked.client, "ffl.request_id": asked.request_id}
+        trace = service.traces.request(
+            span.name,
+            asked.began,
+            seconds,
+            {**span.attributes, **ids, **known},
+            fault=span.fault,
+            steps=asked.notes.steps,
+            parent=asked.headers,
+        )
+        if trace:
+            said["trace_id"] = trace
     service.metrics.requests.labels(route, str(status)).inc()
     service.metrics.request_seconds.labels(route).observe(seconds)
     if service.settings.access_log or (failed and not asked.probe):
@@ -72,7 +110,7 @@ def record(
             logging.WARNING if failed else logging.INFO,
             "request",
             extra={
-                **asked.said,
+                **said,
                 "status": status,
                 "milliseconds": round(seconds * 1000, 2),
                 "client": asked.client,
@@ -93,11 +131,11 @@ class Tracking:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         # who asks, and when
-        metrics = self.service.metrics
+        metrics, headers = self.service.metrics, Headers(scope=scope)
         began = time.perf_counter()
         said = {"method": scope["method"], "path": scope["path"][:LONGEST_PATH]}
-        scope[REQUEST_ID] = request_id = self._ids(Headers(scope=scope).get("x-request-id", ""), said)
-        noted.begin(said)
+        scope[REQUEST_ID] = request_id = self._ids(headers.get("x-request-id", ""), said)
+        notes = noted.begin(said)
         status = 499  # nginx's number for a client that left before its answer
 
         # the answer, on its way out
@@ -123,6 +161,20 @@ class Tracking:
         finally:
             metrics.in_flight.dec()
             route = route_of(scope["path"])
-            asked = Asked(said, (scope.get("client") or ("",))[0], request_id, probe=route == "health")
-            record(self.service, asked, route, status, time.perf_counter() - began, failed=status >= 400)
+            client = (scope.get("client") or ("",))[0]
+            asked = Asked(notes, client, request_id, route == "health", headers, began)
+            record(self.service, asked, route, status, _http_span(said, route, status), failed=status >= 400)
         return None
+
+
+def _http_span(said: Mapping[str, str], route: str, status: int) -> Span:
+    """https://opentelemetry.io/docs/specs/semconv/http/http-spans/: named by the route, of which there are
+    few."""
+    route = ROUTES[route]
+    attributes: dict[str, str | int] = {
+        "http.request.method": said["method"],
+        "http.route": route,
+        "url.path": said["path"],
+        "http.response.status_code": status,
+    }
+    return Span(f"{said['method']} {route}", attributes, str(status) if status >= 500 else "")

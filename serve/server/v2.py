@@ -19,6 +19,7 @@ from starlette.types import Receive, Scope, Send
 
 import ffl_deploy
 from ffl_deploy.errors import FflError, UsageError
+from serve.server import noted
 from serve.server.exchange import REFUSALS, ClientGone, read_body, refusal, while_connected
 from serve.server.models import ServedModel
 from serve.server.protocol import (
@@ -77,6 +78,7 @@ async def _not_found(scope: Scope, receive: Receive, send: Send) -> None:
 def find_model(service: Service, name: str, version: str | None = None) -> ServedModel:
     """-> the model that the path names. Raises HTTPException 404, or 503 while bundles are still loading."""
     if name in service.models and version in (None, VERSION):
+        noted.note("model", name)
         return service.models[name]
     if name in {spec.name for spec in service.settings.models} and version in (None, VERSION):
         if service.phase is not Phase.STARTING:
@@ -200,7 +202,8 @@ class Infer:
         model = find_model(self.service, scope["path_params"]["name"], scope["path_params"].get("version"))
         began = time.perf_counter()
         try:
-            body = await read_body(receive)
+            with noted.step("read"):
+                body = await read_body(receive)
             async with while_connected(receive):
                 response = await self._answer(model, body, _header_length(scope))
         except ClientGone:

@@ -28,6 +28,7 @@ DISTRIBUTIONS = {
     "pillow_heif": "pillow-heif", "model_signing": "model-signing", "prometheus_client": "prometheus-client",
     "python_multipart": "python-multipart", "mlflow": "mlflow-skinny", "tensorrt": "tensorrt-cu13",
     "tensorrt_rtx": "tensorrt-rtx-cu13", "grpc": "grpcio",
+    "opentelemetry": "opentelemetry-exporter-otlp-proto-http",
 }  # fmt: skip
 
 

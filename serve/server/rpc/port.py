@@ -23,7 +23,7 @@ from serve.server.repository import Repository
 from serve.server.rpc.messages import HEALTH, INFERENCE, message, parsed, pool
 from serve.server.rpc.methods import Methods
 from serve.server.service import Service
-from serve.server.tracking import Asked, RequestIds, record
+from serve.server.tracking import Asked, RequestIds, Span, record
 
 Code = grpc.StatusCode
 CODES = {
@@ -108,7 +108,7 @@ class Calls:
         }
         said = {"method": f"grpc {name}"}
         request_id = self._ids(metadata.get("x-request-id", ""), said)
-        noted.begin(said)
+        notes = noted.begin(said)
         context.set_trailing_metadata((("x-request-id", request_id),))
         failed: tuple[grpc.StatusCode, str] | None = None
         metrics.in_flight.inc()
@@ -136,9 +136,8 @@ class Calls:
             metrics.in_flight.dec()
             code = failed[0] if failed else code
             route = f"grpc_{'infer' if 'Infer' in name else 'other'}"
-            asked = Asked(said, address_of(context), request_id, probe=name in OPEN_TO_ALL)
-            seconds = time.perf_counter() - began
-            record(self.service, asked, route, code.name, seconds, failed=failed is not None)
+            asked = Asked(notes, address_of(context), request_id, name in OPEN_TO_ALL, metadata, began)
+            record(self.service, asked, route, code.name, _grpc_span(name, code), failed=failed is not None)
         if failed:
             await context.abort(*failed)
 
@@ -160,7 +159,8 @@ class Calls:
         pause = self.limits.stream_pause_seconds
         try:
             async with self.reading.within(pause):
-                data = await anext(messages, None)
+                with noted.step("read"):
+                    data = await anext(messages, None)
         except TimeoutError:
             raise Failed(408, "no message has arrived in time") from None
         if data is None:
@@ -174,6 +174,22 @@ class Calls:
             yield parsed(kind, data)
         finally:
             self.service.room.give_back(len(data), address)
+
+
+FAULTS = (Code.UNKNOWN, Code.DEADLINE_EXCEEDED, Code.UNIMPLEMENTED, Code.INTERNAL, Code.UNAVAILABLE)
+"""Of a server; the other statuses are the client's."""
+
+
+def _grpc_span(method: str, code: grpc.StatusCode) -> Span:
+    """https://opentelemetry.io/docs/specs/semconv/rpc/grpc/."""
+    service = HEALTH if method in ("Check", "Watch") else INFERENCE
+    attributes: dict[str, str | int] = {
+        "rpc.system": "grpc",
+        "rpc.service": service,
+        "rpc.method": method,
+        "rpc.grpc.status_code": code.value[0],
+    }
+    return Span(f"{service}/{method}", attributes, code.name if code in FAULTS else "")
 
 
 def address_of(context: Any) -> str:
