@@ -132,8 +132,11 @@ def resources_in_one_sentence(options: MachineOptions) -> Iterator[None]:
     except RuntimeError as error:
         first = str(error).strip().split("\n")[0]
         if out_of_memory(error):
+            needed = first.partition(" GPU ")[0].rstrip(
+                "."
+            )  # the rest counts bytes and gives torch's own advice
             raise CheckError(
-                f"out of memory ({first}); use a smaller --batch-size, or --accumulate 2 or more, which "
+                f"out of memory ({needed}); use a smaller --batch-size, or --accumulate 2 or more, which "
                 "keeps the step."
             ) from error
         if device_failed(error):
@@ -186,9 +189,10 @@ def why_no_graph(device: torch.device, world: World) -> str:
     return "is for one process, and several share this run" if world.size > 1 else ""
 
 
-SEARCH_FROM = 5000
-"""Steps of a run from which a GPU searches its algorithms: it takes seconds for every shape, as long as
-hundreds of steps (docs/gpu-acceptance.md)."""
+SEARCH_FROM = 20_000
+"""Steps of a run from which cuDNN searches its algorithms. On an H100 that took 6 seconds for a shape, more
+than a thousand steps of two ResNet-32, which were no faster for it (docs/gpu-acceptance.md); other networks
+may be."""
 
 
 def searches(options: MachineOptions, device: torch.device, steps: int) -> bool:

@@ -1,9 +1,10 @@
 """The results of a GPU as a page: docs/performance/gpu.json -> docs/gpu-acceptance.md.
 
-    python -m benchmarks.gpu_acceptance.page [OUT]
+    python -m benchmarks.gpu_acceptance.page [OUT ...]
 
-With OUT, the folder of a run, its acceptance.json becomes docs/performance/gpu.json first. What was not
-measured is said not to be: no number stands on the page that is not in the file.
+With OUT, the folder of a run, its acceptance.json becomes docs/performance/gpu.json first; of several, in the
+order in which they were made, every stage is that of the last run that had it. What was not measured is said
+not to be: no number stands on the page that is not in the file.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu_acceptance.runner import not_run
 from benchmarks.gpu_acceptance.stages import STAGES
 from ffl_deploy.command import run_command
 from ffl_deploy.errors import UsageError
@@ -44,7 +46,9 @@ def page(content: Mapping[str, Any] | None) -> str:
 
 def results_of(content: Mapping[str, Any]) -> str:
     """-> the table of the run, and what every stage found."""
-    parts = [f"{content['date']}, {content['machine']['gpu']}", summary(content["stages"])]
+    runs = content.get("runs", 1)
+    pieces = "" if runs == 1 else f", in {runs} runs: of every stage the last one"
+    parts = [f"{content['date']}, {content['machine']['gpu']}{pieces}", summary(content["stages"])]
     for line in content["stages"]:
         checks = [
             f"- {'holds' if holds else '**does not hold**'}: {cell(text)}"
@@ -76,23 +80,40 @@ def stored() -> dict[str, Any] | None:
     return content
 
 
+def result_of(folder: Path) -> dict[str, Any]:
+    """-> acceptance.json of the run in `folder`. Raises UsageError."""
+    source = folder / "acceptance.json"
+    if not source.is_file():
+        raise UsageError(f"there is no {source}; run benchmarks.gpu_acceptance --out {folder} first.")
+    content: dict[str, Any] = json.loads(source.read_text())
+    if "gpu" not in content["machine"]:
+        raise UsageError(f"{source} is of a machine without a GPU; the page is about GPUs.")
+    return content
+
+
+def joined(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """-> one result of several runs, the earliest first. Raises UsageError for runs of different GPUs."""
+    gpus = sorted({run["machine"]["gpu"] for run in runs})
+    if len(gpus) > 1:
+        raise UsageError(f"these runs are of different GPUs ({', '.join(gpus)}); give those of one.")
+    last: dict[str, Any] = {}
+    for line in (line for run in runs for line in run["stages"]):
+        if line["status"] != "not run" or line["stage"] not in last:
+            last[line["stage"]] = line
+    stages = [last.get(stage.name) or not_run(stage, "was in none of these runs") for stage in STAGES]
+    return {"date": runs[-1]["date"], "runs": len(runs), "machine": runs[-1]["machine"], "stages": stages}
+
+
 def main(argv: Sequence[str]) -> int:
     """-> exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu_acceptance.page", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("out", type=Path, nargs="?", metavar="OUT")
+    parser.add_argument("out", type=Path, nargs="*", metavar="OUT")
     arguments = parser.parse_args(argv)
-    if arguments.out is not None:
-        source = arguments.out / "acceptance.json"
-        if not source.is_file():
-            raise UsageError(
-                f"there is no {source}; run benchmarks.gpu_acceptance --out {arguments.out} first."
-            )
-        content = json.loads(source.read_text())
-        if "gpu" not in content["machine"]:
-            raise UsageError(f"{source} is of a machine without a GPU; the page is about GPUs.")
+    if arguments.out:
+        content = joined([result_of(folder) for folder in arguments.out])
         write_atomically(RESULTS, json.dumps(content, indent=1) + "\n")
     write_atomically(PAGE, page(stored()))
     return 0

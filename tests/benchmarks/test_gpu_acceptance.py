@@ -19,12 +19,13 @@ from benchmarks.gpu_acceptance import kit
 from benchmarks.gpu_acceptance.__main__ import main
 from benchmarks.gpu_acceptance.checks.waits import covered
 from benchmarks.gpu_acceptance.images import decoded, pack, unpack
-from benchmarks.gpu_acceptance.page import PAGE, page, results_of, stored
+from benchmarks.gpu_acceptance.page import PAGE, joined, page, results_of, stored
 from benchmarks.gpu_acceptance.page import main as page_main
 from benchmarks.gpu_acceptance.report import Report
 from benchmarks.gpu_acceptance.runner import Settings, beside, run_stages, store, worst
 from benchmarks.gpu_acceptance.stages import STAGES, Stage
 from ffl_deploy.command import run_command
+from ffl_deploy.errors import UsageError
 
 REPORT = """
 import sys, time, os, subprocess
@@ -255,6 +256,28 @@ def test_the_page_has_the_numbers_of_the_file_and_says_what_is_absent(tmp_path: 
 
 def test_the_committed_page_is_made_of_the_committed_file() -> None:
     assert PAGE.read_text() == page(stored())
+
+
+def test_of_several_runs_every_stage_is_the_last_that_ran() -> None:
+    def run(gpu: str, **statuses: str) -> dict[str, object]:
+        lines = [
+            {"stage": name, "status": status.split()[0], "seconds": float(status.split()[1])}
+            for name, status in statuses.items()
+        ]
+        return {"date": "2026-01-02", "machine": {"gpu": gpu}, "stages": lines}
+
+    runs = [
+        run("X", speed="failed 1", waits="ok 2", bound="ok 3"),
+        run("X", bound="failed 4", machine="ok 5"),
+    ]
+    runs.append({**run("X", speed="ok 6"), "date": "2026-01-03"})
+    found = joined(runs)
+    assert (found["date"], found["runs"]) == ("2026-01-03", 3)
+    assert [line["stage"] for line in found["stages"]] == [stage.name for stage in STAGES]
+    seconds = {line["stage"]: line["seconds"] for line in found["stages"] if line["status"] != "not run"}
+    assert list(seconds.items()) == [("machine", 5), ("speed", 6), ("waits", 2), ("bound", 4)]
+    with pytest.raises(UsageError, match="different GPUs \\(X, Y\\)"):
+        joined([*runs, run("Y", speed="ok 1")])
 
 
 def test_a_run_without_a_gpu_does_not_become_the_page(

@@ -88,8 +88,11 @@ def test_a_size_that_the_network_cannot_take_is_refused() -> None:
     ("error", "sentence"),
     [
         (
-            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
-            "out of memory (CUDA out of memory.",
+            torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.18 GiB of "
+                "which 1.47 GiB is free. If reserved but unallocated memory is large try setting ..."
+            ),
+            "out of memory (CUDA out of memory. Tried to allocate 20.00 GiB); use",
         ),
         (
             RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"),

@@ -49,8 +49,8 @@ def run(context: Context) -> None:
         report.leave_out("CIFAR-100: no --data")
 
 
-def version(name: str) -> str | None:
+def version(name: str) -> str:
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return None
+        return "not installed"
