@@ -98,9 +98,10 @@ def overlay(pixels: Pixels, cam: np.ndarray, size: int = 320) -> Image.Image:
     scaled = evidence / evidence.max() if evidence.max() > 0 else evidence
     heat = Image.fromarray((scaled * 255).astype(np.uint8)).resize(shown, Image.Resampling.BICUBIC)
     strength = np.asarray(heat, dtype=np.float32)[..., None] / 255
+    # few pixels are shown as such: they are what the network saw; of a photograph they would only be edges
+    seen = Image.Resampling.NEAREST if 4 * max(height, width) <= size else Image.Resampling.BICUBIC
     gray = np.asarray(
-        Image.fromarray(pixels).convert("L").convert("RGB").resize(shown, Image.Resampling.NEAREST),
-        dtype=np.float32,
+        Image.fromarray(pixels).convert("L").convert("RGB").resize(shown, seen), dtype=np.float32
     )
     # From dark violet over orange to yellow: ordered by lightness,
     # so that it reads without colour vision too.

@@ -244,6 +244,18 @@ def test_the_overlay_shows_where_the_evidence_is() -> None:
     assert (np.asarray(overlay(pixels, np.full((4, 2), -1, np.float32))) == 128).all()
 
 
+@pytest.mark.parametrize(("side", "smooth"), [(32, False), (224, True)], ids=["few pixels", "a photograph"])
+def test_the_overlay_shows_few_pixels_as_such_and_photographs_smoothly(side: int, smooth: bool) -> None:
+    from serve.demo.answers import overlay
+
+    pixels = np.zeros((side, side, 3), np.uint8)
+    pixels[:, side // 2 :] = 200
+    shown = np.asarray(overlay(pixels, np.zeros((7, 7), np.float32)))
+    levels = set(shown[..., 0].ravel().tolist())
+    assert {0, 200} <= levels
+    assert bool(levels - {0, 200}) == smooth
+
+
 def test_examples_are_one_of_each_class_and_unchanged(
     digit_bundles: tuple[Bundle, Bundle], tmp_path: Path
 ) -> None:
