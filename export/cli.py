@@ -265,6 +265,12 @@ def _options(arguments: argparse.Namespace, run: Run, out: Path, batch: int | No
             "--reference-only exports without the run's data, and --sets is calibrated on them; leave one of "
             "the two out."
         )
+    fitted = [name for name in options.extras if FURTHER_OUTPUTS[name].fit]
+    if options.reference_only and fitted:
+        raise UsageError(
+            f"--reference-only exports without the run's data, and --{fitted[0]} is fitted to them; leave "
+            "one of the two out."
+        )
     if options.reference_only and (arguments.data or "int8" in options.variants.precisions):
         raise UsageError(
             "--reference-only exports without the run's data: --data names them, and int8 is calibrated on "

@@ -7,6 +7,7 @@ import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from export.check.gates import HeldOut
 from export.formats import FORMATS, TargetContext
 from export.golden import golden_samples, read_golden
 from export.outputs import FURTHER_OUTPUTS
+from export.outputs.familiarity import FIT_IMAGES
 from export.progress import Progress
 from export.publish.card import model_card
 from export.temperature import calibrate
@@ -38,7 +40,14 @@ from ffl_deploy.manifest import (
 from ffl_deploy.markdown import megabytes, percent
 from ffl_deploy.networks.checkpoint import load_network
 from ffl_deploy.networks.mutual import MutualNetwork
-from ffl_deploy.networks.targets import CASCADE, CascadeTarget, build_target, exits_of, target_names
+from ffl_deploy.networks.targets import (
+    CASCADE,
+    CascadeTarget,
+    Target,
+    build_target,
+    exits_of,
+    target_names,
+)
 from ffl_deploy.probes import check_pixels
 from ffl_deploy.processor import description
 from ffl_deploy.report import Refusal
@@ -46,6 +55,9 @@ from ffl_deploy.run_directory import CONFIG, Run
 from ffl_deploy.runtime import import_onnxruntime, runtime_named
 from ffl_deploy.signing import signature_path
 from ffl_deploy.verified_on import Outcome, VerifiedOn
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -56,7 +68,7 @@ class ExportOptions:
     out: Path
     variants: VariantOptions = field(default_factory=VariantOptions)
     checkpoint: str = "best"
-    extras: tuple[str, ...] = ()  # further outputs: cam, embedding
+    extras: tuple[str, ...] = ()  # names of FURTHER_OUTPUTS
     golden: Path | None = None
     reference_only: bool = False  # judged by the images that training stored, without its data
     sets: bool = False  # calibrate prediction sets and abstention for each variant
@@ -199,9 +211,11 @@ def export_target(
     else:
         reference, probes = routed_reference(cascade, evaluation.reference(cascade.exits[0])), None
 
+    constants = fitted_constants(target, evaluation, options.extras)
+
     def deployed(temperature: float = 1.0) -> DeployedModel:
         if cascade is None:
-            return DeployedModel(target, run.mean, run.std, temperature, options.extras).eval()
+            return DeployedModel(target, run.mean, run.std, temperature, options.extras, constants).eval()
         assert isinstance(target, CascadeTarget)
         return CascadeModel(target, run.mean, run.std, temperature, cascade.threshold.value).eval()
 
@@ -260,6 +274,17 @@ def export_target(
     if replaces:
         signature_path(options.out / name).unlink(missing_ok=True)  # it was of the bundle before this one
     return load_bundle(options.out / name)
+
+
+def fitted_constants(
+    target: Target, evaluation: Evaluation, extras: Sequence[str]
+) -> dict[str, dict[str, Tensor]]:
+    """-> output -> its constants, of those that are fitted to training images; the others need none."""
+    fits = {name: fit for name in extras if (fit := FURTHER_OUTPUTS[name].fit)}
+    if not fits:
+        return {}
+    training = evaluation.training_pass(target, FIT_IMAGES)
+    return {name: fit(training) for name, fit in fits.items()}
 
 
 def route(evaluation: Evaluation, name: str, promise: Promise) -> Cascade | None:

@@ -23,13 +23,17 @@ from export.check.gates import (
 )
 from export.check.localize import first_difference
 from export.computed import computed_precision
+from export.drawn import KINDS, draw
 from export.formats import FORMATS, ModelFile, TargetContext, write_fp32
+from export.outputs import FAMILIARITY
+from export.outputs.familiarity import calibrated
 from export.progress import Progress
 from export.sets import Answered, calibrate_sets
 from export.write.onnx_graph import GraphOptions
 from export.write.tensorrt_engine import write_engine
-from ffl_deploy.data.datasets import Split
+from ffl_deploy.data.datasets import ArraySplit, Split
 from ffl_deploy.errors import CheckError, OtherMachine, UsageError
+from ffl_deploy.familiarity import Familiarity
 from ffl_deploy.host import available_cores
 from ffl_deploy.manifest import CascadeRecord, Details, Precision, RefusedVariant, Variant
 from ffl_deploy.parity import gate_precision
@@ -195,6 +199,7 @@ def measured(
             variant.details,
             extras=extras,
             sets=sets_from(opened, answers, context) if context.sets else None,
+            familiarity=familiarity_of(opened, answers, context) if FAMILIARITY in context.extras else None,
             cascade=cascade_record(session, file, variant, answers, context) if context.cascade else None,
         ),
     )
@@ -213,6 +218,22 @@ def sets_from(opened: Opened, test: Outputs, context: TargetContext) -> Calibrat
     held = Answered(answers_to(opened, images.split).probabilities, images.split.labels)
     tested = Answered(test.probabilities, context.test.split.labels)
     return calibrate_sets(held, tested, images, context.test.name)
+
+
+def familiarity_of(opened: Opened, test: Outputs, context: TargetContext) -> Familiarity:
+    """-> a variant's threshold of `familiarity`, from its own answers. test: those to the test images."""
+    images, shape = context.evaluation.calibration, context.evaluation.run.preprocessing
+
+    def values(outputs: Outputs) -> np.ndarray:
+        assert outputs.familiarity is not None  # check_extras has looked
+        return outputs.familiarity
+
+    drawn = {}
+    for kind in KINDS:
+        pictures = draw(kind, shape.height, shape.width)
+        drawn[kind] = values(answers_to(opened, ArraySplit(pictures, np.zeros(len(pictures), np.int64))))
+    held = values(answers_to(opened, images.split))
+    return calibrated(held, values(test), drawn, (images.name, context.test.name), images.note)
 
 
 def cascade_record(

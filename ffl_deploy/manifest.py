@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from ffl_deploy.errors import CheckError, UsageError
+from ffl_deploy.familiarity import Familiarity
 from ffl_deploy.files import sha256_of, write_json
 from ffl_deploy.parity import ParityMetrics, ParityRecord, Verdict
 from ffl_deploy.preprocessing import Preprocessing
@@ -244,6 +245,7 @@ class Details(msgspec.Struct, frozen=True, omit_defaults=True):
     engine: EngineRecord | None = None
     sets: CalibratedSets | None = None  # where --sets asked for it
     cascade: CascadeRecord | None = None  # of the target cascade
+    familiarity: Familiarity | None = None  # where --familiarity asked for it
 
 
 class Variant(msgspec.Struct, frozen=True):

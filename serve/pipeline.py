@@ -17,13 +17,14 @@ from typing import NamedTuple, TypeVar
 import msgspec
 import numpy as np
 
+from ffl_deploy.decisions import Decisions
 from ffl_deploy.errors import DeviceLost
+from ffl_deploy.familiarity import UNFAMILIAR
 from ffl_deploy.images import ImageError, decode, prepare
 from ffl_deploy.preprocessing import Pixels, Preprocessing
 from ffl_deploy.runtime import Outputs, Session
-from ffl_deploy.sets import SetLevel, set_labels
 from serve.inputs.items import Item
-from serve.rows import OF_SETS, OK, Row
+from serve.rows import OF_DECISIONS, OK, Row
 
 # items a decoding thread takes at a time: hand-over costs 30 us, a small image decodes in 50
 DECODE_CHUNK = 16
@@ -88,15 +89,12 @@ class Classifier:
         classes: Sequence[str],
         top_k: int,
         columns: Sequence[str] = (),
-        sets: SetLevel | None = None,
-        exits: Sequence[str] = (),
+        decisions: Decisions | None = None,
     ) -> None:
-        """columns: which of rows.OPTIONAL_COLUMNS to fill, those of `sets` besides, where it is given; exits:
-        the names of a cascade's classifiers."""
+        """columns: which of rows.OPTIONAL_COLUMNS to fill, those of `decisions` besides."""
         self.session, self.classes = session, list(classes)
-        self.top_k, self.sets = min(top_k, len(self.classes)), sets
-        self.columns = [name for name in columns if name not in (*OF_SETS, "exit")]
-        self.exits = exits
+        self.top_k, self.decisions = min(top_k, len(self.classes)), decisions or Decisions()
+        self.columns = [name for name in columns if name not in OF_DECISIONS]
 
     def rows(self, prepared: Sequence[Prepared]) -> list[Row]:
         """-> one row for each, in order; the decoded ones go through the network as one batch."""
@@ -123,7 +121,8 @@ class Classifier:
 
     def _answered(self, good: Sequence[Prepared], outputs: Outputs) -> list[Row]:
         finite = outputs.finite
-        sets = None if self.sets is None else self.sets.answers(np.nan_to_num(outputs.probabilities))
+        numbers = outputs._replace(probabilities=np.nan_to_num(outputs.probabilities))
+        decided = self.decisions.each(numbers, self.classes)
         # equal values keep class order
         order = np.argsort(-outputs.probabilities, axis=1, kind="stable")[:, : self.top_k]
         confidences = np.take_along_axis(outputs.probabilities, order, axis=1).tolist()
@@ -135,17 +134,15 @@ class Classifier:
                 continue
             labels = [self.classes[i] for i in ids]
             extra = {name: getattr(outputs, name)[index] for name in self.columns}
-            if self.exits and outputs.exit is not None:
-                extra["exit"] = self.exits[outputs.exit[index]]
-            if sets is not None:
-                member = sets.member[index]
-                extra["set_labels"] = set_labels(member, outputs.probabilities[index], self.classes)
-                extra["abstain"] = bool(sets.abstain[index])
+            said = decided[index]
+            remarks = [item.error, UNFAMILIAR if said.pop("unfamiliar", False) else None]
+            if "set" in said:
+                said["set_labels"] = said.pop("set")
             rows.append(
                 Row(
                     item.path,
                     OK,
-                    item.error,
+                    "; ".join(filter(None, remarks)) or None,
                     labels[0],
                     ids[0],
                     values[0],
@@ -154,6 +151,7 @@ class Classifier:
                     item.width,
                     item.height,
                     **extra,
+                    **said,
                 )
             )
         return rows

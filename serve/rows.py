@@ -19,8 +19,9 @@ from ffl_deploy.installed import require
 Format = Literal["parquet", "jsonl", "csv"]
 FORMATS: tuple[Format, ...] = ("parquet", "jsonl", "csv")
 OK = "ok"
-OPTIONAL_COLUMNS = ("logits", "embedding", "set_labels", "abstain", "exit")
 OF_SETS = ("set_labels", "abstain")
+OF_DECISIONS = (*OF_SETS, "exit", "familiarity")
+OPTIONAL_COLUMNS = ("logits", "embedding", *OF_DECISIONS)
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet executes: OWASP, CSV injection
 
 
@@ -43,6 +44,7 @@ class Row(NamedTuple):
     set_labels: list[str] | None = None  # the classes of the prediction set, by falling confidence
     abstain: bool | None = None  # whether the answer is too unsure to be given
     exit: str | None = None  # which classifier of a cascade answered
+    familiarity: float | None = None  # likeness to the training images
 
 
 COLUMNS = tuple(name for name in Row._fields if name not in OPTIONAL_COLUMNS)
@@ -142,6 +144,7 @@ def parquet_schema(extra: Sequence[str]) -> Any:
         "set_labels": pa.list_(pa.string()),
         "abstain": pa.bool_(),
         "exit": pa.string(),
+        "familiarity": pa.float32(),
     }
     return pa.schema(
         [pa.field(name, kinds[name], nullable=name not in ("path", "status")) for name in (*COLUMNS, *extra)]

@@ -17,6 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from ffl_deploy.bundle import Bundle, load_bundle, write_bundle
 from ffl_deploy.bundle_files import GoldenSamples
 from ffl_deploy.contract import KEY, contract
+from ffl_deploy.familiarity import Familiarity
 from ffl_deploy.manifest import Details, InputTensor, OutputTensor, Precision, Source, Variant
 from ffl_deploy.preprocessing import Preprocessing
 from ffl_deploy.probes import Probes, draw, prepared
@@ -43,6 +44,7 @@ def make_bundle(
     golden_count: int = 4,
     bound: bool = True,
     sets: CalibratedSets | None = None,
+    familiarity: Familiarity | None = None,
 ) -> Bundle:
     """Write a bundle into `folder` and load it.
 
@@ -55,6 +57,8 @@ def make_bundle(
         gray: the golden images are light strokes on black, as digits are.
         variants: names; each is the same fp32 graph in a file of its own.
         sets: what each variant promises of its answers.
+        familiarity: the graph also gives `familiarity`, float32 [batch], the mean of the pooled features;
+        this is its threshold.
         bound: the models carry the contract and the golden samples made-up pictures; older bundles have
         neither. wrong: of them, those whose file holds other weights: every hash is right, the answers are
         not.
@@ -63,7 +67,13 @@ def make_bundle(
     files = {name: "model.onnx" if name == "fp32" else f"model.{name}.onnx" for name in variants}
     model, other = (
         build_model(
-            size, len(classes), seed=weights, nonfinite_above=nonfinite_above, embedding=embedding, cam=cam
+            size,
+            len(classes),
+            seed=weights,
+            nonfinite_above=nonfinite_above,
+            embedding=embedding,
+            cam=cam,
+            familiarity=familiarity is not None,
         )
         for weights in (seed, seed + 1)
     )
@@ -93,6 +103,8 @@ def make_bundle(
     ]
     if embedding:
         outputs.append(OutputTensor("embedding", ["batch", CHANNELS], "pooled features"))
+    if familiarity:
+        outputs.append(OutputTensor("familiarity", ["batch"], "likeness"))
     if cam:
         outputs.append(OutputTensor("cam", ["batch", size // 2, size // 2], "class activation map"))
     write_bundle(
@@ -107,7 +119,7 @@ def make_bundle(
         variants=[
             msgspec.structs.replace(
                 Variant.of_file(folder, folder / file, name, "onnxruntime", Precision("fp32", "fp32")),
-                details=Details(sets=sets),
+                details=Details(sets=sets, familiarity=familiarity),
             )
             for name, file in files.items()
         ],
@@ -128,6 +140,7 @@ def build_model(
     nonfinite_above: float | None = None,
     embedding: bool = False,
     cam: bool = False,
+    familiarity: bool = False,
 ) -> onnx.ModelProto:
     """images uint8 [batch, size, size, 3] -> normalise -> 3x3 conv -> ReLU -> global pool -> gemm -> logits
     -> softmax."""
@@ -175,6 +188,12 @@ def build_model(
     ]
     if embedding:
         outputs.append(helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["batch", CHANNELS]))
+    if familiarity:
+        weights["channel_axis"] = np.array([1])
+        nodes.append(
+            helper.make_node("ReduceMean", ["embedding", "channel_axis"], ["familiarity"], keepdims=0)
+        )
+        outputs.append(helper.make_tensor_value_info("familiarity", TensorProto.FLOAT, ["batch"]))
     if cam:
         weights["cam_axes"] = np.array([1])
         nodes.append(helper.make_node("ReduceMean", ["relu", "cam_axes"], ["cam"], keepdims=0))

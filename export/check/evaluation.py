@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from export.outputs import TrainingPass
 from export.sets import CalibrationImages
-from export.write.onnx_graph import Normalize
+from export.write.onnx_graph import Normalize, forward_pass
 from ffl_deploy.data.datasets import ArraySplit, ImageData, Split, load_data
 from ffl_deploy.data.inputs import FILE, changed_files
 from ffl_deploy.errors import CheckError, UsageError
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from ffl_deploy.networks.checkpoint import LoadedNetwork
     from ffl_deploy.networks.mutual import MutualNetwork
     from ffl_deploy.networks.quantization import QuantizedNetwork
+    from ffl_deploy.networks.targets import Target
 
 PASS_BATCH = 256  # images per forward pass; larger ones bring nothing on a CPU and cost memory
 
@@ -147,6 +149,21 @@ class Evaluation:
         """-> at most `limit` training images uint8 [n, h, w, 3],
         equally many of each class as far as they go."""
         return self.data.train.read(class_balanced(self.data.train.labels, limit, seed))
+
+    def training_pass(self, target: Target, limit: int) -> TrainingPass:
+        """-> what `target`, BranchTarget or FusedTarget, makes of at most `limit` training images, equally
+        many of each class."""
+        import torch
+
+        train, normalize = self.data.train, Normalize(self.run.mean, self.run.std)
+        rows, passes = class_balanced(train.labels, limit), []
+        with torch.inference_mode():
+            for start in range(0, len(rows), PASS_BATCH):
+                images = torch.from_numpy(train.read(rows[start : start + PASS_BATCH]))
+                values = forward_pass(target, normalize(images), early=True)
+                passes.append((values.early, values.embedding, values.logits))
+        early, embedding, logits = (torch.cat(column) for column in zip(*passes, strict=True))
+        return TrainingPass(early, embedding, logits, torch.from_numpy(train.labels[rows]))
 
 
 def require_same_inputs(run: Run, data: ImageData) -> None:

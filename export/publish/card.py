@@ -59,6 +59,7 @@ def model_card(manifest: Manifest) -> str:
         calibration=_calibration(manifest),
         sets=_sets(manifest),
         cascade=_cascade(manifest),
+        familiarity=_familiarity(manifest),
         run=source.run,
         checkpoint=source.checkpoint,
         epoch=str(source.epoch),
@@ -189,6 +190,32 @@ def _cascade(manifest: Manifest) -> str:
         "those of the same file with every image deferred."
     )
     return f"## Cascade\n\n{said}\n\n{table(CASCADE_COLUMNS, rows)}"
+
+
+FAMILIARITY_COLUMNS = ("variant", "threshold", "test images kept")
+
+
+def _familiarity(manifest: Manifest) -> str:
+    """-> the section about the output `familiarity`; nothing for a bundle without."""
+    calibrated = [(variant.name, variant.details.familiarity) for variant in manifest.variants]
+    given = [(name, found) for name, found in calibrated if found is not None]
+    if not given:
+        return ""
+    kinds = list(given[0][1].drawn)
+    rows = []
+    for name, found in given:
+        told = [f"{one.auroc:.3f}, {percent(one.called_familiar)}" for one in found.drawn.values()]
+        rows.append([name, f"{found.threshold:.2f}", percent(found.test_kept), *told])
+    first = given[0][1]
+    note = f" ({first.note})" if first.note else ""
+    said = (
+        "An image whose output `familiarity` is below the threshold is unlike the training images; "
+        f"{percent(first.kept, 0)} of images like {first.images} {first.split} images{note} are not. Of "
+        "drawn pictures: the chance that a test image is more familiar than one (AUROC), and how many the "
+        "threshold lets pass. docs/decisions.md says what that does not promise: a photograph of another "
+        "class is mostly familiar."
+    )
+    return f"## Familiarity\n\n{said}\n\n{table((*FAMILIARITY_COLUMNS, *kinds), rows)}"
 
 
 def _calibration(manifest: Manifest) -> str:

@@ -51,8 +51,8 @@ def blocks(proto: Any) -> list[list[str]]:
 
 def outside_the_network(proto: Any) -> list[str]:
     """-> names of the nodes that are not the network: normalisation, and what joins classifiers, follows the
-    logits, draws the map or gives the embedding. Told by the graph: an optimiser drops what the exporter
-    noted at the nodes."""
+    logits or leads to other outputs alone. Told by the graph: an optimiser drops what the exporter noted at
+    the nodes."""
     initializers = {tensor.name for tensor in proto.graph.initializer}
     names = [node.name for node in tail(proto)[1]]
     outputs = {output.name for output in proto.graph.output} - {"logits"}
@@ -67,7 +67,21 @@ def outside_the_network(proto: Any) -> list[str]:
             names.append(node.name)
         if outputs & set(node.output):
             names.append(node.name)
+    leading = leading_to(proto, "logits")
+    names += [node.name for node in proto.graph.node if node.name not in leading]
     return list(dict.fromkeys(names))
+
+
+def leading_to(proto: Any, output: str) -> set[str]:
+    """-> names of the nodes that `output` is computed from."""
+    makers = {name: node for node in proto.graph.node for name in node.output}
+    found, open_names = set(), [output]
+    while open_names:
+        node = makers.get(open_names.pop())
+        if node is not None and node.name not in found:
+            found.add(node.name)
+            open_names += node.input
+    return found
 
 
 def tail(proto: Any) -> tuple[list[Any], list[Any]]:

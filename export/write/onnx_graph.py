@@ -11,7 +11,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,8 +54,9 @@ class DeployedModel(nn.Module):
     """What the ONNX file computes: pixels -> (logits, probabilities, and what `extras` names).
 
     Args: target: normalised [n, 3, h, w] -> logits [n, classes]; temperature: probabilities = softmax(logits
-    / temperature) (Guo et al. 2017); extras: names of FURTHER_OUTPUTS, given in that table's order. Raises
-    UsageError where extras are asked of a target with several classifiers.
+    / temperature) (Guo et al. 2017); extras: names of FURTHER_OUTPUTS, given in that table's order;
+    constants: of those that have some, by name. Raises UsageError where extras are asked of a target with
+    several classifiers.
     """
 
     def __init__(
@@ -65,12 +66,17 @@ class DeployedModel(nn.Module):
         std: tuple[float, float, float],
         temperature: float = 1.0,
         extras: Sequence[str] = (),
+        constants: Mapping[str, Mapping[str, Tensor]] | None = None,
     ) -> None:
         super().__init__()
         if extras:
             require_features(target, extras, "this target")
         self.normalise, self.target = Normalize(mean, std), target
         self.temperature, self.extras = temperature, tuple(name for name in FURTHER_OUTPUTS if name in extras)
+        self.constants = {output: tuple(values) for output, values in (constants or {}).items()}
+        for output, values in (constants or {}).items():
+            for name, value in values.items():
+                self.register_buffer(f"{output}_{name}", value)
 
     @property
     def output_names(self) -> list[str]:
@@ -82,11 +88,12 @@ class DeployedModel(nn.Module):
             logits = self.target(normalized)
             return logits, torch.softmax(logits / self.temperature, dim=1)
         target: Any = self.target  # BranchTarget or FusedTarget; the constructor has looked
-        features = target.features(normalized)
-        embedding = features.mean(dim=(2, 3))
-        logits = target.classifier(embedding)
-        traced = ForwardPass(features, embedding, logits, target.classifier)
-        further = [FURTHER_OUTPUTS[name].compute(traced) for name in self.extras]
+        traced = forward_pass(target, normalized, early=bool(self.constants))
+        logits, further = traced.logits, []
+        for output in self.extras:
+            names = self.constants.get(output, ())
+            own = traced._replace(constants={name: getattr(self, f"{output}_{name}") for name in names})
+            further.append(FURTHER_OUTPUTS[output].compute(own))
         return logits, torch.softmax(logits / self.temperature, dim=1), *further
 
     def tracing(self, example: Tensor) -> tuple[tuple[Tensor, ...], dict[str, Any] | None, list[str]]:
@@ -96,6 +103,17 @@ class DeployedModel(nn.Module):
 
     def finish(self, proto: Any) -> None:
         """Change the exporter's ModelProto in place, where it could not write what is meant."""
+
+
+def forward_pass(target: Any, normalized: Tensor, early: bool) -> ForwardPass:
+    """-> what further outputs are made from, of normalised images [n, 3, h, w]; target: BranchTarget or
+    FusedTarget; early: whether they need the earlier map too."""
+    maps = target.maps(normalized) if early else None
+    features = target.features(normalized) if maps is None else maps.features
+    embedding = features.mean(dim=(2, 3))
+    logits = target.classifier(embedding)
+    pooled = maps.early.mean(dim=(2, 3)) if maps else None  # last: what follows the logits stays in fp32
+    return ForwardPass(features, embedding, logits, target.classifier, pooled)
 
 
 def has_features(target: nn.Module) -> bool:

@@ -14,6 +14,21 @@ from ffl_deploy.networks.fusion import Combination, FusionModule, pool
 from ffl_deploy.networks.mutual import MutualNetwork
 
 
+class Maps(NamedTuple):
+    """Feature maps of a target with one classifier, [n, C, h, w] each."""
+
+    early: Tensor  # before the first branch's last stage
+    features: Tensor  # what the classifier takes, before pooling
+
+
+def _in_two(branch: nn.Module, shared: Tensor) -> Maps:
+    """-> the maps before and after the last stage of a branch, which takes the trunk's map `shared`."""
+    *lower, last = branch.children()
+    for stage in lower:
+        shared = stage(shared)
+    return Maps(shared, last(shared))
+
+
 class BranchTarget(nn.Module):
     """One sub-network: trunk, branch, head."""
 
@@ -24,6 +39,10 @@ class BranchTarget(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """images: normalised [n, 3, h, w] -> the last feature map [n, C, h', w']."""
         return self.branch(self.trunk(images))
+
+    def maps(self, images: Tensor) -> Maps:
+        """images: normalised [n, 3, h, w]."""
+        return _in_two(self.branch, self.trunk(images))
 
     def forward(self, images: Tensor) -> Tensor:
         """images: normalised [n, 3, h, w] -> logits [n, classes]."""
@@ -45,6 +64,12 @@ class FusedTarget(nn.Module):
         """images: normalised [n, 3, h, w] -> the fused feature map [n, N, h', w']."""
         shared = self.trunk(images)
         return self.fusion.features([branch(shared) for branch in self.branches])
+
+    def maps(self, images: Tensor) -> Maps:
+        """images: normalised [n, 3, h, w]."""
+        shared = self.trunk(images)
+        early, first = _in_two(self.branches[0], shared)
+        return Maps(early, self.fusion.features([first, *(branch(shared) for branch in self.branches[1:])]))
 
     def forward(self, images: Tensor) -> Tensor:
         """images: normalised [n, 3, h, w] -> logits [n, classes]."""

@@ -49,8 +49,8 @@ def run_in_batches(
     batch: int,
     callers: int = 1,
 ) -> Outputs:
-    """-> logits and probabilities of the first `count` images, `batch` at a time.
-    Raises CheckError for lost rows.
+    """-> logits, probabilities and what else is one number an image, of the first `count` images, `batch` at
+    a time. Raises CheckError for lost rows.
 
     callers: threads that call `run` at the same time; the order of the answers is that of the images.
     """
@@ -62,8 +62,9 @@ def run_in_batches(
             raise CheckError(
                 f"a batch of {len(part)} images came back with {len(outputs.logits)} rows of logits."
             )
-        # maps and embeddings of a whole test set would take its memory
-        return Outputs(outputs.logits, outputs.probabilities, exit=outputs.exit)
+        # maps and embeddings of a whole test set would take its memory; one number an image does not
+        small = [values if values is None or values.ndim == 1 else None for values in outputs[2:]]
+        return Outputs(outputs.logits, outputs.probabilities, *small)
 
     with ThreadPoolExecutor(callers) as pool:
         answers = list((pool.map if callers > 1 else map)(answer, range(0, count, batch)))

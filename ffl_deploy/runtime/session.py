@@ -20,6 +20,8 @@ class Outputs(NamedTuple):
     embedding: np.ndarray | None = None  # float32 [n, features], where the bundle's graph gives it
     exit: np.ndarray | None = None  # int64 [n], of a cascade: 0 where its first exit answered, 1 the last
 
+    familiarity: np.ndarray | None = None  # float32 [n], where the bundle was exported with --familiarity
+
     @property
     def finite(self) -> np.ndarray:
         """bool [n]: whether an image's logits and probabilities are numbers."""

@@ -13,7 +13,6 @@ from PIL import Image
 from ffl_deploy.images import Decoded, ImageError, prepare
 from ffl_deploy.preprocessing import Pixels
 from serve.server.batcher import Closed, Overloaded
-from serve.server.classify import promises
 from serve.server.models import NonFinite, ServedModel, timed_infer
 from serve.server.service import Service
 
@@ -33,7 +32,7 @@ class Answer:
     top: list[tuple[str, float]]
     milliseconds: float  # in the queue and the model
     cam: np.ndarray | None
-    promised: dict[str, Any]  # what `promises` says of it
+    promised: dict[str, Any]  # what `Decisions.each` says of it
 
     @property
     def model(self) -> str:
@@ -82,7 +81,7 @@ async def ask(model: ServedModel, pixels: Pixels) -> Answer:
         raise Unanswerable("The server is busy; try again in a moment.") from error
     top = model.bundle.prediction(outputs.logits[0], outputs.probabilities[0], TOP_K).top
     cam = None if outputs.cam is None else outputs.cam[0]
-    return Answer(model, top, seconds * 1000, cam, promises(model, outputs)[0])
+    return Answer(model, top, seconds * 1000, cam, model.decisions.each(outputs, model.bundle.classes)[0])
 
 
 def overlay(pixels: Pixels, cam: np.ndarray, size: int = 320) -> Image.Image:

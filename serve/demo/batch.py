@@ -132,7 +132,7 @@ async def classify_files(
 ) -> AsyncIterator[BatchState]:
     """Yield the growing state after every chunk; one row for each input, in order."""
     loop = asyncio.get_running_loop()
-    classifier = Classifier(BatcherSession(model, loop), model.bundle.classes, top_k=5)
+    classifier = Classifier(BatcherSession(model, loop), model.bundle.classes, 5, (), model.decisions)
     state = BatchState()
     items = read_files(paths, state.skipped)
     preprocessing = model.bundle.preprocessing

@@ -220,7 +220,7 @@ def _filled(panels: Panels, answers: list[Answer], pixels: Pixels) -> list[Any]:
         values += [
             dict(answer.top),
             f"{answer.milliseconds:.1f} ms · {model.variant.name} on {model.session.runtime}"
-            + sentences.promise(answer.promised, model.sets),
+            + sentences.promise(answer.promised, model.decisions.sets),
         ]
         if panel.cam is not None:
             shown = prepare(pixels, model.bundle.preprocessing)

@@ -21,9 +21,12 @@ def problem(text: str) -> str:
 
 
 def promise(promised: Mapping[str, Any], level: SetLevel | None) -> str:
-    """-> Markdown behind a model's note: which exit of a cascade answered, the set of classes, and whether it
-    would rather not answer; nothing of what was not asked for."""
+    """-> Markdown behind a model's note: which exit of a cascade answered, whether the image is like those
+    that it learned from, the set of classes, and whether it would rather not answer; nothing of what was not
+    asked for."""
     by = f", answered by {promised['exit']}" if "exit" in promised else ""
+    if promised.get("unfamiliar"):
+        by += "\n\n**This is unlike the images that it learned from: perhaps none of its classes.**"
     if level is None:
         return by
     names = ", ".join(re.sub(r"([^\w\s])", r"\\\1", name) for name in promised["set"])

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import msgspec
 
 from ffl_deploy.bundle import Bundle
+from ffl_deploy.decisions import Decisions
 from ffl_deploy.errors import UsageError
 from ffl_deploy.runtime import Session
 from serve.inputs.items import Item, displayed
@@ -57,8 +58,8 @@ def predict_shards(run: PredictRun, items: Iterator[Item]) -> None:
 def classifier_for(bundle: Bundle, session: Session, request: PredictRequest) -> Classifier:
     """-> what makes the rows that `request` asks for. Raises UsageError for sets that the bundle has not."""
     variant = bundle.variant(request.variant)
-    sets = None if request.sets is msgspec.UNSET else variant.sets(request.sets)
-    return Classifier(session, bundle.classes, request.top_k, request.columns, sets, variant.exits)
+    decisions = Decisions.of(variant, None if request.sets is msgspec.UNSET else request.sets)
+    return Classifier(session, bundle.classes, request.top_k, request.columns, decisions)
 
 
 def unfinished(run: PredictRun, items: Iterator[Item]) -> Iterator[tuple[int, Iterator[Item]]]:

@@ -22,6 +22,7 @@ import msgspec
 
 from ffl_deploy.bundle import Bundle, load_bundle
 from ffl_deploy.bundle_files import AUTO
+from ffl_deploy.decisions import Decisions
 from ffl_deploy.errors import CheckError, DeviceLost, Interrupted, UsageError
 from ffl_deploy.files import sha256_of
 from ffl_deploy.manifest import FileRecord
@@ -83,8 +84,7 @@ def _run_job(job: Job) -> int:
         raise UsageError("--variant auto may choose another variant on each machine; name one beside --part.")
     if job.variant == AUTO:
         job, choice = with_fastest(job, bundle)
-    if bundle.variant(job.variant).exits:
-        job = replace(job, columns=[*job.columns, "exit"])
+    job = replace(job, columns=[*job.columns, *Decisions.of(bundle.variant(job.variant)).columns])
     request = make_request(job, bundle)
     check_gpu(job, request.runtime)
     if finished:

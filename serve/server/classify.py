@@ -21,8 +21,6 @@ from starlette.types import Receive, Scope, Send
 
 from ffl_deploy.images import ImageError
 from ffl_deploy.preprocessing import Pixels
-from ffl_deploy.runtime import Outputs
-from ffl_deploy.sets import set_labels
 from serve.server.exchange import REFUSALS, ClientGone, read_body, refusal, while_connected
 from serve.server.models import ServedModel
 from serve.server.noted import step
@@ -98,7 +96,7 @@ class Classify:
             model.bundle.prediction(logits, probabilities, top_k)
             for logits, probabilities in zip(outputs.logits, outputs.probabilities, strict=True)
         ]
-        promised = promises(model, outputs)
+        promised = model.decisions.each(outputs, model.bundle.classes)
         return [
             {
                 "label": one.label,
@@ -108,21 +106,6 @@ class Classify:
             }
             for one, promise in zip(predictions, promised, strict=True)
         ]
-
-
-def promises(model: ServedModel, outputs: Outputs) -> list[dict[str, Any]]:
-    """-> for each image what its answer has besides: of --sets `set`, labels by falling confidence, and
-    `abstain`; of a cascade `exit`, the classifier that answered."""
-    found: list[dict[str, Any]] = [{} for _ in outputs.logits]
-    if outputs.exit is not None and model.variant.exits:
-        found = [{"exit": model.variant.exits[number]} for number in outputs.exit]
-    if model.sets is None:
-        return found
-    member, abstain = model.sets.answers(outputs.probabilities)
-    return [
-        {**one, "set": set_labels(those, values, model.bundle.classes), "abstain": bool(unsure)}
-        for one, those, values, unsure in zip(found, member, outputs.probabilities, abstain, strict=True)
-    ]
 
 
 async def read_files(scope: Scope, receive: Receive, most: int) -> list[NamedFile]:

@@ -19,6 +19,7 @@ import numpy as np
 from ffl_deploy.bundle import Bundle, load_bundle
 from ffl_deploy.bundle_checks import check_files
 from ffl_deploy.bundle_files import AUTO
+from ffl_deploy.decisions import Decisions
 from ffl_deploy.errors import DeviceLost, UsageError
 from ffl_deploy.host import available_cores
 from ffl_deploy.images import Decoded, ImageError, decode, prepare
@@ -26,7 +27,6 @@ from ffl_deploy.manifest import Variant
 from ffl_deploy.preprocessing import Pixels
 from ffl_deploy.runtime import Outputs, Session, require_gpu_runtime, runtime_named
 from ffl_deploy.selfcheck import require_golden
-from ffl_deploy.sets import SetLevel
 from serve.server.batcher import MicroBatcher, Overloaded
 from serve.server.noted import step
 from serve.server.protocol import Signature
@@ -63,12 +63,11 @@ class ServedModel:
     signature: Signature
     why: str = ""  # this variant, where the machine chose it
     statistics: ModelStatistics = field(default_factory=ModelStatistics)
-    sets: SetLevel | None = None  # what --sets asked for
+    decisions: Decisions = field(default_factory=Decisions)  # --sets is among them
 
     def results(self, outputs: Outputs) -> dict[str, np.ndarray]:
-        """-> each output of the protocol by its name: the graph's, and where sets were asked for `set`, bool
-        [n, classes], and `abstain`, bool [n]."""
-        return named_results(outputs, self.sets)
+        """-> each output of the protocol by its name: the graph's, and what is decided by them."""
+        return named_results(outputs, self.decisions)
 
     async def infer(self, images: np.ndarray) -> Outputs:
         """uint8 [n, height, width, 3] -> Outputs. Raises NonFinite, Overloaded."""
@@ -78,12 +77,10 @@ class ServedModel:
         return outputs
 
 
-def named_results(outputs: Outputs, sets: SetLevel | None) -> dict[str, np.ndarray]:
+def named_results(outputs: Outputs, decisions: Decisions) -> dict[str, np.ndarray]:
     """-> what `ServedModel.results` says of `outputs`."""
     named = {name: values for name, values in outputs._asdict().items() if values is not None}
-    if sets is not None:
-        named["set"], named["abstain"] = sets.answers(outputs.probabilities)
-    return named
+    return named | decisions.tensors(outputs)
 
 
 def _bad_rows(finite: np.ndarray) -> str:
@@ -219,12 +216,12 @@ def open_model(
     runtime = choice.runtime if choice else settings.runtime or variant.runtime
     if settings.gpu is not None:
         require_gpu_runtime(runtime)
-    sets = variant.sets(settings.sets) if settings.sets else None
+    decisions = Decisions.of(variant, settings.sets)
     workers, threads = workers_and_threads(settings, runtime)
     session = bundle.session(variant.name, runtime, threads, check=False)
     outputs = verify(bundle, variant, session, settings.max_batch, threads)
     preprocessing = bundle.preprocessing
-    shapes = {name: values.shape[1:] for name, values in named_results(outputs, sets).items()}
+    shapes = {name: values.shape[1:] for name, values in named_results(outputs, decisions).items()}
     signature = Signature(
         spec.name,
         preprocessing.height,
@@ -262,7 +259,7 @@ def open_model(
         name=spec.name,
     )
     why = choice.why if choice else ""
-    model = ServedModel(spec.name, bundle, variant, session, batcher, signature, why, statistics, sets)
+    model = ServedModel(spec.name, bundle, variant, session, batcher, signature, why, statistics, decisions)
     # One that was replaced or unloaded ends when the last request that holds it has its answer. In a thread:
     # a run whose client went away may still take its time.
     weakref.finalize(model, lambda: Thread(target=batcher.close, daemon=True).start()).atexit = False

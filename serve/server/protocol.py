@@ -25,7 +25,7 @@ from serve.server.noted import note
 
 IMAGES, ENCODED = "images", "encoded"
 HEADER_LENGTH = "inference-header-content-length"
-DATATYPES = {"set": "BOOL", "abstain": "BOOL", "exit": "INT64"}
+DATATYPES = {"set": "BOOL", "abstain": "BOOL", "unfamiliar": "BOOL", "exit": "INT64"}
 """Of outputs; all others are FP32."""
 VERSION = "1"  # a bundle is immutable; a new export is served under a new name or by a restart
 

@@ -21,7 +21,8 @@ from export.outputs import FURTHER_OUTPUTS, FurtherOutput
 from ffl_deploy.runtime import session
 
 Outputs = session.Outputs
-session.Outputs = namedtuple("Outputs", [*Outputs._fields, "energy"], defaults=[None] * 4)
+fields = [*Outputs._fields, "energy"]
+session.Outputs = namedtuple("Outputs", fields, defaults=[None] * (len(fields) - 2))
 for name in ("finite", "rows", "joined"):
     setattr(session.Outputs, name, Outputs.__dict__[name])
 

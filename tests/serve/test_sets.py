@@ -16,7 +16,6 @@ from ffl_deploy.images import load
 from ffl_deploy.sets import CalibratedSets, MeasuredSets, SetLevel
 from serve.demo.answers import Answer
 from serve.demo.sentences import promise
-from serve.server.classify import promises
 from serve.server.settings import ModelSpec, Settings
 
 MEASURED = MeasuredSets("test", 0, 0.0, 0.0, 0.0, 0.0, None)
@@ -129,7 +128,7 @@ def test_the_demo_says_it_in_words(start_server: Any, promising: Bundle, folder:
         model = running.service.models["sure"]
         outputs = model.session.run(load(folder / "a.jpg", promising.preprocessing)[None])
         top = promising.prediction(outputs.logits[0], outputs.probabilities[0]).top
-        answer = Answer(model, top, 1.0, None, promises(model, outputs)[0])
+        answer = Answer(model, top, 1.0, None, model.decisions.each(outputs, promising.classes)[0])
     members, abstain = expected(promising, folder / "a.jpg", LEVELS[0])
     assert answer.as_json()["set"] == members
     said = promise(answer.promised, LEVELS[0])
