@@ -18,7 +18,7 @@ from ffl_deploy.bundle import Bundle, load_bundle, write_bundle
 from ffl_deploy.bundle_files import GoldenSamples
 from ffl_deploy.contract import KEY, contract
 from ffl_deploy.familiarity import Familiarity
-from ffl_deploy.manifest import Details, InputTensor, OutputTensor, Precision, Source, Variant
+from ffl_deploy.manifest import CascadeRecord, Details, InputTensor, OutputTensor, Precision, Source, Variant
 from ffl_deploy.preprocessing import Preprocessing
 from ffl_deploy.probes import Probes, draw, prepared
 from ffl_deploy.runtime import import_onnxruntime
@@ -45,6 +45,7 @@ def make_bundle(
     bound: bool = True,
     sets: CalibratedSets | None = None,
     familiarity: Familiarity | None = None,
+    cascade: CascadeRecord | None = None,
 ) -> Bundle:
     """Write a bundle into `folder` and load it.
 
@@ -59,6 +60,8 @@ def make_bundle(
         sets: what each variant promises of its answers.
         familiarity: the graph also gives `familiarity`, float32 [batch], the mean of the pooled features;
         this is its threshold.
+        cascade: the graph also gives `exit`, int64 [batch]: 1 where the largest probability is below its
+        threshold.
         bound: the models carry the contract and the golden samples made-up pictures; older bundles have
         neither. wrong: of them, those whose file holds other weights: every hash is right, the answers are
         not.
@@ -74,6 +77,7 @@ def make_bundle(
             embedding=embedding,
             cam=cam,
             familiarity=familiarity is not None,
+            exit_below=cascade.threshold.value if cascade else None,
         )
         for weights in (seed, seed + 1)
     )
@@ -103,6 +107,8 @@ def make_bundle(
     ]
     if embedding:
         outputs.append(OutputTensor("embedding", ["batch", CHANNELS], "pooled features"))
+    if cascade:
+        outputs.append(OutputTensor("exit", ["batch"], "which classifier answered"))
     if familiarity:
         outputs.append(OutputTensor("familiarity", ["batch"], "likeness"))
     if cam:
@@ -119,7 +125,7 @@ def make_bundle(
         variants=[
             msgspec.structs.replace(
                 Variant.of_file(folder, folder / file, name, "onnxruntime", Precision("fp32", "fp32")),
-                details=Details(sets=sets, familiarity=familiarity),
+                details=Details(sets=sets, familiarity=familiarity, cascade=cascade),
             )
             for name, file in files.items()
         ],
@@ -141,6 +147,7 @@ def build_model(
     embedding: bool = False,
     cam: bool = False,
     familiarity: bool = False,
+    exit_below: float | None = None,
 ) -> onnx.ModelProto:
     """images uint8 [batch, size, size, 3] -> normalise -> 3x3 conv -> ReLU -> global pool -> gemm -> logits
     -> softmax."""
@@ -188,6 +195,14 @@ def build_model(
     ]
     if embedding:
         outputs.append(helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["batch", CHANNELS]))
+    if exit_below is not None:
+        weights |= {"class_axis": np.array([1]), "threshold": np.float32(exit_below)}
+        nodes += [
+            helper.make_node("ReduceMax", ["probabilities", "class_axis"], ["largest"], keepdims=0),
+            helper.make_node("Less", ["largest", "threshold"], ["deferred"]),
+            helper.make_node("Cast", ["deferred"], ["exit"], to=TensorProto.INT64),
+        ]
+        outputs.append(helper.make_tensor_value_info("exit", TensorProto.INT64, ["batch"]))
     if familiarity:
         weights["channel_axis"] = np.array([1])
         nodes.append(
