@@ -20,6 +20,7 @@ from serve.server import classify, v2
 from serve.server.compression import Inflate
 from serve.server.full_disk import full_disk
 from serve.server.limits import Bodies, HostAndOrigin, Token, own_hosts
+from serve.server.memory import give_back, trimmer
 from serve.server.protocol import HEADER_LENGTH
 from serve.server.proxies import Forwarded
 from serve.server.repository import Repository
@@ -126,6 +127,8 @@ async def _running(
                     await stack.enter_async_context(slot.filled())
                 service.become(Phase.READY)
                 service.log_ready()
+                giving = asyncio.create_task(give_back(trimmer()))
+                stack.callback(giving.cancel)
                 if service.settings.watch_seconds is not None:
                     watching = asyncio.create_task(repository.watch(service.settings.watch_seconds))
                     stack.callback(watching.cancel)

@@ -46,6 +46,7 @@ def make_bundle(
     sets: CalibratedSets | None = None,
     familiarity: Familiarity | None = None,
     cascade: CascadeRecord | None = None,
+    card: str = "# A bundle for tests",
 ) -> Bundle:
     """Write a bundle into `folder` and load it.
 
@@ -62,6 +63,7 @@ def make_bundle(
         this is its threshold.
         cascade: the graph also gives `exit`, int64 [batch]: 1 where the largest probability is below its
         threshold.
+        card: the model card.
         bound: the models carry the contract and the golden samples made-up pictures; older bundles have
         neither. wrong: of them, those whose file holds other weights: every hash is right, the answers are
         not.
@@ -133,7 +135,7 @@ def make_bundle(
         probes=probes,
         origin="seeded noise",
         toolchain={"onnx": onnx.__version__},
-        card=lambda _: "# A bundle for tests\n",
+        card=lambda _: f"{card}\n",
     )
     return load_bundle(folder)
 

@@ -7,6 +7,7 @@ import html
 import json
 import os
 from collections.abc import AsyncIterator
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from serve.demo.classify_tab import ask_endpoint, classify_tab, draw_tab
 from serve.demo.guard import upload_folder
 from serve.demo.samples import drawing_style, example_names, write_examples
 from serve.demo.sessions import bound_states, swept
+from serve.demo.texts import Texts
+from serve.server.models import ServedModel
 from serve.server.service import Service
 
 FONT = ["system-ui", "sans-serif"]
@@ -72,14 +75,14 @@ html, body {overflow-x: clip;}
 """
 
 
-def build(service: Service) -> gr.Blocks:
-    """-> the page for all models of `service`, which have to be loaded."""
+def build(service: Service) -> tuple[gr.Blocks, Texts]:
+    """-> the page for all models of `service`, which have to be loaded; and what it says of them."""
     models = list(service.models.values())
     examples = write_examples(models[0].bundle, upload_folder() / "examples")
     style = drawing_style(models[0].bundle)
-    title = service.settings.title or title_of(service)
-    with gr.Blocks(title=title, analytics_enabled=False, fill_width=True) as page:
-        gr.HTML(_heading(service, title))
+    texts = Texts(lambda: title_of(service))
+    with gr.Blocks(title=title_of(service), analytics_enabled=False, fill_width=True) as page:
+        texts.of(lambda: _heading(service), gr.HTML)
         gr.HTML(
             html_template='<div data-names="${value}"></div>',
             value=html.escape(json.dumps(example_names(models[0].bundle))),
@@ -95,33 +98,40 @@ def build(service: Service) -> gr.Blocks:
             with gr.Tab("Batch", id="batch"):
                 batch_tab(service)
             with gr.Tab("Which model", id="which"):
-                _which_model_tab(service)
+                _which_model_tab(service, texts)
             with gr.Tab("Model card", id="card"):
                 for model in models:
                     with gr.Accordion(model.name, open=model is models[0]):
-                        gr.Markdown(reports.card(model.bundle))
+                        texts.of(partial(_card, service, model.name), gr.Markdown)
             with gr.Tab("API", id="api-tab"):
                 api_tab(service)
         ask_endpoint(service)
     limits = service.settings.limits
     page.queue(max_size=limits.demo_queue, default_concurrency_limit=4)
     bound_states(page, limits.demo_sessions)
-    return page
+    return page, texts
 
 
 def title_of(service: Service) -> str:
-    """-> what the page is called where --title does not say: what the models were trained on."""
+    """-> what the page is called: what --title says, else what the models were trained on."""
+    if service.settings.title:
+        return service.settings.title
     bundle = next(iter(service.models.values())).bundle
     return f"{bundle.manifest.source.data}: which of {len(bundle.classes)} classes is it?"
 
 
-def _heading(service: Service, title: str) -> str:
+def _card(service: Service, name: str) -> str:
+    model = service.models.get(name)
+    return reports.card(model.bundle) if model else "This model is unloaded."
+
+
+def _heading(service: Service) -> str:
     models = list(service.models.values())
     classes = models[0].bundle.classes
     shown = f"{', '.join(classes[:12])}, …" if len(classes) > 12 else f"{', '.join(classes)}."
     kinds = "; ".join(f"{model.name}: {_kind(model.bundle.manifest.target)}" for model in models[:6])
     return (
-        f"<h1>{html.escape(title)}</h1><p>{html.escape(shown)}</p>"
+        f"<h1>{html.escape(title_of(service))}</h1><p>{html.escape(shown)}</p>"
         f'<p class="quiet">{html.escape(kinds)}. Every model answers each image, on this server.</p>'
     )
 
@@ -135,33 +145,72 @@ def _kind(target: str) -> str:
     )
 
 
-def _which_model_tab(service: Service) -> None:
-    models = list(service.models.values())
+def _which_model_tab(service: Service, texts: Texts) -> None:
+    texts.of(lambda: _served(service), gr.HTML)
+    for folder in [report.folder for report in reports.reports(service.models.values())]:
+        _report(service, folder, texts)
+    if _unreported(service):
+        texts.of(lambda: _variants(service), gr.HTML)
+        gr.Markdown("There is no export report beside these bundles; `ffl-export --target all` writes one.")
+
+
+def _served(service: Service) -> str:
+    models = service.models.values()
     served = ", ".join(f"{model.name} ({model.variant.name} on {model.session.runtime})" for model in models)
-    gr.HTML(f"<p>Measured at export, on the machine that exported. Served here: {html.escape(served)}.</p>")
-    found = reports.reports(models)
-    for report in found:
-        gr.HTML(
-            f"<p><strong>What to ship:</strong> {html.escape(report.advice)}</p>", elem_classes=["advice"]
-        )
-        caption = f"Export report of {report.folder.name}, the most accurate first" + (
+    return f"<p>Measured at export, on the machine that exported. Served here: {html.escape(served)}.</p>"
+
+
+def _report(service: Service, folder: Path, texts: Texts) -> None:
+    """Show the report of an export, for as long as it lies there."""
+
+    def found() -> reports.ShownReport | None:
+        shown = reports.reports(service.models.values())
+        return next((report for report in shown if report.folder == folder), None)
+
+    def advice() -> str:
+        report = found()
+        said = report.advice if report else "the report of these bundles is gone"
+        return f"<p><strong>What to ship:</strong> {html.escape(said)}</p>"
+
+    def table() -> str:
+        report = found()
+        if report is None:
+            return ""
+        caption = f"Export report of {folder.name}, the most accurate first" + (
             f", measured with {report.machine}" if report.machine else ""
         )
-        gr.HTML(sentences.table(caption, reports.REPORT_COLUMNS, report.rows, report.recommended))
-        if report.picture and (picture := _copied(report.picture)):
-            gr.Image(
-                picture,
+        return sentences.table(caption, reports.REPORT_COLUMNS, report.rows, report.recommended)
+
+    def picture() -> str | None:
+        report = found()
+        return (_copied(report.picture) if report and report.picture else "") or None
+
+    texts.of(advice, partial(gr.HTML, elem_classes=["advice"]))
+    texts.of(table, gr.HTML)
+    if picture():
+        texts.of(
+            picture,
+            partial(
+                gr.Image,
                 label="Accuracy against latency and size (Pareto)",
                 alt_text="Accuracy against latency and size of every target and variant",
                 interactive=False,
                 buttons=["download", "fullscreen"],
                 elem_id="pareto",
                 elem_classes=["captioned"],
-            )
-    covered = {report.folder for report in found}
-    if rest := [model for model in models if model.bundle.folder.parent not in covered]:
-        gr.HTML(sentences.table("Models and variants", reports.COLUMNS, reports.table(rest)))
-        gr.Markdown("There is no export report beside these bundles; `ffl-export --target all` writes one.")
+            ),
+        )
+
+
+def _unreported(service: Service) -> list[ServedModel]:
+    """-> the models beside whose bundles no report lies."""
+    models = list(service.models.values())
+    covered = {report.folder for report in reports.reports(models)}
+    return [model for model in models if model.bundle.folder.parent not in covered]
+
+
+def _variants(service: Service) -> str:
+    return sentences.table("Models and variants", reports.COLUMNS, reports.table(_unreported(service)))
 
 
 def _copied(picture: Path) -> str:
@@ -179,7 +228,7 @@ async def mounted(service: Service) -> AsyncIterator[FastAPI]:
     Settings: docs/serving.md. `show_error` is off so that a fault of ours shows no internals;
     our own messages still show.
     """
-    page = await in_gradio_thread(build, service)
+    page, texts = await in_gradio_thread(build, service)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     gr.mount_gradio_app(
         app,
@@ -204,5 +253,6 @@ async def mounted(service: Service) -> AsyncIterator[FastAPI]:
         route.app for route in app.routes if isinstance(route, Mount) and isinstance(route.app, App)
     ]
     service.endless.append(page_app.stop_event.set)  # every open page holds a heartbeat stream
+    service.changed.append(lambda: in_gradio_thread(texts.renew, page))
     async with app.router.lifespan_context(app), swept(page, upload_folder()):
         yield app

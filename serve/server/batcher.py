@@ -112,6 +112,8 @@ class MicroBatcher:
         except asyncio.CancelledError:
             self._forget(job)
             raise
+        finally:
+            del job  # a future holds its exception, which holds this frame: see Decoders
 
     def close(self) -> None:
         """Let the current run end, fail what still waits with Closed, and end the thread."""

@@ -143,10 +143,12 @@ class Decoders:
         try:
             return await asyncio.gather(*futures)
         finally:
-            self._waiting -= len(futures)
+            self._waiting -= len(functions)
             jobs.clear()  # what has not begun never does
-            for future in futures:
-                future.cancel()
+            # An exception holds this frame, and a future its exception: in that circle a refused request's
+            # files would stay until the collector comes.
+            while futures:
+                futures.pop().cancel()
 
     def _start(self) -> None:
         """Give the free threads work, one file of each request after the other."""

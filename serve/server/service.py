@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -53,6 +53,7 @@ class Service:
         # called to end the streams that would never end by themselves
         self.endless: list[Callable[[], None]] = []
         self.endings: list[Callable[[], None]] = []  # called when no request is left
+        self.changed: list[Callable[[], Awaitable[None]]] = []  # called when a bundle was replaced
         self._started = time.monotonic()
         self.log = logging.getLogger(LOGGER)
 
@@ -88,6 +89,11 @@ class Service:
         self.log.info(
             "model verified", extra={"model": spec.name, "folder": str(spec.folder), **identity, **chosen}
         )
+        try:
+            for tell in self.changed:
+                await tell()
+        except Exception:  # a page that shows old texts is no reason to say that the model was not loaded
+            self.log.exception("what is shown of the models could not be renewed")
 
     def unload_model(self, name: str) -> None:
         """Let a model answer nothing more; what was asked of it is still answered."""

@@ -101,7 +101,11 @@ class Calls:
 
     @contextlib.asynccontextmanager
     async def tracked(self, name: str, context: Any) -> AsyncIterator[None]:
-        """Count, time and log a call; what is raised inside becomes its status."""
+        """Count, time and log a call; what is raised inside becomes its status, and goes no further.
+
+        Not by `context.abort`: gRPC keeps the exception that this raises for ever, and with it the frames
+        that it came through and their message, up to 16 MiB a refused call.
+        """
         metrics, began, code = self.service.metrics, time.perf_counter(), Code.OK
         metadata = {
             key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)
@@ -139,7 +143,8 @@ class Calls:
             asked = Asked(notes, address_of(context), request_id, name in OPEN_TO_ALL, metadata, began)
             record(self.service, asked, route, code.name, _grpc_span(name, code), failed=failed is not None)
         if failed:
-            await context.abort(*failed)
+            context.set_code(failed[0])
+            context.set_details(failed[1])
 
     @contextlib.asynccontextmanager
     async def stream(self) -> AsyncIterator[None]:
@@ -238,6 +243,7 @@ class Handlers:
                 if asked is None:
                     raise Failed(400, "the call has no message")
                 return await answer(asked)
+            return None  # refused: of a call with a status there is no message
 
         return call
 
