@@ -183,7 +183,7 @@ def require_same_inputs(run: Run, data: ImageData) -> None:
         changed = (changed_files(listed, now) if listed.is_file() else []) or changed or ["its files changed"]
     if changed:
         raise CheckError(
-            f"{run.config.data_name} is not what {run.folder} was trained on: {', '.join(changed)}; give it "
+            f"{data.name} is not what {run.folder} was trained on: {', '.join(changed)}; give it "
             "back as it was, or train again."
         )
 

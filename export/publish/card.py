@@ -222,6 +222,10 @@ def _calibration(manifest: Manifest) -> str:
     calibration = manifest.calibration
     if calibration is None:
         return "The probabilities are the softmax of the logits; they were not calibrated."
+    if not calibration.fitted_on:
+        ece = calibration.ece_after
+        error = "" if ece is None else f" Expected calibration error on the test images: {ece:.4f}."
+        return f"`probabilities` = softmax(logits): {calibration.note}.{error}"
     note = f" ({calibration.note})" if calibration.note else ""
     fitted = (
         f"`probabilities` = softmax(logits / {calibration.temperature:.4f}); the temperature was fitted on "

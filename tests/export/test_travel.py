@@ -49,6 +49,7 @@ def test_data_that_moved_are_named_and_compared(
         Image.new("RGB", (8, 8), (index, 0, 0)).save(data / "train" / "amber" / f"more{index}.png")
     assert run_command(main, [*flags, "--data", str(data)]) == 1
     said = capsys.readouterr().err
+    assert "copied is not what" in said
     assert "train/amber/more0.png is new" in said
     assert "and 4 more" in said
 
@@ -68,9 +69,9 @@ def test_a_run_is_exported_by_the_stored_images_alone(
     assert manifest.calibration is not None
     assert manifest.calibration.temperature == 1.0
     assert "by the images that training stored alone" in manifest.calibration.note
-    assert (
-        "by the images that training stored alone" in (tmp_path / "out" / "fused" / "README.md").read_text()
-    )
+    card = (tmp_path / "out" / "fused" / "README.md").read_text()
+    assert "softmax(logits): exported by the images that training stored alone" in card
+    assert "fitted on 0" not in card
     assert run_command(verify, [str(tmp_path / "out" / "fused")]) == 0
     for more in (["--precision", "int8"], ["--data", str(tmp_path)]):
         capsys.readouterr()
