@@ -24,7 +24,13 @@ def memory_limit(config: TrainConfig) -> int | None:
 
 
 def choose_network(config: TrainConfig, method: Method, data: ImageData) -> NetworkConfig:
-    """-> the architecture: branches from the configuration, what joins them from the method."""
+    """-> the architecture: branches from the configuration, what joins them from the method. Raises
+    UsageError for an exit that the method does not teach."""
+    if config.model.trunk_exit and not method.teaches_trunk_exit:
+        raise UsageError(
+            f"--method {config.model.method} teaches no exit on the trunk; use --method ffl, or leave "
+            "--trunk-exit out."
+        )
     shared = config.model.shared_stages
     return NetworkConfig(
         branches=config.model.branches,
@@ -36,6 +42,7 @@ def choose_network(config: TrainConfig, method: Method, data: ImageData) -> Netw
         fusion_width=config.model.fusion_width,
         aggregator=method.aggregator,
         scale_trunk_gradient=method.scales_trunk_gradient,
+        trunk_exit=config.model.trunk_exit,
     )
 
 

@@ -161,6 +161,11 @@ class ModelOptions:
             "not given."
         ),
     )
+    trunk_exit: bool = option(
+        False,
+        "A classifier on the stages that the branches share, taught as a branch is: the cheapest first exit "
+        "of a cascade.",
+    )
     fusion_width: int | None = option(
         None,
         "Output channels N of the fusion module; the first branch's channels if not given.",

@@ -66,6 +66,7 @@ class Method:
     minimum_branches: int = 2
     maximum_branches: int | None = None
     strong: str = "fused"  # the classifier that `best` is chosen by
+    teaches_trunk_exit: bool = False  # its losses teach a classifier on the trunk (--trunk-exit)
     scales_trunk_gradient: bool = False  # divide the gradient that enters the trunk by the number of branches
 
     def losses(self, outputs: Outputs, labels: Tensor, ramp: float | Tensor) -> Losses:
@@ -108,21 +109,27 @@ def _branch_losses(outputs: Outputs, labels: Tensor) -> Losses:
 class FFL(Method):
     """Feature Fusion Learning (Kim et al. 2019, eq. 2-8):
 
-    sum_k CE(z_k, y) + CE(z_f, y) + w [ KL(z_f <- z_e) (EKD) + sum_k KL(z_k <- z_f) (FKD) ].
+    sum_k CE(z_k, y) + CE(z_f, y) + w [ KL(z_f <- z_e) (EKD) + sum_k KL(z_k <- z_f) (FKD) ]. An exit on the
+    trunk is one more z_k of these sums, and none of the ensemble z_e.
     """
 
     fusion: Fusion | None = "module"
+    teaches_trunk_exit: bool = True
     ensemble_to_fused: bool = True  # EKD
     fused_to_branches: bool = True  # FKD
 
     def losses(self, outputs: Outputs, labels: Tensor, ramp: float | Tensor) -> Losses:
         fused = _fused(outputs)
+        students = {f"branch{k}": logits for k, logits in enumerate(outputs.branches)}
         losses = {**_branch_losses(outputs, labels), "ce/fused": cross_entropy(fused, labels)}
+        if outputs.trunk is not None:
+            students["trunk"] = outputs.trunk
+            losses["ce/trunk"] = cross_entropy(outputs.trunk, labels)
         if self.ensemble_to_fused:
             losses["ekd/fused"] = ramp * distill(fused, mean(outputs.branches), self.temperature)
         if self.fused_to_branches:
-            for k, logits in enumerate(outputs.branches):
-                losses[f"fkd/branch{k}"] = ramp * distill(logits, fused, self.temperature)
+            for name, logits in students.items():
+                losses[f"fkd/{name}"] = ramp * distill(logits, fused, self.temperature)
         return losses
 
 

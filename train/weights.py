@@ -36,7 +36,7 @@ WRAPPERS = ("state_dict", "model", "model_state_dict", "model_state", "state_dic
 """What training scripts call the state_dict in a file that holds more."""
 PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel, torch.compile, Lightning
 COUNTER = ".num_batches_tracked"  # of batch normalisation; nothing reads it, and old files lack it
-OWN = re.compile(r"(trunk|branches|heads|fusion|aggregator)\.")
+OWN = re.compile(r"(trunk|trunk_exit|branches|heads|fusion|aggregator)\.")
 
 
 class Loaded(NamedTuple):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ffl_deploy.errors import UsageError
 from ffl_deploy.networks.aggregators import build_aggregator, mean
 from ffl_deploy.networks.backbones import build_backbone, feature_shape, is_library_name
-from ffl_deploy.networks.fusion import build_fusion, pool
+from ffl_deploy.networks.fusion import FusionModule, build_fusion, pool
 
 
 class NetworkConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -20,6 +20,7 @@ class NetworkConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     shared_stages: how many low-level stages the branches share; None is all but the last for branches of one
     architecture, none otherwise. fusion_width: N of the fusion module; None is the first branch's channels.
     scale_trunk_gradient: divide the gradient that the branches send into the trunk by their number (CL-ILR).
+    trunk_exit: a classifier on the trunk's map, which costs less than any branch.
     """
 
     branches: tuple[str, ...]
@@ -31,6 +32,7 @@ class NetworkConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     fusion_width: int | None = None
     aggregator: Literal["gate", "attention"] | None = None
     scale_trunk_gradient: bool = False
+    trunk_exit: bool = False
 
 
 class Outputs(NamedTuple):
@@ -40,6 +42,7 @@ class Outputs(NamedTuple):
     fused: Tensor | None  # logits of the fused classifier, [n, classes]
     aggregated: Tensor | None  # what the aggregator made of the branches' logits (see aggregators.py)
     features: list[Tensor]  # the branches' last feature maps, [n, C_k, h_k, w_k]
+    trunk: Tensor | None = None  # logits of the exit on the trunk, [n, classes]
 
     def classifiers(self) -> dict[str, Tensor]:
         """-> deployable target -> its logits [n, classes]; the names of `targets.target_names`,
@@ -50,7 +53,8 @@ class Outputs(NamedTuple):
             named["gated"] = self.aggregated
         if len(self.branches) > 1:
             named["ensemble"] = mean(self.branches)
-        return named | {f"branch{k}": logits for k, logits in enumerate(self.branches)}
+        named |= {f"branch{k}": logits for k, logits in enumerate(self.branches)}
+        return named if self.trunk is None else {**named, "trunk": self.trunk}
 
 
 class MutualNetwork(nn.Module):
@@ -89,11 +93,19 @@ class MutualNetwork(nn.Module):
             if config.fusion
             else None
         )
-        trunk_channels = feature_shape(self.trunk, config.height, config.width)[0]
+        trunk_shape = feature_shape(self.trunk, config.height, config.width)
         self.aggregator = (
-            build_aggregator(config.aggregator, trunk_channels, [shape[0] for shape in shapes])
+            build_aggregator(config.aggregator, trunk_shape[0], [shape[0] for shape in shapes])
             if config.aggregator
             else None
+        )
+        if config.trunk_exit and not shared:
+            raise UsageError(
+                "--trunk-exit is a classifier on the stages that the branches share, and these share none; "
+                "leave it out, or name branches of one architecture."
+            )
+        self.trunk_exit = (
+            FusionModule([trunk_shape], config.classes, shapes[0][0]) if config.trunk_exit else None
         )
 
     def forward(self, images: Tensor) -> Outputs:
@@ -131,12 +143,14 @@ class MutualNetwork(nn.Module):
 
     def lower(self, images: Tensor, depth: int) -> list[Tensor]:
         """images: normalised [n, 3, h, w] -> the maps after the first `depth` stages: one where the branches
-        still share them, else one of each branch, and the shared one last where an aggregator looks at it."""
+        still share them, else one of each branch, and the shared one last where an aggregator or an exit
+        looks at it."""
         shared = self.trunk[:depth](images)
         if depth <= len(self.trunk):
             return [shared]
         own = [_stages(branch)[: depth - len(self.trunk)](shared) for branch in self.branches]
-        return own if self.aggregator is None else [*own, shared]
+        looked_at = self.aggregator is not None or self.trunk_exit is not None
+        return [*own, shared] if looked_at else own
 
     def upper(self, maps: list[Tensor], depth: int) -> Outputs:
         """maps: what `lower` gives for `depth`."""
@@ -152,12 +166,14 @@ class MutualNetwork(nn.Module):
         return self._classified(shared, [branch(shared) for branch in self.branches])
 
     def _classified(self, shared: Tensor, features: list[Tensor]) -> Outputs:
-        """shared: the trunk's map, which an aggregator looks at; features: the branches' last maps."""
+        """shared: the trunk's map, which an aggregator or an exit looks at; features: the branches' last
+        maps."""
         pooled = [pool(feature_map) for feature_map in features]
         logits = [head(vector) for head, vector in zip(self.heads, pooled, strict=True)]
         fused = self.fusion(features) if self.fusion is not None else None
         aggregated = self.aggregator(shared, pooled, logits) if self.aggregator is not None else None
-        return Outputs(logits, fused, aggregated, features)
+        trunk = self.trunk_exit([shared]) if self.trunk_exit is not None else None
+        return Outputs(logits, fused, aggregated, features, trunk)
 
 
 def _stages(branch: nn.Module) -> nn.Sequential:

@@ -49,6 +49,31 @@ class BranchTarget(nn.Module):
         return self.classifier(pool(self.features(images)))
 
 
+class TrunkTarget(nn.Module):
+    """The exit on the trunk: what the branches share, and a classifier of its own."""
+
+    def __init__(self, trunk: nn.Module, trunk_exit: FusionModule) -> None:
+        super().__init__()
+        self.trunk, self.trunk_exit = trunk, trunk_exit
+
+    @property
+    def classifier(self) -> nn.Linear:
+        return self.trunk_exit.classifier
+
+    def features(self, images: Tensor) -> Tensor:
+        """images: normalised [n, 3, h, w] -> the exit's feature map [n, N, h', w']."""
+        return self.trunk_exit.features([self.trunk(images)])
+
+    def maps(self, images: Tensor) -> Maps:
+        """images: normalised [n, 3, h, w]."""
+        shared = self.trunk(images)
+        return Maps(shared, self.trunk_exit.features([shared]))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images: normalised [n, 3, h, w] -> logits [n, classes]."""
+        return self.classifier(pool(self.features(images)))
+
+
 class FusedTarget(nn.Module):
     """The fused classifier: trunk, all branches without their heads, fusion."""
 
@@ -98,16 +123,18 @@ class FirstExit(NamedTuple):
 
     logits: Tensor  # [n, classes]
     shared: Tensor  # the trunk's feature map, [n, C, h, w]
-    features: Tensor  # the first branch's last feature map
+    known: dict[int, Tensor]  # branch -> its last feature map, of those that are known already
 
 
 class CascadeTarget(nn.Module):
-    """Two exits: one branch with its head, and the fused classifier, which takes that branch's features.
+    """Two exits: a branch with its head, or the exit on the trunk, and the fused classifier, which goes on
+    from there.
 
-    What the first exit computed of an image is not computed again for the last. number: of that branch.
+    What the first exit computed of an image is not computed again for the last. number: of the branch whose
+    `head` answers; None where it is the trunk's exit.
     """
 
-    def __init__(self, fused: FusedTarget, number: int, head: nn.Linear) -> None:
+    def __init__(self, fused: FusedTarget, number: int | None, head: nn.Linear | FusionModule) -> None:
         super().__init__()
         self.trunk, self.branches, self.fusion = fused.trunk, fused.branches, fused.fusion
         self.number, self.head = number, head
@@ -115,20 +142,25 @@ class CascadeTarget(nn.Module):
     def first(self, images: Tensor) -> FirstExit:
         """images: normalised [n, 3, h, w]."""
         shared = self.trunk(images)
+        if self.number is None:
+            return FirstExit(self.head([shared]), shared, {})
         features = self.branches[self.number](shared)
-        return FirstExit(self.head(pool(features)), shared, features)
+        return FirstExit(self.head(pool(features)), shared, {self.number: features})
 
     def last(self, first: FirstExit, rows: Tensor) -> Tensor:
         """rows: int64 [k], of the images -> the fused classifier's logits of those, [k, classes]."""
-        shared, known = first.shared.index_select(0, rows), first.features.index_select(0, rows)
+        shared = first.shared.index_select(0, rows)
+        known = {number: features.index_select(0, rows) for number, features in first.known.items()}
         features = [
-            known if number == self.number else branch(shared) for number, branch in enumerate(self.branches)
+            known[number] if number in known else branch(shared)
+            for number, branch in enumerate(self.branches)
         ]
         return self.fusion.classifier(pool(self.fusion.features(features)))
 
 
-Target = BranchTarget | FusedTarget | EnsembleTarget | CascadeTarget
+Target = BranchTarget | TrunkTarget | FusedTarget | EnsembleTarget | CascadeTarget
 CASCADE = "cascade"
+TRUNK = "trunk"
 
 
 def exits_of(target: str) -> tuple[str, str] | None:
@@ -149,7 +181,8 @@ def target_names(network: MutualNetwork) -> list[str]:
         names.append("gated")
     if len(network.branches) > 1:
         names.append("ensemble")
-    return names + [f"branch{k}" for k in range(len(network.branches))]
+    names += [f"branch{k}" for k in range(len(network.branches))]
+    return names if network.trunk_exit is None else [*names, TRUNK]
 
 
 def network_path(target: str, name: str) -> str:
@@ -180,6 +213,9 @@ def build_target(network: MutualNetwork, name: str) -> Target:
     elif name == "gated":
         assert isinstance(network.aggregator, Gate)
         target = EnsembleTarget(trunk, branches, heads, network.aggregator)
+    elif name == TRUNK:
+        assert network.trunk_exit is not None
+        target = TrunkTarget(trunk, network.trunk_exit)
     elif name == "ensemble":
         target = EnsembleTarget(trunk, branches, heads)
     else:
@@ -191,16 +227,19 @@ def build_target(network: MutualNetwork, name: str) -> Target:
 
 
 def _build_cascade(network: MutualNetwork, name: str, exits: tuple[str, str]) -> Target:
-    """Raises UsageError where the network has not both exits, or others than a branch and the fused one."""
+    """Raises UsageError where the network has not both exits, or they are others than a branch's or the
+    trunk's, and the fused one."""
     first, last = exits
-    if not {first, last} <= set(target_names(network)) or last != "fused" or not first.startswith("branch"):
+    cheap = first == TRUNK or first.startswith("branch")
+    if not {first, last} <= set(target_names(network)) or last != "fused" or not cheap:
         raise UsageError(
-            f"{name!r} is no cascade of this run: its first exit is a branch and its last one the fused "
-            "classifier, as in branch0+fused, which is also called cascade."
+            f"{name!r} is no cascade of this run: its first exit is a branch, or trunk of a run with "
+            "--trunk-exit, and its last one the fused classifier, as in branch0+fused, which is also called "
+            "cascade."
         )
     fused = build_target(network, last)
     assert isinstance(fused, FusedTarget)
-    number = int(first.removeprefix("branch"))
-    head = copy.deepcopy(network.heads[number])
-    assert isinstance(head, nn.Linear)
+    number = None if first == TRUNK else int(first.removeprefix("branch"))
+    head = copy.deepcopy(network.trunk_exit if number is None else network.heads[number])
+    assert isinstance(head, nn.Linear | FusionModule)
     return CascadeTarget(fused, number, head).eval().requires_grad_(False)

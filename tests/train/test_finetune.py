@@ -23,6 +23,7 @@ from train.run import main, parse
 
 ARCHITECTURES = {
     "shared": NetworkConfig(("resnet8", "resnet8"), 3, 16, 16),
+    "exit": NetworkConfig(("resnet8", "resnet8"), 3, 16, 16, trunk_exit=True),
     "unequal": NetworkConfig(("resnet8", "vgg16_bn"), 3, 32, 32),
     "gate": NetworkConfig(("resnet8", "resnet8"), 3, 16, 16, fusion=None, aggregator="gate"),
     "gate, apart": NetworkConfig(

@@ -99,6 +99,16 @@ def test_ffl_is_equation_2_to_8(z: list[np.ndarray]) -> None:
     assert found == pytest.approx(expected, rel=1e-5)
 
 
+def test_an_exit_on_the_trunk_is_taught_as_a_branch_is_and_teaches_nobody(z: list[np.ndarray]) -> None:
+    a, b, f, exit = z[:4]
+    without = values(FFL(), outputs([a, b], f))
+    trunk = torch.tensor(exit, dtype=torch.float32)
+    found = values(FFL(), outputs([a, b], f)._replace(trunk=trunk))
+    expected = without | {"ce/trunk": ce(exit), "fkd/trunk": 0.4 * kl(exit, f, 3)}
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert "fkd/trunk" not in values(METHODS["ffl-no-fkd"](), outputs([a, b], f)._replace(trunk=trunk))
+
+
 def test_ffl_ablations_leave_out_exactly_their_terms(z: list[np.ndarray]) -> None:
     whole = values(FFL(), outputs(z[:2], z[2]))
     without_ekd = values(METHODS["ffl-no-ekd"](), outputs(z[:2], z[2]))

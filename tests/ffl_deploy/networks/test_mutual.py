@@ -106,6 +106,21 @@ def test_attention_gives_targets_for_peers_and_no_classifier(make_network: Make)
     assert list(outputs.classifiers()) == ["ensemble", "branch0", "branch1", "branch2"]
 
 
+def test_an_exit_stands_on_the_trunk_and_changes_no_other_classifier(make_network: Make) -> None:
+    network = make_network("resnet20", "resnet20", trunk_exit=True).eval()
+    images = torch.randn(5, 3, 16, 16)
+    before = network(images).classifiers()
+    assert list(before) == ["fused", "ensemble", "branch0", "branch1", "trunk"]
+    with torch.no_grad():
+        for branch in network.branches:
+            branch[0][0].conv1.weight.mul_(2)
+    after = network(images).classifiers()
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert changed == ["fused", "ensemble", "branch0", "branch1"]
+    with pytest.raises(UsageError, match="these share none"):
+        make_network("resnet20", "wrn16_2", trunk_exit=True)
+
+
 def test_a_single_branch_has_no_ensemble(make_network: Make) -> None:
     network = make_network("resnet20", fusion=None)
     assert list(network(torch.randn(2, 3, 16, 16)).classifiers()) == ["branch0"]

@@ -1,0 +1,75 @@
+"""First exits that cost little: a cheap branch before a dear one, and the exit on the trunk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from export.cli import main
+from ffl_deploy.bundle import load_bundle
+from ffl_deploy.run_directory import Run, load_run
+
+
+def trained(folder: Path, *flags: str) -> Run:
+    from train.run import main as train
+
+    fast = ["--epochs", "2", "--device", "cpu", "--precision", "fp32", "--quiet"]
+    assert train([*fast, *flags, "--out", str(folder)]) == 0
+    return load_run(folder)
+
+
+@pytest.fixture(scope="module")
+def trunk_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("runs") / "trunk"
+    return trained(folder, "--branches", "resnet8,resnet8", "--trunk-exit")
+
+
+def convolutions(path: Path) -> int:
+    return sum(node.op_type == "Conv" for node in onnx.load(path).graph.node)
+
+
+def test_the_exit_on_the_trunk_is_a_target_and_the_first_of_a_cascade(trunk_run: Run, tmp_path: Path) -> None:
+    flags = ["--target", "trunk", "--target", "trunk+fused", "--target", "fused", "--max-deferred", "0.5"]
+    assert main([str(trunk_run.folder), *flags, "--precision", "int8", "--out", str(tmp_path)]) == 0
+    trunk, cascade, fused = (load_bundle(tmp_path / name) for name in ("trunk", "trunk+fused", "fused"))
+    accuracies = json.loads((trunk_run.folder / "summary.json").read_text())["accuracy"]
+    assert accuracies.keys() == {"fused", "ensemble", "branch0", "branch1", "trunk"}
+    assert convolutions(trunk.folder / "model.onnx") < convolutions(fused.folder / "model.onnx")
+
+    images = cascade.golden().images
+    for variant in ("fp32", "int8"):
+        record = cascade.variant(variant).details.cascade
+        assert record is not None
+        assert record.exits == ["trunk", "fused"]
+        assert 0 < record.deferred < 1
+    answered = cascade.session().run(images)
+    one, other = (bundle.session().run(images).logits for bundle in (trunk, fused))
+    assert answered.exit is not None
+    expected = np.where(answered.exit[:, None] == 0, one, other)
+    np.testing.assert_allclose(answered.logits, expected, atol=1e-3 * expected.std())
+
+
+def test_what_the_trunk_computed_is_not_computed_again(trunk_run: Run, tmp_path: Path) -> None:
+    flags = ["--target", "trunk+fused", "--target", "fused", "--target", "trunk", "--max-deferred", "0.5"]
+    assert main([str(trunk_run.folder), *flags, "--out", str(tmp_path)]) == 0
+    cascade, fused, trunk = (
+        convolutions(tmp_path / name / "model.onnx") for name in ("trunk+fused", "fused", "trunk")
+    )
+    own = 2  # convolutions of the exit itself, on top of the trunk's
+    assert cascade == fused + own
+    assert trunk - own < fused
+
+
+def test_a_cheap_branch_comes_first(tmp_path: Path) -> None:
+    run = trained(tmp_path / "run", "--branches", "resnet8,resnet20")
+    flags = ["--target", "cascade", "--target", "fused", "--max-deferred", "0.6"]
+    assert main([str(run.folder), *flags, "--out", str(tmp_path)]) == 0
+    cascade = load_bundle(tmp_path / "cascade")
+    assert cascade.variant().exits == ["branch0", "fused"]
+    assert cascade.manifest.source.branches == ["resnet8", "resnet20"]
+    counted = convolutions(cascade.folder / "model.onnx"), convolutions(tmp_path / "fused" / "model.onnx")
+    assert counted[0] == counted[1]
