@@ -56,12 +56,18 @@ class Exits(NamedTuple):
 
 
 def choose_threshold(
-    exits: Exits, labels: np.ndarray, promise: Promise, images: CalibrationImages, delta: float = DELTA
+    exits: Exits,
+    labels: np.ndarray,
+    promise: Promise,
+    images: CalibrationImages,
+    delta: float = DELTA,
+    shared: float | None = None,
 ) -> CascadeThreshold:
     """-> the threshold that defers least and keeps the loss, in all but `delta` of the calibration samples;
     where only a share of deferred images is asked for, the one that defers most and keeps it.
 
-    Raises CheckError where there is none.
+    shared: another file's threshold, which is taken instead where it is among those that were shown to keep
+    the promise: files that route alike can be compared. Raises CheckError where there is none.
     """
     n, scores = len(labels), exits.scores
     first, last = (logits.argmax(axis=1) == labels for logits in exits)
@@ -80,6 +86,8 @@ def choose_threshold(
             if not keeps_loss(threshold, promise.max_loss_points):
                 break
             chosen = threshold
+        if chosen is not None and shared is not None:  # all above the last one were shown on the way
+            chosen = max(chosen, shared)
         asked = f"loses at most {promise.max_loss_points:g} points"
     else:
         assert promise.max_deferred is not None
@@ -87,6 +95,8 @@ def choose_threshold(
             if not keeps_share(threshold, promise.max_deferred):
                 break
             chosen = threshold
+        if chosen is not None and shared is not None:
+            chosen = min(chosen, shared)
         asked = f"defers at most {promise.max_deferred:g} of the images"
     with_share = promise.max_loss_points is not None and promise.max_deferred is not None
     if chosen is not None and with_share and not keeps_share(chosen, promise.max_deferred or 0):

@@ -158,12 +158,13 @@ def last_logits(context: TargetContext) -> np.ndarray:
 
 
 def with_own_threshold(path: Path, cascade: Cascade, images: CalibrationImages) -> CascadeThreshold:
-    """Give a cascade's file the threshold that keeps the promise for its own scores; -> what was chosen.
-    Raises CheckError where none does."""
+    """Give a cascade's file a threshold that keeps the promise for its own scores, the fp32 file's where that
+    does; -> what was chosen. Raises CheckError where none does."""
     stored = Precision("int8", "int8")
     unmeasured = Variant(path.name, "onnxruntime", path.name, sha256="", bytes=0, precision=stored)
     exits = exit_logits(path, unmeasured, images.split)
-    threshold = choose_threshold(exits, images.split.labels, cascade.promise, images)
+    shared = cascade.threshold.value
+    threshold = choose_threshold(exits, images.split.labels, cascade.promise, images, shared=shared)
     write_threshold(path, path, threshold.value)
     return threshold
 

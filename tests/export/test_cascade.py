@@ -59,6 +59,18 @@ def test_the_promise_is_broken_by_at_most_a_tenth_of_200_calibrations(promise: P
     assert 0.05 < np.mean(shares) < 0.9, "one that defers everything, or nothing, is no cascade"
 
 
+@pytest.mark.parametrize("promise", [Promise(1.0), Promise(None, 0.3)], ids=["loss", "deferred"])
+def test_another_files_threshold_is_shared_where_it_keeps_the_promise_too(promise: Promise) -> None:
+    exits, labels = simulated(2000)
+    own = choose_threshold(exits, labels, promise, held_out(labels)).value
+    safe, unsafe = (own + 0.05, own - 0.05) if promise.max_deferred is None else (own - 0.05, own + 0.05)
+    found = [
+        choose_threshold(exits, labels, promise, held_out(labels), shared=shared) for shared in (safe, unsafe)
+    ]
+    assert [one.value for one in found] == pytest.approx([safe, own])
+    assert found[0].deferred == pytest.approx((exits.scores < safe).mean())
+
+
 def test_what_cannot_be_shown_is_refused() -> None:
     exits, labels = simulated(60)
     with pytest.raises(CheckError, match="give more images with --calibration-split"):
