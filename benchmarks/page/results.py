@@ -1,10 +1,11 @@
 """docs/results.md from stored JSON: what the CIFAR-100 model of examples/cifar100 reaches,
 and how it was trained.
 
-results.md, alone.md and the files of comparison_text.py and fine_tuning.py hold the page's sentences and
-commands, this file the values. With --run, --report, --reliability and --fine-tuned what the page needs of
-the model is stored in docs/results/, once; what train.compare wrote is copied to docs/. Without flags the
-page and its figures are made again, which needs neither the runs nor the data.
+results.md, alone.md and the files of comparison_text.py, fine_tuning.py and photographs.py hold the page's
+sentences and commands, this file the values. With --run, --report, --reliability, --fine-tuned and
+--photographs what the page needs of the models is stored in docs/results/, once; what train.compare wrote is
+copied to docs/. Without flags the page and its figures are made again, which needs neither the runs nor the
+data.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from benchmarks.page import fine_tuning
+from benchmarks.page import fine_tuning, photographs
 from benchmarks.page.comparison_text import comparison_text
 from benchmarks.page.pairs import pair_table
 from export.publish.plot import draw_report
@@ -194,6 +195,7 @@ def page() -> str:
         **model_values(training),
         alone=alone_text(training["summary"]["test_images"]),
         fine_tuning=fine_tuning.text(STORED),
+        photographs=photographs.text(STORED),
         report=body(report).rstrip(),
         calibrations=calibration_list(draw_reliability(STORED / "reliability.png")),
         attention=attention_table(draw_attention(STORED / "cam.png")),
@@ -299,6 +301,12 @@ def main(argv: list[str]) -> int:
         metavar=("RUN", "BEFORE", "BUNDLES"),
         help="store this finished run of --quantize-aware, the run that it goes on from, and its export",
     )
+    parser.add_argument(
+        "--photographs",
+        nargs="+",
+        metavar=("RUN CPU_SECONDS", "BUNDLES"),
+        help="store this finished run that started from weights, its CPU time, and its export if it has one",
+    )
     arguments = parser.parse_args(argv)
     if (arguments.run is None) != (arguments.report is None):
         raise UsageError("--run and --report belong together; give both.")
@@ -308,6 +316,9 @@ def main(argv: list[str]) -> int:
         collect_alone(arguments.alone)
     if arguments.fine_tuned:
         fine_tuning.collect(*arguments.fine_tuned, STORED)
+    if arguments.photographs:
+        run, seconds, *bundles = arguments.photographs
+        photographs.collect(Path(run), float(seconds), Path(bundles[0]) if bundles else None, STORED)
     (DOCS / "results.md").write_text(page())
     print(DOCS / "results.md")
     return 0
