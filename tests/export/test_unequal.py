@@ -28,14 +28,23 @@ def trunk_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return trained(folder, "--branches", "resnet8,resnet8", "--trunk-exit")
 
 
+@pytest.fixture(scope="module")
+def trunk_bundles(trunk_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """-> a folder with the bundles trunk, trunk+fused and fused."""
+    out = tmp_path_factory.mktemp("bundles")
+    flags = ["--target", "trunk", "--target", "trunk+fused", "--target", "fused", "--max-deferred", "0.5"]
+    assert main([str(trunk_run.folder), *flags, "--precision", "int8", "--out", str(out)]) == 0
+    return out
+
+
 def convolutions(path: Path) -> int:
     return sum(node.op_type == "Conv" for node in onnx.load(path).graph.node)
 
 
-def test_the_exit_on_the_trunk_is_a_target_and_the_first_of_a_cascade(trunk_run: Run, tmp_path: Path) -> None:
-    flags = ["--target", "trunk", "--target", "trunk+fused", "--target", "fused", "--max-deferred", "0.5"]
-    assert main([str(trunk_run.folder), *flags, "--precision", "int8", "--out", str(tmp_path)]) == 0
-    trunk, cascade, fused = (load_bundle(tmp_path / name) for name in ("trunk", "trunk+fused", "fused"))
+def test_the_exit_on_the_trunk_is_a_target_and_the_first_of_a_cascade(
+    trunk_run: Run, trunk_bundles: Path
+) -> None:
+    trunk, cascade, fused = (load_bundle(trunk_bundles / name) for name in ("trunk", "trunk+fused", "fused"))
     accuracies = json.loads((trunk_run.folder / "summary.json").read_text())["accuracy"]
     assert accuracies.keys() == {"fused", "ensemble", "branch0", "branch1", "trunk"}
     assert convolutions(trunk.folder / "model.onnx") < convolutions(fused.folder / "model.onnx")
@@ -53,11 +62,9 @@ def test_the_exit_on_the_trunk_is_a_target_and_the_first_of_a_cascade(trunk_run:
     np.testing.assert_allclose(answered.logits, expected, atol=1e-3 * expected.std())
 
 
-def test_what_the_trunk_computed_is_not_computed_again(trunk_run: Run, tmp_path: Path) -> None:
-    flags = ["--target", "trunk+fused", "--target", "fused", "--target", "trunk", "--max-deferred", "0.5"]
-    assert main([str(trunk_run.folder), *flags, "--out", str(tmp_path)]) == 0
+def test_what_the_trunk_computed_is_not_computed_again(trunk_bundles: Path) -> None:
     cascade, fused, trunk = (
-        convolutions(tmp_path / name / "model.onnx") for name in ("trunk+fused", "fused", "trunk")
+        convolutions(trunk_bundles / name / "model.onnx") for name in ("trunk+fused", "fused", "trunk")
     )
     own = 2  # convolutions of the exit itself, on top of the trunk's
     assert cascade == fused + own
