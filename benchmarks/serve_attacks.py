@@ -216,7 +216,7 @@ ATTACKS: dict[str, Attack] = {attack.__name__: attack for attack in (*HTTP, *DEM
 async def answer(reader: asyncio.StreamReader) -> bytes:
     """-> the status line of one answer."""
     head = await reader.readuntil(b"\r\n\r\n")
-    await reader.readexactly(int(re.search(rb"content-length: (\d+)", head)[1]))  # type: ignore[index]
+    await reader.readexactly(int(re.search(rb"\r\ncontent-length: (\d+)", head)[1]))  # type: ignore[index]
     return head
 
 

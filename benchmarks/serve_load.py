@@ -40,6 +40,12 @@ def session_rate(bundle: Bundle, variant: str | None, batch: int, seconds: float
     return count / (time.perf_counter() - began)
 
 
+def content_length(head: bytes) -> int:
+    """-> bytes of the body behind an answer's head; `inference-header-content-length` is another header."""
+    start = head.index(b"\r\ncontent-length: ") + 18
+    return int(head[start : head.index(b"\r", start)])
+
+
 async def _client(port: int, request: bytes, until: float, latencies: list[float]) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     while time.perf_counter() < until:
@@ -48,8 +54,7 @@ async def _client(port: int, request: bytes, until: float, latencies: list[float
         head = await reader.readuntil(b"\r\n\r\n")
         if not head.startswith(b"HTTP/1.1 200"):
             raise RuntimeError(head.decode())
-        start = head.index(b"content-length: ") + 16
-        await reader.readexactly(int(head[start : head.index(b"\r", start)]))
+        await reader.readexactly(content_length(head))
         latencies.append(time.perf_counter() - began)
     writer.close()
 

@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 LOOK_SECONDS = 5.0
+MOST_LOOKS = 64  # until it is tried again, where there was nothing to give back
 WORTH = 0.05
 """Of the memory: growth from which on some of it is given back, for as long as that gives as much."""
 
@@ -37,16 +38,21 @@ def trimmer() -> Trim | None:
 
 
 async def give_back(trim: Trim | None, resident: Resident = resident, sleep: Sleep = asyncio.sleep) -> None:
-    """Look every LOOK_SECONDS, for ever; a server that has nothing to do calls nothing."""
+    """Look every LOOK_SECONDS, for ever, and give back where the process is larger than it has been: what has
+    grown at once, what may be in use after longer and longer waits. A server that has not grown calls
+    nothing."""
     if trim is None:
         return
-    least, gave = resident(), True
+    least, after, pause, waited = 0, 0, 1, 0  # bytes, bytes, looks, looks
     while True:
         await sleep(LOOK_SECONDS)
-        now = resident()
-        if now > least * (1 + WORTH) or gave:
-            await asyncio.to_thread(trim)
-            least = resident()
-            gave = now - least > least * WORTH  # then more may be free by the next time
-        else:
-            least = min(least, now)
+        now, waited = resident(), waited + 1
+        if now <= least * (1 + WORTH):
+            least, after = min(least, now), min(after, now)
+            continue
+        if now <= after * (1 + WORTH) and waited < pause:
+            continue
+        await asyncio.to_thread(trim)
+        after, waited = resident(), 0
+        least = min(least or after, after)
+        pause = 1 if now - after > after * WORTH else min(2 * pause, MOST_LOOKS)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import io
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import threading
@@ -20,6 +22,8 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
+from tritonclient import grpc as triton
+from tritonclient.utils import InferenceServerException
 
 from ffl_deploy.bundle import Bundle
 
@@ -44,12 +48,39 @@ class Answers:
 
     def __init__(self, bundle: Bundle) -> None:
         image = np.random.default_rng(3).integers(0, 256, (1, 32, 32, 3), dtype=np.uint8)
-        self.body, self.headers = infer_body(image)
+        self.image, (self.body, self.headers) = image, infer_body(image)
         self.logits = bundle.session().run(image).logits.ravel()
 
     def right(self, response: httpx.Response) -> bool:
-        (logits,) = [output["data"] for output in response.json()["outputs"] if output["name"] == "logits"]
-        return bool(np.allclose(logits, self.logits, rtol=1e-4, atol=1e-5))
+        return bool(np.allclose(logits_of(response), self.logits, rtol=1e-4, atol=1e-5))
+
+
+def logits_of(response: httpx.Response) -> list[float]:
+    (logits,) = [output["data"] for output in response.json()["outputs"] if output["name"] == "logits"]
+    return logits  # type: ignore[no-any-return]
+
+
+class Replaced:
+    """A bundle in whose place another one is put, again and again: two that take turns."""
+
+    def __init__(self, where: Path, make_bundle: Callable[..., Bundle]) -> None:
+        self.folder, self._where, self._turn = where / "replaced", where, 0
+        bundles = [make_bundle(where / f"kept{seed}", seed=seed) for seed in (11, 12)]
+        self._logits = [Answers(bundle).logits for bundle in bundles]
+        shutil.copytree(where / "kept11", self.folder)
+
+    def swap(self) -> None:
+        """As an exporter does it: beside its place, then renamed."""
+        self._turn = 1 - self._turn
+        shutil.copytree(self._where / f"kept{11 + self._turn}", self._where / "new")
+        self.folder.rename(self._where / "old")
+        (self._where / "new").rename(self.folder)
+        shutil.rmtree(self._where / "old")
+
+    def whose(self, response: httpx.Response) -> int | None:
+        """-> which of the two has answered."""
+        found = [np.allclose(logits_of(response), one, rtol=1e-4, atol=1e-5) for one in self._logits]
+        return found.index(True) if any(found) else None
 
 
 def test_sigterm_under_load_loses_no_accepted_request(
@@ -116,10 +147,14 @@ def resident_mib(process: int) -> float:
 @pytest.mark.soak
 @pytest.mark.timeout(1200)
 def test_ten_minutes_of_everything(
-    two_bundles: tuple[Bundle, Bundle], serve_process: Start, tmp_path: Path
+    two_bundles: tuple[Bundle, Bundle],
+    make_bundle: Callable[..., Bundle],
+    serve_process: Start,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    """Good, bad, oversized and disconnecting clients, uploads and demo calls, mixed.
-    FFL_SOAK_SECONDS shortens it.
+    """Good, bad, oversized and disconnecting clients, compressed and gRPC requests, a bundle that is replaced
+    all the time, uploads and demo calls, mixed. FFL_SOAK_SECONDS shortens it.
 
     No error on a good request, no file left behind, and flat memory: the median of the last minute is less
     than 2 % above that of the minute after two minutes of warm-up. A shortened run warms up too little for
@@ -129,15 +164,18 @@ def test_ten_minutes_of_everything(
     answers = Answers(two_bundles[0])
     counts: Counter[str] = Counter()
     latencies: list[float] = []
+    seen: set[int | None] = set()
     photo = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (400, 600, 3), dtype=np.uint8)).save(
         photo, "JPEG"
     )
+    replaced = Replaced(tmp_path_factory.mktemp("replaced"), make_bundle)
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    with serve_process(
-        *[str(bundle.folder) for bundle in two_bundles], "--max-body-mib", "1", env=environment
-    ) as running:
+    flags = ("--max-body-mib", "1", "--grpc-port", "0", "--watch", "0.3")
+    with serve_process(str(two_bundles[0].folder), str(replaced.folder), *flags, env=environment) as running:
         url = f"{running.url}/v2/models/fused/infer"
+        (ready,) = [line for line in map(json.loads, running.read_log().splitlines()) if "grpc_port" in line]
+        grpc_address = f"127.0.0.1:{ready['grpc_port']}"
         host, port = running.address.split(":")
         end = time.monotonic() + seconds
 
@@ -155,6 +193,37 @@ def test_ten_minutes_of_everything(
             expect("good", response, 200)
             if response.status_code == 200 and not answers.right(response):
                 counts["wrong answer"] += 1
+
+        def compressed(http: httpx.Client, chance: random.Random) -> None:
+            packed = {**answers.headers, "content-encoding": "gzip", "accept-encoding": "gzip"}
+            response = http.post(url, content=gzip.compress(answers.body, 1), headers=packed)
+            expect("compressed", response, 200)
+            if response.status_code == 200 and not answers.right(response):
+                counts["wrong answer"] += 1
+
+        def over_grpc(http: httpx.Client, chance: random.Random) -> None:
+            # a connection for each, as of clients that come and go
+            with triton.InferenceServerClient(grpc_address) as client:
+                tensor = triton.InferInput("images", [1, 32, 32, 3], "UINT8")
+                tensor.set_data_from_numpy(answers.image)
+                packed = chance.choice([None, "gzip"])
+                result = client.infer("fused", [tensor], compression_algorithm=packed).as_numpy("logits")
+                right = np.allclose(result.ravel(), answers.logits, rtol=1e-4, atol=1e-5)
+                counts["over grpc" if right else "wrong answer over grpc"] += 1
+                try:
+                    client.infer("nobody", [tensor])
+                except InferenceServerException as error:
+                    counts["bad over grpc" if "NOT_FOUND" in str(error.status()) else str(error)] += 1
+
+        def of_replaced(http: httpx.Client, chance: random.Random) -> None:
+            response = http.post(
+                f"{running.url}/v2/models/{replaced.folder.name}/infer",
+                content=answers.body,
+                headers=answers.headers,
+            )
+            expect("of the replaced", response, 200)
+            if response.status_code == 200:
+                seen.add(replaced.whose(response))
 
         def bad(http: httpx.Client, chance: random.Random) -> None:
             expect("bad", http.post(url, content=chance.randbytes(chance.randrange(400))), 400)
@@ -207,6 +276,7 @@ def test_ten_minutes_of_everything(
             counts["broken upload"] += 1
 
         kinds = [good] * 3 + [bad, oversized, gone, upload, broken_upload]
+        kinds += [compressed, over_grpc, of_replaced]
 
         def client(number: int) -> None:
             chance = random.Random(number)
@@ -218,7 +288,13 @@ def test_ten_minutes_of_everything(
                         counts[f"{kinds[number % len(kinds)].__name__}: {error!r}"] += 1
                     time.sleep(0.02)
 
+        def replacing() -> None:
+            while time.monotonic() < end:
+                replaced.swap()
+                time.sleep(3)
+
         threads = [threading.Thread(target=client, args=(number,)) for number in range(len(kinds))]
+        threads.append(threading.Thread(target=replacing))
         for thread in threads:
             thread.start()
         memory: list[float] = []
@@ -245,9 +321,11 @@ def test_ten_minutes_of_everything(
     print(
         f"\n{dict(counts)}\np50 {p50:.1f} ms, p99 {p99:.1f} ms, {clean}\nMiB resident in each tenth: {course}"
     )
-    assert set(counts) == {"good", "bad", "oversized", "gone", "upload", "call", "demo", "broken upload"}, (
-        counts
-    )
+    assert set(counts) == {
+        "good", "bad", "oversized", "gone", "upload", "call", "demo", "broken upload", "compressed", "over grpc",
+        "bad over grpc", "of the replaced",
+    }, counts  # fmt: skip
+    assert seen == {0, 1}  # each of the two bundles answered, and no other
     assert late < early * (1.02 if seconds >= 600 else 1.1)
     assert files < 80
     assert pieces == []

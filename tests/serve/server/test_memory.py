@@ -102,35 +102,38 @@ def test_a_refused_request_leaves_nothing(running: Any, fault: str, photo: Calla
     assert nothing_is_held()
 
 
-def gave_back(sizes: list[int]) -> list[int]:
+def gave_back(sizes: list[int], in_use: list[int] | None = None) -> list[int]:
     """-> the looks at which memory was given back, of a process that has these sizes at one look after the
-    other; what is given back is what is above 100."""
-    looks, trims, now = iter(range(len(sizes))), list[int](), [sizes[0], 0]
-
-    def resident() -> int:
-        return now[0]
+    other, of which so much is in use (100, where nothing else is said)."""
+    looks, trims, now = iter(range(len(sizes))), list[int](), [0]
+    resident = {"now": sizes[0]}
 
     def trim() -> None:
-        trims.append(now[1])
-        now[0] = min(now[0], 100)
+        trims.append(now[0])
+        resident["now"] = min(resident["now"], in_use[now[0]] if in_use else 100)
 
     async def look(seconds: float) -> None:
         number = next(looks, None)
         if number is None:
             raise asyncio.CancelledError
-        now[:] = [sizes[number], number]
+        now[0], resident["now"] = number, sizes[number]
 
     with pytest.raises(asyncio.CancelledError):
-        asyncio.run(memory.give_back(trim, resident, look))
+        asyncio.run(memory.give_back(trim, lambda: resident["now"], look))
     return trims
 
 
-def test_memory_is_given_back_for_as_long_as_there_is_some() -> None:
-    # once at the start; after the growth, and once more to see that it was all; then nothing for ever
-    assert gave_back([100, 100, 100, 300, 100, 100, 100]) == [0, 3, 4]
+def test_memory_is_given_back_where_the_process_has_grown() -> None:
+    assert gave_back([120, 100, 100, 100]) == [0]  # what starting has taken
+    assert gave_back([100, 100, 100, 300, 100, 100, 100]) == [0, 3]
     assert gave_back([100, 104, 104, 104]) == [0]
-    # what is in use is not given back, and not asked about again and again
-    assert gave_back([90, 95, 95, 100, 100, 100]) == [0, 1, 3]
+    # what is in use cannot be: it is tried again, less and less often
+    sizes = [100, *[200] * 40]
+    assert gave_back(sizes, sizes) == [0, 1, 5, 13, 29]
+    # and at once where it grows further
+    assert gave_back([100, 200, 300, 400], [100, 200, 300, 400]) == [0, 1, 2, 3]
+    # what was in use and is free later is found, without that anything grows
+    assert gave_back([100, *[200] * 5, 100, 100], [100, 200, 200, 200, *[100] * 4])[-1] == 5
 
 
 def test_the_memory_of_this_process_is_found_and_trimmed() -> None:
