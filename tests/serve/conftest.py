@@ -26,7 +26,9 @@ from PIL import Image
 from ffl_deploy.bundle import Bundle
 from ffl_deploy.command import run_command
 from serve.predict.command import main
-from serve.server.settings import ModelSpec, Settings
+from serve.server.settings import Limits, ModelSpec, Settings
+
+SMALL = Limits(body_bytes=20_000, demo_json_bytes=5_000, upload_bytes=50_000, bytes_in_flight=100_000)
 
 
 @dataclass(frozen=True)
@@ -210,3 +212,13 @@ def serve_process() -> Callable[..., contextlib.AbstractContextManager[Running]]
     """`serve_process(*arguments)`: ffl-serve as a process of its own on a free port;
     ready when the block starts."""
     return start_process
+
+
+@pytest.fixture(scope="module")
+def demo(two_bundles: tuple[Bundle, Bundle], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """Both bundles with the demo and small limits."""
+    models = tuple(ModelSpec(bundle.name, bundle.folder) for bundle in two_bundles)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads") / "gradio"))
+        with serve_in_thread(Settings(models, limits=SMALL)) as running:
+            yield running

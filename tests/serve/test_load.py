@@ -322,8 +322,8 @@ def test_ten_minutes_of_everything(
         f"\n{dict(counts)}\np50 {p50:.1f} ms, p99 {p99:.1f} ms, {clean}\nMiB resident in each tenth: {course}"
     )
     assert set(counts) == {
-        "good", "bad", "oversized", "gone", "upload", "call", "demo", "broken upload", "compressed", "over grpc",
-        "bad over grpc", "of the replaced",
+        "good", "bad", "oversized", "gone", "upload", "call", "demo", "broken upload", "compressed",
+        "over grpc", "bad over grpc", "of the replaced",
     }, counts  # fmt: skip
     assert seen == {0, 1}  # each of the two bundles answered, and no other
     assert late < early * (1.02 if seconds >= 600 else 1.1)
