@@ -168,7 +168,6 @@ def require_cascade(network: MutualNetwork, target: str, options: ExportOptions)
     for asked, said in (
         (options.variants.graph.batch, "--batch N: how many images are deferred differs"),
         (refused, f"--precision {' and '.join(refused)}: it comes in fp32 and int8"),
-        (options.variants.engines, "--tensorrt: TensorRT cannot choose rows"),
         (options.reference_only, "--reference-only: its threshold is chosen on held-out images"),
     ):
         if asked:

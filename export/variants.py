@@ -30,7 +30,7 @@ from export.outputs.familiarity import calibrated
 from export.progress import Progress
 from export.sets import Answered, calibrate_sets
 from export.write.onnx_graph import GraphOptions
-from export.write.tensorrt_engine import write_engine
+from export.write.tensorrt_engine import Routing, write_engine
 from ffl_deploy.data.datasets import ArraySplit, Split
 from ffl_deploy.errors import CheckError, OtherMachine, UsageError
 from ffl_deploy.familiarity import Familiarity
@@ -43,7 +43,7 @@ from ffl_deploy.runtime.replay import run_in_batches
 from ffl_deploy.runtime.session import FixedBatchSession, Outputs
 from ffl_deploy.runtime.tensorrt_build import EngineOptions, require_targets
 from ffl_deploy.runtime.tensorrt_cache import bundled
-from ffl_deploy.runtime.tensorrt_runtime import TensorRtSession
+from ffl_deploy.runtime.tensorrt_cascade import open_engine
 from ffl_deploy.sets import CalibratedSets
 from ffl_deploy.statistics import paired_difference
 
@@ -248,7 +248,7 @@ def cascade_record(
     precision = gate_precision(variant.precision.stored, variant.precision.computed)
     whole = context.evaluation.reference(cascade.exits[0])
     temperature = context.model.temperature
-    check_exits(file.path, variant, whole, cascade.reference, cascade.exits, precision, temperature)
+    check_exits(session, file.path, variant, whole, cascade.reference, cascade.exits, precision, temperature)
 
     edge = cascade.reference.edge(threshold.value)
     expected = cascade.reference.deferred(threshold.value)[~edge].astype(np.int64)
@@ -297,11 +297,12 @@ def engine_variant(
     on such a machine."""
     name = engine_name(file)
     path = folder / "engines" / f"{name.removesuffix('-engine')}.engine"
-    record = write_engine(file.path, path, options)
+    routing = Routing(file.threshold.value, context.model.temperature) if file.threshold else None
+    record = write_engine(file.path, path, options, routing)
     variant = Variant.of_file(folder, path, name, "tensorrt", Precision(file.stored, file.stored))
     variant = msgspec.structs.replace(variant, details=Details(engine=record))
     try:
-        session = TensorRtSession(bundled(path, record), variant)
+        session = open_engine(bundled(path, record), variant)
     except (UsageError, OtherMachine):  # no GPU, or another one
         return variant
     try:

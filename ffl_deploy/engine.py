@@ -36,6 +36,7 @@ def build_and_verify(
     from ffl_deploy.runtime.latency import measure_latency
     from ffl_deploy.runtime.onnx_wire import refuse_external_data
     from ffl_deploy.runtime.operators import refuse_foreign_operators
+    from ffl_deploy.runtime.registry import NO_CASCADE
     from ffl_deploy.runtime.session import FixedBatchSession, Session
     from ffl_deploy.runtime.tensorrt_cache import engine_here, forget
     from ffl_deploy.runtime.tensorrt_runtime import TensorRtSession
@@ -46,6 +47,8 @@ def build_and_verify(
             f"variant {chosen.name} of {shown(bundle.folder)} is an engine already; give the --variant of "
             "an ONNX file."
         )
+    if chosen.exits:
+        raise UsageError(NO_CASCADE)
     source = bundle.checked_file(chosen.file)
     refuse_external_data(source)
     refuse_foreign_operators(source)

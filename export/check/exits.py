@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,18 @@ from ffl_deploy.manifest import CascadeTimes, Variant
 from ffl_deploy.parity import PARITY_GATES, judge
 from ffl_deploy.runtime import Session, runtime_named
 from ffl_deploy.runtime.replay import measure, run_in_batches
+from ffl_deploy.runtime.tensorrt_cascade import CascadeEngines
 
 TIMED = {1: 128, 64: 4}
 """Batch size -> how many batches of test images are timed in a turn."""
 TURNS = 3
+
+
+def opener(session: Session, path: Path, variant: Variant, folder: Path) -> Callable[[float], Session]:
+    """-> what opens the cascade of `session` with another threshold; path: its file, where that is ONNX."""
+    if isinstance(session, CascadeEngines):
+        return session.at
+    return lambda threshold: open_with(path, threshold, variant, folder)
 
 
 def open_with(path: Path, threshold: float, variant: Variant, folder: Path) -> Session:
@@ -42,6 +51,7 @@ def exit_logits(path: Path, variant: Variant, images: Split) -> Exits:
 
 
 def check_exits(
+    session: Session,
     path: Path,
     variant: Variant,
     reference: Reference,
@@ -54,10 +64,11 @@ def check_exits(
     whichever would answer them. Raises CheckError."""
     gate = PARITY_GATES[precision]
     with tempfile.TemporaryDirectory() as folder:
+        open_at = opener(session, path, variant, Path(folder))
         for name, threshold, logits in zip(names, (NONE, ALL), expected, strict=True):
-            session = open_with(path, threshold, variant, Path(folder))
+            one = open_at(threshold)
             sizes = sorted({1, min(7, len(logits)), len(logits)})
-            verdict = judge(measure(session.run, reference.images, logits, sizes, temperature), gate)
+            verdict = judge(measure(one.run, reference.images, logits, sizes, temperature), gate)
             if verdict.failed:
                 raise CheckError(
                     f"variant {variant.name}: its exit {name} does not give PyTorch's logits: "
@@ -84,7 +95,7 @@ def exit_times(session: Session, path: Path, variant: Variant, test: Split) -> l
     """-> mean times of the cascade on test images, and of the same with every image deferred, in turns."""
     times = []
     with tempfile.TemporaryDirectory() as folder:
-        runs = (session.run, open_with(path, ALL, variant, Path(folder)).run)
+        runs = (session.run, opener(session, path, variant, Path(folder))(ALL).run)
         for batch, count in TIMED.items():
             rows = np.linspace(0, len(test) - 1, batch * count).round().astype(np.int64)
             images = test.read(np.random.default_rng(0).permutation(rows))

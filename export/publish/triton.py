@@ -85,7 +85,7 @@ def backend_of(variant: Variant) -> str | None:
     RTX, and no backend loads them."""
     if variant.runtime == "onnxruntime":
         return "onnxruntime"
-    is_tensorrt = variant.runtime == "tensorrt" and variant.engine.flavour == "tensorrt"
+    is_tensorrt = variant.runtime == "tensorrt" and variant.engine.flavour == "tensorrt" and not variant.exits
     return "tensorrt" if is_tensorrt else None
 
 

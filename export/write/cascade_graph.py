@@ -18,6 +18,7 @@ from torch import Tensor
 from export.write.onnx_graph import DeployedModel
 from ffl_deploy.errors import CheckError
 from ffl_deploy.networks.targets import CascadeTarget
+from ffl_deploy.runtime.tensorrt_cascade import MAP, SCORE
 
 ROWS, EXIT, THRESHOLD = "rows", "exit", "threshold"
 ALL, NONE = 2.0, -1.0
@@ -81,6 +82,70 @@ class CascadeModel(DeployedModel):
         )
         graph.value_info.append(helper.make_tensor_value_info(ROWS, TensorProto.INT64, ["deferred"]))
         in_order(graph)
+
+
+def write_halves(source: Path, folder: Path) -> tuple[Path, Path]:
+    """Cut the cascade `source` where rows are chosen, for runtimes that cannot; -> two ONNX files in
+    `folder`: images -> `logits` of the first exit, `score`, `map0`, ...; these maps -> the last exit's
+    `logits`."""
+    import onnx
+
+    from export.write.onnx_file import save_onnx
+
+    proto = onnx.load(source)
+    makers = {name: node for node in proto.graph.node for name in node.output}
+    (deciding,) = [node for node in proto.graph.node if node.op_type == "Less"]
+    joining = makers["logits"]  # ScatterND: the first exit's logits, rows, the last one's
+    chosen = [node for node in proto.graph.node if node.op_type == "Gather" and _reads(node, ROWS, makers)]
+    before = {node.input[0]: f"{MAP}{number}" for number, node in enumerate(chosen)}
+    after = {node.output[0]: f"{MAP}{number}" for number, node in enumerate(chosen)}
+    first = {joining.input[0]: "logits", deciding.input[0]: SCORE, **before}
+    paths = folder / "first.onnx", folder / "last.onnx"
+    save_onnx(_half(proto, {"images": "images"}, first), paths[0])
+    save_onnx(_half(proto, after, {joining.input[2]: "logits"}), paths[1])
+    return paths
+
+
+def _reads(node: Any, name: str, makers: dict[str, Any]) -> bool:
+    """-> whether `node` takes its indices from `name`, directly or through a change of shape."""
+    indices = node.input[1]
+    while indices != name and indices in makers and makers[indices].op_type in ("Reshape", "Unsqueeze"):
+        indices = makers[indices].input[0]
+    return bool(indices == name)
+
+
+def _half(proto: Any, inputs: dict[str, str], outputs: dict[str, str]) -> Any:
+    """-> a model of what lies between tensors of `proto`, each with its new name."""
+    import copy
+
+    from onnx import helper
+
+    graph, names = proto.graph, inputs | outputs
+    makers = {name: node for node in graph.node for name in node.output}
+    open_names, kept = list(outputs), set()
+    while open_names:
+        name = open_names.pop()
+        if name not in inputs and name in makers and makers[name].name not in kept:
+            kept.add(makers[name].name)
+            open_names += makers[name].input
+    nodes = [copy.deepcopy(node) for node in graph.node if node.name in kept]
+    used = {name for node in nodes for name in node.input}
+    for node in nodes:
+        for fields in (node.input, node.output):
+            fields[:] = [names.get(name, name) for name in fields]
+    typed = {value.name: value for value in (*graph.value_info, *graph.input, *graph.output)}
+
+    def values(ends: dict[str, str]) -> list[Any]:
+        found = []
+        for name, new in ends.items():
+            kind = typed[name].type.tensor_type
+            sizes = ["batch", *(size.dim_value for size in kind.shape.dim[1:])]
+            found.append(helper.make_tensor_value_info(new, kind.elem_type, sizes))
+        return found
+
+    weights = [tensor for tensor in graph.initializer if tensor.name in used]
+    cut = helper.make_graph(nodes, "half", values(inputs), values(outputs), weights)
+    return helper.make_model(cut, opset_imports=proto.opset_import)
 
 
 def in_order(graph: Any) -> None:

@@ -70,11 +70,19 @@ def _openvino(model: Path, variant: Variant, threads: int | None) -> Session:
 def _tensorrt(model: Path, variant: Variant, threads: int | None) -> Session:
     """An engine of the bundle; or, of an ONNX file, the one that is built for this GPU at first use."""
     from ffl_deploy.runtime.tensorrt_cache import bundled, engine_here
-    from ffl_deploy.runtime.tensorrt_runtime import TensorRtSession
+    from ffl_deploy.runtime.tensorrt_cascade import open_engine
 
-    return TensorRtSession(
-        bundled(model, variant.engine) if model.suffix == ".engine" else engine_here(model), variant
-    )
+    if model.suffix == ".engine":
+        return open_engine(bundled(model, variant.engine), variant)
+    if variant.exits:
+        raise UsageError(NO_CASCADE)
+    return open_engine(engine_here(model), variant)
+
+
+NO_CASCADE = (
+    "the two engines of a cascade are built by ffl-export --tensorrt, on the GPU that they are for; take the "
+    "ONNX file with --runtime onnxruntime-cuda instead."
+)
 
 
 def _require_openvino() -> None:

@@ -82,11 +82,14 @@ def build(source: Path, options: EngineOptions) -> Built:
     config = builder.create_builder_config()
     # on by default: fp32 files would be computed with 10-bit mantissas
     config.clear_flag(trt.BuilderFlag.TF32)
-    shape = tuple(int(size) for size in network.get_input(0).shape)
-    profiles = profiles_for(options.batches, None if shape[0] < 0 else shape[0])
+    inputs = [network.get_input(index) for index in range(network.num_inputs)]
+    batch = int(inputs[0].shape[0])
+    profiles = profiles_for(options.batches, None if batch < 0 else batch)
     for sizes in profiles:
         profile = builder.create_optimization_profile()
-        profile.set_shape("images", *((batch, *shape[1:]) for batch in sizes))
+        for tensor in inputs:
+            row = tuple(int(size) for size in tensor.shape)[1:]
+            profile.set_shape(tensor.name, *((batch, *row) for batch in sizes))
         if config.add_optimization_profile(profile) < 0:
             raise CheckError(f"TensorRT refuses the batch sizes {sizes}: {one_line(log.errors)}")
     config_of.set(config)

@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import math
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from queue import Empty, SimpleQueue
 from threading import Lock
@@ -116,12 +116,15 @@ class TensorRtSession(Session):
         return lane
 
     def run(self, images: np.ndarray) -> Outputs:
+        return outputs_from(self.compute({"images": images}))
+
+    def compute(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """-> the engine's outputs by name, for inputs by name, [n, ...] each. Raises CheckError."""
+        count = len(next(iter(inputs.values())))
         with self._lane() as lane:
-            parts = [
-                self._run(lane, images[start : start + self._max_batch])
-                for start in range(0, len(images), self._max_batch)
-            ]
-        return outputs_from({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+            chunks = [slice(start, start + self._max_batch) for start in range(0, count, self._max_batch)]
+            parts = [self._run(lane, {name: rows[part] for name, rows in inputs.items()}) for part in chunks]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     @contextlib.contextmanager
     def _lane(self) -> Iterator[_Lane]:
@@ -139,23 +142,22 @@ class TensorRtSession(Session):
         finally:
             self._idle.put(lane)
 
-    def _run(self, lane: _Lane, images: np.ndarray) -> dict[str, np.ndarray]:
+    def _run(self, lane: _Lane, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        shape = next(iter(inputs.values())).shape
         profile = next(
-            (index for index, (least, _, most) in enumerate(self._profiles) if least <= len(images) <= most),
+            (index for index, (least, _, most) in enumerate(self._profiles) if least <= shape[0] <= most),
             None,
         )
         self._logger.errors.clear()
-        if profile is None or not lane.take(profile, images):
+        if profile is None or not lane.take(profile, inputs):
             reason = (
                 one_line(self._logger.errors) if profile is not None else "no profile of it has this size"
             )
-            raise CheckError(f"the engine takes no batch of shape {images.shape}: {reason}.")
+            raise CheckError(f"the engine takes no batch of shape {shape}: {reason}.")
         if not lane.compute():
             # the reason may lie in the GPU itself
             checked(self._cuda, self._cuda.cudaGetLastError())
-            raise CheckError(
-                f"TensorRT cannot run a batch of {len(images)}: {one_line(self._logger.errors)}."
-            )
+            raise CheckError(f"TensorRT cannot run a batch of {shape[0]}: {one_line(self._logger.errors)}.")
         return lane.results()
 
     def warm_up_sizes(self, largest: int) -> list[int]:
@@ -211,10 +213,9 @@ class _Lane:
             self._host[tensor.name] = pinned.reshape(max_batch, *tensor.row)
         held.callback(cuda.cudaStreamSynchronize, self._stream)  # first of all, when they go
 
-    def take(self, profile: int, images: np.ndarray) -> bool:
-        """Choose the engine's kernels for so many images, and send those; -> whether the engine takes
-        them."""
-        self._rows = len(images)
+    def take(self, profile: int, inputs: Mapping[str, np.ndarray]) -> bool:
+        """Choose the engine's kernels for so many rows, and send those; -> whether the engine takes them."""
+        self._rows = len(next(iter(inputs.values())))
         if profile != self._profile:
             if not self._context.set_optimization_profile_async(profile, int(self._stream)):
                 return False
@@ -224,9 +225,12 @@ class _Lane:
                 return False
             if not tensor.is_input:
                 continue
-            if images.shape[1:] != tensor.row or not self._context.set_input_shape(tensor.name, images.shape):
+            rows = inputs.get(tensor.name)
+            if rows is None or rows.shape[1:] != tensor.row:
                 return False
-            self._host[tensor.name][: self._rows] = images
+            if not self._context.set_input_shape(tensor.name, rows.shape):
+                return False
+            self._host[tensor.name][: self._rows] = rows
             self._copy(tensor, self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice)
         return True
 

@@ -207,9 +207,14 @@ def tensorrt(cuda: Cuda, flavour: str = "tensorrt", complaint: str = "", builds:
             except Exception as error:
                 self.num_errors, self._error = 1, str(error)
                 return False
-            shape = [size if isinstance(size, int) else -1 for size in session.get_inputs()[0].shape]
             self.network.content = Path(path).read_bytes()
-            self.network.get_input = lambda index: SimpleNamespace(shape=tuple(shape))
+            inputs = [
+                SimpleNamespace(
+                    name=one.name, shape=tuple(size if isinstance(size, int) else -1 for size in one.shape)
+                )
+                for one in session.get_inputs()
+            ]
+            self.network.num_inputs, self.network.get_input = len(inputs), inputs.__getitem__
             return True
 
         def get_error(self, index: int) -> Any:
@@ -262,8 +267,10 @@ def tensorrt(cuda: Cuda, flavour: str = "tensorrt", complaint: str = "", builds:
             if cuda.broken:
                 return False
             module.runs.append((self.profile, self.rows))
-            images = self._array("images", np.uint8)
-            values = self.engine.session.run(None, {"images": images})
+            feeds = {
+                name: self._array(name, self.engine.get_tensor_dtype(name)) for name in self.engine.inputs
+            }
+            values = self.engine.session.run(None, feeds)
             for output, value in zip(self.engine.session.get_outputs(), values, strict=True):
                 self._array(output.name, np.float32)[:] = value
             return True
@@ -279,6 +286,7 @@ def tensorrt(cuda: Cuda, flavour: str = "tensorrt", complaint: str = "", builds:
             self.profiles = json.loads(header)["profiles"]
             self.session = onnxruntime.InferenceSession(model)
             tensors = [*self.session.get_inputs(), *self.session.get_outputs()]
+            self.inputs = [tensor.name for tensor in self.session.get_inputs()]
             self.shapes = {tensor.name: (-1, *tensor.shape[1:]) for tensor in tensors}
             self.num_io_tensors, self.contexts = len(self.shapes), 0
 
@@ -292,7 +300,7 @@ def tensorrt(cuda: Cuda, flavour: str = "tensorrt", complaint: str = "", builds:
             return self.shapes[name]
 
         def get_tensor_mode(self, name: str) -> int:
-            return int(name != "images")
+            return int(name not in self.inputs)
 
         def create_execution_context(self, config: Any = None) -> Context | None:
             return None if module.no_context else Context(self)
