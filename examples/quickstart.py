@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from ffl_deploy.bundle import load_bundle
+from ffl_deploy.errors import INTERRUPTED
 from ffl_deploy.run_directory import CONFIG, SUMMARY
 
 RUN, BUNDLES = Path("runs/quickstart"), Path("bundles/quickstart")
@@ -35,8 +36,10 @@ def main() -> int:
     for command in filter(None, commands):
         print(f"\n$ {command}", flush=True)
         program, *arguments = shlex.split(command)
-        code = subprocess.run([Path(sys.executable).parent / program, *arguments], check=False).returncode
+        code = run([str(Path(sys.executable).parent / program), *arguments])
         if code:
+            if code == INTERRUPTED:
+                print("\nstopped; make quickstart goes on from here", file=sys.stderr)
             return code
     print(f"\n{table()}")
     environment = Path(sys.prefix)
@@ -47,6 +50,16 @@ def main() -> int:
     )
     print(f"Now these commands are there to be typed, after:\n\n    . {shown}/bin/activate\n")
     return 0
+
+
+def run(command: list[str]) -> int:
+    """-> its exit code. Ctrl-C reaches the command too, which saves what it has and ends by itself."""
+    child = subprocess.Popen(command)
+    while True:
+        try:
+            return child.wait()
+        except KeyboardInterrupt:
+            continue
 
 
 def table() -> str:

@@ -191,4 +191,10 @@ def describe_os_error(error: OSError) -> tuple[str, int]:
         return f"the disk is full{where}; free some space and try again.", CHECK_FAILED
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"no permission{where}; choose another folder or change its rights.", UNUSABLE_INPUT
+    if error.errno in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR):
+        what = (error.strerror or str(error)).lower()
+        return (
+            f"{what}{where}: something else is in that place; choose another name, or remove it.",
+            UNUSABLE_INPUT,
+        )
     return f"{(error.strerror or str(error)).lower()}{where}.", UNUSABLE_INPUT

@@ -27,6 +27,9 @@ CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | g
 """A new file under a name that nothing has yet, not even a link."""
 
 
+TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{16}\.(?P<kind>tmp|new|old)", re.DOTALL)
+
+
 def sha256_of(path: Path) -> str:
     """-> hex SHA-256 of a file's content."""
     with open(path, "rb") as file:
@@ -230,6 +233,15 @@ def remove_abandoned(path: Path, kind: str) -> None:
                     left.unlink(missing_ok=True)
         finally:
             os.close(descriptor)
+
+
+def remove_all_abandoned(folder: Path) -> None:
+    """Remove what killed writers left inside `folder`, which is nobody's but ours: what they replaced too,
+    where its successor is there."""
+    with contextlib.suppress(OSError):
+        for found in {match for name in os.listdir(folder) if (match := TEMPORARY.fullmatch(name))}:
+            if found["kind"] != "old" or (folder / found["name"]).exists():
+                remove_abandoned(folder / found["name"], found["kind"])
 
 
 def entries(folder: Path) -> Iterator[str]:

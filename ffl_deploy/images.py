@@ -177,7 +177,7 @@ def _opened(data: bytes, max_pixels: int) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise ImageError("too_large", f"the image is larger than {_megapixels(max_pixels)}") from error
     except UnidentifiedImageError as error:
-        if data.startswith(_MAGIC):
+        if data.startswith(_MAGIC) or any(one.signature.match(data) for one in READABLE):
             raise ImageError("corrupt", "it begins like an image, but its header cannot be read") from error
         for phone in UNREADABLE:
             if phone.signature.match(data):
@@ -188,7 +188,8 @@ def _opened(data: bytes, max_pixels: int) -> Image.Image:
         for signature, name in UNSUPPORTED:
             if signature.match(data):
                 raise ImageError("unsupported", _convert(name)) from error
-        raise ImageError("not_an_image", f"not one of {', '.join(FORMATS)}") from error
+        read = ", ".join((*FORMATS, *(one.name for one in READABLE)))
+        raise ImageError("not_an_image", f"not one of {read}") from error
     except MemoryError:
         raise
     except Exception as error:  # as above: struct.error, zlib.error, KeyError, ... of a broken header

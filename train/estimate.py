@@ -128,5 +128,6 @@ def time_line(network: MutualNetwork, config: TrainConfig, place: Place, images:
 def _duration(seconds: float) -> str:
     minutes = seconds / 60
     if minutes < 90:
-        return f"{minutes:.0f} minutes"
+        whole = max(1, round(minutes))
+        return f"{whole} minute{'s' if whole > 1 else ''}"
     return f"{minutes / 60:.0f} hours" if minutes < 48 * 60 else f"{minutes / 1440:.0f} days"

@@ -182,7 +182,9 @@ class FeatureBatches:
         )  # fmt: skip
         for start in starts:
             if self.stop is not None and self.stop.requested:
-                raise Interrupted(f"stopped before the first step; go on with: --resume {self.folder.parent}")
+                raise Interrupted(
+                    f"stopped before the first step; go on with: ffl-train --resume {self.folder.parent}"
+                )
             rows = slice(start, min(start + CHUNK, len(images)))
             pixels = torch.from_numpy(images.read(rows)).to(self.place.device).permute(0, 3, 1, 2)
             for view in range(views):

@@ -191,7 +191,8 @@ def fine_tuned_options(typed: Typed) -> TrainConfig | None:
     run = load_run(trained)
     if not (run.folder / SUMMARY).is_file():
         raise UsageError(
-            f"{trained} is not finished, so there is nothing to fine-tune yet; go on with: --resume {trained}"
+            f"{trained} is not finished, so there is nothing to fine-tune yet; go on with: ffl-train "
+            f"--resume {trained}"
         )
     return fine_tuning(options_from_json(run.config.options), trained)
 

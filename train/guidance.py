@@ -70,6 +70,10 @@ def _formats(left_out: Mapping[str, int]) -> list[str]:
     return lines
 
 
+RARE = 0.7
+"""Of the mean number of images: a class with fewer is rare."""
+
+
 def unequal_classes(summary: Mapping[str, Any], labels: np.ndarray) -> list[str]:
     """-> lines about classes that are told badly, which an accuracy over all images hides.
 
@@ -81,9 +85,11 @@ def unequal_classes(summary: Mapping[str, Any], labels: np.ndarray) -> list[str]
         counts = dict(zip(summary["classes"], np.bincount(labels).tolist(), strict=False))
         shown = ", ".join(f"{name} ({counts.get(name, 0)} test images)" for name in names[:5])
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        rare = any(counts.get(name, 0) < RARE * len(labels) / len(counts) for name in names)
+        advice = "add images of what is rare, or give it more weight: --balance weights"
         lines.append(
-            f"never predicted by {', '.join(by)}: {shown}{more}; add images of what is rare, or give it more "
-            "weight: --balance weights"
+            f"never predicted by {', '.join(by)}: {shown}{more}; "
+            f"{advice if rare else 'they are no rarer than the others: train longer, or on more images'}"
         )
     name = next(iter(summary["accuracy"]))
     accuracy, macro = summary["accuracy"][name], summary["macro_accuracy"][name]

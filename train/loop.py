@@ -244,7 +244,9 @@ class Trainer:
 
         if self.place.any(self.stop.requested) and epoch + 1 < self.options.epochs:
             self.background.wait()
-            raise Interrupted(f"stopped after epoch {epoch + 1}; go on with: --resume {self.folder}")
+            raise Interrupted(
+                f"stopped after epoch {epoch + 1}; go on with: ffl-train --resume {self.folder}"
+            )
 
     def measured(self, epoch: int) -> dict[str, Any]:
         """-> the epoch's line of metrics.jsonl; its time goes into the position."""
@@ -283,7 +285,7 @@ class Trainer:
         self.saved_at = time.monotonic()
         if stopping:
             self.background.wait()
-            raise Interrupted(f"stopped in epoch {epoch + 1}; go on with: --resume {self.folder}")
+            raise Interrupted(f"stopped in epoch {epoch + 1}; go on with: ffl-train --resume {self.folder}")
 
     def ramp(self, epoch: int) -> float:
         """-> the weight of the distillation terms."""

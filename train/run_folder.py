@@ -15,6 +15,7 @@ import torch
 
 from ffl_deploy.data.inputs import FILE, Inputs, changed_files
 from ffl_deploy.errors import UsageError
+from ffl_deploy.files import remove_all_abandoned
 from ffl_deploy.run_directory import CONFIG, PREDICTIONS, REFERENCE, SUMMARY, RunConfig
 from train.config import TrainConfig
 from train.distributed import World
@@ -81,6 +82,8 @@ def claim(folder: Path, config: TrainConfig, world: World, held: ExitStack) -> P
             if following is None:
                 raise UsageError(f"another process trains in {folder}; wait for it, or choose another --out.")
             folder = following
+        for one in (folder, folder / "checkpoints"):  # the last save before a kill has no next one to tidy up
+            remove_all_abandoned(one)
     return Path(world.agree(str(folder)))
 
 

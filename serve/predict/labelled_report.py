@@ -133,6 +133,10 @@ def report_path(out: Path) -> Path:
     return out.with_name(out.name + ".report.json")
 
 
+def drawing_path(out: Path) -> Path:
+    return report_path(out).with_suffix(".png")
+
+
 def write_report(out: Path, report: LabelledReport, counts: LabelCounts, classes: Sequence[str]) -> None:
     """Write FILE.report.json and, where matplotlib is installed, FILE.report.png."""
     write_json(report_path(out), report)
@@ -142,7 +146,7 @@ def write_report(out: Path, report: LabelledReport, counts: LabelCounts, classes
         image = plotted(report, confusion_matrix(counts, classes), classes)
     except ImportError:
         return  # the numbers are all in the JSON; ffl-deploy[predict] brings matplotlib
-    write_atomically(report_path(out).with_suffix(".png"), image)
+    write_atomically(drawing_path(out), image)
 
 
 def plotted(report: LabelledReport, matrix: np.ndarray, classes: Sequence[str]) -> bytes:

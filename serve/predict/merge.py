@@ -23,6 +23,7 @@ from serve.predict.summary import (
     Summary,
     Totals,
     inputs_digest,
+    require_own_files,
     screen,
     summarize,
     with_report,
@@ -76,6 +77,7 @@ def check_merged(out: Path, parts: Sequence[Path]) -> None:
         raise UsageError(
             f"an unfinished run is about to write {out} ({shards_folder(out)}); choose another --out."
         )
+    require_own_files(out)
     for part in parts:
         if os.path.realpath(out) in (os.path.realpath(part), os.path.realpath(part_path(part))):
             raise UsageError(f"--out {out} would replace a part; choose another file.")

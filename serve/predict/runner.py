@@ -46,9 +46,10 @@ from serve.predict.shards import (
     shards_folder,
 )
 from serve.predict.summary import (
-    Summary,
     Totals,
     inputs_digest,
+    read_summary,
+    require_own_files,
     screen,
     summarize,
     summary_path,
@@ -197,12 +198,14 @@ def count_own(job: Job, reading: Reading, shards: ShardsFolder) -> int | None:
 
 
 def check_output(job: Job) -> None:
-    """Raise UsageError where writing the output would replace an input, or what is no file."""
+    """Raise UsageError where writing the output would replace an input, what is no file, or a file of the
+    user's."""
     if job.out.exists() and not job.out.is_file():
         raise UsageError(
             f"{job.out} is a device or a pipe, which a file would replace; leave --out away to print the "
             "rows."
         )
+    require_own_files(job.out)
     written = {
         os.path.realpath(path)
         for path in (job.out, summary_path(job.out), report_path(job.out), part_path(job.out))
@@ -304,13 +307,8 @@ def _version(package: str) -> str | None:
 def _already_finished(job: Job, request: PredictRequest, reading: Reading) -> int:
     """The output is there and no unfinished run is: say so, unless output, request or inputs are not what
     they were; -> the number of rows with an error."""
-    try:
-        summary = msgspec.json.decode(summary_path(job.out).read_bytes(), type=Summary)
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
-        raise UsageError(
-            f"{job.out} has no {summary_path(job.out).name} beside it that says which command wrote it; "
-            "leave --resume away to replace it, or choose another --out."
-        ) from None
+    summary = read_summary(job.out)
+    assert summary is not None  # check_output has seen it
     otherwise = ""
     if summary.request != request:
         otherwise = "is complete, but from another command"

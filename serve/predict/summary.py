@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 
 from ffl_deploy.command import printable
+from ffl_deploy.errors import UsageError
 from ffl_deploy.fastest import Choice
 from ffl_deploy.files import write_json
 from ffl_deploy.manifest import FileRecord
@@ -21,11 +22,13 @@ from serve.predict.labelled import LabelCounts
 from serve.predict.labelled_report import (
     LabelledNumbers,
     LabelledReport,
+    drawing_path,
     make_report,
+    report_path,
     report_screen,
     write_report,
 )
-from serve.predict.shards import PredictRequest, ShardRecord, ShardsManifest
+from serve.predict.shards import PredictRequest, ShardRecord, ShardsManifest, shards_folder
 from serve.rows import OK
 
 SHOWN_LABELS = 10
@@ -164,6 +167,27 @@ def inputs_digest(shards: Iterable[str]) -> str:
 
 def summary_path(out: Path) -> Path:
     return out.with_name(out.name + ".summary.json")
+
+
+def read_summary(out: Path) -> Summary | None:
+    """-> the summary of the run that wrote `out`, if there is one."""
+    try:
+        return msgspec.json.decode(summary_path(out).read_bytes(), type=Summary)
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+        return None
+
+
+def require_own_files(out: Path) -> None:
+    """Raise UsageError where writing `out` and what stands beside it would replace a file that no run of
+    ffl-predict is known to have written."""
+    if shards_folder(out).exists() or read_summary(out) is not None:
+        return
+    for path in (out, summary_path(out), report_path(out), drawing_path(out)):
+        if path.is_file() and path.stat().st_size:
+            raise UsageError(
+                f"{path} is there already, and no {summary_path(out).name} says that ffl-predict wrote it; "
+                "choose another --out, or remove it."
+            )
 
 
 def write_summary(out: Path, summary: Summary) -> None:

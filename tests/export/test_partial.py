@@ -47,10 +47,10 @@ def test_a_variant_that_fails_costs_nothing_else(
     monkeypatch.setattr(export.formats, "write_half", write_half)
     monkeypatch.setattr(export.formats, "check_true_fp16", lambda *_: None)
     out = tmp_path / "out"
-    flags = ["--target", "fused", "--target", "branch1", "--precision", "fp16", "--out", str(out)]
+    flags = ["--target", "all", "--precision", "fp16", "--out", str(out)]
     assert run_command(main, [str(digits_run.folder), *flags]) == 1
     said = capsys.readouterr()
-    for target in ("fused", "branch1"):
+    for target in ("fused", "ensemble", "branch0", "branch1"):
         folder = out / target
         bundle = load_bundle(folder)
         assert [variant.name for variant in bundle.manifest.variants] == ["fp32"]
@@ -67,7 +67,7 @@ def test_a_variant_that_fails_costs_nothing_else(
     assert "The others are in " in said.err
     report = json.loads((out / "report.json").read_text())
     assert [(one["target"], one["variant"]) for one in report["refused"]] == [
-        (target, "fp16") for target in ("branch1", "fused")
+        (target, "fp16") for target in ("branch0", "branch1", "ensemble", "fused")
     ]
     page = (out / "report.md").read_text()
     assert "## Refused" in page

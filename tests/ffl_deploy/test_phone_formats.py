@@ -61,6 +61,14 @@ def test_a_cut_one_is_a_code(photos: Path, name: str) -> None:
         assert caught.value.code in ("corrupt", "truncated", "not_an_image")
 
 
+def test_what_only_begins_like_a_photograph_of_a_phone_is_corrupt() -> None:
+    with pytest.raises(ImageError) as caught:
+        decode(b"\0\0\0\x18ftypheic" + bytes(range(200)))
+    assert caught.value.code == "corrupt"
+    with pytest.raises(ImageError, match="not one of JPEG, PNG, WEBP, BMP, GIF, TIFF, HEIF, AVIF"):
+        decode(b"no picture")
+
+
 def test_many_threads_may_be_the_first(photos: Path) -> None:
     code = f"""
 import threading

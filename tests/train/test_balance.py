@@ -37,6 +37,8 @@ def test_a_class_that_is_never_predicted_is_said_aloud_and_so_is_a_lower_macro_a
     }
     never, macro = unequal_classes(summary, np.array([0, 1, 2, 2]))
     assert never.startswith("never predicted by fused, branch0: c (2 test images)")
+    assert never.endswith("they are no rarer than the others: train longer, or on more images")
+    assert "--balance weights" in unequal_classes(summary, np.array([0, 0, 0, 1, 1, 1, 2]))[0]
     assert macro == (
         "each class counted alike, fused is right for 63.00 %: least for c, of which 0.0 % are told"
     )

@@ -23,6 +23,21 @@ from train.run_folder import claim, keep_threads
 TrainTiny = Callable[..., Path]
 
 
+def test_what_the_last_save_before_a_kill_left_is_removed(tmp_path: Path) -> None:
+    """There is no next save that would."""
+    checkpoints = tmp_path / "run" / "checkpoints"
+    kept = [checkpoints / "last", checkpoints / ".last.old", checkpoints / f".best.{'0' * 16}.old"]
+    left = [checkpoints / f".last.{'1' * 16}.{kind}" for kind in ("new", "old")]
+    for folder in (*kept, *left):
+        folder.mkdir(parents=True)
+    (tmp_path / "run" / f".config.json.{'2' * 16}.tmp").write_text("half")
+    resumed = TrainConfig(output=OutputOptions(resume=tmp_path / "run"))
+    with ExitStack() as held:
+        claim(tmp_path / "run", resumed, World(), held)
+    assert sorted(checkpoints.iterdir()) == sorted(kept)  # .best.….old: nothing has come in its place
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoints"]
+
+
 def test_two_processes_do_not_share_a_folder(tmp_path: Path) -> None:
     """A lock belongs to an open file, so two in one process stand for two processes."""
     named = TrainConfig(output=OutputOptions(out=tmp_path / "run"))

@@ -102,10 +102,30 @@ def test_a_file_put_beside_finished_shards_outlives_them(
 def test_the_output_keeps_its_mode(predict: Predict, some: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     out = tmp_path / "out" / "predictions.jsonl"
-    out.write_text("private")
+    assert predict(some).code == 0
     out.chmod(0o600)
     assert predict(some).code == 0
     assert stat.S_IMODE(out.stat().st_mode) == 0o600
+
+
+NOTES = '"my notes"\n'
+
+
+@pytest.mark.parametrize("end", ["", ".summary.json", ".report.json", ".report.png"])
+def test_a_file_that_no_run_wrote_is_not_replaced(
+    predict: Predict, some: Path, tmp_path: Path, end: str
+) -> None:
+    """ffl-predict ... --out notes.csv: the notes were gone, and "its rows are replaced"."""
+    (tmp_path / "out").mkdir()
+    theirs = tmp_path / "out" / f"predictions.jsonl{end}"
+    theirs.write_text(NOTES)
+    run = predict(some)
+    assert run.code == 2
+    assert f"predictions.jsonl{end} is there already, and no predictions.jsonl.summ" in run.stderr
+    assert theirs.read_text() == NOTES
+    theirs.write_text("")  # as mktemp makes it
+    assert predict(some).code == 0
+    assert predict(some).code == 0  # its own
 
 
 @pytest.mark.parametrize("name", ["US$_$", "$A$", "$\\frac$"])

@@ -207,6 +207,10 @@ def test_what_is_no_whole_run_is_refused_in_one_sentence(
     (tmp_path / "merged.jsonl.parts").mkdir()
     code, _, said = merge(capfd, one, two, three, "--out", tmp_path / "merged.jsonl")
     assert (code, "an unfinished run is about to write" in said) == (2, True)
+    notes = tmp_path / "notes.csv"
+    notes.write_text("mine")
+    code, _, said = merge(capfd, one, two, three, "--out", notes)
+    assert (code, "notes.csv is there already" in said, notes.read_text()) == (2, True, "mine")
 
 
 def test_a_part_of_another_list_of_inputs_is_refused(
