@@ -10,11 +10,13 @@ import pytest
 
 from export.cli import main
 from export.write.cascade_graph import ALL, NONE
+from export.write.tensorrt_engine import Routing, write_engine
 from ffl_deploy.bundle import Bundle, load_bundle
 from ffl_deploy.command import run_command
 from ffl_deploy.engine import main as engine_main
 from ffl_deploy.errors import CheckError, UsageError
 from ffl_deploy.run_directory import Run
+from ffl_deploy.runtime.tensorrt_build import EngineOptions
 from ffl_deploy.runtime.tensorrt_cascade import CascadeEngines, joined, parted
 from ffl_deploy.verify import main as verify_main
 from tests.ffl_deploy.stub_tensorrt import Cuda, install
@@ -120,3 +122,14 @@ def test_a_file_of_two_engines_that_is_cut_is_refused(built: Bundle) -> None:
     for damaged in (content[: start + 10], content[:40]):
         with pytest.raises(CheckError, match="export the bundle again"):
             parted(damaged, "fp32.engine")
+
+
+def test_tensorrt_rtx_builds_both_engines_without_a_gpu(built: Bundle, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    options = EngineOptions("tensorrt_rtx", ("8.9",))
+    record = write_engine(built.folder / "model.onnx", tmp_path / "fp32.engine", options, Routing(0.5, 1.0))
+    parts = parted((tmp_path / "fp32.engine").read_bytes(), "fp32.engine")
+    assert parts is not None
+    assert record.compute_capabilities == ["8.9"]
+    assert (record.source, record.source_sha256) == ("model.onnx", built.variant("fp32").sha256)
+    assert (parts.header.threshold, parts.header.temperature) == (0.5, 1.0)
