@@ -297,7 +297,9 @@ def engine_variant(
     on such a machine."""
     name = engine_name(file)
     path = folder / "engines" / f"{name.removesuffix('-engine')}.engine"
-    routing = Routing(file.threshold.value, context.model.temperature) if file.threshold else None
+    routing = None
+    if context.cascade and file.threshold:
+        routing = Routing(file.threshold.value, context.model.temperature, context.cascade.exits)
     record = write_engine(file.path, path, options, routing)
     variant = Variant.of_file(folder, path, name, "tensorrt", Precision(file.stored, file.stored))
     variant = msgspec.structs.replace(variant, details=Details(engine=record))

@@ -152,6 +152,7 @@ class EngineRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     gpu: str = ""  # the model that it was built on; empty where it was built without one
     # of each optimization profile [min, opt, max]; empty: the one of `profile`
     profiles: list[list[int]] = []
+    exits: list[str] = []  # of a cascade, whose two engines are in one file
 
 
 class KeptInFp32(msgspec.Struct, frozen=True):
@@ -286,7 +287,9 @@ class Variant(msgspec.Struct, frozen=True):
     @property
     def exits(self) -> list[str]:
         """-> the classifiers of a cascade, in the order of its output `exit`; empty of any other target."""
-        return self.details.cascade.exits if self.details.cascade else []
+        if self.details.cascade:
+            return self.details.cascade.exits
+        return self.details.engine.exits if self.details.engine else []  # not measured here
 
     def sets(self, level: str) -> SetLevel:
         """-> what the variant promises at `level`, the name of one. Raises UsageError where it does not."""

@@ -20,6 +20,7 @@ class Routing(NamedTuple):
 
     threshold: float
     temperature: float
+    exits: tuple[str, str]
 
 
 def write_engine(
@@ -49,6 +50,7 @@ def _two_engines(source: Path, options: EngineOptions, routing: Routing) -> tupl
         source=source.name,
         source_sha256=sha256_of(source),
         build_seconds=round(first.record.build_seconds + last.record.build_seconds, 3),
+        exits=list(routing.exits),
         log=[*first.record.log, *last.record.log],
     )
     return joined(Parts(header, first.content, last.content)), record

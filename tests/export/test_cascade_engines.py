@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -15,6 +16,7 @@ from ffl_deploy.bundle import Bundle, load_bundle
 from ffl_deploy.command import run_command
 from ffl_deploy.engine import main as engine_main
 from ffl_deploy.errors import CheckError, UsageError
+from ffl_deploy.manifest import Details, Precision, Variant
 from ffl_deploy.run_directory import Run
 from ffl_deploy.runtime.tensorrt_build import EngineOptions
 from ffl_deploy.runtime.tensorrt_cascade import CascadeEngines, joined, parted
@@ -127,9 +129,15 @@ def test_a_file_of_two_engines_that_is_cut_is_refused(built: Bundle) -> None:
 def test_tensorrt_rtx_builds_both_engines_without_a_gpu(built: Bundle, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
     options = EngineOptions("tensorrt_rtx", ("8.9",))
-    record = write_engine(built.folder / "model.onnx", tmp_path / "fp32.engine", options, Routing(0.5, 1.0))
+    routing = Routing(0.5, 1.0, ("branch0", "fused"))
+    record = write_engine(built.folder / "model.onnx", tmp_path / "fp32.engine", options, routing)
     parts = parted((tmp_path / "fp32.engine").read_bytes(), "fp32.engine")
     assert parts is not None
     assert record.compute_capabilities == ["8.9"]
     assert (record.source, record.source_sha256) == ("model.onnx", built.variant("fp32").sha256)
+    unmeasured = Variant.of_file(
+        tmp_path, tmp_path / "fp32.engine", "e", "tensorrt", Precision("fp32", "fp32")
+    )
+    unmeasured = msgspec.structs.replace(unmeasured, details=Details(engine=record))
+    assert unmeasured.exits == ["branch0", "fused"]
     assert (parts.header.threshold, parts.header.temperature) == (0.5, 1.0)
