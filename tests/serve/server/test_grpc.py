@@ -7,6 +7,7 @@ import json
 import queue
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -22,8 +23,8 @@ from ffl_deploy.errors import UsageError
 from ffl_deploy.images import decode, prepare
 from serve.command import parse_arguments
 from serve.server.protocol import ProtocolError
-from serve.server.rpc import messages
-from serve.server.rpc.port import Reading
+from serve.server.rpc import messages, port
+from serve.server.rpc.port import Reading, ended
 from serve.server.settings import Limits, ModelSpec, Settings
 
 Two = tuple[Bundle, Bundle]
@@ -317,3 +318,35 @@ def test_a_drained_process_ends_its_calls(two_bundles: Two, serve_process: Any) 
             assert running.process.wait(60) == 0
             with pytest.raises(InferenceServerException):
                 client.infer(name, [tensor_of(pixels(1))])
+
+
+def test_a_port_that_never_says_that_it_has_stopped_ends_once_no_call_is_left() -> None:
+    """gRPC's accepting task may wait for ever, and the server with it, until it was killed."""
+
+    async def waited(calls: Any, seconds: float) -> bool:
+        """-> whether the stop was cancelled."""
+        never = asyncio.get_running_loop().create_future()
+        await asyncio.wait_for(ended(never, calls, seconds), 60)
+        return never.cancelled()
+
+    async def one_call_ends_later() -> int:
+        calls = SimpleNamespace(open=1)
+        ending = asyncio.create_task(waited(calls, 100.0))
+        await asyncio.sleep(0.1)
+        assert not ending.done()  # the call still gets its time
+        calls.open = 0
+        assert await ending
+        return calls.open
+
+    async def stopped() -> bool:
+        done = asyncio.get_running_loop().create_future()
+        done.set_result(None)
+        await ended(done, SimpleNamespace(open=3), 100.0)  # type: ignore[arg-type]
+        return done.cancelled()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(port, "QUIET_SECONDS", 0.01)
+        assert asyncio.run(waited(SimpleNamespace(open=0), 100.0))
+        assert asyncio.run(waited(SimpleNamespace(open=1), 0.05))  # a call that does not end
+        assert asyncio.run(one_call_ends_later()) == 0
+        assert not asyncio.run(stopped())
