@@ -205,7 +205,6 @@ def check_output(job: Job) -> None:
             f"{job.out} is a device or a pipe, which a file would replace; leave --out away to print the "
             "rows."
         )
-    require_own_files(job.out)
     written = {
         os.path.realpath(path)
         for path in (job.out, summary_path(job.out), report_path(job.out), part_path(job.out))
@@ -216,6 +215,7 @@ def check_output(job: Job) -> None:
             is_pattern(argument) and written & set(map(os.path.realpath, matches(argument)))
         ):
             raise UsageError(f"--out {job.out} would replace an input ({argument}); choose another file.")
+    require_own_files(job.out)
 
 
 def check_gpu(job: Job, runtime: str) -> None:

@@ -55,7 +55,7 @@ def test_resume_takes_no_other_file_for_its_result(predict: Predict, folder: Pat
     (tmp_path / "out" / "predictions.jsonl").write_text("{}\n")
     run = predict(folder, flags=["--resume"])
     assert run.code == 2
-    assert "leave --resume away to replace it" in run.stderr
+    assert "no predictions.jsonl.summary.json says that ffl-predict wrote it" in run.stderr
     assert run.out.read_text() == "{}\n"
 
 
