@@ -140,6 +140,7 @@ def test_triton_gets_what_it_has_a_backend_for(forms: Path) -> None:
     assert (forms / "space" / "bundles" / "branch0" / "bundle.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_static_batch_with_int8(digits_run: Run, tmp_path: Path) -> None:
     flags = [
         "--target",

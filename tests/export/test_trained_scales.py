@@ -19,7 +19,7 @@ from ffl_deploy.networks.quantization import QuantizedNetwork
 from ffl_deploy.networks.targets import network_path, target_names
 from ffl_deploy.run_directory import Run, load_run
 
-TARGETS = ("fused", "branch1", "ensemble")
+TARGETS = ("fused", "ensemble")
 
 
 @pytest.fixture(scope="module")

@@ -71,6 +71,7 @@ def test_what_the_trunk_computed_is_not_computed_again(trunk_bundles: Path) -> N
     assert trunk - own < fused
 
 
+@pytest.mark.slow
 def test_a_cheap_branch_comes_first(tmp_path: Path) -> None:
     run = trained(tmp_path / "run", "--branches", "resnet8,resnet20")
     flags = ["--target", "cascade", "--target", "fused", "--max-deferred", "0.6"]

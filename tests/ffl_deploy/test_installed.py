@@ -172,7 +172,7 @@ getattr(ffl_deploy.doors, sys.argv[0].removeprefix("ffl-"))()
         ("onnxruntime", "ffl-serve BUNDLES/tiny --no-demo --port 0", "ONNX Runtime is not installed; run: "),
         ("onnxruntime", "ffl-verify BUNDLES/tiny", "ONNX Runtime is not installed; run: "),
         ("onnxruntime", "ffl-predict BUNDLES/tiny IMAGE", "ONNX Runtime is not installed; run: "),
-        ("pyarrow", "ffl-predict BUNDLES/tiny IMAGE --out x.parquet", PARQUET),
+        ("pyarrow", "ffl-predict BUNDLES/tiny IMAGE --out rows.parquet", PARQUET),
         ("pyarrow", "ffl-predict BUNDLES/tiny x.parquet --out x.csv", PARQUET),
         ("ray", "ffl-predict BUNDLES/tiny IMAGE --engine ray", "Ray is not installed; run: "),
         ("msgspec", "ffl-verify BUNDLES/tiny", "msgspec is not installed; run: "),

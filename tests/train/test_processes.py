@@ -52,7 +52,7 @@ def assert_same_weights(a: Path, b: Path) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_two_processes_compute_what_one_accumulates(
     accumulate: int, tiny_flags: list[str], train_tiny: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -150,6 +150,7 @@ def test_an_unfinished_or_missing_run_is_refused(finished: Path) -> None:
         main(["--quantize-aware", str(finished.parent / "nothing")])
 
 
+@pytest.mark.slow
 def test_two_processes_compute_what_one_accumulates(finished: Path) -> None:
     """The same micro-batches per step, once on two gloo processes, once one after the other;
     the grids are the same ones."""
