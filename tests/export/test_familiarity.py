@@ -99,6 +99,7 @@ def test_what_shows_nothing_is_told_from_digits(knowing: Bundle, digits_run: Run
         assert record.drawn[kind].called_familiar <= 0.2, kind
 
 
+@pytest.mark.slow
 def test_digits_are_told_from_colours(colour_run: Run, tmp_path_factory: pytest.TempPathFactory) -> None:
     out = tmp_path_factory.mktemp("colours")
     assert main([str(colour_run.folder), "--target", "branch0", "--familiarity", "--out", str(out)]) == 0

@@ -71,7 +71,8 @@ def test_gradients_are_those_of_fp64(script: str, order: str) -> None:
     assert (ended.returncode, ended.stdout.strip()) == (0, "right"), ended.stderr[-2000:]
 
 
-@pytest.mark.parametrize("flags", [(), pytest.param(("--no-channels-last",), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [(), ("--no-channels-last",)])
 def test_a_network_with_such_a_stem_trains(flags: tuple[str, ...], hues: Path, tmp_path: Path) -> None:
     ended = child(
         *("-m", "train.run", "--data", str(hues), "--image-size", "32", "--branches", "timm:mobileone_s0"),
