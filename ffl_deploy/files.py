@@ -260,12 +260,12 @@ def temporary_name(name: str, kind: str) -> str:
 
 
 def _temporaries(path: Path, kind: str) -> list[Path]:
-    start = re.escape(os.fsdecode(os.fsencode(path.name)[:200]))
-    pattern = re.compile(rf"\.{start}\.[0-9a-f]{{16}}\.{kind}", re.DOTALL)
+    wanted = os.fsdecode(os.fsencode(path.name)[:200]), kind
     try:
-        return [path.with_name(name) for name in os.listdir(path.parent) if pattern.fullmatch(name)]
+        found = [match for name in os.listdir(path.parent) if (match := TEMPORARY.fullmatch(name))]
     except OSError:
         return []
+    return [path.with_name(match[0]) for match in found if match.group("name", "kind") == wanted]
 
 
 def make_folders(folder: Path) -> None:

@@ -4,6 +4,7 @@ docs/results/fine-tuning.json its values."""
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +34,7 @@ def collect(run_folder: Path, before: Path, bundles: Path, stored: Path) -> None
         if name in old and name != "labels"
         for pair in [paired_difference(old[name] == old["labels"], new[name] == new["labels"])]
     ]
-    files, machine = [], ""
-    for target in summary["accuracy"]:
-        for variant in load_bundle(bundles / target).manifest.variants:
-            if variant.accuracy is not None:
-                files.append({
-                    "target": target,
-                    "variant": variant.name,
-                    "bytes": (bundles / target / variant.file).stat().st_size,
-                    "accuracy": msgspec.to_builtins(variant.accuracy),
-                })  # fmt: skip
-            machine = variant.latency.machine if variant.latency else machine
+    files, machine = exported_files(bundles, summary["accuracy"])
     content = {
         "optimisation": run.config.options["optimisation"],
         "summary": {key: summary[key] for key in ("epochs", "seconds", "accuracy", "test_images")},
@@ -53,6 +44,23 @@ def collect(run_folder: Path, before: Path, bundles: Path, stored: Path) -> None
         "machine": machine,
     }
     write_atomically(stored / STORED, json.dumps(content, indent=1) + "\n")
+
+
+def exported_files(bundles: Path, targets: Iterable[str]) -> tuple[list[dict[str, Any]], str]:
+    """-> of every variant that was held to the test images its size and accuracy, and the machine that was
+    timed."""
+    files, machine = [], ""
+    for target in targets:
+        for variant in load_bundle(bundles / target).manifest.variants:
+            if variant.accuracy is not None:
+                files.append({
+                    "target": target,
+                    "variant": variant.name,
+                    "bytes": (bundles / target / variant.file).stat().st_size,
+                    "accuracy": msgspec.to_builtins(variant.accuracy),
+                })  # fmt: skip
+            machine = variant.latency.machine if variant.latency else machine
+    return files, machine
 
 
 def text(stored: Path) -> str:

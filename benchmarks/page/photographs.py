@@ -5,18 +5,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
-from benchmarks.page.fine_tuning import file_table
-from benchmarks.page.pairs import pair_table
+from benchmarks.page.fine_tuning import exported_files, file_table
+from benchmarks.page.pairs import accuracy_table, pair_table
 from ffl_deploy.arrays import read_arrays
-from ffl_deploy.bundle import load_bundle
 from ffl_deploy.files import write_atomically
-from ffl_deploy.markdown import fill, table
+from ffl_deploy.markdown import fill
 from ffl_deploy.run_directory import PREDICTIONS, SUMMARY, load_run
-from ffl_deploy.statistics import paired_difference, wilson_interval
+from ffl_deploy.statistics import paired_difference
 
 PAGE, FILES = (Path(__file__).with_name(f"{name}.md") for name in ("photographs", "photographs_files"))
 STORED = "photographs.json"
@@ -34,19 +32,8 @@ def collect(run_folder: Path, cpu_seconds: float, bundles: Path | None, stored: 
         for name in right
         if name != "fused"
     ]
-    files, machine = [], ""
-    for target in summary["accuracy"]:
-        if bundles is None or not (bundles / target).is_dir():
-            continue
-        for variant in load_bundle(bundles / target).manifest.variants:
-            if variant.accuracy is not None:
-                files.append({
-                    "target": target,
-                    "variant": variant.name,
-                    "bytes": (bundles / target / variant.file).stat().st_size,
-                    "accuracy": msgspec.to_builtins(variant.accuracy),
-                })  # fmt: skip
-            machine = variant.latency.machine if variant.latency else machine
+    exported = [] if bundles is None else [name for name in summary["accuracy"] if (bundles / name).is_dir()]
+    files, machine = ([], "") if bundles is None else exported_files(bundles, exported)
     options = run.config.options
     kept = {name: options["data"][name] for name in KEPT_DATA}
     content = {
@@ -89,16 +76,8 @@ def text(stored: Path) -> str:
         cpu_minutes=f"{content['cpu_seconds'] / 60:.1f}",
         threads=str(content["toolchain"]["threads"]),
         precision=content["toolchain"]["precision"],
-        accuracy=accuracy_table(summary),
+        accuracy=accuracy_table(summary["accuracy"], summary["test_images"]),
         pairs=pair_table(content["pairs"]),
         recall=", ".join(f"{name} {share:.0%}" for name, share in summary["recall"]["fused"].items()),
         files=files,
     ).rstrip()
-
-
-def accuracy_table(summary: dict[str, Any]) -> str:
-    images, rows = summary["test_images"], []
-    for name, share in summary["accuracy"].items():
-        interval = wilson_interval(round(share * images), images)
-        rows.append([name, f"{share:.2%}", f"{interval.low:.2%} to {interval.high:.2%}"])
-    return table(["classifier", f"test accuracy ({images:,} images)", "95 % interval (Wilson)"], rows)

@@ -26,7 +26,7 @@ from PIL import Image
 
 from benchmarks.page import fine_tuning, photographs
 from benchmarks.page.comparison_text import comparison_text
-from benchmarks.page.pairs import pair_table
+from benchmarks.page.pairs import accuracy_table, pair_table, wilson_of
 from export.publish.plot import draw_report
 from export.publish.report import body
 from ffl_deploy.arrays import read_arrays
@@ -207,12 +207,6 @@ def model_values(training: dict[str, Any]) -> dict[str, str]:
     """-> what the page says of the model itself."""
     summary, options, toolchain = training["summary"], training["options"], training["toolchain"]
     per_class = {split: counts[0] for split, counts in training["images_per_class"].items()}
-    test_images = summary["test_images"]
-    accuracy = [
-        [name, f"{share:.2%}", f"{low} to {high}"]
-        for name, share in summary["accuracy"].items()
-        for low, high in [wilson_of(share, test_images)]
-    ]
     return {
         "branches": " + ".join(options["model"]["branches"]),
         "recipe": training["recipe"],
@@ -226,17 +220,9 @@ def model_values(training: dict[str, Any]) -> dict[str, str]:
         "small_size": str(options["data"]["small_size"]),
         "best_epoch": str(summary["best_epoch"]),
         "validation_images": f"{len(summary['classes']) * per_class['validation']:,}",
-        "accuracy": table(
-            ["classifier", f"test accuracy ({test_images:,} images)", "95 % interval (Wilson)"], accuracy
-        ),
+        "accuracy": accuracy_table(summary["accuracy"], summary["test_images"]),
         "pairs": pair_table(training["pairs"]),
     }
-
-
-def wilson_of(share: float, images: int) -> tuple[str, str]:
-    """-> the ends of an accuracy's 95 % interval."""
-    interval = wilson_interval(round(share * images), images)
-    return f"{interval.low:.2%}", f"{interval.high:.2%}"
 
 
 def alone_text(test_images: int) -> str:

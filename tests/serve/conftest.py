@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
 import inspect
@@ -207,6 +208,27 @@ def start_process(*arguments: str, env: dict[str, str] | None = None) -> Iterato
             process.kill()
         process.wait()
         log.close()
+
+
+@pytest.fixture(scope="session")
+def statuses_behind() -> Callable[[Callable[[Any], Any], dict[str, Any]], list[int]]:
+    """`statuses_behind(guard, scope)`: what a request is answered by an application that says 200 to all, and
+    stands behind `guard`."""
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    def statuses(guard: Callable[[Any], Any], scope: dict[str, Any]) -> list[int]:
+        found: list[int] = []
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                found.append(message["status"])
+
+        asyncio.run(guard(application)(scope, None, send))
+        return found
+
+    return statuses
 
 
 @pytest.fixture(scope="session")

@@ -5,11 +5,11 @@ Each test that guards against a known advisory names it.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -17,6 +17,8 @@ import pytest
 
 from ffl_deploy.bundle import Bundle
 from serve.server.limits import HostAndOrigin, own_hosts
+
+StatusesBehind = Callable[[Callable[[Any], Any], dict[str, Any]], list[int]]
 
 
 @pytest.mark.parametrize(
@@ -53,22 +55,17 @@ def test_a_post_from_a_foreign_page_is_never_executed(demo: Any, path: str, orig
     ],
 )
 def test_an_open_server_answers_for_its_names_and_for_addresses(
-    listens: str, allowed: tuple[str, ...], host: str, is_ours: bool, monkeypatch: pytest.MonkeyPatch
+    listens: str,
+    allowed: tuple[str, ...],
+    host: str,
+    is_ours: bool,
+    statuses_behind: StatusesBehind,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A page's name can be rebound to this machine's address; an address cannot be rebound to anything."""
     monkeypatch.setattr(socket, "gethostname", lambda: "This-Machine.example.net")
-    statuses: list[int] = []
-
-    async def application(scope: Any, receive: Any, send: Any) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-
-    async def send(message: Any) -> None:
-        if message["type"] == "http.response.start":
-            statuses.append(message["status"])
-
-    guarded = HostAndOrigin(application, own_hosts(listens, allowed))
     scope = {"type": "http", "path": "/", "headers": [(b"host", host.encode())]}
-    asyncio.run(guarded(scope, None, send))  # type: ignore[arg-type]
+    statuses = statuses_behind(lambda app: HostAndOrigin(app, own_hosts(listens, allowed)), scope)
     assert statuses == [200 if is_ours else 421]
 
 

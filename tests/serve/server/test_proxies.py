@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,6 +13,8 @@ from ffl_deploy.errors import UsageError
 from serve.command import parse_arguments
 from serve.server.limits import HostAndOrigin
 from serve.server.proxies import Forwarded
+
+StatusesBehind = Callable[[Callable[[Any], Any], dict[str, Any]], list[int]]
 
 Headers = dict[str, str]
 
@@ -84,21 +88,13 @@ def test_the_prefix_alone_leads_to_the_page() -> None:
         ("http://shop.example", "/classify", 403),
     ],
 )
-def test_a_page_elsewhere_may_call_what_it_was_allowed(origin: str, path: str, status: int) -> None:
-    statuses: list[int] = []
-
-    async def application(scope: Any, receive: Any, send: Any) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-
-    async def send(message: Any) -> None:
-        if message["type"] == "http.response.start":
-            statuses.append(message["status"])
-
-    guarded = HostAndOrigin(application, ["localhost"], ["https://shop.example"])
+def test_a_page_elsewhere_may_call_what_it_was_allowed(
+    origin: str, path: str, status: int, statuses_behind: StatusesBehind
+) -> None:
     headers = [(b"host", b"localhost"), (b"origin", origin.encode())]
     scope = {"type": "http", "path": path, "headers": headers}
-    asyncio.run(guarded(scope, None, send))  # type: ignore[arg-type]
-    assert statuses == [status]
+    guard = partial(HostAndOrigin, hosts=["localhost"], origins=["https://shop.example"])
+    assert statuses_behind(guard, scope) == [status]
 
 
 @pytest.mark.parametrize(
