@@ -13,6 +13,7 @@ from pathlib import Path
 FALLBACK = 4 * 2**30  # bytes, where the system does not say
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _BLOCK = 1 << 29
+_RETURNED = 1 << 20
 HEAP = 8 * _BLOCK
 """Bytes of addresses for which huge pages are asked: more than a step on a CPU usually holds."""
 
@@ -92,6 +93,19 @@ def keep_freed_memory() -> None:
         mallopt(_M_MMAP_THRESHOLD, 1 << 30)
         mallopt(_M_TRIM_THRESHOLD, -1)  # never
         _ask_for_huge_pages(libc)
+
+
+def return_freed_memory() -> None:
+    """Make glibc's allocator return what is freed, for a process that waits for whatever comes;
+    elsewhere this does nothing.
+
+    By default one large block that was freed raises both thresholds, to up to 64 MiB: so much stays at the
+    end of each thread's heap, which `malloc_trim` does not reach either.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _RETURNED)
+        mallopt(_M_TRIM_THRESHOLD, _RETURNED)
 
 
 def _ask_for_huge_pages(libc: ctypes.CDLL) -> None:

@@ -20,6 +20,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from ffl_deploy.errors import UsageError
+from ffl_deploy.host import return_freed_memory
 from serve.server.closing_port import accept_the_rest
 from serve.server.connections import bounded
 from serve.server.limits import LOOPBACK
@@ -109,6 +110,7 @@ def serve(settings: Settings, create_app: CreateApp) -> None:
 
     Raises UsageError, and CheckError when a bundle does not verify.
     """
+    return_freed_memory()
     with private_environment():
         check_specs(settings.models, settings.public_key)
         run_until_signal(settings, create_app)

@@ -2,6 +2,7 @@
 
 glibc keeps it: each thread has a heap of its own, and one small block that is in use at its end holds all
 that is free before it. After 15 s of large gRPC messages a server of 140 MiB kept 600, of which it used none.
+What is free at the end of a heap `return_freed_memory` returns at once, what is free inside is found here.
 """
 
 from __future__ import annotations

@@ -161,17 +161,21 @@ class Calls:
             self.streams -= 1
 
     @contextlib.asynccontextmanager
-    async def read(self, kind: Any, largest: int, messages: Any, context: Any) -> AsyncIterator[Any]:
-        """The next message, or None at the end; its bytes are counted until the block ends."""
+    async def read(self, kind: Any, largest: int, context: Any) -> AsyncIterator[Any]:
+        """The next message, or None at the end; its bytes are counted until the block ends.
+
+        Not by the iterator that gRPC gives a call: that is a circle with its generator, which holds the last
+        message, of up to 16 MiB, until the interpreter next looks for circles.
+        """
         address = address_of(context)
         pause = self.limits.stream_pause_seconds
         try:
             async with self.reading.within(pause):
                 with noted.step("read"):
-                    data = await anext(messages, None)
+                    data = await context.read()
         except TimeoutError:
             raise Failed(408, "no message has arrived in time") from None
-        if data is None:
+        if data is grpc.aio.EOF:
             yield None
             return
         if len(data) > largest:
@@ -241,7 +245,7 @@ class Handlers:
         async def call(messages: Any, context: Any) -> Any:
             async with (
                 self.calls.tracked(name, context),
-                self.calls.read(kind, largest, messages, context) as asked,
+                self.calls.read(kind, largest, context) as asked,
             ):
                 if asked is None:
                     raise Failed(400, "the call has no message")
@@ -256,7 +260,7 @@ class Handlers:
         largest = self.calls.largest
         async with self.calls.tracked("ModelStreamInfer", context), self.calls.stream():
             while True:
-                async with self.calls.read(kind, largest, messages, context) as asked:
+                async with self.calls.read(kind, largest, context) as asked:
                     if asked is None:
                         return
                     try:
@@ -279,7 +283,7 @@ class Handlers:
         """What it is now, and whenever that changes."""
         async with self.calls.tracked("Watch", context), self.calls.stream():
             kind = message(f"{HEALTH}CheckRequest")
-            async with self.calls.read(kind, SMALL, messages, context) as asked:
+            async with self.calls.read(kind, SMALL, context) as asked:
                 watched = asked.service if asked is not None else ""
             said = None
             while True:
