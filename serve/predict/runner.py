@@ -215,7 +215,7 @@ def check_output(job: Job) -> None:
             is_pattern(argument) and written & set(map(os.path.realpath, matches(argument)))
         ):
             raise UsageError(f"--out {job.out} would replace an input ({argument}); choose another file.")
-    require_own_files(job.out)
+    require_own_files(job.out, *([part_path(job.out)] if job.part is not None else ()))
 
 
 def check_gpu(job: Job, runtime: str) -> None:

@@ -177,12 +177,12 @@ def read_summary(out: Path) -> Summary | None:
         return None
 
 
-def require_own_files(out: Path) -> None:
-    """Raise UsageError where writing `out` and what stands beside it would replace a file that no run of
-    ffl-predict is known to have written."""
+def require_own_files(out: Path, *further: Path) -> None:
+    """Raise UsageError where writing `out`, what stands beside it and these would replace a file that no run
+    of ffl-predict is known to have written."""
     if shards_folder(out).exists() or read_summary(out) is not None:
         return
-    for path in (out, summary_path(out), report_path(out), drawing_path(out)):
+    for path in (out, summary_path(out), report_path(out), drawing_path(out), *further):
         if path.is_file() and path.stat().st_size:
             raise UsageError(
                 f"{path} is there already, and no {summary_path(out).name} says that ffl-predict wrote it; "

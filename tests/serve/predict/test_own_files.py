@@ -111,21 +111,23 @@ def test_the_output_keeps_its_mode(predict: Predict, some: Path, tmp_path: Path)
 NOTES = '"my notes"\n'
 
 
-@pytest.mark.parametrize("end", ["", ".summary.json", ".report.json", ".report.png"])
+@pytest.mark.parametrize("end", ["", ".summary.json", ".report.json", ".report.png", ".part.json"])
 def test_a_file_that_no_run_wrote_is_not_replaced(
     predict: Predict, some: Path, tmp_path: Path, end: str
 ) -> None:
-    """ffl-predict ... --out notes.csv: the notes were gone, and "its rows are replaced"."""
+    """ffl-predict ... --out notes.csv: the notes were gone, and "its rows are replaced"; with --part what it
+    writes for `merge`, too."""
     (tmp_path / "out").mkdir()
     theirs = tmp_path / "out" / f"predictions.jsonl{end}"
     theirs.write_text(NOTES)
-    run = predict(some)
+    flags = ("--part", "1/1") if end == ".part.json" else ()
+    run = predict(some, flags=flags)
     assert run.code == 2
     assert f"predictions.jsonl{end} is there already, and no predictions.jsonl.summ" in run.stderr
     assert theirs.read_text() == NOTES
     theirs.write_text("")  # as mktemp makes it
-    assert predict(some).code == 0
-    assert predict(some).code == 0  # its own
+    assert predict(some, flags=flags).code == 0
+    assert predict(some, flags=flags).code == 0  # its own
 
 
 @pytest.mark.parametrize("name", ["US$_$", "$A$", "$\\frac$"])
