@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import contextlib
 import hmac
 import ipaddress
 import socket
@@ -135,26 +136,49 @@ def has_token(authorization: str, token: bytes) -> bool:
 
 PIECE = 16 * 1024
 """Bytes of a body that have to arrive within `Limits.body_pause_seconds`."""
-BUSY = Refused(503, "the server is busy with other bodies; try again", {"retry-after": "1"})
+IDLE_SECONDS = 0.05
+"""Without such a piece: from then on a body gives way where there is no room for another."""
 
 
 class Room:
-    """Bytes of all bodies that are being read or answered, over HTTP and gRPC; an address has its share."""
+    """Bytes of all bodies that are being read or answered, over HTTP and gRPC; an address has its share.
+
+    Where they do not suffice, bodies that wait for their rest end, those that have waited longest first: a
+    client that holds all of its address's share, and sends nothing, keeps nobody else out.
+    """
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._in_flight: Counter[str] = Counter()  # bytes, by address
+        self.arriving: set[_Body] = set()  # those that wait for their rest
 
-    def fits(self, size: int, address: str) -> bool:
-        """-> whether `size` further bytes may be held for `address`. What is announced only counts as it
-        arrives: it may never."""
+    def made(self, size: int, address: str) -> bool:
+        """-> whether `size` further bytes may be held for `address`, others having given way if need be. What
+        is announced only counts as it arrives: it may never."""
         limits, held = self._limits, self._in_flight
         share = limits.bytes_in_flight * (limits.share_of_address if address else 1)
-        return held.total() + size <= limits.bytes_in_flight and held[address] + size <= share
+        # how much of all, and of this address's own, has to go
+        too_many, too_many_own = held.total() + size - limits.bytes_in_flight, held[address] + size - share
+        if too_many <= 0 and too_many_own <= 0:
+            return True
+        # who goes, if that is enough
+        ended: list[_Body] = []
+        for body in sorted(self.arriving, key=_Body.idle, reverse=True):
+            if body.idle() < IDLE_SECONDS:
+                break
+            if body.reserved and (too_many > 0 or body.address == address):
+                ended.append(body)
+                too_many -= body.reserved
+                too_many_own -= body.reserved if body.address == address else 0
+            if too_many <= 0 and too_many_own <= 0:
+                for one in ended:
+                    one.end()
+                return True
+        return False
 
     def take(self, size: int, address: str) -> bool:
         """-> whether `size` further bytes are held from now on."""
-        if not self.fits(size, address):
+        if not self.made(size, address):
             return False
         self._in_flight[address] += size
         return True
@@ -203,14 +227,16 @@ class Bodies:
             await send(message)
 
         try:
-            if not self.room.fits(size, body.address):
-                body.refuse(BUSY)
+            if not self.room.made(size, body.address):
+                body.refuse(_busy())
             await self.app(scope, body.receive, watched_send)
         except Refused:
             if started or body.refused is None:
                 raise
         finally:
             self.room.give_back(body.reserved, body.address)
+            if body.refused:  # what it was raised through holds the body
+                body.refused.__traceback__ = None
         if body.refused and not started:
             await body.refused(scope, receive, send)
         return None
@@ -223,14 +249,29 @@ class _Body:
         self._owner, self._receive, self._limit, self.address = owner, receive, limit, address
         self._read = self.reserved = 0
         self._counted, self._waited = 0, 0.0  # bytes at the last piece that was progress, seconds since
-        self._complete = False
+        self._since = 0.0  # the loop's time at which it began to wait for what comes next
+        self._complete = self._ended = False
         self._deadline: float | None = None
+        self._scope: asyncio.Timeout | None = None
         self.refused: Refused | None = None
+
+    def idle(self) -> float:
+        """-> seconds without progress, while it is among those that arrive."""
+        return self._waited + asyncio.get_running_loop().time() - self._since
+
+    def end(self) -> None:
+        """Give way to another one, while it is among those that arrive."""
+        assert self._scope is not None
+        self._ended = True
+        self._owner.room.give_back(self.reserved, self.address)
+        self._owner.room.arriving.discard(self)
+        self.reserved = 0
+        self._scope.reschedule(asyncio.get_running_loop().time())
 
     def reserve(self, size: int) -> None:
         if size > self.reserved:
             if not self._owner.room.take(size - self.reserved, self.address):
-                self.refuse(BUSY)
+                self.refuse(_busy())
             self.reserved = size
 
     def refuse(self, refused: Refused) -> NoReturn:
@@ -240,14 +281,21 @@ class _Body:
     async def receive(self) -> Message:
         if self._complete:
             return await self._receive()  # waits for the client to go away
-        limits, now = self._owner.limits, asyncio.get_running_loop().time()
+        limits, arriving = self._owner.limits, self._owner.room.arriving
+        now = asyncio.get_running_loop().time()
         self._deadline = self._deadline or now + limits.body_seconds
         pause = limits.body_pause_seconds - self._waited
-        try:
-            async with asyncio.timeout_at(min(self._deadline, now + pause)):
-                message = await self._receive()
-        except TimeoutError:
-            self.refuse(Refused(408, "the body arrives too slowly; send a smaller one"))
+        self._since, message = now, None
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(min(self._deadline, now + pause)) as self._scope:
+                arriving.add(self)
+                try:
+                    message = await self._receive()
+                finally:
+                    arriving.discard(self)
+        if message is None:
+            slow = Refused(408, "the body arrives too slowly; send a smaller one")
+            self.refuse(_busy() if self._ended else slow)
         self._read += len(message.get("body", b""))
         self._waited += asyncio.get_running_loop().time() - now
         if self._read - self._counted >= PIECE:  # a byte now and then is no progress
@@ -257,6 +305,11 @@ class _Body:
             self.refuse(_too_large(self._limit))
         self.reserve(self._read)
         return message
+
+
+def _busy() -> Refused:
+    """Each time another one: an exception keeps all that it was ever raised through, bodies among it."""
+    return Refused(503, "the server is busy with other bodies; try again", {"retry-after": "1"})
 
 
 def _too_large(limit: int) -> Refused:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import socket
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -203,3 +205,93 @@ def test_announced_bodies_that_do_not_arrive_keep_nobody_out() -> None:
         await asyncio.gather(*waiting, return_exceptions=True)
 
     asyncio.run(main())
+
+
+class Client:
+    """A body that comes piece by piece, as the test says, and what it is answered."""
+
+    def __init__(self, bodies: Bodies, address: str = "a") -> None:
+        self.status: int | None = None
+        self._pieces: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        scope = {"type": "http", "path": "/", "headers": [], "client": (address, 1)}
+        self.task = asyncio.create_task(bodies(scope, self._pieces.get, self._send))
+
+    async def _send(self, message: Any) -> None:
+        self.status = message.get("status", self.status)
+
+    async def sends(self, size: int, last: bool = False) -> Client:
+        self._pieces.put_nowait({"type": "http.request", "body": bytes(size), "more_body": not last})
+        for _ in range(20):
+            await asyncio.sleep(0)
+        return self
+
+
+async def reading(scope: Any, receive: Any, send: Any) -> None:
+    while (await receive()).get("more_body"):
+        pass
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+
+
+def test_bodies_that_wait_for_their_rest_give_way_the_longest_first() -> None:
+    """Eight bodies of 32 MiB without their last bytes kept out all others of their address, of 10 kB too."""
+    now = 0.0
+
+    async def main() -> None:
+        nonlocal now
+        asyncio.get_running_loop().time = lambda: now  # type: ignore[method-assign]
+        limits = Limits(bytes_in_flight=400, share_of_address=0.25)
+        bodies = Bodies(reading, limits, lambda path: 200)
+        first, other = await Client(bodies).sends(40), await Client(bodies, "b").sends(90)
+        # both have just sent something
+        assert (await Client(bodies).sends(70, last=True)).status == 503
+        now = 0.5
+        second = await Client(bodies).sends(40)
+        now = 2.0
+        await first.sends(1)  # too little to be progress
+        assert (await Client(bodies).sends(20, last=True)).status == 200
+        assert (first.status, second.status, other.status) == (503, None, None)
+        # one that would not find room even so ends nobody
+        assert (await Client(bodies).sends(150, last=True)).status == 503
+        assert (await second.sends(10, last=True)).status == 200
+        assert (await other.sends(10, last=True)).status == 200
+        # all of it was given back
+        assert (await Client(bodies).sends(100, last=True)).status == 200
+        await asyncio.gather(first.task, second.task, other.task)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("status", [503, 408, 413])
+def test_a_refused_body_is_not_kept(status: int) -> None:
+    """Those that were refused as too many were kept for ever, 32 MiB each: by the one exception that all of
+    them were refused with."""
+
+    class Held:
+        pass
+
+    held: list[weakref.ref[Held]] = []
+    now = 0.0
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        body = Held()
+        held.append(weakref.ref(body))
+        await reading(scope, receive, send)
+
+    async def main() -> None:
+        nonlocal now
+        asyncio.get_running_loop().time = lambda: now  # type: ignore[method-assign]
+        limits = Limits(bytes_in_flight=100, body_pause_seconds=0.0 if status == 408 else 20.0)
+        bodies = Bodies(application, limits, lambda path: 50 if status == 413 else 200)
+        for _ in range(2):
+            client = await Client(bodies).sends(20 if status == 408 else 101)
+            await client.task
+            assert client.status == status
+        del client
+
+    gc.collect()
+    gc.disable()
+    try:
+        asyncio.run(main())
+        assert [one() for one in held] == [None, None]
+    finally:
+        gc.enable()
