@@ -290,8 +290,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--photographs",
         nargs="+",
-        metavar=("RUN CPU_SECONDS", "BUNDLES"),
-        help="store this finished run that started from weights, its CPU time, and its export if it has one",
+        metavar=("DATA RUN CPU_SECONDS", "BUNDLES"),
+        help="store this finished run that started from weights: flowers or cifar100, the run, its CPU time, "
+        "and its export if it has one",
     )
     arguments = parser.parse_args(argv)
     if (arguments.run is None) != (arguments.report is None):
@@ -303,8 +304,9 @@ def main(argv: list[str]) -> int:
     if arguments.fine_tuned:
         fine_tuning.collect(*arguments.fine_tuned, STORED)
     if arguments.photographs:
-        run, seconds, *bundles = arguments.photographs
-        photographs.collect(Path(run), float(seconds), Path(bundles[0]) if bundles else None, STORED)
+        name, run, seconds, *bundles = arguments.photographs
+        exported = Path(bundles[0]) if bundles else None
+        photographs.collect(name, Path(run), float(seconds), exported, STORED)
     (DOCS / "results.md").write_text(page())
     print(DOCS / "results.md")
     return 0
