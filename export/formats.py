@@ -19,6 +19,7 @@ from export.cascade import Cascade, choose_threshold
 from export.check.evaluation import Evaluation, Reference, class_balanced
 from export.check.exits import exit_logits
 from export.check.gates import HeldOut, file_batches
+from export.check.localize import TRUE_FP16, first_difference
 from export.check.true_fp16 import check_true_fp16
 from export.sets import CalibrationImages
 from export.write.cascade_graph import ALL, CascadeModel, write_threshold
@@ -131,8 +132,15 @@ def _fp16(
     path = source.with_name("model.fp16.onnx")
     magnitudes = largest_magnitudes(source, context.evaluation.calibration_images(IMAGES), batch)
     record = write_half(source, path, "fp16", magnitudes)
+
     # ONNX Runtime's CPU computes such a file in fp32, so its answers there say nothing about a GPU's.
-    record = msgspec.structs.replace(record, true_fp16=check_true_fp16(path, context.reference, batch))
+    def locate(images: np.ndarray) -> str:
+        images = np.resize(images, (batch or len(images), *images.shape[1:]))
+        return first_difference(path, context.model, images, TRUE_FP16, source)
+
+    record = msgspec.structs.replace(
+        record, true_fp16=check_true_fp16(path, context.reference, batch, locate)
+    )
     return [ModelFile("fp16", path, "fp16", tuple(runtimes), Details(half=record))]
 
 

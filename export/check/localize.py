@@ -17,12 +17,16 @@ import numpy as np
 import torch
 from torch import nn
 
+from export.check.true_fp16 import intermediates
 from export.write.onnx_graph import SCOPES, DeployedModel
 from ffl_deploy.runtime import import_onnxruntime
 
 TOLERANCE = 1e-4
 """Largest difference between equal layers, as a share of the layer's standard deviation;
 fp32 rounding stays near 1e-6."""
+
+TRUE_FP16 = "true fp16"
+"""Of an fp16 file, as GPUs compute it."""
 
 
 class LayerDifference(msgspec.Struct, frozen=True):
@@ -51,10 +55,14 @@ def first_difference(
     Args: images: uint8 [n, h, w, 3]; precision: of the gate that failed; below fp32 every layer is off by
     some rounding, so the layer where the error grows most is named; scopes_from: the fp32 file that `path`
     was made from, for module paths; runtime: where the gate failed. The layers are computed by ONNX Runtime's
-    CPU, without optimisation; in bf16, which that has no convolution for, by OpenVINO.
+    CPU, without optimisation; in bf16, which that has no convolution for, by OpenVINO; in TRUE_FP16 by onnx's
+    reference implementation.
     """
     layers = layer_differences(path, model, images, scopes_from, precision)
     if precision != "fp32" and layers:
+        for layer in layers:
+            if not np.isfinite(layer.rms):
+                return f"the first layer that is not finite is {layer.layer} (tensor {layer.tensor})"
         growth = np.diff([0.0, *(layer.rms for layer in layers)])
         worst = layers[int(np.argmax(growth))]
         return (
@@ -90,7 +98,7 @@ def layer_differences(
     outputs = {tensor: module for tensor, module in outputs.items() if tensor in present}
     expected = _pytorch_outputs(model, images, set(outputs.values()))
     read_as = dequantized(proto)
-    compute = _in_openvino if precision == "bf16" else _intermediates
+    compute = {"bf16": _in_openvino, TRUE_FP16: intermediates}.get(precision, _intermediates)
     values = compute(proto, [read_as.get(tensor, tensor) for tensor in outputs], images)
     differences = []
     for tensor, module in outputs.items():

@@ -9,6 +9,7 @@ in fp32, as tensor cores do.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,17 @@ SECONDS = 30.0
 """After which no further image is evaluated; the first always is."""
 
 
-def check_true_fp16(path: Path, reference: Reference, batch: int | None = None) -> ParityMetrics:
+def check_true_fp16(
+    path: Path,
+    reference: Reference,
+    batch: int | None = None,
+    locate: Callable[[np.ndarray], str] | None = None,
+) -> ParityMetrics:
     """Compare the fp16 file `path`, computed in true fp16, with PyTorch's logits on some images;
     -> what was measured.
 
-    Args: batch: the only size that the file takes, None for any.
+    Args: batch: the only size that the file takes, None for any; locate: images -> the layer where they begin
+    to differ, asked after a failure with the image that differs most.
     Raises CheckError where the fp16 gate does not hold.
     """
     rows = class_balanced(reference.labels, IMAGES)
@@ -47,20 +54,30 @@ def check_true_fp16(path: Path, reference: Reference, batch: int | None = None) 
             ) from error
         if time.monotonic() > end:
             break
-    metrics = compare(reference.logits[rows[: len(logits)]], np.array(logits, np.float32))
+    rows, found = rows[: len(logits)], np.array(logits, np.float32)
+    metrics = compare(reference.logits[rows], found)
     verdict = judge({str(len(logits)): metrics}, PARITY_GATES["fp16"])
     if verdict.failed:
+        off = np.nan_to_num(np.abs(found - reference.logits[rows]).max(axis=1), nan=np.inf)
+        place = f"; {locate(reference.images[rows[[off.argmax()]]])}" if locate else ""
         raise CheckError(
             f"{path.name} does not give PyTorch's logits where fp16 is computed in fp16, as GPUs do, "
-            f"although it does on this CPU, which computes it in fp32 ({verdict.findings[0]}); use "
+            f"although it does on this CPU, which computes it in fp32 ({verdict.findings[0]}{place}); use "
             "--precision bf16."
         )
     return metrics
 
 
-def evaluator(path: Path) -> Any:
-    """-> onnx.reference.ReferenceEvaluator of `path`; products in fp32 by NumPy's BLAS,
-    which has none for fp16."""
+def intermediates(proto: Any, tensors: Sequence[str], images: np.ndarray) -> dict[str, np.ndarray]:
+    """-> tensor name -> float32 value on `images`, computed in true fp16."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        found = evaluator(proto).run(None, {"images": images}, intermediate=True)
+    return {name: np.asarray(found[name], np.float32) for name in tensors}
+
+
+def evaluator(model: Any) -> Any:
+    """model: a file, or what was read of one. -> onnx.reference.ReferenceEvaluator of it; products in fp32 by
+    NumPy's BLAS, which has none for fp16."""
     from onnx.reference import ReferenceEvaluator
     from onnx.reference.ops import op_conv, op_gemm, op_matmul
 
@@ -73,5 +90,6 @@ def evaluator(path: Path) -> Any:
         return type(name, (base,), {"op_domain": "", "_run": _run})
 
     return ReferenceEvaluator(
-        str(path), new_ops=[accumulating(one) for one in (op_conv.Conv, op_gemm.Gemm_7, op_matmul.MatMul)]
+        str(model) if isinstance(model, Path) else model,
+        new_ops=[accumulating(one) for one in (op_conv.Conv, op_gemm.Gemm_7, op_matmul.MatMul)],
     )

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -122,8 +123,17 @@ def test_an_fp16_file_without_ranges_passes_on_this_cpu_and_is_caught_in_true_fp
     assert np.abs(logits_of(path) - logits_of(overflowing)).max() < 0.02 * logits_of(overflowing).std(), (
         "the hole"
     )
-    with pytest.raises(CheckError, match=r"model\.fp16\.onnx does not give .* NaN or infinite"):
-        check_true_fp16(path, reference_of(overflowing))
+    asked: list[np.ndarray] = []
+
+    def locate(images: np.ndarray) -> str:
+        asked.append(images)
+        return "the place"
+
+    with pytest.raises(
+        CheckError, match=r"model\.fp16\.onnx does not give .* NaN or infinite.*; the place\)"
+    ):
+        check_true_fp16(path, reference_of(overflowing), None, locate)
+    assert [len(images) for images in asked] == [1]
 
 
 def test_what_passes_the_limit_stays_in_fp32_and_is_named(overflowing: Path, tmp_path: Path) -> None:
@@ -276,9 +286,8 @@ def test_a_static_batch_is_filled_up(overflowing: Path, tmp_path: Path) -> None:
     assert check_true_fp16(tmp_path / "h.onnx", reference_of(overflowing), 5).n == 16
 
 
-def test_an_export_that_would_overflow_on_a_gpu_says_what_it_kept(
-    digits_run: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def scaled_export(digits_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     """The whole command, with a fault that no CPU shows: between two convolutions, 3e4 times the values."""
     from export import formats
 
@@ -296,9 +305,29 @@ def test_an_export_that_would_overflow_on_a_gpu_says_what_it_kept(
 
     monkeypatch.setattr(formats, "write_onnx", scaled)
     flags = ["--target", "branch0", "--precision", "fp16", "--out", str(tmp_path)]
-    assert run_command(main, [str(digits_run.folder), *flags]) == 0  # type: ignore[attr-defined]
+    return lambda: run_command(main, [str(digits_run.folder), *flags])
+
+
+def test_an_export_that_would_overflow_on_a_gpu_says_what_it_kept(
+    scaled_export: Callable[[], int], tmp_path: Path
+) -> None:
+    assert scaled_export() == 0
     details = json.loads((tmp_path / "branch0" / "bundle.json").read_text())["variants"][1]["details"]["half"]
     assert [entry["operator"] for entry in details["kept_in_fp32"]] == ["Conv", "Relu", "Conv"]
     assert details["true_fp16"]["scaled_max_diff"] < 0.02
     assert details["true_fp16"]["non_finite"] == 0
     assert load_bundle(tmp_path / "branch0").variant("fp16").precision.stored == "fp16"
+
+
+def test_a_file_that_overflows_on_a_gpu_is_refused_by_the_layer_that_does(
+    scaled_export: Callable[[], int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Ranges that calibration did not see."""
+    monkeypatch.setattr("export.formats.largest_magnitudes", lambda *_: {})
+    assert scaled_export() == 1
+    said = capsys.readouterr().err
+    assert "the first layer that is not finite is target.trunk.1.0.bn1 (tensor " in said, said
+    assert [one.name for one in load_bundle(tmp_path / "branch0").manifest.variants] == ["fp32"]
