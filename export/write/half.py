@@ -5,13 +5,13 @@ and so do the temperature and the softmax. BatchNorm is folded into the convolut
 in fp32.
 
 So does what fp16 cannot hold: a node around which a value comes near the end of its range (65504), as
-NVIDIA's ModelOpt chooses in its AutoCast (there: above 512). A processor that computes fp16 in fp32, as CPUs
-do, would never show it.
+NVIDIA's ModelOpt chooses in its AutoCast (there: above 512), and a constant that is 0 there with the division
+that it guards. A processor that computes fp16 in fp32, as CPUs do, would never show it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +55,12 @@ def write_half(
 
     # What stays in fp32: operators that are not defined in 16 bits, and, in fp16, what may leave its range.
     kept = []
+    vanished = vanishing(network, conversion.weights) if precision == "fp16" else {}
     for node in network:
         reason = conversion.undefined(node) or (
-            out_of_range(node, conversion, magnitudes or {}) if precision == "fp16" else ""
+            vanished.get(node.name) or out_of_range(node, conversion, magnitudes or {})
+            if precision == "fp16"
+            else ""
         )
         if reason:
             kept.append(KeptInFp32(node.name, node.op_type, reason))
@@ -80,6 +83,45 @@ def out_of_range(node: Any, conversion: _Conversion, magnitudes: Mapping[str, fl
         elif not (largest := magnitudes.get(name, 0.0)) <= FP16_MAX / HEAD_ROOM:
             return f"{name} reaches {largest:.3g}"
     return ""
+
+
+DIVISIONS = {"Div", "Reciprocal"}
+CARRIERS = {"Expand", "Identity", "Reshape", "Sqrt", "Squeeze", "Transpose", "Unsqueeze"}
+"""Operators behind which a number close to 0 still is one."""
+
+
+def vanishing(nodes: Sequence[Any], weights: Mapping[str, np.ndarray]) -> dict[str, str]:
+    """-> name of a node -> why it cannot be computed in fp16: a constant of its is 0 there, as the 1e-12 that
+    keeps a norm off zero is. With it stay the reduction that it guards, and what follows up to the division,
+    which would divide by that 0."""
+    makers = {name: node for node in nodes for name in node.output}
+    readers: dict[str, list[Any]] = {}
+    for node in nodes:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    zero = {
+        name: float(np.abs(values).max())
+        for name, values in weights.items()
+        if values.any() and not values.astype(np.float16).any()
+    }
+    found: dict[str, str] = {}
+    for node in nodes:
+        constants = [name for name in node.input if name in zero]
+        if not constants:
+            continue
+        reason = f"its constant {constants[0]} of {zero[constants[0]]:.3g} is 0 in fp16"
+        found[node.name] = reason
+        behind = [reader for name in node.output for reader in readers.get(name, [])]
+        while behind:
+            one = behind.pop()
+            if one.op_type in CARRIERS | DIVISIONS:
+                found.setdefault(one.name, f"behind {node.name}: {reason}")
+            if one.op_type in CARRIERS:
+                behind += [reader for name in one.output for reader in readers.get(name, [])]
+        for name in node.input:
+            if name in makers and makers[name].op_type.startswith("Reduce"):
+                found.setdefault(makers[name].name, f"before {node.name}: {reason}")
+    return found
 
 
 class _Conversion:

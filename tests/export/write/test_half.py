@@ -263,6 +263,50 @@ def test_only_floats_become_halves(
         assert np.abs(found - expected).max() < 0.15 * expected.std()
 
 
+@pytest.fixture
+def normalised(tmp_path: Path) -> Path:
+    """Channels divided by their norm, of which one is 0: 1e-12 keeps it off the division by 0, where there is
+    such a number (attention over channels: EdgeNeXt, XCiT)."""
+    node = helper.make_node
+    middle = [
+        node("Mul", ["a", "mask"], ["masked"], name="mask"),
+        node("ReduceL2", ["masked", "places"], ["norm"], name="norm", keepdims=1),
+        node("Clip", ["norm", "tiny"], ["above"], name="clamp"),
+        node("Shape", ["masked"], ["full"], name="full"),
+        node("Expand", ["above", "full"], ["divisor"], name="expand"),
+        node("Div", ["masked", "divisor"], ["unit"], name="divide"),
+        node("Conv", ["unit", "wb"], ["b"], name="conv_b"),
+    ]
+    weights = [
+        numpy_helper.from_array(np.arange(CHANNELS, dtype=np.float32).clip(0, 1)[:, None, None], "mask"),
+        numpy_helper.from_array(np.array([2, 3], np.int64), "places"),
+        numpy_helper.from_array(np.array(1e-12, np.float32), "tiny"),
+        weight("wb", (CHANNELS, CHANNELS, 1, 1)),
+    ]
+    return network(tmp_path / "model.onnx", middle, weights)
+
+
+def test_a_division_guarded_by_what_fp16_takes_for_zero_stays_in_fp32(
+    normalised: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model.fp16.onnx"
+    record = write_half(normalised, path, "fp16", largest_magnitudes(normalised, IMAGES))
+    assert [entry.node for entry in record.kept_in_fp32] == ["norm", "clamp", "expand", "divide"]
+    assert record.kept_in_fp32[1].reason == "its constant tiny of 1e-12 is 0 in fp16"
+    assert record.kept_in_fp32[3].reason == "behind clamp: its constant tiny of 1e-12 is 0 in fp16"
+    assert check_true_fp16(path, reference_of(normalised)).scaled_max_diff < 0.02
+
+    monkeypatch.setattr("export.write.half.vanishing", lambda *_: {})
+    write_half(normalised, path, "fp16", largest_magnitudes(normalised, IMAGES))
+    with pytest.raises(CheckError, match="NaN"):
+        check_true_fp16(path, reference_of(normalised))
+
+
+def test_bf16_knows_what_fp16_takes_for_zero(normalised: Path, tmp_path: Path) -> None:
+    record = write_half(normalised, tmp_path / "model.bf16.onnx", "bf16")
+    assert "clamp" not in [entry.node for entry in record.kept_in_fp32]
+
+
 def test_products_of_the_reference_round_as_its_own_do(overflowing: Path, tmp_path: Path) -> None:
     """NumPy's own fp16 product accumulates in fp32 too: the quick one differs by an odd last bit at most."""
     from onnx.reference import ReferenceEvaluator
