@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,10 +13,18 @@ from export.write.onnx_graph import DeployedModel
 from ffl_deploy.bundle_files import GoldenSamples
 from ffl_deploy.errors import UsageError
 from ffl_deploy.images import SUFFIXES, ImageError, load
+from ffl_deploy.parity import PARITY_GATES
+from ffl_deploy.probes import Probes
 from ffl_deploy.run_directory import Run
+
+if TYPE_CHECKING:
+    from torch import nn
 
 GOLDEN_IMAGES = 64
 GOLDEN_BYTES = 8 << 20  # of pixels; large images get fewer samples, so that a bundle stays light
+
+ROUNDING = (PARITY_GATES["fp32"].scaled_max_diff or 0.0) / 4
+"""What PyTorch's rounding alone may be on a made-up picture, as a share of the logits' standard deviation."""
 
 
 def golden_samples(
@@ -34,6 +44,28 @@ def golden_samples(
     with torch.inference_mode():
         logits = model(torch.from_numpy(images))[0].numpy()
     return GoldenSamples(images, np.full(len(images), -1, dtype=np.int64), logits)
+
+
+def determined(probes: Probes, model: nn.Module, scale: float) -> Probes:
+    """-> `probes`, with NaN for the logits of pictures of which fp32 does not say what they are: no runtime
+    could be held to those. A little trained network may amplify noise until rounding shows (an EfficientNet
+    after one epoch: by a tenth of the standard deviation, in PyTorch itself).
+
+    model: uint8 images -> logits and further outputs, in fp32; scale: the logits' standard deviation on the
+    run's own images.
+    """
+    import torch
+
+    images = torch.from_numpy(probes.pixels)
+    with torch.inference_mode():
+        logits = model(images)[0].double().numpy()
+        try:
+            exact = copy.deepcopy(model).double()(images)[0].numpy()
+        except RuntimeError:  # a network with fp32 written into it cannot be asked; its gate stays whole
+            return probes
+    off = np.abs(exact - logits).max(axis=1) / scale
+    known = off <= ROUNDING
+    return probes._replace(logits=np.where(known[:, None], probes.logits, np.float32(np.nan)))
 
 
 def read_golden(folder: Path, run: Run) -> dict[str, np.ndarray]:

@@ -15,7 +15,7 @@ from export.cascade import Cascade, Exits, Promise, choose_threshold
 from export.check.evaluation import Evaluation, Reference, check_target
 from export.check.gates import HeldOut
 from export.formats import FORMATS, TargetContext
-from export.golden import golden_samples, read_golden
+from export.golden import determined, golden_samples, read_golden
 from export.outputs import FURTHER_OUTPUTS
 from export.outputs.familiarity import FIT_IMAGES
 from export.progress import Progress
@@ -221,6 +221,7 @@ def export_target(
     check_target(deployed(), reference, name)
     if probes is not None:
         check_pixels(probes, run.preprocessing, f"{run.folder / CONFIG}")
+        probes = determined(probes, deployed(), float(reference.logits.std()))
 
     # what goes into the graph, and what its files are compared with
     calibration = calibrate(evaluation, name)

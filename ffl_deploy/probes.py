@@ -26,7 +26,7 @@ worth 0.1, another libjpeg 1; every other filter, crop or stretch 2 and more of 
 
 class Probes(NamedTuple):
     """files: COUNT encoded pictures; pixels: uint8 [COUNT, height, width, 3], what training's `decode` and
-    `prepare` made of them; logits: float32 [COUNT, classes], PyTorch's."""
+    `prepare` made of them; logits: float32 [COUNT, classes], PyTorch's, NaN where rounding decides them."""
 
     files: list[bytes]
     pixels: np.ndarray
