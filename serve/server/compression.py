@@ -6,6 +6,7 @@ may, is then the same whether it came compressed or not, and a bomb is refused o
 
 from __future__ import annotations
 
+import asyncio
 import zlib
 
 from starlette.datastructures import Headers
@@ -67,13 +68,16 @@ class _Unpacked:
     async def receive(self) -> Message:
         if self._complete and not self._waiting:
             return await self._receive()  # waits for the client to go away
-        if not self._waiting:
+        first = not self._waiting
+        if first:
             message = await self._receive()
             if message["type"] != "http.request":
                 return message
             self._waiting, self._complete = message.get("body", b""), not message.get("more_body", False)
         try:
-            piece = self._unpack.decompress(self._waiting, PIECE)
+            # a few kB hold 32 MiB, during which nobody else would be answered
+            unpack, waiting = self._unpack.decompress, self._waiting
+            piece = unpack(waiting, PIECE) if first else await asyncio.to_thread(unpack, waiting, PIECE)
         except zlib.error:
             self._refuse()
         self._waiting = self._unpack.unconsumed_tail

@@ -7,6 +7,7 @@ import contextlib
 import gc
 import socket
 import weakref
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ import httpx
 import pytest
 
 from ffl_deploy.bundle import Bundle
+from serve.server import compression
 from serve.server.limits import PIECE, Bodies
 from serve.server.settings import Limits, ModelSpec, Settings
 
@@ -67,6 +69,33 @@ def test_a_compressed_body_is_refused_before_it_can_expand(demo: Any) -> None:
         f"{demo.url}/v2/models/fused/infer", content=b"x", headers={"content-encoding": "br"}
     )
     assert response.status_code == 415
+
+
+def test_others_are_answered_while_a_body_is_unpacked() -> None:
+    """256 kB of zeros unpacked for a quarter of a second, again and again, in which nobody else had a turn."""
+    pieces, turns = 40, 0
+    packed = zlib.compress(bytes(pieces * compression.PIECE))
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": packed, "more_body": False}
+
+    async def send(message: Any) -> None:
+        pass
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0)
+            turns += 1
+
+    async def main() -> None:
+        other = asyncio.create_task(others())
+        scope = {"type": "http", "path": "/v2", "headers": [(b"content-encoding", b"deflate")]}
+        await compression.Inflate(reading, "/v2")(scope, receive, send)
+        other.cancel()
+
+    asyncio.run(main())
+    assert turns >= pieces - 1
 
 
 def test_many_large_bodies_at_once_are_503_instead_of_memory() -> None:
