@@ -34,6 +34,7 @@ from PIL import (
     WebPImagePlugin,  # noqa: F401
 )
 
+from ffl_deploy.jpeg_xl import JpegXlError, decode_apart, read_header
 from ffl_deploy.preprocessing import Pixels, Preprocessing
 
 # Formats by Pillow's names. MPO, what many phones write (a JPEG with further pictures behind the first one),
@@ -43,7 +44,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 
 class PhoneFormat(NamedTuple):
     """A format that is read only where what reads it is installed. module: what has to be there; plugin: what
-    then teaches Pillow; how: what to do elsewhere."""
+    then teaches Pillow, "" where a process of its own decodes it; how: what to do elsewhere."""
 
     name: str  # Pillow's
     signature: re.Pattern[bytes]
@@ -51,6 +52,7 @@ class PhoneFormat(NamedTuple):
     module: str
     plugin: str
     how: str
+    extra: str = ""  # of ffl-deploy, that brings it
 
 
 PHONE_FORMATS = (
@@ -61,6 +63,7 @@ PHONE_FORMATS = (
         "pillow_heif",
         "pillow_heif",
         "with the extra heif of ffl-deploy, or convert it to JPEG",
+        "heif",
     ),
     PhoneFormat(
         "AVIF",
@@ -70,10 +73,24 @@ PHONE_FORMATS = (
         "PIL.AvifImagePlugin",
         "with Pillow 11.3 or newer, or convert it to JPEG",
     ),
+    PhoneFormat(
+        "JPEG XL",
+        re.compile(rb"\xff\x0a|\x00{3}\x0cJXL \r\n\x87\n", re.DOTALL),
+        (".jxl",),
+        "pillow_jxl",
+        "",
+        "with the extra jxl of ffl-deploy, on Linux and macOS, or convert it to PNG or JPEG",
+        "jxl",
+    ),
 )
 
 
-READABLE = tuple(one for one in PHONE_FORMATS if importlib.util.find_spec(one.module) is not None)
+def _readable(one: PhoneFormat) -> bool:
+    # a process of its own is bounded by what Windows has not
+    return importlib.util.find_spec(one.module) is not None and bool(one.plugin or os.name == "posix")
+
+
+READABLE = tuple(one for one in PHONE_FORMATS if _readable(one))
 """Those of PHONE_FORMATS that this environment reads."""
 UNREADABLE = tuple(one for one in PHONE_FORMATS if one not in READABLE)
 SUFFIXES = (
@@ -90,7 +107,6 @@ UNSUPPORTED = tuple(
         (rb"8BPS", "PSD"),
         (rb"\xb1\x68\xde\x3a", "DCX"),
         (rb"SIMPLE  =", "FITS"),
-        (rb"\xff\x0a|\x00{3}\x0cJXL ", "JPEG XL"),
         (rb"\x00{3}\x0cjP  ", "JPEG 2000"),
     )
 )
@@ -131,12 +147,17 @@ class Decoded:
         return self.pixels.shape[0]
 
 
-def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Decoded:
+def decode(data: bytes, max_pixels: int = MAX_PIXELS, apart: bool = True) -> Decoded:
     """Decode the first frame of an encoded image.
 
-    Args: data: the whole file. max_pixels: refused by the header, before any pixel is decoded.
+    Args: data: the whole file. max_pixels: refused by the header, before any pixel is decoded. apart: take
+    formats that a process of its own decodes, for up to a minute.
     Raises ImageError with code `empty`, `not_an_image`, `too_large`, `truncated`, `corrupt` or `unsupported`.
     """
+    if (found := _apart(data)) is not None:
+        if not apart:
+            raise ImageError("unsupported", _convert(found.name))
+        return _decode_apart(data, max_pixels)
     with _opened(data, max_pixels) as image:
         # Attributes of a Pillow image are code that reads on (`is_animated` looks for the second frame), so
         # whatever touches it is inside.
@@ -165,6 +186,31 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Decoded:
             raise ImageError(
                 _code_of(error), f"the pixels cannot be decoded ({str(error) or type(error).__name__})"
             ) from error
+
+
+def _apart(data: bytes) -> PhoneFormat | None:
+    return next((one for one in READABLE if not one.plugin and one.signature.match(data)), None)
+
+
+def _decode_apart(data: bytes, max_pixels: int) -> Decoded:
+    """-> the image of a JPEG XL file. Raises ImageError."""
+    try:
+        header = read_header(data)
+        if header.width * header.height > max_pixels:
+            raise ImageError(
+                "too_large", f"{header.width} x {header.height} is more than {_megapixels(max_pixels)}"
+            )
+        if header.animated:  # of which the decoder would give the last frame
+            raise ImageError("unsupported", "an animated JPEG XL is not supported; convert it to PNG or GIF")
+        raw = decode_apart(data)
+    except JpegXlError as error:
+        raise ImageError(error.code, str(error)) from error
+    if raw.mode == "JPEG":  # the very file that was packed
+        return decode(raw.data, max_pixels)
+    if {raw.width, raw.height} != {header.width, header.height}:
+        raise ImageError("corrupt", "its pixels are not as many as its header says")
+    image = Image.frombytes(raw.mode, (raw.width, raw.height), raw.data)
+    return Decoded(np.asarray(_to_rgb(image), dtype=np.uint8))  # upright, as the decoder gives it
 
 
 def _opened(data: bytes, max_pixels: int) -> Image.Image:
@@ -202,7 +248,7 @@ def formats_of(beginning: bytes) -> tuple[str, ...]:
     """-> the formats, by Pillow's names, that a file with this beginning may have: FORMATS, and one of a
     phone's where it begins like one, whose plugin is then loaded."""
     for one in READABLE:
-        if one.signature.match(beginning):
+        if one.plugin and one.signature.match(beginning):
             with _LOADING:  # two threads at once would register it twice
                 _register(one.plugin)
             return (*FORMATS, one.name)
@@ -225,6 +271,8 @@ def size_of(path: str | os.PathLike[str]) -> tuple[int, int]:
     with open(path, "rb") as file:
         beginning = file.read(32)
         file.seek(0)
+        if _apart(beginning) is not None:
+            return read_header(file.read())[:2]
         with Image.open(file, formats=formats_of(beginning)) as image:
             return image.size
 

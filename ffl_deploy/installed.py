@@ -56,6 +56,7 @@ PACKAGES = {
     "simplejpeg": Package("simplejpeg", "predict"),
     "matplotlib": Package("Matplotlib", "predict"),
     "pillow_heif": Package("pillow-heif", "heif"),
+    "pillow_jxl": Package("pillow-jxl-plugin", "jxl"),
     "ray": Package("Ray", "ray"),
     "grpc": Package("gRPC", "grpc"),
     "opentelemetry": Package("OpenTelemetry's OTLP exporter", "otel"),

@@ -161,8 +161,9 @@ def failed_row(item: Prepared, status: str, error: str | None) -> Row:
     return Row(item.path, status, error, width=item.width, height=item.height)
 
 
-def prepare_item(item: Item, preprocessing: Preprocessing) -> Prepared:
-    """Read, decode and resize one item; whatever is wrong with it becomes a status."""
+def prepare_item(item: Item, preprocessing: Preprocessing, apart: bool = True) -> Prepared:
+    """Read, decode and resize one item; whatever is wrong with it becomes a status. apart: as `decode` has
+    it."""
     started = time.perf_counter()
 
     def failed(status: str, error: str) -> Prepared:
@@ -171,7 +172,7 @@ def prepare_item(item: Item, preprocessing: Preprocessing) -> Prepared:
         )
 
     try:
-        decoded = decode(item.read())
+        decoded = decode(item.read(), apart=apart)
         pixels = prepare(decoded.pixels, preprocessing)
     except ImageError as error:
         return failed(error.code, str(error))

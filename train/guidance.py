@@ -65,7 +65,7 @@ def _formats(left_out: Mapping[str, int]) -> list[str]:
     for one in UNREADABLE:
         count = sum(left_out.get(f"called {suffix}", 0) for suffix in one.suffixes)
         if count:
-            how = f"run: {install_command('heif')}" if one.name == "HEIF" else "update Pillow"
+            how = f"run: {install_command(one.extra)}" if one.extra else "update Pillow"
             lines.append(f"{count} of these are {one.name} photographs, which can be read; {how}")
     return lines
 

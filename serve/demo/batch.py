@@ -140,9 +140,8 @@ async def classify_files(
     while chunk := await asyncio.to_thread(take, items, min(CHUNK, limit + 1 - len(state.rows))):
         if len(state.rows) + len(chunk) > limit:
             state.limited, chunk = True, chunk[: limit - len(state.rows)]
-        prepared = await asyncio.gather(
-            *[patiently(partial(service.decoders.run, prepare_item, item, preprocessing)) for item in chunk]
-        )
+        one = partial(service.decoders.run, partial(prepare_item, preprocessing=preprocessing, apart=False))
+        prepared = await asyncio.gather(*[patiently(partial(one, item)) for item in chunk])
         state.add(await asyncio.to_thread(classifier.rows, prepared), prepared)
         yield state
         if state.limited:

@@ -106,7 +106,7 @@ def read_regular(path: Path, most: int) -> bytes:
 def write_picture(picture: Path, target: Path) -> bool:
     """Write the report's picture, decoded and encoded again, as the PNG `target`; -> whether it is one."""
     try:
-        pixels = decode(read_regular(picture, MOST_PICTURE_BYTES), MOST_PICTURE_PIXELS).pixels
+        pixels = decode(read_regular(picture, MOST_PICTURE_BYTES), MOST_PICTURE_PIXELS, apart=False).pixels
     except FileNotFoundError:
         return False
     except (OSError, ImageError) as error:

@@ -105,7 +105,7 @@ class Decoders:
 
     async def decode(self, data: bytes) -> Decoded:
         """-> the decoded image. Raises ImageError, Overloaded."""
-        return await self.run(lambda: decode(data, self._limits.pixels))
+        return await self.run(lambda: decode(data, self._limits.pixels, apart=False))
 
     async def prepare(self, files: Sequence[bytes], model: ServedModel) -> np.ndarray:
         """-> uint8 [n, height, width, 3]: what `model` is fed. Raises ImageError, Overloaded."""
@@ -119,7 +119,7 @@ class Decoders:
                 raise ImageError(
                     "too_large", f"the images of this request have more than {most} megapixels together"
                 )
-            pixels = decode(data, self._limits.pixels).pixels
+            pixels = decode(data, self._limits.pixels, apart=False).pixels
             left -= pixels.shape[0] * pixels.shape[1]
             return prepare(pixels, preprocessing)
 

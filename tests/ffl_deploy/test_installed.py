@@ -25,7 +25,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # module -> distribution, where the names differ
 DISTRIBUTIONS = {
     "PIL": "pillow", "google": "protobuf", "cuda": "cuda-bindings", "onnx_ir": "onnx-ir",
-    "pillow_heif": "pillow-heif", "model_signing": "model-signing", "prometheus_client": "prometheus-client",
+    "pillow_heif": "pillow-heif", "pillow_jxl": "pillow-jxl-plugin",
+    "model_signing": "model-signing", "prometheus_client": "prometheus-client",
     "python_multipart": "python-multipart", "mlflow": "mlflow-skinny", "tensorrt": "tensorrt-cu13",
     "tensorrt_rtx": "tensorrt-rtx-cu13", "grpc": "grpcio",
     "opentelemetry": "opentelemetry-exporter-otlp-proto-http",

@@ -72,7 +72,7 @@ def test_a_compressed_body_is_refused_before_it_can_expand(demo: Any) -> None:
 
 
 def test_others_are_answered_while_a_body_is_unpacked() -> None:
-    """256 kB of zeros unpacked for a quarter of a second, again and again, in which nobody else had a turn."""
+    """256 kB of zeros unpacked for a quarter of a second, in which nobody else had a turn."""
     pieces, turns = 40, 0
     packed = zlib.compress(bytes(pieces * compression.PIECE))
 
