@@ -25,7 +25,7 @@ from ffl_deploy.bundle import load_bundle
 from ffl_deploy.command import Parser, run_command
 from ffl_deploy.errors import DONE, CheckError, UsageError
 from ffl_deploy.markdown import percent, table
-from ffl_deploy.run_directory import SUMMARY
+from ffl_deploy.run_directory import CONFIG, SUMMARY
 from ffl_deploy.runtime import open_session
 
 SPLITS, SEED, BATCH = 5, 0, 100
@@ -76,7 +76,7 @@ def exported(images: Path, work: Path, number: int, arguments: Namespace) -> Pat
     if not (run / SUMMARY).is_file():
         flags = ["--data", images, "--recipe", "cifar100-resnet32-fast", "--branches", arguments.branches]
         flags += ["--epochs", arguments.epochs, "--threads", arguments.threads, "--quiet", "--out", run]
-        ran(["train.run", *(["--resume", run] if run.exists() else flags)])
+        ran(["train.run", *(["--resume", run] if (run / CONFIG).is_file() else flags)])
     if not (bundles / "fused").is_dir():
         ran(["export.cli", run, "--target", "fused", "--familiarity", "--out", bundles])
     return bundles / "fused"
