@@ -8,7 +8,6 @@ only ones a client may name are its uploads, so that nothing else on this machin
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 import os
 import re
@@ -22,8 +21,8 @@ from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.demo.ages import Ages
 from serve.demo.aside import Aside
+from serve.demo.pieces import Pieces
 from serve.server.full_disk import full_disk
 from serve.server.responses import Refused
 from serve.server.service import Service
@@ -57,7 +56,7 @@ class DemoGuard:
         self.app, self.limits = app, service.settings.limits
         prefix = re.escape(service.settings.root_path + FILE)
         self._own_url = re.compile(rf"(https?://[^/]+)?{prefix}")
-        self._uploads, self._ages = 0, Ages()  # in progress; of their pieces
+        self._pieces = Pieces(upload_folder)
         self._aside = Aside(app)
         service.endings.append(self._aside.close)
         self._kept_bytes, self._measure_at = 0, 0.0
@@ -85,10 +84,8 @@ class DemoGuard:
         return await self.app(scope, receive, _with_page_headers(send))
 
     async def _upload(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Gradio keeps the pieces of an upload that broke off;
-        with no other upload in progress they are all that is left."""
-        self._uploads += 1
-        failed = False
+        """Without what it leaves where it breaks off."""
+        upload, failed = self._pieces.begin(), False
 
         async def held_send(message: Message) -> None:
             nonlocal failed  # Gradio's 500 comes before the error that says why
@@ -105,8 +102,7 @@ class DemoGuard:
                 raise
             raise refused from None
         finally:
-            self._uploads -= 1
-            _remove_pieces(self._ages, self.limits.body_seconds if self._uploads else None)
+            self._pieces.end(upload)
 
     async def _check_room(self, scope: Scope) -> None:
         """Uploads are kept for an hour; a flood of them meets this bound before it fills the disk.
@@ -133,20 +129,6 @@ class DemoGuard:
 def upload_folder() -> Path:
     """-> where Gradio keeps uploads (serve/server/offline.py sets it)."""
     return Path(os.environ.get("GRADIO_TEMP_DIR") or Path(tempfile.gettempdir(), "gradio"))
-
-
-def _remove_pieces(ages: Ages, quiet: float | None) -> None:
-    """Remove unfinished uploads: a finished one lies in a folder of its own. quiet: only those that have not
-    been written to for so many seconds."""
-    seen = []
-    with contextlib.suppress(FileNotFoundError):
-        for entry in os.scandir(upload_folder()):
-            if not (entry.name.startswith("tmp") and entry.is_file(follow_symlinks=False)):
-                continue
-            seen.append(entry.path)
-            if quiet is None or ages(entry.path, entry.stat().st_mtime_ns) >= quiet:
-                os.unlink(entry.path)
-    ages.forget_others(seen)
 
 
 def _in_upload_folder(path: str) -> bool:
