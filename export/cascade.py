@@ -20,6 +20,8 @@ from ffl_deploy.statistics import log_softmax, tango_interval
 GRID = 1 / (1 + np.exp(-np.arange(90, -51, -1) / 10))  # of a softmax, finer towards 1; falling
 EDGE = 1e-4
 """How near a score may be to the threshold for rounding to decide: some ten times the fp32 gate's."""
+SURE = 0.5
+"""How far from the threshold's a score's log odds are where int8's rounding does not decide either."""
 MAX_LOSS_POINTS = 0.5
 
 
@@ -49,6 +51,13 @@ class Exits(NamedTuple):
     def edge(self, threshold: float) -> np.ndarray:
         """-> bool [n]: images whose exit rounding may change."""
         return np.abs(self.scores - threshold) < EDGE
+
+    def sure(self, threshold: float) -> np.ndarray:
+        """-> bool [n]: images whose exit int8 and another processor choose too."""
+        odds, limit = (
+            np.log(score) - np.log1p(-score) for score in (self.scores.clip(max=1 - 1e-12), threshold)
+        )
+        return np.abs(odds - limit) > SURE
 
     def routed(self, threshold: float) -> np.ndarray:
         """-> [n, classes]: the logits of whichever exit answers."""

@@ -205,10 +205,13 @@ def export_target(
     target = build_target(loaded.network, name)
     cascade = route(evaluation, name, options.promise)
     if cascade is None:
-        reference = evaluation.reference(name)
+        reference = sure = evaluation.reference(name)
         probes = run.probes(options.checkpoint, name)
     else:
-        reference, probes = routed_reference(cascade, evaluation.reference(cascade.exits[0])), None
+        whole = evaluation.reference(cascade.exits[0])
+        exits, threshold = cascade.reference, cascade.threshold.value
+        reference, probes = routed_reference(cascade, whole, ~exits.edge(threshold)), None
+        sure = routed_reference(cascade, whole, exits.sure(threshold))
 
     constants = fitted_constants(target, evaluation, options.extras)
 
@@ -232,7 +235,7 @@ def export_target(
         reference=reference,
         test=HeldOut(evaluation.data.test, evaluation.test_logits[name], evaluation.held_out),
         evaluation=evaluation,
-        golden=golden_samples(model, reference, own, run),
+        golden=golden_samples(model, sure if len(sure.images) else reference, own, run),
         golden_files=tuple(own or ()),
         checkpoint_sha256=loaded.sha256,
         probes=probes,
@@ -302,10 +305,8 @@ def route(evaluation: Evaluation, name: str, promise: Promise) -> Cascade | None
     return Cascade(names, promise, threshold, reference)
 
 
-def routed_reference(cascade: Cascade, whole: Reference) -> Reference:
-    """-> the reference images that files are compared on, with the logits of the exit that answers: all of
-    `whole` but those at the threshold's edge."""
-    kept = ~cascade.reference.edge(cascade.threshold.value)
+def routed_reference(cascade: Cascade, whole: Reference, kept: np.ndarray) -> Reference:
+    """-> the images `kept` (bool [n]) of `whole`, with the logits of the exit that answers."""
     logits = cascade.reference.routed(cascade.threshold.value)
     return Reference(whole.images[kept], whole.labels[kept], logits[kept])
 

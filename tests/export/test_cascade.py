@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from export.cascade import Exits, Promise, choose_threshold
+from export.cascade import SURE, Exits, Promise, choose_threshold
 from export.cli import main
+from export.golden import GOLDEN_IMAGES
 from export.sets import CalibrationImages
 from export.write.cascade_graph import ALL, NONE, write_threshold
 from ffl_deploy.bundle import load_bundle
@@ -117,6 +118,20 @@ def test_another_threshold_gives_one_exit_alone(cascade: Path, digits_run: Run, 
         path = write_threshold(cascade / "model.onnx", tmp_path / f"{name}.onnx", threshold)
         answered = OnnxRuntimeSession(path, name).run(images[:9]).logits
         np.testing.assert_allclose(answered, logits[:9], atol=1e-3 * logits.std())
+
+
+def test_golden_samples_leave_by_the_same_exit_on_every_processor(cascade: Path, tmp_path: Path) -> None:
+    """int8 rounds more than 1e-4: a sample at the threshold would be another classifier's answer there."""
+    bundle = load_bundle(cascade)
+    record = bundle.variant().details.cascade
+    assert record is not None
+    path = write_threshold(cascade / "model.onnx", tmp_path / "first.onnx", NONE)
+    samples = bundle.golden()
+    logits = OnnxRuntimeSession(path, "first").run(samples.images).logits
+    scores, threshold = Exits(logits, logits).scores, record.threshold.value
+    odds, limit = scores / (1 - scores), threshold / (1 - threshold)
+    assert np.maximum(odds / limit, limit / odds).min() > np.exp(SURE) - 0.01
+    assert len(samples.images) > GOLDEN_IMAGES // 2
 
 
 def test_rows_and_card_name_the_exit(cascade: Path, tmp_path: Path) -> None:
