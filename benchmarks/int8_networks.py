@@ -79,7 +79,7 @@ def main(argv: Sequence[str]) -> int:
         help="processor time of one network's training; then it is saved and left",
     )
     arguments = parser.parse_args(argv)
-    images = linked(arguments.data, arguments.work / "images")
+    images = linked(arguments.data, CLASSES, arguments.work / "images")
     rows, code = [], DONE
     for name in arguments.networks:
         stored = arguments.work / f"{name}.json"
@@ -99,11 +99,11 @@ def main(argv: Sequence[str]) -> int:
     return code
 
 
-def linked(data: Path, folder: Path) -> Path:
-    """-> `folder`, which holds the ten classes of `data` under their names."""
+def linked(data: Path, classes: Sequence[str], folder: Path) -> Path:
+    """-> `folder`, which holds these classes of `data` under their names. Raises UsageError."""
     for split in ("train", "test"):
         (folder / split).mkdir(parents=True, exist_ok=True)
-        for name in CLASSES:
+        for name in classes:
             link, target = folder / split / name, (data / split / name).resolve()
             if not target.is_dir():
                 raise UsageError(f"{data / split} has no folder {name}; give CIFAR-100 as folders of images.")

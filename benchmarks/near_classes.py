@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.int8_agreement import read
+from benchmarks.int8_networks import linked
 from export.outputs.familiarity import auroc
 from ffl_deploy.bundle import load_bundle
 from ffl_deploy.command import Parser, run_command
@@ -27,6 +28,7 @@ from ffl_deploy.errors import DONE, CheckError, UsageError
 from ffl_deploy.markdown import percent, table
 from ffl_deploy.run_directory import CONFIG, SUMMARY
 from ffl_deploy.runtime import open_session
+from ffl_deploy.statistics import log_softmax
 
 SPLITS, SEED, BATCH = 5, 0, 100
 
@@ -59,17 +61,6 @@ def main(argv: Sequence[str]) -> int:
     return DONE
 
 
-def linked(data: Path, classes: Sequence[str], folder: Path) -> Path:
-    """-> `folder`, which holds these classes of `data` under their names."""
-    for split in ("train", "test"):
-        (folder / split).mkdir(parents=True, exist_ok=True)
-        for name in classes:
-            link = folder / split / name
-            if not link.is_symlink():
-                link.symlink_to((data / split / name).resolve(), target_is_directory=True)
-    return folder
-
-
 def exported(images: Path, work: Path, number: int, arguments: Namespace) -> Path:
     """-> the bundle of the run that knows the classes of `images`. Raises CheckError."""
     run, bundles = work / "runs" / str(number), work / "bundles" / str(number)
@@ -100,11 +91,9 @@ def measured(
         outputs = [session.run(images[first : first + BATCH]) for first in range(0, len(images), BATCH)]
         logits = np.concatenate([one.logits for one in outputs]).astype(np.float64)
         familiar = np.concatenate([one.familiarity for one in outputs if one.familiarity is not None])
-        top = logits.max(axis=1)
-        energy = top + np.log(np.exp(logits - top[:, None]).sum(axis=1))
-        sides.append(
-            ({"largest softmax": top - energy, "energy": energy, "familiarity": familiar}, logits, labels)
-        )
+        sure = log_softmax(logits).max(axis=1)
+        energy = logits.max(axis=1) - sure
+        sides.append(({"largest softmax": sure, "energy": energy, "familiarity": familiar}, logits, labels))
     (inside, logits, labels), (outside, _, _) = sides
     scores = {name: (inside[name], outside[name]) for name in inside}
     accuracy = float((logits.argmax(axis=1) == labels).mean())

@@ -221,10 +221,11 @@ def export_target(
         assert isinstance(target, CascadeTarget)
         return CascadeModel(target, run.mean, run.std, temperature, cascade.threshold.value).eval()
 
-    check_target(deployed(), reference, name)
+    plain = deployed()
+    check_target(plain, reference, name)
     if probes is not None:
         check_pixels(probes, run.preprocessing, f"{run.folder / CONFIG}")
-        probes = determined(probes, deployed(), float(reference.logits.std()))
+        probes = determined(probes, plain, float(reference.logits.std()))
 
     # what goes into the graph, and what its files are compared with
     calibration = calibrate(evaluation, name)

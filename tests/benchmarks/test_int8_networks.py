@@ -25,11 +25,11 @@ def test_the_ten_classes_are_linked_once_and_a_missing_one_is_named(tmp_path: Pa
         for name in CLASSES:
             (tmp_path / "data" / split / name).mkdir(parents=True)
     for _ in range(2):
-        folder = linked(tmp_path / "data", tmp_path / "work" / "images")
+        folder = linked(tmp_path / "data", CLASSES, tmp_path / "work" / "images")
     assert sorted(path.name for path in (folder / "test").iterdir()) == sorted(CLASSES)
     (tmp_path / "data" / "test" / CLASSES[3]).rmdir()
     with pytest.raises(UsageError, match=f"no folder {CLASSES[3]}"):
-        linked(tmp_path / "data", tmp_path / "other")
+        linked(tmp_path / "data", CLASSES, tmp_path / "other")
 
 
 def test_a_row_counts_the_convolutions_that_stay_in_float() -> None:
