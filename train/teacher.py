@@ -27,7 +27,7 @@ from ffl_deploy.networks.checkpoint import load_network
 from ffl_deploy.networks.mutual import MutualNetwork, NetworkConfig, Outputs
 from ffl_deploy.networks.targets import build_target
 from ffl_deploy.run_directory import CONFIG, load_run
-from train.features import Maps, Partial
+from train.features import FeatureBatches, Maps, Partial
 from train.loop import Trainer
 from train.machine import Place
 from train.methods import Method, distill
@@ -83,25 +83,29 @@ Answer = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Teacher:
-    """Answers the student's images. mean, std: of the student's input, on the 0..255 scale; order: where the
-    student's classes stand among the teacher's."""
+    """Answers the student's images. mean, std: of the student's input, on the 0..255 scale; order: int64
+    [classes], where the student's classes stand among the teacher's; on_device: whether it answers where the
+    student learns, without the host."""
 
     answer: Answer
     mean: Tensor
     std: Tensor
-    order: list[int]
+    order: Tensor
+    on_device: bool
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """images: normalised for the student, [n, 3, h, w] -> logits [n, classes], in the student's order."""
-        return self.answer(images.float() * self.std + self.mean)[:, self.order].to(images.device)
+        answers = self.answer(images.float() * self.std + self.mean).to(images.device)
+        return answers.index_select(1, self.order)
 
 
 def open_teacher(text: str, data: ImageData, place: Place) -> Teacher:
     """-> the teacher that --teacher names: a run, a bundle, or NAME=FILE. Raises UsageError where it is none,
     or tells other classes apart."""
     path = Path(text).expanduser()
-    if (path / MANIFEST).is_file():
+    on_device = not (path / MANIFEST).is_file()
+    if not on_device:
         classes, answer = _bundle(path)
     elif (path / CONFIG).is_file() or path.is_dir():
         classes, answer = _run(path, place)
@@ -114,7 +118,8 @@ def open_teacher(text: str, data: ImageData, place: Place) -> Teacher:
         )
     device = place.device
     mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (data.mean, data.std))
-    return Teacher(answer, mean, std, order_of(classes, data.classes, text))
+    order = torch.tensor(order_of(classes, data.classes, text), device=device)
+    return Teacher(answer, mean, std, order, on_device)
 
 
 def order_of(classes: Sequence[str], wanted: Sequence[str], text: str) -> list[int]:
@@ -217,7 +222,8 @@ class TaughtTrainer(Trainer):
 
     @property
     def captures(self) -> bool:
-        return False  # a teacher may answer on the host
+        on_device = self.teacher is None or self.teacher.on_device
+        return super().captures and on_device and not isinstance(self.batches, FeatureBatches)
 
     def learner(self) -> nn.Module:
         return Pupil(Partial(self.network), self.teacher or self.own_average)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 import train.loop
+from ffl_deploy.bundle import Bundle
 from ffl_deploy.errors import Interrupted, UsageError
 from ffl_deploy.networks.mutual import MutualNetwork, NetworkConfig
 from tests.train.recorded import Recording
@@ -190,6 +194,35 @@ def test_a_run_of_captured_steps_is_the_run_of_steps_as_they_are_also_when_it_is
         found, averages = weights(run, "ema"), weights(expected, "ema")
         assert all(torch.equal(found[name], value) for name, value in averages.items())
     assert captured_on_cpu[0].replays > 0
+
+
+@pytest.mark.parametrize("taught_by", ["run", "ema"])
+def test_a_teacher_on_the_device_is_captured_with_the_step(
+    taught_by: str, captured_on_cpu: list[Recording], train_tiny: TrainTiny
+) -> None:
+    teacher = train_tiny("teacher", "--epochs", "1", "--cuda-graph", "off") if taught_by == "run" else "ema"
+    flags = ["--epochs", "3", "--ema", "0.9", "--teacher", str(teacher)]
+    expected = train_tiny("plain", *flags, "--cuda-graph", "off")
+    assert_same_run(train_tiny("captured", *flags, "--cuda-graph", "on"), expected)
+    assert captured_on_cpu[0].replays > 0
+
+
+def test_a_teacher_on_the_host_and_answers_that_are_kept_are_not_captured(
+    captured_on_cpu: list[Recording], train_tiny: TrainTiny, tiny_bundle: Bundle, tmp_path: Path
+) -> None:
+    """A bundle answers by another library; kept answers are read from the disk."""
+    images = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3), dtype=np.uint8)
+    for split, name in itertools.product(("train", "test"), tiny_bundle.manifest.classes):
+        folder = tmp_path / "images" / split / name
+        folder.mkdir(parents=True)
+        for number, pixels in enumerate(images):
+            Image.fromarray(pixels).save(folder / f"{number}.png")
+    of_bundle = ["--data", str(tmp_path / "images"), "--teacher", str(tiny_bundle.folder)]
+    train_tiny("by-a-bundle", *of_bundle, "--cuda-graph", "on")
+    teacher = train_tiny("teacher", "--epochs", "1", "--cuda-graph", "off")
+    few = ["--no-flip", "--crop-padding", "0"]
+    train_tiny("kept", *few, "--teacher", str(teacher), "--cuda-graph", "on")
+    assert captured_on_cpu == []
 
 
 def test_a_graph_is_asked_for_where_there_can_be_one() -> None:

@@ -133,6 +133,28 @@ def test_captured_steps_have_the_bits_of_steps_as_they_are(
     assert_same_run(trained(tiny_flags, tmp_path / "captured", *flags, "--cuda-graph", "on"), plain)
 
 
+@pytest.mark.parametrize("taught_by", ["run", "ema"])
+def test_a_taught_step_that_is_captured_has_the_bits_of_the_step_as_it_is(
+    taught_by: str, tiny_flags: list[str], tmp_path: Path
+) -> None:
+    flags = ["--precision", "bf16", "--epochs", "3", "--ema", "0.9", "--teacher"]
+    flags += [str(trained(tiny_flags, tmp_path / "teacher")) if taught_by == "run" else "ema"]
+    plain = trained(tiny_flags, tmp_path / "plain", *flags, "--cuda-graph", "off")
+    command = [sys.executable, "-m", "train.run", *(flag for flag in tiny_flags if flag != "--quiet"), *flags]
+    command += [
+        "--device",
+        "cuda",
+        "--deterministic",
+        "--cuda-graph",
+        "on",
+        "--out",
+        str(tmp_path / "captured"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "without a CUDA graph" not in done.stderr  # it was captured
+    assert_same_run(tmp_path / "captured", plain)
+
+
 STOPPED = """
 import sys
 import train.loop
