@@ -1,9 +1,10 @@
 """The results of a GPU as a page: docs/performance/gpu.json -> docs/gpu-acceptance.md.
 
-    python -m benchmarks.gpu_acceptance.page [OUT ...]
+    python -m benchmarks.gpu_acceptance.page [--add] [OUT ...]
 
 With OUT, the folder of a run, its acceptance.json becomes docs/performance/gpu.json first; of several, in the
-order in which they were made, every stage is that of the last run that had it. What was not measured is said
+order in which they were made, every stage is that of the last run that had it; with --add, of those
+of before too. What was not measured is said
 not to be: no number stands on the page that is not in the file.
 """
 
@@ -101,7 +102,8 @@ def joined(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if line["status"] != "not run" or line["stage"] not in last:
             last[line["stage"]] = line
     stages = [last.get(stage.name) or not_run(stage, "was in none of these runs") for stage in STAGES]
-    return {"date": runs[-1]["date"], "runs": len(runs), "machine": runs[-1]["machine"], "stages": stages}
+    count = sum(run.get("runs", 1) for run in runs)  # what is stored can be of several
+    return {"date": runs[-1]["date"], "runs": count, "machine": runs[-1]["machine"], "stages": stages}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -111,9 +113,11 @@ def main(argv: Sequence[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("out", type=Path, nargs="*", metavar="OUT")
+    parser.add_argument("--add", action="store_true", help="to what is stored of the same GPU")
     arguments = parser.parse_args(argv)
     if arguments.out:
-        content = joined([result_of(folder) for folder in arguments.out])
+        before = [kept for kept in [stored() if arguments.add else None] if kept is not None]
+        content = joined(before + [result_of(folder) for folder in arguments.out])
         write_atomically(RESULTS, json.dumps(content, indent=1) + "\n")
     write_atomically(PAGE, page(stored()))
     return 0

@@ -1,11 +1,11 @@
 """docs/results.md from stored JSON: what the CIFAR-100 model of examples/cifar100 reaches,
 and how it was trained.
 
-results.md, alone.md and the files of comparison_text.py, fine_tuning.py and photographs.py hold the page's
-sentences and commands, this file the values. With --run, --report, --reliability, --fine-tuned and
---photographs what the page needs of the models is stored in docs/results/, once; what train.compare wrote is
-copied to docs/. Without flags the page and its figures are made again, which needs neither the runs nor the
-data.
+results.md, alone.md and the files of comparison_text.py, fine_tuning.py, photographs.py and teacher.py hold
+the page's sentences and commands, this file the values. With --run, --report, --reliability, --fine-tuned,
+--photographs and --taught what the page needs of the models is stored in docs/results/, once; what
+train.compare wrote is copied to docs/. Without flags the page and its figures are made again, which needs
+neither the runs nor the data.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from benchmarks.page import fine_tuning, photographs
+from benchmarks.page import fine_tuning, photographs, teacher
 from benchmarks.page.comparison_text import comparison_text
 from benchmarks.page.pairs import accuracy_table, pair_table, wilson_of
 from export.publish.plot import draw_report
@@ -196,6 +196,7 @@ def page() -> str:
         alone=alone_text(training["summary"]["test_images"]),
         fine_tuning=fine_tuning.text(STORED),
         photographs=photographs.text(STORED),
+        teacher=teacher.text(STORED),
         report=body(report).rstrip(),
         calibrations=calibration_list(draw_reliability(STORED / "reliability.png")),
         attention=attention_table(draw_attention(STORED / "cam.png")),
@@ -294,6 +295,13 @@ def main(argv: list[str]) -> int:
         help="store this finished run that started from weights: flowers or cifar100, the run, its CPU time, "
         "and its export if it has one",
     )
+    parser.add_argument(
+        "--taught",
+        type=Path,
+        nargs="+",
+        metavar=("TEACHER ALONE TAUGHT", "ALONE TAUGHT"),
+        help="store these finished runs: a teacher, and students of one seed each, alone and under it",
+    )
     arguments = parser.parse_args(argv)
     if (arguments.run is None) != (arguments.report is None):
         raise UsageError("--run and --report belong together; give both.")
@@ -307,6 +315,8 @@ def main(argv: list[str]) -> int:
         name, run, seconds, *bundles = arguments.photographs
         exported = Path(bundles[0]) if bundles else None
         photographs.collect(name, Path(run), float(seconds), exported, STORED)
+    if arguments.taught:
+        teacher.collect(arguments.taught[0], arguments.taught[1:], STORED)
     (DOCS / "results.md").write_text(page())
     print(DOCS / "results.md")
     return 0

@@ -276,6 +276,9 @@ def test_of_several_runs_every_stage_is_the_last_that_ran() -> None:
     assert [line["stage"] for line in found["stages"]] == [stage.name for stage in STAGES]
     seconds = {line["stage"]: line["seconds"] for line in found["stages"] if line["status"] != "not run"}
     assert list(seconds.items()) == [("machine", 5), ("speed", 6), ("waits", 2), ("bound", 4)]
+    again = joined([found, run("X", waits="ok 9")])  # with what is stored
+    assert again["runs"] == 4
+    assert [line["seconds"] for line in again["stages"] if line["stage"] in ("speed", "waits")] == [6, 9]
     with pytest.raises(UsageError, match="different GPUs \\(X, Y\\)"):
         joined([*runs, run("Y", speed="ok 1")])
 

@@ -5,14 +5,19 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import msgspec
+import numpy as np
 import pytest
 
 from benchmarks.page.comparison_text import account, comparison_text
 from benchmarks.page.results import main
+from benchmarks.page.teacher import collect, compared, text, verdict
 from ffl_deploy.errors import UsageError
 from ffl_deploy.files import write_json
+from ffl_deploy.run_directory import PREDICTIONS, Run
 from train.comparison.results import Against, Comparison, MethodResult, SeedPair, estimate
 
 
@@ -113,6 +118,39 @@ def test_the_committed_page_is_what_the_command_writes(
     pictures = re.findall(r"!\[.*?\]\((.+?)\)", (tmp_path / "docs/results.md").read_text())
     assert len(pictures) == 6
     assert all((tmp_path / "docs" / picture).stat().st_size > 10_000 for picture in pictures)
+
+
+def student(folder: Path, right: list[bool], teacher: str | None, seed: int = 3) -> Run:
+    folder.mkdir()
+    np.savez(folder / PREDICTIONS, labels=np.ones(len(right), int), branch0=np.array(right, int))
+    options = {"seed": seed, "recipe": "r", "optimisation": {}, "data": {}, "model": {"teacher": teacher}}
+    return cast(Run, SimpleNamespace(folder=folder, config=SimpleNamespace(options=options)))
+
+
+def test_a_taught_student_is_compared_with_itself_alone(tmp_path: Path) -> None:
+    alone = student(tmp_path / "alone", [True, True, False, False, False], None)
+    taught = student(tmp_path / "taught", [True, False, True, True, True], "runs/t")
+    found = compared(alone, taught)
+    assert (found["seed"], found["reference_accuracy"], found["candidate_accuracy"]) == (3, 0.4, 0.8)
+    assert (found["gained"], found["lost"]) == (3, 1)
+    other = student(tmp_path / "other", [True] * 5, "runs/t", seed=4)
+    for pair in ((alone, other), (taught, alone), (alone, alone)):
+        with pytest.raises(UsageError, match="are no pair: they have to be of one seed"):
+            compared(*pair)
+    with pytest.raises(UsageError, match="runs in pairs: alone, taught"):
+        collect(tmp_path, [tmp_path / "alone"], tmp_path)
+
+
+def test_what_the_teacher_brings_is_told_over_all_seeds(tmp_path: Path) -> None:
+    def pair(delta: float, low: float) -> dict[str, Any]:
+        return {"delta": delta, "interval": {"low": low, "high": delta + 0.01}}
+
+    pairs = [pair(0.03, 0.01), pair(0.01, -0.002), pair(-0.01, -0.02)]
+    assert verdict(pairs) == (
+        "The taught student is better in 2 of 3 seeds, by +1.00 points on average; in 1 of them the interval "
+        "of the difference is above 0."
+    )
+    assert text(tmp_path) == ""  # no such runs were stored
 
 
 def test_the_page_holds_the_comparison_and_its_ablations(tmp_path: Path) -> None:
