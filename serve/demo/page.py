@@ -129,20 +129,25 @@ def _heading(service: Service) -> str:
     models = list(service.models.values())
     classes = models[0].bundle.classes
     shown = f"{', '.join(classes[:12])}, …" if len(classes) > 12 else f"{', '.join(classes)}."
-    kinds = "; ".join(f"{model.name}: {_kind(model.bundle.manifest.target)}" for model in models[:6])
+    kinds = "; ".join(f"{model.name}: {kind_of(model.bundle.manifest.target)}" for model in models[:6])
     return (
         f"<h1>{html.escape(title_of(service))}</h1><p>{html.escape(shown)}</p>"
         f'<p class="quiet">{html.escape(kinds)}. Every model answers each image, on this server.</p>'
     )
 
 
-def _kind(target: str) -> str:
+def kind_of(target: str) -> str:
     """-> what a target is, for a visitor."""
     if target.startswith("branch"):
         return "a small network by itself"
-    return {"fused": "the strong one, which joins small networks", "ensemble": "their average"}.get(
-        target, "a classifier"
-    )
+    return KINDS.get(target, "a classifier")
+
+
+KINDS = {
+    "fused": "the strong one, which joins small networks",
+    "ensemble": "their average",
+    "cascade": "a small network first, the strong one where that is unsure",
+}
 
 
 def _which_model_tab(service: Service, texts: Texts) -> None:

@@ -21,6 +21,7 @@ from PIL import Image
 
 from ffl_deploy.bundle import Bundle
 from ffl_deploy.images import decode
+from serve.demo.page import kind_of
 from serve.server.offline import SILENCE
 from serve.server.settings import Limits, ModelSpec, Settings
 
@@ -426,3 +427,9 @@ def test_what_gradio_keeps_of_its_sessions_is_bounded(demo: Any, tmp_path: Path)
                 assert "Give an image file" in (await http.get(f"/gradio_api/call/classify/{waiting}")).text
 
     asyncio.run(body())
+
+
+def test_the_heading_says_what_each_target_is() -> None:
+    assert kind_of("cascade") == "a small network first, the strong one where that is unsure"
+    assert kind_of("fused") == "the strong one, which joins small networks"
+    assert kind_of("branch1") == "a small network by itself"
