@@ -6,34 +6,32 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
-from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.middleware.gzip import GZipMiddleware
-from starlette.routing import Route
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Mount, Route
 
 from serve.demo.guard import DemoGuard, largest_demo_body
 from serve.demo.slot import DemoSlot
 from serve.server import classify, v2
-from serve.server.compression import Inflate
+from serve.server.compression import Compress, Inflate
 from serve.server.full_disk import full_disk
 from serve.server.limits import Bodies, HostAndOrigin, Token, own_hosts
 from serve.server.memory import give_back, trimmer
 from serve.server.protocol import HEADER_LENGTH
 from serve.server.proxies import Forwarded
 from serve.server.repository import Repository
+from serve.server.responses import json_response
 from serve.server.service import Phase, Service
 from serve.server.settings import Settings
 from serve.server.tracking import Tracking
 
-COMPRESSED_FROM, COMPRESSION_LEVEL = 16 * 1024, 1
-"""Answers of the protocol from so many bytes on are compressed for clients that ask for it, fast rather than
-small: logits hardly compress, JSON does."""
 
-
-def create_app(settings: Settings, stop: Callable[[], None] = lambda: None) -> FastAPI:
+def create_app(settings: Settings, stop: Callable[[], None] = lambda: None) -> Starlette:
     """-> the application; it starts to load its bundles when its lifespan starts, and answers health at once.
 
     Args: stop: called when loading failed; `app.state.service.failure` then says why.
@@ -43,39 +41,38 @@ def create_app(settings: Settings, stop: Callable[[], None] = lambda: None) -> F
     slot = DemoSlot(service)
 
     @contextlib.asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
         async with _running(service, repository, slot, stop):
             yield
 
-    # No generated API pages: they load scripts from elsewhere, and the protocol has its own specification.
-    app = FastAPI(title="ffl-serve", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.state.service, app.state.repository = service, repository
-
     # errors, in the form of the inference protocol
-    @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> Response:
-        return JSONResponse({"error": str(error.detail)}, error.status_code, error.headers)
+        return json_response({"error": str(error.detail)}, error.status_code, error.headers)
 
-    @app.exception_handler(OSError)
     async def failed_disk(request: Request, error: OSError) -> Response:
         if (said := full_disk(error)) is None:
             raise error
-        return JSONResponse({"error": str(said)}, said.status)
+        return json_response({"error": str(said)}, said.status)
 
-    @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> Response:
-        return JSONResponse({"error": "the server failed on this request; its log says why"}, 500)
+        return json_response({"error": "the server failed on this request; its log says why"}, 500)
+
+    errors: dict[Any, Any] = {HTTPException: refused, OSError: failed_disk, Exception: failed}
 
     # routes: whatever is neither metrics nor protocol belongs to the demo
     async def metrics(request: Request) -> Response:
         return Response(service.metrics.text(), media_type=service.metrics.content_type)
 
-    app.add_route("/metrics", metrics)
-    app.add_route("/v2", v2.Descriptions(service, repository).server)
-    app.mount("/v2", GZipMiddleware(v2.routes(service, repository), COMPRESSED_FROM, COMPRESSION_LEVEL))
-    if settings.protocol:
-        app.router.routes.append(Route(classify.PATH, classify.Classify(service)))
-    app.mount("/", DemoGuard(slot, service))
+    routes = [
+        Mount("/v2", Compress(v2.routes(service, repository))),
+        Route("/v2", v2.Descriptions(service, repository).server),
+        Route("/metrics", metrics),
+        *([Route(classify.PATH, classify.Classify(service))] if settings.protocol else []),
+        Mount("/", DemoGuard(slot, service)),
+    ]
+    # not a FastAPI, which would add nothing but layers that every request passes
+    app = Starlette(routes=routes, exception_handlers=errors, lifespan=lifespan)
+    app.state.service, app.state.repository = service, repository
 
     # what every request passes; the last one added is the outermost
     def largest_body(path: str) -> int:

@@ -309,7 +309,7 @@ def run(settings: Settings) -> int:
     """Serve until SIGTERM or SIGINT; -> exit code. Raises UsageError, CheckError."""
     if settings.gpu is not None:
         use_gpu(settings.gpu)
-    from serve.app import create_app  # FastAPI and uvicorn take a second, which --help does without
+    from serve.app import create_app  # Starlette and uvicorn take a second, which --help does without
     from serve.lifecycle import serve
 
     serve(settings, create_app)

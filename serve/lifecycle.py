@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.applications import Starlette
 
 from ffl_deploy.errors import UsageError
 from ffl_deploy.host import return_freed_memory
@@ -37,7 +37,7 @@ KEEP_ALIVE_SECONDS = 75
 BACKLOG = 2048
 SETTLE_SECONDS = 1.0
 
-CreateApp = Callable[[Settings, Callable[[], None]], FastAPI]
+CreateApp = Callable[[Settings, Callable[[], None]], Starlette]
 """(settings, what to call when loading failed) -> an application whose `state.service` is its Service."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +27,15 @@ class Outputs(NamedTuple):
     def finite(self) -> np.ndarray:
         """bool [n]: whether an image's logits and probabilities are numbers."""
         return np.isfinite(self.logits).all(axis=1) & np.isfinite(self.probabilities).all(axis=1)
+
+    @property
+    def all_finite(self) -> bool:
+        """-> whether those of all images are: what `finite` says, at a tenth of its price."""
+        # A sum of squares is a number where all of its terms are; where it is none, it may have overflowed.
+        return all(
+            isfinite(np.vdot(values, values)) or bool(np.isfinite(values).all())
+            for values in (self.logits, self.probabilities)
+        )
 
     def rows(self, chosen: slice) -> Outputs:
         """-> the answers of some of the images."""

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from starlette.datastructures import Headers, QueryParams, UploadFile
+from starlette.datastructures import QueryParams, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
 from starlette.requests import ClientDisconnect, Request
@@ -21,7 +21,8 @@ from starlette.types import Receive, Scope, Send
 
 from ffl_deploy.images import ImageError
 from ffl_deploy.preprocessing import Pixels
-from serve.server.exchange import REFUSALS, ClientGone, read_body, refusal, while_connected
+from serve.server.exchange import REFUSALS, ClientGone, WhileConnected, read_body, refusal
+from serve.server.headers import header
 from serve.server.models import ServedModel
 from serve.server.noted import step
 from serve.server.protocol import ProtocolError
@@ -52,14 +53,14 @@ class Classify:
         try:
             with step("read"):
                 files = await read_files(scope, receive, self.service.settings.limits.images_per_request)
-            async with while_connected(receive):
+            async with WhileConnected(receive):
                 content = await self._answer(model, files, _top_k(query.get("top_k")))
         except (ClientGone, ClientDisconnect):
             return
         except REFUSALS as error:
             response = refusal(error, model.name)
         else:
-            if "x-request-id" in Headers(scope=scope):  # a stored answer says whose it is
+            if header(scope, b"x-request-id") is not None:  # a stored answer says whose it is
                 content["request_id"] = scope[REQUEST_ID]
             readable = any("error" not in row for row in content["images"])
             response = json_response(content, 200 if readable else 400)
@@ -111,7 +112,7 @@ class Classify:
 async def read_files(scope: Scope, receive: Receive, most: int) -> list[NamedFile]:
     """-> the images of a request: the files of a form, or a body that is one image itself.
     Raises ProtocolError, ClientGone."""
-    kind = Headers(scope=scope).get("content-type", "").partition(";")[0].strip().lower()
+    kind = (header(scope, b"content-type") or "").partition(";")[0].strip().lower()
     if kind.startswith("image/") or kind == "application/octet-stream":
         return [("", await read_body(receive))]
     if kind != "multipart/form-data":

@@ -1,7 +1,9 @@
-"""Compressed requests (gzip, deflate), unpacked piece by piece before their size is looked at.
+"""Compressed answers, and compressed requests (gzip, deflate), unpacked piece by piece before their size is
+looked at.
 
-Standing outside `limits.Bodies`, it gives that the unpacked bytes: what a body may hold, and what all of them
-may, is then the same whether it came compressed or not, and a bomb is refused once it has unpacked to that.
+Standing outside `limits.Bodies`, `Inflate` gives that the unpacked bytes: what a body may hold, and what all
+of them may, is then the same whether it came compressed or not, and a bomb is refused once it has unpacked to
+that.
 """
 
 from __future__ import annotations
@@ -9,9 +11,10 @@ from __future__ import annotations
 import asyncio
 import zlib
 
-from starlette.datastructures import Headers
+from starlette.middleware.gzip import GZipMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve.server.headers import header
 from serve.server.responses import Refused
 
 PIECE = 256 * 1024
@@ -19,6 +22,22 @@ PIECE = 256 * 1024
 WINDOW_BITS = {"gzip": 16 + zlib.MAX_WBITS, "x-gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
 """Content-Encoding -> zlib's; HTTP's deflate is zlib's format (RFC 9110, 8.4.1.2)."""
 UNREADABLE = "the body is not what its Content-Encoding says"
+
+COMPRESSED_FROM, COMPRESSION_LEVEL = 16 * 1024, 1
+"""Answers from so many bytes on are compressed for clients that ask for it, fast rather than small: logits
+hardly compress, JSON does."""
+
+
+class Compress:
+    """Compresses the answers of `app` where it pays. A POST of a client that takes them only as they are goes
+    by it: no cache keeps its answer, so that there is nothing to say of how it would vary."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app, self._compressing = app, GZipMiddleware(app, COMPRESSED_FROM, COMPRESSION_LEVEL)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        plain = scope.get("method") == "POST" and header(scope, b"accept-encoding") is None
+        await (self.app if plain else self._compressing)(scope, receive, send)
 
 
 class Inflate:
@@ -28,7 +47,7 @@ class Inflate:
         self.app, self.prefix = app, prefix
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        encoding = Headers(scope=scope).get("content-encoding", "") if scope["type"] == "http" else ""
+        encoding = header(scope, b"content-encoding") if scope["type"] == "http" else None
         if encoding not in WINDOW_BITS or not scope["path"].startswith(self.prefix):
             return await self.app(scope, receive, send)
         left = [

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator
+from types import TracebackType
 
 from starlette.responses import Response
 from starlette.types import Receive
@@ -18,6 +17,9 @@ from serve.server.responses import json_response
 REFUSALS = (ProtocolError, ImageError, NonFinite, Overloaded, Closed)
 """What `refusal` has an answer to."""
 
+
+WATCHED_AFTER_SECONDS = 0.1
+"""From then on a request that waits for its answer ends when its client goes away."""
 
 CLOSING = "the server is shutting down"
 
@@ -56,27 +58,38 @@ async def read_body(receive: Receive) -> bytes:
             return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
-@contextlib.asynccontextmanager
-async def while_connected(receive: Receive) -> AsyncIterator[None]:
-    """Run the block until the client goes away, then raise ClientGone in it:
-    its place in the queue becomes free."""
-    task = asyncio.current_task()
-    assert task is not None
-    gone = False
+class WhileConnected:
+    """`async with WhileConnected(receive):` runs the block until the client goes away, then raises ClientGone
+    in it: its place in the queue becomes free.
 
-    async def watch() -> None:
-        nonlocal gone
-        while (await receive())["type"] != "http.disconnect":
+    Nobody listens for that at first: a task for each request would cost more than reading it does, and most
+    have their answer by then.
+    """
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive, self._gone = receive, False
+        self._watcher: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self._timer = asyncio.get_running_loop().call_later(WATCHED_AFTER_SECONDS, self._begin)
+
+    def _begin(self) -> None:
+        self._watcher = asyncio.create_task(self._watch())
+
+    async def _watch(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
             pass
-        gone = True
-        task.cancel()
+        self._gone = True
+        self._task.cancel()
 
-    watcher = asyncio.create_task(watch())
-    try:
-        yield
-    except asyncio.CancelledError:
-        if gone and task.uncancel() == 0:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._timer.cancel()
+        if self._watcher is not None:
+            self._watcher.cancel()
+        if isinstance(error, asyncio.CancelledError) and self._gone and self._task.uncancel() == 0:
             raise ClientGone from None
-        raise
-    finally:
-        watcher.cancel()

@@ -19,9 +19,9 @@ from collections.abc import Callable, Collection, Sequence
 from typing import NoReturn
 from urllib.parse import urlsplit
 
-from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve.server.headers import header
 from serve.server.responses import Refused
 from serve.server.settings import Limits
 
@@ -62,8 +62,7 @@ class HostAndOrigin:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] in PROBES:
             return await self.app(scope, receive, send)
-        headers = Headers(scope=scope)
-        host, origin = headers.get("host", ""), headers.get("origin")
+        host, origin = header(scope, b"host") or "", header(scope, b"origin")
         if not self._is_ours(_host_name(f"//{host}")):
             return await Refused(421, NOT_OURS)(scope, receive, send)
         # A page may call the server that it came from, port included, and no other page may.
@@ -110,7 +109,7 @@ class Token:
         if (
             scope["type"] != "http"
             or scope["path"] in PROBES
-            or self._allowed(Headers(scope=scope).get("authorization", ""))
+            or self._allowed(header(scope, b"authorization") or "")
         ):
             return await self.app(scope, receive, send)
         challenge = {"www-authenticate": 'Basic realm="ffl-serve", charset="UTF-8"'}
@@ -207,12 +206,11 @@ class Bodies:
             return await self.app(scope, receive, send)
         # what its headers say of it
         limit = self._limit_of(scope["path"])
-        headers = Headers(scope=scope)
-        announced = headers.get("content-length")
+        announced = header(scope, b"content-length")
         size = int(announced) if announced is not None and announced.isdecimal() else 0
         if size > limit:
             return await _too_large(limit)(scope, receive, send)
-        if headers.get("content-encoding") not in (None, "identity"):
+        if header(scope, b"content-encoding") not in (None, "identity"):
             return await Refused(415, "send the body without Content-Encoding")(scope, receive, send)
 
         # while it arrives, and until it is answered

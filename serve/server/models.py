@@ -72,7 +72,7 @@ class ServedModel:
     async def infer(self, images: np.ndarray) -> Outputs:
         """uint8 [n, height, width, 3] -> Outputs. Raises NonFinite, Overloaded."""
         outputs = await self.batcher.infer(images)
-        if not outputs.finite.all():
+        if not outputs.all_finite:
             raise NonFinite(f"{self.name} gave NaN or infinite values for {_bad_rows(outputs.finite)}")
         return outputs
 

@@ -247,8 +247,9 @@ def _refuse_shared_memory(tensor: Tensor | RequestedOutput) -> None:
 def _check(tensor: Tensor, datatype: str, image_shape: list[int], signature: Signature) -> None:
     if tensor.datatype != datatype:
         raise ProtocolError(f"input {tensor.name!r} has to be {datatype}")
-    count = tensor.shape[0] if tensor.shape else 0
-    if tensor.shape[1:] != image_shape or count < 1:
+    shape = tensor.shape
+    count = shape[0] if shape else 0
+    if shape[1:] != image_shape or count < 1:
         wanted = ", ".join(["n", *map(str, image_shape)])
         raise ProtocolError(f"input {tensor.name!r} has to have the shape [{wanted}], n >= 1")
     if count > signature.max_images:
@@ -276,7 +277,8 @@ def _raw_data(tensor: Tensor, raw: memoryview | None) -> memoryview | None:
 
 
 def _uint8_tensor(tensor: Tensor, raw: memoryview | None) -> np.ndarray:
-    count = math.prod(tensor.shape)
+    shape = tensor.shape
+    count = math.prod(shape)
     if raw is None:
         data = bytes(tensor.data)
         _check_numbers(tensor, data, count)
@@ -287,12 +289,12 @@ def _uint8_tensor(tensor: Tensor, raw: memoryview | None) -> np.ndarray:
         # numpy would silently cut 1.5 to 1, which is no pixel
         if values.dtype.kind != "i" or (values.size and (values.min() < 0 or values.max() > 255)):
             raise ProtocolError(f"the data of input {tensor.name!r} has to be whole numbers from 0 to 255")
-        if values.size != count or (values.ndim != 1 and list(values.shape) != tensor.shape):
+        if values.size != count or (values.ndim != 1 and list(values.shape) != shape):
             raise _wrong_count(tensor, count)
-        return values.astype(np.uint8).reshape(tensor.shape)
+        return values.astype(np.uint8).reshape(shape)
     if len(raw) != count:
         raise ProtocolError(f"input {tensor.name!r} has {len(raw)} bytes, its shape needs {count}")
-    return np.frombuffer(raw, np.uint8).reshape(tensor.shape)
+    return np.frombuffer(raw, np.uint8).reshape(shape)
 
 
 def _check_numbers(tensor: Tensor, data: bytes, count: int) -> None:
@@ -307,7 +309,8 @@ def _check_numbers(tensor: Tensor, data: bytes, count: int) -> None:
             f"the data of input {tensor.name!r} is not an array of numbers; it has to be whole numbers "
             "from 0 to 255"
         )
-    lists = 1 + sum(math.prod(tensor.shape[:depth]) for depth in range(1, len(tensor.shape)))
+    shape = tensor.shape
+    lists = 1 + sum(math.prod(shape[:depth]) for depth in range(1, len(shape)))
     if data.count(b"[") > lists or data.count(b",") != count - 1:
         raise _wrong_count(tensor, count)
 
@@ -365,7 +368,7 @@ def _classification(
 
 
 def raw_bytes(values: np.ndarray, labels: list[str] | None) -> bytes | memoryview:
-    if labels is None and values.dtype in (np.bool_, np.int64):
+    if labels is None and values.dtype.kind in "bi":
         return values.astype(values.dtype.newbyteorder("<")).tobytes()
     if labels is None:
         return np.ascontiguousarray(values, "<f4").data.cast("B")

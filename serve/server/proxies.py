@@ -13,7 +13,7 @@ from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
-FORWARDED = ("x-forwarded-", "x-gradio-server", "forwarded", "x-real-ip")
+FORWARDED = (b"x-forwarded-", b"x-gradio-server", b"forwarded", b"x-real-ip")
 """How the headers begin that speak for a client."""
 
 
@@ -22,7 +22,7 @@ class Forwarded:
     not; proxies: addresses and networks whose `X-Forwarded-For`, `-Proto` and `-Host` are believed."""
 
     def __init__(self, app: ASGIApp, root_path: str, proxies: Sequence[str]) -> None:
-        self.app, self.root_path = app, root_path
+        self.app, self.root_path, self._proxies = app, root_path, frozenset(proxies)
         self._believing = ProxyHeadersMiddleware(app, list(proxies))  # type: ignore[arg-type]
         self._believed = self._believing.trusted_hosts
 
@@ -32,11 +32,11 @@ class Forwarded:
         if self.root_path and scope["path"] == self.root_path:  # the page's own addresses are relative
             return await RedirectResponse(f"{self.root_path}/", 307)(scope, receive, send)
         scope = self._at_the_root(dict(scope))
-        if (scope.get("client") or ("",))[0] not in self._believed:
+        if not self._proxies or (scope.get("client") or ("",))[0] not in self._believed:
             scope["headers"] = _without(scope, FORWARDED)
             return await self.app(scope, receive, send)
         if host := Headers(scope=scope).get("x-forwarded-host", "").split(",")[0].strip():
-            scope["headers"] = [(b"host", host.encode("latin-1")), *_without(scope, ("host",))]
+            scope["headers"] = [(b"host", host.encode("latin-1")), *_without(scope, (b"host",))]
         return await self._believing(scope, receive, send)  # type: ignore[arg-type]
 
     def _at_the_root(self, scope: Scope) -> Scope:
@@ -46,7 +46,5 @@ class Forwarded:
         return scope
 
 
-def _without(scope: Scope, beginnings: tuple[str, ...]) -> list[tuple[bytes, bytes]]:
-    return [
-        (name, value) for name, value in scope["headers"] if not name.decode("latin-1").startswith(beginnings)
-    ]
+def _without(scope: Scope, beginnings: tuple[bytes, ...]) -> list[tuple[bytes, bytes]]:
+    return [(name, value) for name, value in scope["headers"] if not name.startswith(beginnings)]

@@ -7,13 +7,15 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.server import noted
+from serve.server.headers import header
 from serve.server.noted import Notes
 from serve.server.service import Phase, Service
 
@@ -85,12 +87,19 @@ class Span(NamedTuple):
 
 
 def record(
-    service: Service, asked: Asked, route: str, status: int | str, span: Span, *, failed: bool
+    service: Service,
+    asked: Asked,
+    route: str,
+    status: int | str,
+    described: Callable[[], Span],
+    *,
+    failed: bool,
 ) -> None:
-    """Count, time and trace a request that has its answer, and log it where somebody may have to know."""
+    """Count, time and trace a request that has its answer, and log it where somebody may have to know.
+    described: -> its span, asked for where there are traces."""
     seconds, said = time.perf_counter() - asked.began, asked.notes.said
     if service.traces is not None and not asked.probe and route != "metrics":
-        known = {f"ffl.{name}": said[name] for name in ("model", "id") if name in said}
+        span, known = described(), {f"ffl.{name}": said[name] for name in ("model", "id") if name in said}
         ids: dict[str, str | int] = {"client.address": asked.client, "ffl.request_id": asked.request_id}
         trace = service.traces.request(
             span.name,
@@ -131,10 +140,10 @@ class Tracking:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         # who asks, and when
-        metrics, headers = self.service.metrics, Headers(scope=scope)
+        metrics = self.service.metrics
         began = time.perf_counter()
         said = {"method": scope["method"], "path": scope["path"][:LONGEST_PATH]}
-        scope[REQUEST_ID] = request_id = self._ids(headers.get("x-request-id", ""), said)
+        scope[REQUEST_ID] = request_id = self._ids(header(scope, b"x-request-id") or "", said)
         notes = noted.begin(said)
         status = 499  # nginx's number for a client that left before its answer
 
@@ -162,8 +171,9 @@ class Tracking:
             metrics.in_flight.dec()
             route = route_of(scope["path"])
             client = (scope.get("client") or ("",))[0]
-            asked = Asked(notes, client, request_id, route == "health", headers, began)
-            record(self.service, asked, route, status, _http_span(said, route, status), failed=status >= 400)
+            asked = Asked(notes, client, request_id, route == "health", Headers(scope=scope), began)
+            span = partial(_http_span, said, route, status)
+            record(self.service, asked, route, status, span, failed=status >= 400)
         return None
 
 

@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -20,7 +19,8 @@ from starlette.types import Receive, Scope, Send
 import ffl_deploy
 from ffl_deploy.errors import FflError, UsageError
 from serve.server import noted
-from serve.server.exchange import REFUSALS, ClientGone, read_body, refusal, while_connected
+from serve.server.exchange import REFUSALS, ClientGone, WhileConnected, read_body, refusal
+from serve.server.headers import header
 from serve.server.models import ServedModel
 from serve.server.protocol import (
     HEADER_LENGTH,
@@ -44,9 +44,13 @@ PARSE_INLINE_BYTES = 64 * 1024
 def routes(service: Service, repository: Repository) -> Router:
     """-> the router to mount at /v2; of a demo alone it has the health routes only."""
     described = Descriptions(service, repository)
-    found: list[BaseRoute] = [Route("/health/live", described.live), Route("/health/ready", described.ready)]
-    if service.settings.protocol:
+    models = ("/models/{name}", "/models/{name}/versions/{version}")
+    found: list[BaseRoute] = []
+    if service.settings.protocol:  # first, as routes are tried in their order
         infer = Infer(service)
+        found += [Route(f"{model}/infer", infer, methods=["POST"]) for model in models]
+    found += [Route("/health/live", described.live), Route("/health/ready", described.ready)]
+    if service.settings.protocol:
         found.append(Route("/models/stats", described.all_statistics))  # before a model of that name
         found += [Route("/", described.server), Route("/repository/index", described.index, methods=["POST"])]
         if service.settings.model_control:
@@ -55,13 +59,12 @@ def routes(service: Service, repository: Repository) -> Router:
                 found.append(Route(path, partial(change_model, change), methods=["POST"]))
         else:
             found.append(Route("/repository/models/{name}/{verb}", _not_controlled, methods=["POST"]))
-        for model in ("/models/{name}", "/models/{name}/versions/{version}"):
+        for model in models:
             found += [
                 Route(model, described.model),
                 Route(model + "/ready", described.model_ready),
                 Route(model + "/config", described.config),
                 Route(model + "/stats", described.statistics),
-                Route(model + "/infer", infer, methods=["POST"]),
             ]
     return Router(found, redirect_slashes=False, default=_not_found)
 
@@ -204,7 +207,7 @@ class Infer:
         try:
             with noted.step("read"):
                 body = await read_body(receive)
-            async with while_connected(receive):
+            async with WhileConnected(receive):
                 response = await self._answer(model, body, _header_length(scope))
         except ClientGone:
             return
@@ -249,7 +252,7 @@ MOST_DIGITS = 12  # of a length
 
 
 def _header_length(scope: Scope) -> int | None:
-    text = Headers(scope=scope).get(HEADER_LENGTH)
+    text = header(scope, HEADER_LENGTH.encode())
     if text is None:
         return None
     if not (text.isascii() and text.isdecimal() and len(text) <= MOST_DIGITS):

@@ -265,3 +265,15 @@ def test_padded_sizes_are_few_and_reach_the_largest() -> None:
     assert padded_sizes(1) == [1]
     assert padded_sizes(32) == [1, 2, 4, 8, 16, 32]
     assert padded_sizes(48) == [1, 2, 4, 8, 16, 32, 48]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, None], ids=["nan", "inf", "minus-inf", "none"])
+@pytest.mark.parametrize("large", [1.0, 1e30], ids=["small", "squares-overflow"])
+@pytest.mark.parametrize("where", ["logits", "probabilities"])
+def test_all_finite_says_what_finite_says(where: str, large: float, bad: float | None) -> None:
+    """Also where a sum of squares overflows though every value is a number."""
+    values = {"logits": np.full((3, 5), large, np.float32), "probabilities": np.full((3, 5), 0.2, np.float32)}
+    if bad is not None:
+        values[where][1, 2] = bad
+    outputs = Outputs(**values)
+    assert outputs.all_finite is bool(outputs.finite.all()) is (bad is None)

@@ -3,6 +3,7 @@ where there is something that they do not get."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gzip
 import json
@@ -12,8 +13,11 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from ffl_deploy.bundle import Bundle
+from serve.server.compression import Compress
 from serve.server.settings import Limits, ModelSpec, Settings
 
 Two = tuple[Bundle, Bundle]
@@ -60,6 +64,33 @@ def test_large_answers_are_compressed_for_who_asks(server: Any, two_bundles: Two
     assert packed.json()["outputs"] == plain.json()["outputs"]
     small = httpx.get(f"{server.url}/v2/models/fused", headers={"accept-encoding": "gzip"})
     assert "content-encoding" not in small.headers
+
+
+@pytest.mark.parametrize(
+    ("method", "accepted", "said"),
+    [
+        ("POST", None, {}),
+        ("POST", "gzip", {"content-encoding": "gzip", "vary": "Accept-Encoding"}),
+        ("POST", "identity", {"vary": "Accept-Encoding"}),
+        ("GET", None, {"vary": "Accept-Encoding"}),  # a cache may keep it for somebody who asks otherwise
+    ],
+)
+def test_what_a_large_answer_says_of_its_compression(
+    method: str, accepted: str | None, said: dict[str, str]
+) -> None:
+    async def large(scope: Scope, receive: Receive, send: Send) -> None:
+        await Response(b"a" * 20_000, media_type="text/plain")(scope, receive, send)
+
+    async def ask() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(Compress(large))) as client:
+            client.headers.clear()  # httpx accepts gzip unless told otherwise
+            headers = {} if accepted is None else {"accept-encoding": accepted}
+            return await client.request(method, "http://server/", headers=headers)
+
+    answer = asyncio.run(ask())
+    assert answer.content == b"a" * 20_000
+    found = {name: answer.headers[name] for name in ("content-encoding", "vary") if name in answer.headers}
+    assert found == said
 
 
 @pytest.fixture(scope="module")

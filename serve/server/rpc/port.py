@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import grpc
@@ -144,7 +145,8 @@ class Calls:
             code = failed[0] if failed else code
             route = f"grpc_{'infer' if 'Infer' in name else 'other'}"
             asked = Asked(notes, address_of(context), request_id, name in OPEN_TO_ALL, metadata, began)
-            record(self.service, asked, route, code.name, _grpc_span(name, code), failed=failed is not None)
+            span = partial(_grpc_span, name, code)
+            record(self.service, asked, route, code.name, span, failed=failed is not None)
         if failed:
             context.set_code(failed[0])
             context.set_details(failed[1])
