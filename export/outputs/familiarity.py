@@ -1,10 +1,12 @@
 """The output `familiarity`: how much an image is like those that the network was trained on.
 
-Two things, each in standard deviations over training images, added up: how near the map before the first
-branch's last stage lies to the nearest class's mean (Mahalanobis distance with one covariance for all
-classes: Lee et al. 2018), and the energy of the logits (Liu et al. 2020). The features that the last stages
-give know objects and forget what a picture is made of: uniform noise is a class to them. An earlier map
-still has that. docs/decisions.md has the measurements.
+Two things, each in standard deviations over training images, added up. How sure the classifier is: minus the
+logarithm of its softmax's entropy. And what the picture is made of: how much farther than training images
+usually do its map before the first branch's last stage lies from the nearest class's mean (Mahalanobis
+distance with one covariance for all classes: Lee et al. 2018). The features that the last stages give know
+objects and forget what a picture is made of: uniform noise is a class to them. An earlier map still has that,
+and knows nothing else: photographs of other classes lie no farther than these, so that only what is beyond
+the usual counts. docs/decisions.md has the measurements.
 """
 
 from __future__ import annotations
@@ -22,6 +24,10 @@ if TYPE_CHECKING:
 KEPT = 0.95
 """Share of held-out images that stay familiar."""
 FIT_IMAGES = 2048
+BEYOND = 1.5
+"""Standard deviations above the mean distance of training images from which a distance counts."""
+LEAST_ENTROPY = 0.01
+"""Nats that are added to every entropy: surer than this makes no difference, and rounding no noise."""
 SHRINKAGE = 0.1
 """Share of the mean variance that is added to each feature's own: a covariance of more features than there
 are images has no inverse."""
@@ -54,20 +60,22 @@ def fitted(early: Tensor, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
 
 
 def parts(early: Tensor, logits: Tensor, constants: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """-> float32 [n] each: the negative distance to the nearest class mean, and the energy."""
+    """-> float32 [n] each: the negative distance to the nearest class mean, and the negative log-entropy."""
     features = (early - constants["centre"]) @ constants["whiten"]
     squares = features.square().sum(dim=1, keepdim=True) + constants["norms"]
     nearest = (squares - 2 * (features @ constants["means"])).amin(dim=1)
-    return {"distance": -nearest.clamp(min=0).sqrt(), "energy": logits.logsumexp(dim=1)}
+    log_p = logits.log_softmax(dim=1)
+    sureness = -(LEAST_ENTROPY - (log_p.exp() * log_p).sum(dim=1)).log()
+    return {"distance": -nearest.clamp(min=0).sqrt(), "sureness": sureness}
 
 
 def familiarity(early: Tensor, logits: Tensor, constants: Mapping[str, Tensor]) -> Tensor:
-    """-> float32 [n]: 0 is what training images have on average, less is stranger."""
-    distance, energy = (
+    """-> float32 [n]: about 0 is what training images have on average, less is stranger."""
+    distance, sureness = (
         (part - constants[f"{name}_mean"]) * constants[f"{name}_scale"]
         for name, part in parts(early, logits, constants).items()
     )
-    return distance + energy
+    return (distance + BEYOND).clamp(max=0) + sureness
 
 
 def threshold(held: np.ndarray, kept: float = KEPT) -> float:

@@ -10,14 +10,23 @@ import torch
 
 from export.cli import main
 from export.drawn import KINDS, draw
-from export.outputs.familiarity import SHRINKAGE, auroc, familiarity, fitted, threshold
+from export.outputs.familiarity import (
+    BEYOND,
+    LEAST_ENTROPY,
+    SHRINKAGE,
+    auroc,
+    familiarity,
+    fitted,
+    parts,
+    threshold,
+)
 from ffl_deploy.bundle import Bundle, load_bundle
 from ffl_deploy.command import run_command
 from ffl_deploy.data.datasets import load_data
 from ffl_deploy.run_directory import Run
 
 
-def test_it_is_the_distance_to_the_nearest_mean_and_the_energy() -> None:
+def test_it_is_how_sure_the_classifier_is_and_how_far_beyond_the_usual_the_picture() -> None:
     generator = np.random.default_rng(0)
     labels = np.repeat(np.arange(4), 50)
     early = generator.normal(size=(200, 6)) @ generator.normal(size=(6, 6)) + 3 * labels[:, None]
@@ -32,9 +41,18 @@ def test_it_is_the_distance_to_the_nearest_mean_and_the_energy() -> None:
     covariance += SHRINKAGE * np.trace(covariance) / 6 * np.eye(6)
     inverse = np.linalg.inv(covariance)
     distance = np.array([min(np.sqrt((x - m) @ inverse @ (x - m)) for m in means) for x in early])
-    energy = np.log(np.exp(logits).sum(axis=1))
-    expected = (energy - energy.mean()) / energy.std() - (distance - distance.mean()) / distance.std()
-    np.testing.assert_allclose(found, expected, atol=2e-3)
+    p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    sure = -np.log(LEAST_ENTROPY - (p * np.log(p)).sum(axis=1))
+    far = np.maximum((distance - distance.mean()) / distance.std() - BEYOND, 0)
+    assert 5 < (far > 0).sum() < 50  # the test needs both kinds
+    np.testing.assert_allclose(found, (sure - sure.mean()) / sure.std() - far, atol=2e-3)
+
+
+def test_logits_of_any_size_have_an_entropy() -> None:
+    logits = torch.tensor([[1e4, -1e4, 0.0], [0.0, 0.0, 0.0], [-1e4, -1e4, -1e4]])
+    found = parts(torch.zeros(3, 2), logits, fitted(torch.zeros(3, 2), logits, torch.zeros(3).long()))
+    least, most = -np.log(LEAST_ENTROPY), -np.log(np.log(3) + LEAST_ENTROPY)
+    np.testing.assert_allclose(found["sureness"], [least, most, most], rtol=1e-5)
 
 
 def test_features_that_are_all_the_same_have_a_covariance_too() -> None:
