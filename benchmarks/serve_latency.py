@@ -3,29 +3,34 @@
     python -m benchmarks.serve_latency BUNDLE [--variant int8] [--images 1] [--shares 0.5 0.8 0.95]
                                        [--seconds 20]
 
-Closed-loop clients first measure the capacity. Then requests come at random moments (a Poisson process, from
-a seed) at each share of it, whether earlier ones have been answered or not, and a latency counts from the
-moment at which its request was due: a server that stalls is not spared the requests that would have come
-meanwhile (no "coordinated omission"). Prints the capacity and one JSON line a share, with how late the
-generator itself was, which is part of the latencies and has to be small beside them. Server and clients share
-the cores.
+Before each share closed-loop clients measure the capacity, which drifts with what else the machine does. Then
+requests come at random moments (a Poisson process, from a seed) at that share of it, whether earlier ones
+have been answered or not, and a latency counts from the moment at which its request was due: a server that
+stalls is not spared the requests that would have come meanwhile (no "coordinated omission"). Prints one JSON
+line a share, with how late the generator itself was, which is part of the latencies and has to be small
+beside them. Server and clients share the cores.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import json
 import statistics
 from collections import deque
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks.serve_load import content_length, infer_request, server_rate, start_server
+from benchmarks.serve_load import (
+    content_length,
+    infer_request,
+    load_parser,
+    run_clients,
+    server_rate,
+    start_server,
+)
 from ffl_deploy.bundle import load_bundle
 from serve.server.settings import ModelSpec
 
@@ -93,21 +98,19 @@ async def open_loop(port: int, request: bytes, due: Sequence[float] | np.ndarray
     return Answers(latency[~np.isnan(latency)], late[~np.isnan(late)], lost, took)
 
 
-def described(share: float, rate: float, images: int, answers: Answers) -> dict[str, object]:
-    """-> the line of one share. rate: requests a second that were due."""
+def described(share: float, capacity: float, images: int, answers: Answers) -> dict[str, object]:
+    """-> the line of one share. capacity: images a second."""
     milliseconds = answers.latency * 1000
     return {
+        "capacity_images_per_second": round(capacity, 1),
         "share": share,
-        "due_per_second": round(rate, 1),
+        "due_per_second": round(share * capacity / images, 1),
         "answered": len(milliseconds),
         "lost": len(answers.lost),
         "reasons": sorted(set(answers.lost)),
         "images_per_second": round(len(milliseconds) * images / answers.took, 1),
-        **{
-            f"p{percent:g}_ms": round(float(np.percentile(milliseconds, percent)), 1)
-            for percent in PERCENTILES
-        },
-        "max_ms": round(float(milliseconds.max()), 1),
+        **{f"p{percent:g}_ms": _percentile(milliseconds, percent) for percent in PERCENTILES},
+        "max_ms": _percentile(milliseconds, 100),
         "late_p99_ms": _percentile(answers.late * 1000, 99),
     }
 
@@ -117,30 +120,23 @@ def _percentile(milliseconds: np.ndarray, percent: float) -> float | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("bundle")
-    parser.add_argument("--variant")
-    parser.add_argument("--images", type=int, default=1, help="of one request")
+    parser = load_parser(__doc__)
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="of the capacity")
     parser.add_argument("--seconds", type=float, default=20.0, help="of each share")
-    parser.add_argument("--clients", type=int, default=32, help="that measure the capacity")
-    parser.add_argument("--max-batch", type=int, default=32)
     given = parser.parse_args()
     bundle, name = load_bundle(given.bundle), ModelSpec.parse(given.bundle).name
     request = infer_request(bundle, name, given.images)
-    process, port = start_server(str(Path(given.bundle)), given.variant, given.max_batch)
+    process, port = start_server(given.bundle, given.variant, given.max_batch)
     try:
         server_rate(port, request, given.images, given.clients, 1.0)
-        rates = [server_rate(port, request, given.images, given.clients, 3.0)[0] for _ in range(3)]
-        capacity = statistics.median(rates)
         head = {"bundle": name, "variant": given.variant or "fp32", "images_per_request": given.images}
-        print(json.dumps(head | {"capacity_images_per_second": round(capacity, 1)}), flush=True)
+        print(json.dumps(head), flush=True)
         for share in given.shares:
-            rate = share * capacity / given.images
-            answers = asyncio.run(open_loop(port, request, due_times(rate, given.seconds)))
-            print(json.dumps(described(share, rate, given.images, answers)), flush=True)
+            rates = [server_rate(port, request, given.images, given.clients, 2.0)[0] for _ in range(3)]
+            capacity = statistics.median(rates)
+            due = due_times(share * capacity / given.images, given.seconds)
+            answers = run_clients(open_loop(port, request, due))
+            print(json.dumps(described(share, capacity, given.images, answers)), flush=True)
     finally:
         process.terminate()
         process.wait()

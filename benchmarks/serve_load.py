@@ -1,30 +1,40 @@
 """What the server adds to the model: /v2 under concurrent clients against the bare session at its best batch.
 
-    python benchmarks/serve_load.py BUNDLE [--variant int8] [--images 1] [--clients 32] [--repeats 3]
+    python -m benchmarks.serve_load BUNDLE [--variant int8] [--images 1] [--clients 32] [--repeats 3]
+                                    [--against 'env -C OTHER_CHECKOUT python -m serve.command']
 
-Paired: session and server are measured in turn, so that a busy machine disturbs both. Server, clients and
-session share the same cores. The clients are one process of this script that speaks HTTP over raw asyncio
-streams: a heavier client would measure itself. Prints one JSON line.
+Paired: session and server are measured in turn, so that a busy machine disturbs both; with --against another
+server too, started by that command. Server, clients and session share the same cores. The clients are one
+process of this script that speaks HTTP over raw asyncio streams: a heavier client would measure itself.
+Prints a JSON line for each server, and one of the ratios of the two. On a busy machine believe the processor
+time.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
+import os
+import shlex
 import socket
 import statistics
 import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from ffl_deploy.bundle import Bundle, load_bundle
 from serve.server.settings import ModelSpec
 
+T = TypeVar("T")
+OWN = (sys.executable, "-m", "serve.command")
 BATCHES = (1, 8, 16, 32, 64)
 
 
@@ -71,11 +81,16 @@ def server_rate(
         await asyncio.gather(*[_client(port, request, began + seconds, latencies) for _ in range(clients)])
         return len(latencies) * images / (time.perf_counter() - began), np.array(latencies)
 
+    return run_clients(run())
+
+
+def run_clients(clients: Coroutine[Any, Any, T]) -> T:
+    """-> what they give, in the cheapest event loop there is: they take from the server's cores."""
     try:
         import uvloop
     except ImportError:
-        return asyncio.run(run())
-    return uvloop.run(run())
+        return asyncio.run(clients)
+    return uvloop.run(clients)
 
 
 def infer_request(bundle: Bundle, model: str, images: int) -> bytes:
@@ -100,22 +115,15 @@ def _noise(bundle: Bundle, count: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (count, size.height, size.width, 3), dtype=np.uint8)
 
 
-def start_server(folder: str, variant: str | None, max_batch: int) -> tuple[subprocess.Popen[bytes], int]:
+def start_server(
+    folder: str, variant: str | None, max_batch: int, command: Sequence[str] = OWN
+) -> tuple[subprocess.Popen[bytes], int]:
     """-> (process, port), ready."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "serve.command",
-        folder,
-        "--no-demo",
-        "--port",
-        str(port),
-        "--max-batch",
-        str(max_batch),
-    ]
-    process = subprocess.Popen(command + (["--variant", variant] if variant else []))
+    flags = ["--no-demo", "--port", str(port), "--max-batch", str(max_batch)]
+    flags += ["--variant", variant] if variant else []
+    process = subprocess.Popen([*command, str(Path(folder).resolve()), *flags])
     while True:
         try:
             urllib.request.urlopen(f"http://127.0.0.1:{port}/v2/health/ready")
@@ -127,49 +135,92 @@ def start_server(folder: str, variant: str | None, max_batch: int) -> tuple[subp
             return process, port
 
 
-def main() -> None:
+def processor_seconds(process: subprocess.Popen[bytes]) -> float:
+    """-> what all threads of a running process have taken, as Linux counts it."""
+    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+class Turn(NamedTuple):
+    """One measurement of the session and a server. bare, served: images a second; cost: processor time that the
+    server takes for an image, in ms; latencies: seconds."""
+
+    bare: float
+    served: float
+    cost: float
+    latencies: np.ndarray
+
+
+def described(turns: Sequence[Turn]) -> dict[str, float]:
+    """-> the medians of a server's turns, and the latencies of all of them."""
+    times = np.concatenate([turn.latencies for turn in turns]) * 1000
+    return {
+        "session_images_per_second": round(statistics.median(turn.bare for turn in turns)),
+        "served_images_per_second": round(statistics.median(turn.served for turn in turns)),
+        "share": round(statistics.median(turn.served / turn.bare for turn in turns), 3),
+        "processor_ms_per_image": round(statistics.median(turn.cost for turn in turns), 3),
+        "p50_ms": round(float(np.percentile(times, 50)), 1),
+        "p99_ms": round(float(np.percentile(times, 99)), 1),
+        "max_ms": round(float(times.max()), 1),
+    }
+
+
+def compared(turns: Sequence[Turn], others: Sequence[Turn]) -> dict[str, float]:
+    """-> the medians of what turn by turn is n times the other server's."""
+    pairs = list(zip(turns, others, strict=True))
+    return {
+        "times_served": round(statistics.median(one.served / other.served for one, other in pairs), 3),
+        "times_processor_ms": round(statistics.median(one.cost / other.cost for one, other in pairs), 3),
+    }
+
+
+def load_parser(description: str | None) -> argparse.ArgumentParser:
+    """-> what every benchmark of a server under load is told: the bundle, the requests, the clients."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("bundle")
     parser.add_argument("--variant")
     parser.add_argument("--images", type=int, default=1, help="of one request")
-    parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--clients", type=int, default=32, help="that each have one request at a time")
     parser.add_argument("--max-batch", type=int, default=32)
+    return parser
+
+
+def main() -> None:
+    parser = load_parser(__doc__)
     parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--against", metavar="COMMAND", help="how another checkout's server is started")
     given = parser.parse_args()
     bundle = load_bundle(given.bundle)
     name = ModelSpec.parse(given.bundle).name
     request = infer_request(bundle, name, given.images)
     best = max(BATCHES, key=lambda batch: session_rate(bundle, given.variant, batch, given.seconds / 3))
-    process, port = start_server(str(Path(given.bundle)), given.variant, given.max_batch)
-    try:
-        server_rate(port, request, given.images, given.clients, 1.0)
-        pairs, latencies = [], []
-        for _ in range(given.repeats):
+    commands = [OWN, *([shlex.split(given.against)] if given.against else [])]
+    with contextlib.ExitStack() as stack:
+        servers = []
+        for command in commands:
+            process, port = start_server(given.bundle, given.variant, given.max_batch, command)
+            stack.callback(process.wait)
+            stack.callback(process.terminate)
+            servers.append((process, port))
+            server_rate(port, request, given.images, given.clients, 1.0)
+        turns: list[list[Turn]] = [[] for _ in servers]
+        for repeat in range(given.repeats):
             bare = session_rate(bundle, given.variant, best, given.seconds)
-            served, times = server_rate(port, request, given.images, given.clients, given.seconds)
-            pairs.append((bare, served))
-            latencies.append(times)
-    finally:
-        process.terminate()
-        process.wait()
-    times = np.concatenate(latencies) * 1000
-    result = {
-        "bundle": name,
-        "variant": given.variant or "fp32",
-        "images_per_request": given.images,
-        "clients": given.clients,
-        "best_batch": best,
-        "session_images_per_second": round(statistics.median(bare for bare, _ in pairs)),
-        "served_images_per_second": round(statistics.median(served for _, served in pairs)),
-        "share": round(statistics.median(served / bare for bare, served in pairs), 3),
-        "p50_ms": round(float(np.percentile(times, 50)), 1),
-        "p99_ms": round(float(np.percentile(times, 99)), 1),
-        "max_ms": round(float(times.max()), 1),
-    }
-    print(json.dumps(result))
+            for number in range(len(servers))[:: 1 if repeat % 2 else -1]:
+                process, port = servers[number]
+                before = processor_seconds(process)
+                served, times = server_rate(port, request, given.images, given.clients, given.seconds)
+                cost = (processor_seconds(process) - before) * 1000 / (len(times) * given.images)
+                turns[number].append(Turn(bare, served, cost, times))
+    head = {"bundle": name, "variant": given.variant or "fp32", "images_per_request": given.images}
+    head |= {"clients": given.clients, "best_batch": best}
+    for command, of_server in zip(commands, turns, strict=True):
+        print(json.dumps({"server": shlex.join(command)} | head | described(of_server)))
+    if given.against:
+        print(json.dumps(compared(turns[0], turns[1])))
 
 
 if __name__ == "__main__":

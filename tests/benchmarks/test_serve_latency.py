@@ -65,8 +65,18 @@ def test_free_connections_are_taken_again_and_refusals_are_lost() -> None:
     assert (len(answers.latency), answers.lost) == (3, ["503"])
     assert 1 <= connections <= 4
     line = described(0.5, 10.0, 2, answers)
+    assert line["due_per_second"] == 2.5  # half of ten images a second, two a request
     assert (line["answered"], line["lost"], line["reasons"]) == (3, 1, ["503"])
     assert line["p50_ms"] <= line["p99_ms"] <= line["max_ms"]  # type: ignore[operator]
+
+
+def test_a_share_of_which_nothing_was_answered_has_a_line_too() -> None:
+    async def respond(number: int) -> bytes:
+        return answer(503)
+
+    answers, _ = measured([0.0, 0.1], respond)
+    line = described(0.95, 10.0, 1, answers)
+    assert (line["answered"], line["lost"], line["p99_ms"], line["max_ms"]) == (0, 2, None, None)
 
 
 def test_a_connection_that_ends_loses_its_request_alone() -> None:
