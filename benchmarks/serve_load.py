@@ -142,8 +142,8 @@ def processor_seconds(process: subprocess.Popen[bytes]) -> float:
 
 
 class Turn(NamedTuple):
-    """One measurement of the session and a server. bare, served: images a second; cost: processor time that the
-    server takes for an image, in ms; latencies: seconds."""
+    """One measurement of the session and a server. bare, served: images a second; cost: processor time that
+    the server takes for an image, in ms; latencies: seconds."""
 
     bare: float
     served: float

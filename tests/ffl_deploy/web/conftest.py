@@ -1,4 +1,4 @@
-"""The page's scripts run by Node, the page served, and a runtime that stands in where none is run."""
+"""The page's scripts run by Node, the page served and opened, a runtime that stands in where none is run."""
 
 from __future__ import annotations
 
@@ -18,9 +18,12 @@ from typing import Any
 import pytest
 
 import ffl_deploy.web
+from ffl_deploy.bundle import Bundle, load_bundle
 from ffl_deploy.files import sha256_of
 from ffl_deploy.web import build
+from ffl_deploy.web.build import WebOptions, web_models, write_web
 from ffl_deploy.web.runtime import Runtime
+from tests.ffl_deploy.web.browser import DESKTOP, Opened
 
 PAGE = Path(ffl_deploy.web.__file__).parent / "page"
 NO_NODE = "needs node on the PATH"
@@ -126,3 +129,67 @@ def serve() -> Callable[..., contextlib.AbstractContextManager[Served]]:
                 thread.join()
 
     return start
+
+
+@pytest.fixture(scope="session")
+def bundles(make_bundle: Callable[..., Bundle], tmp_path_factory: pytest.TempPathFactory) -> list[Bundle]:
+    if given := os.environ.get("FFL_WEB_BUNDLES"):
+        return [load_bundle(folder) for folder in given.split(",")]
+    folder = tmp_path_factory.mktemp("bundles")
+    classes = tuple(f"class{number}" for number in range(12))
+    return [
+        make_bundle(folder / "fused", classes=classes, cam=True),
+        make_bundle(folder / "branch0", classes=classes, seed=1, resize="crop", crop_fraction=0.875),
+    ]
+
+
+@pytest.fixture(scope="session")
+def page_folder(
+    bundles: list[Bundle], runtime_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """-> a folder whose sub-folder PREFIX is the page."""
+    root = tmp_path_factory.mktemp("site")
+    given = os.environ.get("FFL_WEB_EXAMPLES")
+    options = WebOptions(runtime_folder, examples=(Path(given),) if given else ())
+    write_web(web_models([str(bundle.folder) for bundle in bundles]), root / "below" / "a path", options)
+    return root
+
+
+@pytest.fixture(scope="session")
+def site(page_folder: Path, serve: Callable[..., Any]) -> Iterator[Any]:
+    with serve(page_folder) as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def launch() -> Iterator[Callable[..., Any]]:
+    """`launch(*flags)` -> a Chromium. Not for the whole session: while it is there, asyncio has a loop that
+    runs, and other tests start their own."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        found = shutil.which("chromium")
+        yield lambda *flags: playwright.chromium.launch(executable_path=found, args=["--no-sandbox", *flags])
+
+
+@pytest.fixture(scope="module")
+def chromium(launch: Callable[..., Any]) -> Iterator[Any]:
+    browser = launch("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream")
+    yield browser
+    browser.close()
+
+
+@pytest.fixture
+def open_page(chromium: Any) -> Iterator[Callable[..., Opened]]:
+    """`open_page(url, viewport=..., ...)`; at the end nothing was amiss on any of them."""
+    opened: list[Opened] = []
+
+    def start(url: str, viewport: dict[str, int] = DESKTOP, **options: Any) -> Opened:
+        context = chromium.new_context(viewport=viewport, accept_downloads=True, **options)
+        opened.append(Opened(context, url))
+        return opened[-1]
+
+    yield start
+    for page in opened:
+        page.context.close()
+        assert page.troubles == []
