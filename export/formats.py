@@ -86,6 +86,17 @@ class TargetContext:
         """-> images and PyTorch's logits as ffl-verify will ask them of a file at this precision."""
         return Held(*judged(images, logits, self.probes, PARITY_GATES[precision]))
 
+    def locator(
+        self, path: Path, precision: str, source: Path, batch: int | None, runtime: str = "onnxruntime"
+    ) -> Callable[[np.ndarray], str]:
+        """-> images -> the first layer of `path`, written from the fp32 file `source`, that differs from this
+        target's in PyTorch. Arguments as of first_difference."""
+
+        def locate(images: np.ndarray) -> str:
+            return first_difference(path, self.model, images, precision, source, runtime, batch)
+
+        return locate
+
     @cached_property
     def extras(self) -> dict[str, np.ndarray]:
         """Further output (cam, embedding) -> PyTorch's values on the reference images."""
@@ -134,10 +145,7 @@ def _fp16(
     record = write_half(source, path, "fp16", magnitudes)
 
     # ONNX Runtime's CPU computes such a file in fp32, so its answers there say nothing about a GPU's.
-    def locate(images: np.ndarray) -> str:
-        images = np.resize(images, (batch or len(images), *images.shape[1:]))
-        return first_difference(path, context.model, images, TRUE_FP16, source)
-
+    locate = context.locator(path, TRUE_FP16, source, batch)
     record = msgspec.structs.replace(
         record, true_fp16=check_true_fp16(path, context.reference, batch, locate)
     )

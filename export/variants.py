@@ -21,7 +21,6 @@ from export.check.gates import (
     judge_answers,
     require_accuracy,
 )
-from export.check.localize import first_difference
 from export.computed import computed_precision
 from export.drawn import KINDS, draw
 from export.formats import FORMATS, ModelFile, TargetContext, write_fp32
@@ -170,11 +169,7 @@ def measured(
     session = opened.session
     precision = gate_precision(variant.precision.stored, variant.precision.computed)
 
-    def locate(images: np.ndarray) -> str:
-        if batch:
-            images = np.resize(images, (batch, *images.shape[1:]))
-        source = folder / "model.onnx"
-        return first_difference(file.path, context.model, images, precision, source, variant.runtime)
+    locate = context.locator(file.path, precision, folder / "model.onnx", batch, variant.runtime)
 
     # the gates: training's logits, the golden samples, the test images, further outputs
     reference, golden = (

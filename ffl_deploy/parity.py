@@ -49,6 +49,13 @@ class ParityMetrics(msgspec.Struct, frozen=True):
         return 1 - self.top1_mismatches / max(self.n, 1)
 
 
+def differ_most(reference: np.ndarray, candidate: np.ndarray, count: int = 1) -> np.ndarray:
+    """logits [n, classes] -> int64 [count]: the rows that differ most; those that are not finite first."""
+    with np.errstate(invalid="ignore"):
+        off = np.abs(candidate - reference).max(axis=1)
+    return np.argsort(-np.nan_to_num(off, nan=np.inf, posinf=np.inf), kind="stable")[:count]
+
+
 class ParityGate(msgspec.Struct, frozen=True):
     """What is allowed at one precision; None is reported without being judged."""
 

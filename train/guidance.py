@@ -82,10 +82,11 @@ def unequal_classes(summary: Mapping[str, Any], labels: np.ndarray) -> list[str]
     lines = []
     for names in {tuple(names): None for names in summary["never_predicted"].values()}:
         by = [name for name, found in summary["never_predicted"].items() if tuple(found) == names]
-        counts = dict(zip(summary["classes"], np.bincount(labels).tolist(), strict=False))
-        shown = ", ".join(f"{name} ({counts.get(name, 0)} test images)" for name in names[:5])
+        images = np.bincount(labels, minlength=len(summary["classes"])).tolist()
+        counts = dict(zip(summary["classes"], images, strict=True))
+        shown = ", ".join(f"{name} ({counts[name]} test images)" for name in names[:5])
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        rare = any(counts.get(name, 0) < RARE * len(labels) / len(counts) for name in names)
+        rare = any(counts[name] < RARE * len(labels) / len(counts) for name in names)
         advice = "add images of what is rare, or give it more weight: --balance weights"
         lines.append(
             f"never predicted by {', '.join(by)}: {shown}{more}; "

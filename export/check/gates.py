@@ -22,6 +22,7 @@ from ffl_deploy.parity import (
     ParityRecord,
     Verdict,
     compare,
+    differ_most,
     judge,
     judge_accuracy,
 )
@@ -82,7 +83,9 @@ def check_parity(
     record = ParityRecord(gate, measured, judge(measured, gate))
     if record.verdict.failed:
         found = "; ".join(str(finding) for finding in record.verdict.findings[:4])
-        place = locate(reference.images[_worst_rows(session, reference)])
+        images = reference.images
+        logits = run_in_batches(session.run, images.__getitem__, len(images), ACCURACY_BATCH).logits
+        place = locate(images[differ_most(reference.logits, logits, LOCALIZE_IMAGES)])
         raise CheckError(f"variant {session.variant} does not give PyTorch's logits: {found}; {place}.")
     return record
 
@@ -145,13 +148,6 @@ def check_extras(
                 f"standard deviations (root mean square), the gate is {EXTRA_GATES[precision]:g}."
             )
     return found
-
-
-def _worst_rows(session: Session, reference: Judged) -> np.ndarray:
-    """-> the rows whose logits differ most from the reference; NaN counts as most."""
-    outputs = run_in_batches(session.run, reference.images.__getitem__, len(reference.images), ACCURACY_BATCH)
-    difference = np.nan_to_num(np.abs(outputs.logits - reference.logits).max(axis=1), nan=np.inf)
-    return np.argsort(-difference, kind="stable")[:LOCALIZE_IMAGES]
 
 
 def judge_answers(outputs: Outputs, test: HeldOut, precision: str) -> AccuracyRecord:

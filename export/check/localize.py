@@ -20,6 +20,7 @@ from torch import nn
 from export.check.true_fp16 import intermediates
 from export.write.onnx_graph import SCOPES, DeployedModel
 from ffl_deploy.runtime import import_onnxruntime
+from ffl_deploy.runtime.replay import whole_batches
 
 TOLERANCE = 1e-4
 """Largest difference between equal layers, as a share of the layer's standard deviation;
@@ -49,15 +50,17 @@ def first_difference(
     precision: str = "fp32",
     scopes_from: Path | None = None,
     runtime: str = "onnxruntime",
+    batch: int | None = None,
 ) -> str:
     """-> one clause that names the first layer of the file `path` whose output is off, or says that none is.
 
     Args: images: uint8 [n, h, w, 3]; precision: of the gate that failed; below fp32 every layer is off by
     some rounding, so the layer where the error grows most is named; scopes_from: the fp32 file that `path`
-    was made from, for module paths; runtime: where the gate failed. The layers are computed by ONNX Runtime's
-    CPU, without optimisation; in bf16, which that has no convolution for, by OpenVINO; in TRUE_FP16 by onnx's
-    reference implementation.
+    was made from, for module paths; runtime: where the gate failed; batch: the only size that the file takes.
+    The layers are computed by ONNX Runtime's CPU, without optimisation; in bf16, which that has no
+    convolution for, by OpenVINO; in TRUE_FP16 by onnx's reference implementation.
     """
+    images = whole_batches(images[:batch], batch)
     layers = layer_differences(path, model, images, scopes_from, precision)
     if precision != "fp32" and layers:
         for layer in layers:

@@ -17,7 +17,8 @@ import numpy as np
 
 from export.check.evaluation import Reference, class_balanced
 from ffl_deploy.errors import CheckError, first_line
-from ffl_deploy.parity import PARITY_GATES, ParityMetrics, compare, judge
+from ffl_deploy.parity import PARITY_GATES, ParityMetrics, compare, differ_most, judge
+from ffl_deploy.runtime.replay import whole_batches
 
 IMAGES = 16
 SECONDS = 30.0
@@ -41,9 +42,7 @@ def check_true_fp16(
     logits, end = [], time.monotonic() + SECONDS
     run = evaluator(path)
     for start in range(0, len(rows), batch or 1):
-        images = reference.images[rows[start : start + (batch or 1)]]
-        if batch:
-            images = np.resize(images, (batch, *images.shape[1:]))
+        images = whole_batches(reference.images[rows[start : start + (batch or 1)]], batch)
         try:
             with np.errstate(over="ignore", invalid="ignore"):  # what is looked for here
                 logits += list(run.run(["logits"], {"images": images})[0][: len(rows) - start])
@@ -58,8 +57,8 @@ def check_true_fp16(
     metrics = compare(reference.logits[rows], found)
     verdict = judge({str(len(logits)): metrics}, PARITY_GATES["fp16"])
     if verdict.failed:
-        off = np.nan_to_num(np.abs(found - reference.logits[rows]).max(axis=1), nan=np.inf)
-        place = f"; {locate(reference.images[rows[[off.argmax()]]])}" if locate else ""
+        worst = rows[differ_most(reference.logits[rows], found)]
+        place = f"; {locate(reference.images[worst])}" if locate else ""
         raise CheckError(
             f"{path.name} does not give PyTorch's logits where fp16 is computed in fp16, as GPUs do, "
             f"although it does on this CPU, which computes it in fp32 ({verdict.findings[0]}{place}); use "

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ffl_deploy.runtime import import_onnxruntime
+from ffl_deploy.runtime.replay import whole_batches
 
 CHUNK = 16  # images in one pass
 
@@ -52,8 +53,7 @@ def largest_magnitudes(path: Path, images: np.ndarray, batch: int | None = None)
     options.log_severity_level = 3
     session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
     chunk = batch or CHUNK
-    if batch:
-        images = np.resize(images, (-(-len(images) // batch) * batch, *images.shape[1:]))
+    images = whole_batches(images, batch)
     passes = [
         session.run(None, {"images": images[start : start + chunk]}) for start in range(0, len(images), chunk)
     ]

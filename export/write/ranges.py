@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from ffl_deploy.runtime.replay import whole_batches
+
 METHODS = ("minmax", "percentile", "entropy")
 IMAGES = 256
 PERCENTILE = 99.99
@@ -59,8 +61,7 @@ def collect_ranges(
     chunk = batch or chunk_size(
         sum(value.nbytes for value in calibrator.infer_session.run(None, {"images": images[:1]}))
     )
-    if batch:
-        images = np.resize(images, (-(-len(images) // batch) * batch, *images.shape[1:]))
+    images = whole_batches(images, batch)
 
     # one pass over the images fills both; the collectors print as they go
     with contextlib.redirect_stdout(io.StringIO()):

@@ -157,7 +157,8 @@ class MutualNetwork(nn.Module):
         after = depth - len(self.trunk)
         if after <= 0:
             return self._above_trunk(self.trunk[depth:](maps[0]))
-        features = [_stages(branch)[after:](own) for branch, own in zip(self.branches, maps, strict=False)]
+        own = maps[: len(self.branches)]  # behind them the shared one, where something looks at it
+        features = [_stages(branch)[after:](one) for branch, one in zip(self.branches, own, strict=True)]
         return self._classified(maps[-1], features)
 
     def _above_trunk(self, shared: Tensor) -> Outputs:

@@ -37,6 +37,14 @@ def measure(
     return measured
 
 
+def whole_batches(images: np.ndarray, batch: int | None) -> np.ndarray:
+    """-> `images` [n, h, w, 3], from the first one on again until they fill batches of the only size that a
+    file takes; as they are where it takes any (None)."""
+    if batch is None:
+        return images
+    return np.resize(images, (-(-len(images) // batch) * batch, *images.shape[1:]))
+
+
 def golden_batches(images: int) -> list[int]:
     """-> the batch sizes at which golden samples are compared: one, an odd one, all."""
     return sorted({1, min(7, images), images})

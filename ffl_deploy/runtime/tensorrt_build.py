@@ -10,6 +10,7 @@ import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -128,7 +129,7 @@ def profiles_for(batches: Sequence[int], fixed: int | None = None) -> list[tuple
     if fixed is not None:
         return [(fixed, fixed, fixed)]
     sizes = sorted(set(batches))
-    return [(least + 1, size, size) for least, size in zip([0, *sizes], sizes, strict=False)]
+    return [(least + 1, size, size) for least, size in pairwise([0, *sizes])]
 
 
 def _strongly_typed(trt: Any) -> int:

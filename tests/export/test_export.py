@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from PIL import Image
 
 from export.check.evaluation import Reference, class_balanced
 from export.check.gates import check_golden
+from export.check.localize import first_difference
 from export.cli import main
 from export.computed import computed_precision, float_operators, operator_histogram
 from export.golden import golden_samples, read_golden
@@ -309,6 +311,9 @@ def test_a_static_batch_is_kept_and_padded(digits_run: Run, model: DeployedModel
     outputs = FixedBatchSession(OnnxRuntimeSession(path, "fp32"), 4).run(images[:6])
     assert outputs.logits == pytest.approx(logits[:6], abs=1e-4 * float(logits.std()))
     assert len(outputs.cam) == 6
+    for count in (1, 8):  # the layer is looked for with however many images differ
+        found = first_difference(path, model, images[:count], batch=4)
+        assert re.match(r"all \d\d layers of the file, computed one by one", found), found
 
 
 def test_golden_images_may_come_from_a_folder(digits_run: Run, model: DeployedModel, tmp_path: Path) -> None:

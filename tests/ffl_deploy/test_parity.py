@@ -13,6 +13,7 @@ from ffl_deploy.parity import (
     Finding,
     ParityRecord,
     compare,
+    differ_most,
     gate_precision,
     judge,
     judge_accuracy,
@@ -51,6 +52,13 @@ def test_metrics_of_a_known_difference() -> None:
     # KL of softmax(1, 0) from softmax(0, 1) is tanh(1/2); the other row adds none.
     assert metrics.mean_kl == pytest.approx(np.tanh(0.5) / 2)
     assert (metrics.top1_mismatches, metrics.top1_agreement) == (1, 0.5)
+
+
+def test_the_images_that_differ_most_are_those_that_are_not_finite_then_the_furthest() -> None:
+    reference = np.zeros((5, 2), np.float32)
+    candidate = np.array([[0, 1], [np.nan, 0], [-3, 0], [0, 0], [0, np.inf]], np.float32)
+    assert differ_most(reference, candidate, 5).tolist() == [1, 4, 2, 0, 3]
+    assert differ_most(reference, candidate).tolist() == [1]
 
 
 def test_the_cosine_is_that_of_logits_with_a_direction() -> None:

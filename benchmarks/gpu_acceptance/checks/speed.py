@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -137,8 +138,7 @@ def official_sides(context: Context, data: Any, steps: int) -> dict[str, Block]:
 
     device = torch.device(context.device)
     training = official_training(context.need_official(), data, device, seed=0)
-    some = [batch for _, batch in zip(range(8), training.trainloader, strict=False)]
-    held = [[value.to(device) for value in batch] for batch in some]
+    held = [[value.to(device) for value in batch] for batch in islice(training.trainloader, 8)]
 
     def block(batches: Callable[[int], Iterable[Any]]) -> Block:
         def timed() -> float:
