@@ -21,7 +21,8 @@ GRID = 1 / (1 + np.exp(-np.arange(90, -51, -1) / 10))  # of a softmax, finer tow
 EDGE = 1e-4
 """How near a score may be to the threshold for rounding to decide: some ten times the fp32 gate's."""
 SURE = 0.5
-"""How far from the threshold's a score's log odds are where int8's rounding does not decide either."""
+"""How far from the threshold's a score's log odds are where the rounding of int8, and of another processor,
+does not choose the exit either."""
 MAX_LOSS_POINTS = 0.5
 
 
@@ -52,12 +53,12 @@ class Exits(NamedTuple):
         """-> bool [n]: images whose exit rounding may change."""
         return np.abs(self.scores - threshold) < EDGE
 
-    def sure(self, threshold: float) -> np.ndarray:
-        """-> bool [n]: images whose exit int8 and another processor choose too."""
+    def margins(self, threshold: float) -> np.ndarray:
+        """-> [n]: the log odds of the scores above the threshold's; below 0 the last exit answers."""
         odds, limit = (
             np.log(score) - np.log1p(-score) for score in (self.scores.clip(max=1 - 1e-12), threshold)
         )
-        return np.abs(odds - limit) > SURE
+        return odds - limit
 
     def routed(self, threshold: float) -> np.ndarray:
         """-> [n, classes]: the logits of whichever exit answers."""

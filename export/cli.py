@@ -237,6 +237,7 @@ def _options(arguments: argparse.Namespace, run: Run, out: Path, batch: int | No
     from export.pipeline import ExportOptions
     from export.variants import VariantOptions
     from export.write.onnx_graph import OPSET, OPSETS, GraphOptions
+    from ffl_deploy.networks.targets import exits_of
 
     opset = OPSET if arguments.opset is None else arguments.opset
     if opset not in OPSETS:
@@ -265,6 +266,10 @@ def _options(arguments: argparse.Namespace, run: Run, out: Path, batch: int | No
             "--reference-only exports without the run's data, and --sets is calibrated on them; leave one of "
             "the two out."
         )
+    limits = {"loss-points": arguments.max_loss_points, "deferred": arguments.max_deferred}
+    if not any(map(exits_of, options.targets)):
+        for name in (name for name, value in limits.items() if value is not None):
+            raise UsageError(f"--max-{name} is about a cascade; add --target cascade, or leave it out.")
     fitted = [name for name in options.extras if FURTHER_OUTPUTS[name].fit]
     if options.reference_only and fitted:
         raise UsageError(

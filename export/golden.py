@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from export.cascade import SURE
 from export.check.evaluation import Reference, class_balanced
 from export.write.onnx_graph import DeployedModel
 from ffl_deploy.bundle_files import GoldenSamples
@@ -27,23 +28,53 @@ ROUNDING = (PARITY_GATES["fp32"].scaled_max_diff or 0.0) / 4
 """What PyTorch's rounding alone may be on a made-up picture, as a share of the logits' standard deviation."""
 
 
+FEWEST = 8
+"""Golden samples of each exit of a cascade, where the reference has as many: fewer would hardly look at that
+part of the graph."""
+
+
 def golden_samples(
-    model: DeployedModel, reference: Reference, own: dict[str, np.ndarray] | None, run: Run
+    model: DeployedModel,
+    reference: Reference,
+    own: dict[str, np.ndarray] | None,
+    run: Run,
+    margins: np.ndarray | None = None,
 ) -> GoldenSamples:
     """-> `own` images with PyTorch's logits and labels unknown (-1), else class-balanced ones
     of training's evaluation.
 
-    own: file name -> image uint8 [height, width, 3].
+    own: file name -> image uint8 [height, width, 3]; margins: see golden_rows.
     """
     import torch
 
     if own is None:
-        chosen = class_balanced(reference.labels, golden_limit(run))
+        chosen = golden_rows(reference.labels, golden_limit(run), margins)
         return GoldenSamples(reference.images[chosen], reference.labels[chosen], reference.logits[chosen])
     images = np.stack(list(own.values()))
     with torch.inference_mode():
         logits = model(torch.from_numpy(images))[0].numpy()
     return GoldenSamples(images, np.full(len(images), -1, dtype=np.int64), logits)
+
+
+def golden_rows(labels: np.ndarray, limit: int, margins: np.ndarray | None = None) -> np.ndarray:
+    """-> sorted rows of at most `limit` images, equally many of each class as far as they go.
+
+    margins [n]: of a cascade, how far each image is from the other exit (Exits.margins). Half of the rows
+    leave by each exit, or what there is of it, and are such that rounding does not change that: at the
+    threshold another classifier's answer may be the right one. Where an exit has fewer than FEWEST of these,
+    the farthest ones stand in.
+    """
+    if margins is None:
+        return class_balanced(labels, limit)
+    sides = []
+    for side in (margins < 0, margins >= 0):
+        far = np.abs(margins[side])
+        least = np.sort(far)[-FEWEST:].min(initial=SURE)
+        sides.append(np.flatnonzero(side)[far >= least])
+    last = min(len(sides[0]), max(limit // 2, limit - len(sides[1])))
+    counts = (last, limit - last)
+    chosen = [rows[class_balanced(labels[rows], count)] for rows, count in zip(sides, counts, strict=True)]
+    return np.sort(np.concatenate(chosen))
 
 
 def determined(probes: Probes, model: nn.Module, scale: float) -> Probes:

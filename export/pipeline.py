@@ -48,7 +48,7 @@ from ffl_deploy.networks.targets import (
     exits_of,
     target_names,
 )
-from ffl_deploy.probes import check_pixels
+from ffl_deploy.probes import Probes, check_pixels
 from ffl_deploy.processor import description
 from ffl_deploy.report import Refusal
 from ffl_deploy.run_directory import CONFIG, Run
@@ -135,7 +135,8 @@ def asked_targets(network: MutualNetwork, options: ExportOptions, run: Run) -> l
     """-> names of the targets that `options` asks for, each once. Raises UsageError for one that there is
     not, that cannot give a further output, or whose folder holds something else."""
     known = target_names(network)
-    targets = known if "all" in options.targets else list(dict.fromkeys(options.targets))
+    asked = (one for name in options.targets for one in (known if name == "all" else [name]))
+    targets = list(dict.fromkeys(asked))
     for target in targets:
         if exits_of(target):
             require_cascade(network, target, options)
@@ -204,14 +205,14 @@ def export_target(
     progress.step(f"{name}: comparing with training's own logits")
     target = build_target(loaded.network, name)
     cascade = route(evaluation, name, options.promise)
+    margins = None
     if cascade is None:
-        reference = sure = evaluation.reference(name)
-        probes = run.probes(options.checkpoint, name)
+        reference, probes = evaluation.reference(name), run.probes(options.checkpoint, name)
     else:
-        whole = evaluation.reference(cascade.exits[0])
-        exits, threshold = cascade.reference, cascade.threshold.value
-        reference, probes = routed_reference(cascade, whole, ~exits.edge(threshold)), None
-        sure = routed_reference(cascade, whole, exits.sure(threshold))
+        kept = ~cascade.reference.edge(cascade.threshold.value)
+        margins = cascade.reference.margins(cascade.threshold.value)[kept]
+        reference = routed_reference(cascade, evaluation.reference(cascade.exits[0]), kept)
+        probes = routed_probes(cascade, [run.probes(options.checkpoint, one) for one in cascade.exits])
 
     constants = fitted_constants(target, evaluation, options.extras)
 
@@ -236,7 +237,7 @@ def export_target(
         reference=reference,
         test=HeldOut(evaluation.data.test, evaluation.test_logits[name], evaluation.held_out),
         evaluation=evaluation,
-        golden=golden_samples(model, sure if len(sure.images) else reference, own, run),
+        golden=golden_samples(model, reference, own, run, margins),
         golden_files=tuple(own or ()),
         checkpoint_sha256=loaded.sha256,
         probes=probes,
@@ -310,6 +311,17 @@ def routed_reference(cascade: Cascade, whole: Reference, kept: np.ndarray) -> Re
     """-> the images `kept` (bool [n]) of `whole`, with the logits of the exit that answers."""
     logits = cascade.reference.routed(cascade.threshold.value)
     return Reference(whole.images[kept], whole.labels[kept], logits[kept])
+
+
+def routed_probes(cascade: Cascade, probes: Sequence[Probes | None]) -> Probes | None:
+    """-> the made-up pictures with the logits of the exit that answers, NaN at the threshold. probes: those
+    of both exits; None in runs from before there were any."""
+    first, last = probes
+    if first is None or last is None:
+        return None
+    exits, threshold = Exits(first.logits, last.logits), cascade.threshold.value
+    logits = np.where(exits.edge(threshold)[:, None], np.float32(np.nan), exits.routed(threshold))
+    return first._replace(logits=logits)
 
 
 def verified_here(variants: Sequence[Variant]) -> VerifiedOn:

@@ -11,14 +11,18 @@ import pytest
 from export.cascade import SURE, Exits, Promise, choose_threshold
 from export.cli import main
 from export.golden import GOLDEN_IMAGES
+from export.pipeline import ExportOptions, asked_targets
 from export.sets import CalibrationImages
 from export.write.cascade_graph import ALL, NONE, write_threshold
 from ffl_deploy.bundle import load_bundle
 from ffl_deploy.command import run_command
 from ffl_deploy.data.datasets import ArraySplit
 from ffl_deploy.errors import CheckError
+from ffl_deploy.networks.checkpoint import load_network
+from ffl_deploy.networks.targets import target_names
 from ffl_deploy.run_directory import Run
 from ffl_deploy.runtime import OnnxRuntimeSession
+from ffl_deploy.verify import main as verify
 
 CLASSES = 20
 
@@ -127,11 +131,31 @@ def test_golden_samples_leave_by_the_same_exit_on_every_processor(cascade: Path,
     assert record is not None
     path = write_threshold(cascade / "model.onnx", tmp_path / "first.onnx", NONE)
     samples = bundle.golden()
+    exits = bundle.session().run(samples.images).exit
+    assert exits is not None
+    assert exits.sum() == GOLDEN_IMAGES // 2, "both parts of the graph are looked at"
     logits = OnnxRuntimeSession(path, "first").run(samples.images).logits
     scores, threshold = Exits(logits, logits).scores, record.threshold.value
     odds, limit = scores / (1 - scores), threshold / (1 - threshold)
     assert np.maximum(odds / limit, limit / odds).min() > np.exp(SURE) - 0.01
-    assert len(samples.images) > GOLDEN_IMAGES // 2
+    assert len(samples.images) == GOLDEN_IMAGES
+
+
+def test_made_up_pictures_leave_by_pytorchs_exit_too(
+    cascade: Path, digits_run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = load_bundle(cascade)
+    probes, record = bundle.probes(), bundle.variant().details.cascade
+    assert probes is not None
+    assert record is not None
+    stored = [digits_run.probes("best", name) for name in record.exits]
+    logits = [one.logits for one in stored if one is not None]
+    known = np.isfinite(probes.logits).all(axis=1)
+    assert known.any()
+    expected = Exits(*logits).routed(record.threshold.value)
+    np.testing.assert_array_equal(probes.logits[known], expected[known])
+    assert verify([str(cascade)]) == 0
+    assert "pictures decoded and resized as in training" in capsys.readouterr().out
 
 
 def test_rows_and_card_name_the_exit(cascade: Path, tmp_path: Path) -> None:
@@ -162,12 +186,20 @@ def test_rows_and_card_name_the_exit(cascade: Path, tmp_path: Path) -> None:
         (["--target", "cascade", "--precision", "fp16"], "fp32 and int8"),
         (["--target", "fused+branch0"], "its first exit is a branch"),
         (["--target", "cascade", "--max-deferred", "30"], "--max-deferred 30 is no share"),
+        (["--target", "fused", "--max-deferred", "0.3"], "--max-deferred is about a cascade"),
+        (["--max-loss-points", "1"], "--max-loss-points is about a cascade"),
         (["--target", "cascade", "--reference-only"], "its threshold is chosen on held-out images"),
     ],
-    ids=["batch", "fp16", "exits", "share", "reference"],
+    ids=["batch", "fp16", "exits", "share", "no cascade", "no target", "reference"],
 )
 def test_what_a_cascade_cannot_be_is_said(
     digits_run: Run, flags: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_command(main, [str(digits_run.folder), *flags]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_all_and_a_cascade_are_both_exported(digits_run: Run, tmp_path: Path) -> None:
+    network = load_network(digits_run).network
+    asked = ExportOptions(("all", "cascade", "fused"), tmp_path)
+    assert asked_targets(network, asked, digits_run) == [*target_names(network), "cascade"]

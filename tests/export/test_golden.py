@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from export.golden import determined
+from export.cascade import SURE
+from export.golden import FEWEST, determined, golden_rows
 from ffl_deploy.parity import PARITY_GATES
 from ffl_deploy.preprocessing import Preprocessing
 from ffl_deploy.probes import Probes, draw, prepared
@@ -71,3 +72,42 @@ def test_a_network_s_pictures_all_stay(kind: Any) -> None:
     model = kind(rough=False)
     probes = probes_of(model)
     assert (determined(probes, model, scale=0.1).logits == probes.logits).all()
+
+
+LABELS = np.arange(200) % 10
+
+
+def margins_of(deferred: np.ndarray, answered: np.ndarray) -> np.ndarray:
+    """-> [200]: the first ones deferred, the others answered by the first exit, each so far from the other;
+    whatever is not given lies at the threshold."""
+    margins = np.where(np.arange(200) < 100, -1e-3, 1e-3)
+    margins[: len(deferred)] = -deferred
+    margins[100 : 100 + len(answered)] = answered
+    return margins
+
+
+def test_samples_of_a_cascade_leave_by_both_exits_far_from_the_threshold() -> None:
+    margins = margins_of(np.linspace(0.1, 3, 100), np.linspace(0.1, 3, 100))
+    rows = golden_rows(LABELS, 64, margins)
+    assert ((margins[rows] < 0).sum(), len(rows)) == (32, 64)
+    assert np.abs(margins[rows]).min() > SURE
+    for side in (rows[rows < 100], rows[rows >= 100]):
+        assert np.bincount(LABELS[side], minlength=10).min() >= 2, "of each class"
+    assert golden_rows(LABELS, 1, margins).shape == (1,)
+
+
+def test_what_one_exit_lacks_the_other_one_gives() -> None:
+    rows = golden_rows(LABELS, 64, margins_of(np.full(20, 2.0), np.full(100, 2.0)))
+    assert (rows < 100).sum() == 20
+    assert len(rows) == 64
+    rows = golden_rows(LABELS, 64, np.full(200, 2.0))
+    assert len(rows) == 64, "nothing is deferred"
+
+
+def test_where_few_are_far_from_the_threshold_the_farthest_stand_in() -> None:
+    """Else a bundle would be verified by next to nothing, or by images that rounding sends anywhere."""
+    deferred = np.array([2.0, 0.4, 0.3, 0.9, *np.linspace(0.05, 0.1, 20)])
+    rows = golden_rows(LABELS, 64, margins_of(deferred, np.full(100, 2.0)))
+    chosen = rows[rows < 100]
+    assert set(chosen) == set(np.argsort(-deferred)[:FEWEST])
+    assert len(rows) == 64
