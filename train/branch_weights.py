@@ -43,7 +43,8 @@ def write_branch(run_folder: Path, branch: int, checkpoint: str, out: Path) -> s
     """Write branch number `branch` to `out`; -> what to do with it. Raises UsageError,
     and CheckError for a damaged run.
 
-    The file's metadata says how the weights want their images: size, and mean and std on the 0..1 scale.
+    The file's metadata says how the weights want their images: size, mean and std on the 0..1 scale, filter
+    and share of the shorter side.
     """
     from safetensors.torch import save
 
@@ -65,6 +66,8 @@ def write_branch(run_folder: Path, branch: int, checkpoint: str, out: Path) -> s
         "image_size": f"{run.preprocessing.height}x{run.preprocessing.width}",
         "mean": msgspec.json.encode([round(value / 255, 6) for value in run.mean]).decode(),
         "std": msgspec.json.encode([round(value / 255, 6) for value in run.std]).decode(),
+        "filter": msgspec.json.encode(run.preprocessing.filter).decode(),
+        "crop_fraction": msgspec.json.encode(run.preprocessing.crop_fraction).decode(),
         "source": f"{run.name}/{checkpoint} sha256:{loaded.sha256}",
     }
     write_atomically(out, save({key: value.contiguous() for key, value in weights.tensors.items()}, metadata))

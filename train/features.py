@@ -8,8 +8,11 @@ every step, without gradients. The folder goes when the run ends.
 
 from __future__ import annotations
 
+import errno
+import math
+import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ffl_deploy.errors import CheckError, Interrupted
+from ffl_deploy.files import shown
 from ffl_deploy.networks.mutual import MutualNetwork, Outputs
 from train.config import TrainConfig
 from train.data.augment import changes_views
@@ -183,7 +187,8 @@ class FeatureBatches:
         for start in starts:
             if self.stop is not None and self.stop.requested:
                 raise Interrupted(
-                    f"stopped before the first step; go on with: ffl-train --resume {self.folder.parent}"
+                    "stopped while what frozen stages give was computed; go on with: ffl-train --resume "
+                    f"{shown(self.folder.parent)}"
                 )
             rows = slice(start, min(start + CHUNK, len(images)))
             pixels = torch.from_numpy(images.read(rows)).to(self.place.device).permute(0, 3, 1, 2)
@@ -202,16 +207,37 @@ class FeatureBatches:
                 if not files:
                     shapes = [(views * len(images), *values.shape[1:]) for values in halves]
                     names = [self.folder / f"{split}-{depth}-{number}.npy" for number in range(len(shapes))]
-                    files = [
-                        np.lib.format.open_memmap(name, "w+", np.float16, shape)
-                        for name, shape in zip(names, shapes, strict=True)
-                    ]
+                    files = self.reserved(names, shapes)
                 for file, values in zip(files, halves, strict=True):
                     file[view * len(images) + rows.start : view * len(images) + rows.stop] = values
         for file in files:
             file.flush()
         self.network.train(training)
         return names
+
+    def reserved(self, names: Sequence[Path], shapes: Sequence[tuple[int, ...]]) -> list[np.memmap]:
+        """-> new files of float16, whose room on the disk is taken: a process that writes to a map finds no
+        room by being killed (SIGBUS). Raises CheckError where there is too little."""
+        files = []
+        for name, shape in zip(names, shapes, strict=True):
+            files.append(np.lib.format.open_memmap(name, "w+", np.float16, shape))
+            if not hasattr(os, "posix_fallocate"):
+                continue
+            try:
+                with name.open("r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, name.stat().st_size)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    continue  # a file system that reserves nothing
+                self.close()
+                needed = sum(2 * math.prod(one) for one in shapes)
+                raise CheckError(
+                    f"what frozen stages give takes {needed / 1e9:.2g} GB beside the run, and the disk of "
+                    f"{shown(self.folder.parent)} has less: free some and type ffl-train --resume "
+                    f"{shown(self.folder.parent)}; or start anew with --crop-padding 4, whose views pass the "
+                    "frozen stages at every step."
+                ) from error
+        return files
 
     def close(self) -> None:
         """Give the disk back."""

@@ -219,12 +219,26 @@ def _same_places(typed: Typed, stored: TrainConfig) -> Typed:
     return same
 
 
+def _from_anywhere(teacher: str) -> str:
+    """-> what --teacher was given with its path absolute, since a run goes on from any folder; what is no
+    path of anything as it is."""
+    if teacher == "ema":
+        return teacher
+    name, equals, file = teacher.rpartition("=")
+    for prefix, path in (("", Path(teacher).expanduser()), (name + equals, Path(file).expanduser())):
+        if path.exists():
+            return f"{prefix}{path.absolute()}"
+    return teacher
+
+
 def configure(typed: Typed) -> TrainConfig:
     """-> the recipe's configuration, overridden by flags; with --resume the run's own, which flags may only
     repeat; with --quantize-aware that run's own, whose networks and images stay.
 
     Raises UsageError.
     """
+    if teacher := typed.get("model.teacher"):
+        typed = {**typed, "model.teacher": _from_anywhere(teacher)}
     stored = stored_options(typed)
     if stored is not None:
         typed = _same_places(typed, stored)

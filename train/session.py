@@ -36,6 +36,7 @@ from train.estimate import require_memory, shapes_alone, time_line
 from train.features import FeatureBatches, with_features
 from train.finish import describe, finish
 from train.guidance import advice, no_better_than_chance, unequal_classes
+from train.looks import as_weights_want, doubts
 from train.loop import Trainer
 from train.machine import (
     Place,
@@ -56,7 +57,7 @@ from train.run_folder import claim, gone_on, keep_threads, require_same_data, ru
 from train.schedule import learning_rate
 from train.stopping import StopRequest, stop_on_signals
 from train.teacher import OWN_AVERAGE, TaughtTrainer, Teacher, open_teacher
-from train.weights import as_weights_want, start_from
+from train.weights import start_from
 
 
 def run_training(config: TrainConfig, stop: StopRequest | None = None) -> int:
@@ -103,7 +104,10 @@ def run_training(config: TrainConfig, stop: StopRequest | None = None) -> int:
         start = published if cache is None or not published else cache
         network = MutualNetwork(architecture, start, config.model.stochastic_depth)
         check_stochastic_depth(config, network)
-        loaded = [] if begun else start_from(network, config.model.weights)
+        beginning: list[str] = []
+        if not begun:
+            beginning += map(str, start_from(network, config.model.weights))
+            beginning += doubts(config, len(network.trunk))
         network = network.to(device).to(memory_format=torch.channels_last)
         if any(is_library_name(name) for name in config.model.branches):
             require_memory(shapes_alone(architecture, network), config, device, world.size)
@@ -146,7 +150,7 @@ def run_training(config: TrainConfig, stop: StopRequest | None = None) -> int:
             keep_teacher(folder, network)
 
         # train, then test once
-        say("\n".join([headline(folder, config, data, network, place), *map(str, loaded)]), config, world)
+        say("\n".join([headline(folder, config, data, network, place), *beginning]), config, world)
         if world.is_main and not config.output.quiet:
             for line in (*advice(config, data), *time_line(network, config, place, len(data.train))):
                 say(line, config, world)

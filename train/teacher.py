@@ -28,10 +28,11 @@ from ffl_deploy.networks.mutual import MutualNetwork, NetworkConfig, Outputs
 from ffl_deploy.networks.targets import build_target
 from ffl_deploy.run_directory import CONFIG, load_run
 from train.features import FeatureBatches, Maps, Partial
+from train.looks import look_of_file
 from train.loop import Trainer
 from train.machine import Place
 from train.methods import Method, distill
-from train.weights import look_of_file, start_from
+from train.weights import start_from
 
 OWN_AVERAGE = "ema"
 
@@ -48,8 +49,8 @@ class TaughtOutputs(NamedTuple):
 
 @dataclass(frozen=True)
 class Taught(Method):
-    """The losses of `method`, and weight * T^2 KL(z <- z_teacher), called prefix/NAME, for each branch and
-    the fused classifier."""
+    """The losses of `method`, and weight * T^2 KL(z <- z_teacher), called prefix/NAME, for each classifier
+    with weights of its own: all but the mean of the branches."""
 
     method: Method = field(default_factory=Method)
     prefix: str = "kd-teacher"
@@ -60,7 +61,7 @@ class Taught(Method):
     ) -> dict[str, Tensor]:
         student, parts = outputs.student, self.method.losses(outputs.student, labels, ramp)
         for name, logits in student.classifiers().items():
-            if name == "fused" or name.startswith("branch"):
+            if name != "ensemble":
                 parts[f"{self.prefix}/{name}"] = self.weight * distill(
                     logits, outputs.teacher, self.temperature
                 )

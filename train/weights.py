@@ -11,32 +11,27 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
-import msgspec
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
 from ffl_deploy.errors import UsageError, first_line
 from ffl_deploy.files import did_you_mean, shown
 from ffl_deploy.networks.backbones import is_library_name
-from ffl_deploy.networks.checkpoint import MODEL, read_checkpoint
+from ffl_deploy.networks.checkpoint import MODEL, STATE, read_checkpoint
 from ffl_deploy.networks.mutual import MutualNetwork
 from ffl_deploy.networks.plain_weights import body_prefixes, layout_of
-from ffl_deploy.preprocessing import ImageSize, Look
 from ffl_deploy.run_directory import CONFIG, load_run
-from train.config import TrainConfig
 
 WRAPPERS = ("state_dict", "model", "model_state_dict", "model_state", "state_dict_ema", "model_ema", "net")
 """What training scripts call the state_dict in a file that holds more."""
 PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel, torch.compile, Lightning
 COUNTER = ".num_batches_tracked"  # of batch normalisation; nothing reads it, and old files lack it
-OWN = re.compile(r"(trunk|trunk_exit|branches|heads|fusion|aggregator)\.")
+OWN = re.compile(r"trunk\.\d+\.\w|branches\.\d+\.\d+\.\w|heads\.\d+\.\w|(trunk_exit|fusion|aggregator)\.\w")
 
 
 class Loaded(NamedTuple):
@@ -107,96 +102,20 @@ def _start_from(network: MutualNetwork, values: Sequence[str]) -> list[Loaded]:
     return reports[::-1]
 
 
-def look_of_file(name: str, path: Path) -> Look | None:
-    """-> how the weights in `path`, of the network `name`, want their images; None where nothing says so."""
-    wanted = _wanted_by_file(path) or _wanted_by_library(name)
-    return None if wanted is None else wanted.look
+def run_of(path: Path) -> Path | None:
+    """-> the run that `path` is, or is a checkpoint of, or lies in one; None where there is none."""
+    above = [one.parent for one in path.absolute().parents[:2] if one.name == "checkpoints"]
+    return next((one for one in (path, *above) if is_run(one)), None)
 
 
-def as_weights_want(config: TrainConfig) -> TrainConfig:
-    """-> `config`, whose images have the size, the resizing and the normalisation of the weights that its
-    first branch starts from, wherever it does not say otherwise."""
-    model, data = config.model, config.data
-    found = sources(model.weights, model.branches)
-    if 0 in found:
-        wanted = _wanted_by_file(found[0]) or _wanted_by_library(model.branches[0])
-    else:
-        wanted = _wanted_by_library(model.branches[0]) if model.pretrained else None
-    if wanted is None:
-        return config
-    size, filter_ = wanted.size, cast(Any, wanted.look.filter or "auto")
-    changed = replace(
-        data,
-        image_size=size if data.image_size is None else data.image_size,
-        interpolation=filter_ if data.interpolation == "auto" else data.interpolation,
-        crop_fraction=wanted.look.crop_fraction if data.crop_fraction is None else data.crop_fraction,
-        mean=data.mean or wanted.look.mean or (),
-        std=data.std or wanted.look.std or (),
-    )
-    return replace(config, data=changed)
-
-
-class Wanted(NamedTuple):
-    """The images that weights were trained on."""
-
-    size: ImageSize
-    look: Look
-
-
-def _wanted_by_file(path: Path) -> Wanted | None:
-    """-> of a run, or of a file that `train.branch_weights` wrote."""
-    if path.is_dir() and (path / CONFIG).is_file():
-        run = load_run(path)
-        how, scaled = run.preprocessing, [tuple(v / 255 for v in values) for values in (run.mean, run.std)]
-        mean, std = (cast(tuple[float, float, float], values) for values in scaled)
-        return Wanted((how.width, how.height), Look(mean, std, how.filter, how.crop_fraction))
-    if path.suffix != ".safetensors" or not path.is_file():
-        return None
-    try:
-        with safe_open(path, "pt") as file:
-            about = file.metadata() or {}
-        height, _, width = about["image_size"].partition("x")
-        mean, std = (
-            msgspec.json.decode(about[key], type=tuple[float, float, float]) for key in ("mean", "std")
-        )
-        return Wanted((int(width), int(height)), Look(mean, std))
-    except (
-        SafetensorError,
-        KeyError,
-        ValueError,
-    ):  # the reader says what is wrong with it; others say nothing
-        return None
-
-
-def _wanted_by_library(name: str) -> Wanted | None:
-    """-> as the library trained the weights that it publishes for this network; None for own networks."""
-    library, _, model = name.partition(":")
-    if library == "timm":
-        import timm
-
-        about = timm.get_pretrained_cfg(model)
-        if about is None:
-            return None
-        _, height, width = about.input_size
-        return Wanted((width, height), _look(about.mean, about.std, about.interpolation, about.crop_pct))
-    if library == "torchvision":
-        from torchvision import models
-
-        with suppress(ValueError):  # the network's builder says what is wrong with a name
-            about = models.get_model_weights(model).DEFAULT.transforms()
-            size, share = about.crop_size[0], min(1.0, about.crop_size[0] / about.resize_size[0])
-            return Wanted((size, size), _look(about.mean, about.std, about.interpolation.value, share))
-    return None
-
-
-def _look(mean: Sequence[float], std: Sequence[float], filter_: str, share: float) -> Look:
-    known = cast(Any, filter_ if filter_ in ("bilinear", "bicubic", "lanczos", "box") else None)
-    return Look((mean[0], mean[1], mean[2]), (std[0], std[1], std[2]), known, share)
+def is_run(path: Path) -> bool:
+    """-> whether it is a run directory, and not another tool's folder that has a config.json."""
+    return (path / CONFIG).is_file() and (path / "checkpoints").is_dir()
 
 
 def fitted(network: MutualNetwork, branch: int, path: Path) -> tuple[dict[str, Tensor], Loaded]:
     """-> (name in the network -> tensor of the file, the report). Raises UsageError."""
-    tensors = read_weights(path, network.config.branches[branch], branch)
+    tensors = read_weights(path)
     own = {name: value for name, value in tensors.items() if OWN.match(name)}
     if own and len(own) == len(tensors):
         return _from_own(network, branch, path, own)
@@ -257,6 +176,7 @@ def in_order(
     both hold the same kinds and shapes in the same order. Raises UsageError."""
     shapes = {key: value.shape for key, value in network.state_dict().items()}
     targets, found = [*wanted], [*given.items()]
+    # as far as both go: the first that does not fit says more than how many there are
     for place, (target, (key, value)) in enumerate(zip(targets, found, strict=False)):
         if target.rpartition(".")[2] != key.rpartition(".")[2] or shapes[wanted[target]] != value.shape:
             raise UsageError(
@@ -270,7 +190,8 @@ def in_order(
             f"--weights {shown(path)} belongs to another architecture than {name}: it has {len(found)} "
             f"tensors, {len(targets)} and a head of {len(classifier)} are wanted."
         )
-    return {target: value for target, (_, value) in zip([*targets, *classifier], found, strict=False)}
+    names = [*targets, *(classifier if rest else ())]
+    return {target: value for target, (_, value) in zip(names, found, strict=True)}
 
 
 def require_fit(
@@ -308,11 +229,10 @@ def _from_own(
     for other in sorted(range(count), key=lambda other: other != branch):
         body: dict[str, Tensor] = {}
         for key, value in tensors.items():
-            kind, number, rest = key.split(".", 2)
-            if kind == "trunk":
-                body[f"{number}.{rest}"] = value
-            elif kind == "branches" and int(number) == other:
-                stage, _, name = rest.partition(".")
+            if key.startswith("trunk."):
+                body[key.removeprefix("trunk.")] = value
+            elif key.startswith(f"branches.{other}."):
+                stage, _, name = key.removeprefix(f"branches.{other}.").partition(".")
                 body[f"{trunk + int(stage)}.{name}"] = value
         wanted = {
             f"{stage}.{name.removeprefix(prefix)}": name
@@ -333,16 +253,19 @@ def _from_own(
         new = {wanted[key]: value for key, value in fitting.items()}
         note, names = f"branch{other} of that run", frozenset(new | taken)
         return new | taken, Loaded(branch, path, len(names), left, note, names)
+    if not wrong:
+        raise UsageError(
+            f"--weights {shown(path)} holds no branch of a network; give a run of ffl-train, or its "
+            "checkpoint."
+        )
     raise wrong[0]
 
 
-def read_weights(path: Path, name: str, branch: int) -> dict[str, Tensor]:
-    """-> the tensors of a file or run, by its own names. name: of the network that they are for. Raises
-    UsageError for what is none, and for a file that wants code executed."""
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """-> the tensors of a file or run, by its own names. Raises UsageError for what is none, and for a file
+    that wants code executed."""
     if path.is_dir():
-        if not (path / CONFIG).is_file() and (path / "model.safetensors").is_file():
-            return read_checkpoint(path, (MODEL,)).tensors[MODEL]
-        return read_checkpoint(load_run(path).checkpoint("best"), (MODEL,)).tensors[MODEL]
+        return read_folder(path)
     if path.suffix == ".safetensors":
         try:
             content: Any = load_safetensors(path.read_bytes())
@@ -358,10 +281,24 @@ def read_weights(path: Path, name: str, branch: int) -> dict[str, Tensor]:
             f"--weights {shown(path)} holds no state_dict (names with tensors); save one: "
             "torch.save(model.state_dict(), FILE)."
         )
-    for prefix in PREFIXES:
-        if all(key.startswith(prefix) for key in tensors):
-            tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
+    while prefix := next((one for one in PREFIXES if all(key.startswith(one) for key in tensors)), ""):
+        tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
     return tensors
+
+
+def read_folder(path: Path) -> dict[str, Tensor]:
+    """-> the tensors of a run, of a checkpoint, or of what a library keeps of one model (Hugging Face's
+    snapshots)."""
+    if is_run(path):
+        path = load_run(path).checkpoint("best")
+    if (path / STATE).is_file():
+        return read_checkpoint(path, (MODEL,)).tensors[MODEL]
+    if (path / f"{MODEL}.safetensors").is_file():
+        return read_weights(path / f"{MODEL}.safetensors")
+    raise UsageError(
+        f"--weights {shown(path)} is a folder, and neither a run nor a checkpoint of ffl-train; give the "
+        "file of weights in it."
+    )
 
 
 def read_without_code(path: Path) -> Any:

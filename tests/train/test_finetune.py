@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 import train.features
+from ffl_deploy.command import run_command
 from ffl_deploy.errors import Interrupted
 from ffl_deploy.networks.checkpoint import load_network
 from ffl_deploy.networks.mutual import MutualNetwork, NetworkConfig
@@ -242,6 +245,30 @@ def test_values_that_no_run_can_use(flags: list[str], sentence: str) -> None:
 
     with pytest.raises(UsageError, match=sentence):
         main(flags)
+
+
+def test_room_for_kept_features_is_taken_before_they_are_computed(
+    tiny_flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A write to a mapped file that finds the disk full would be SIGBUS, and no sentence."""
+    out, sizes = tmp_path / "run", []
+    flags = [*tiny_flags, *FLAGS, "--epochs", "1", "--out", str(out)]
+
+    def full(descriptor: int, start: int, size: int) -> None:
+        assert (start, size) == (0, os.fstat(descriptor).st_size)
+        sizes.append(size)
+        if len(sizes) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        assert run_command(main, flags) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "what frozen stages give takes" in said
+    assert min(sizes) > 1000, "a file for each branch"
+    assert not (out / "features").exists(), "what was taken is given back"
+    assert run_command(main, ["--resume", str(out), "--quiet"]) == 0
 
 
 def test_kept_features_are_rejected_where_half_precision_cannot_hold_them(

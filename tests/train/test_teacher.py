@@ -20,7 +20,7 @@ from ffl_deploy.networks.mutual import Outputs
 from ffl_deploy.run_directory import load_run
 from train.branch_weights import write_branch
 from train.machine import Place
-from train.methods import FFL, Vanilla
+from train.methods import FFL, Independent, Vanilla
 from train.run import main, parse
 from train.teacher import TaughtOutputs, open_teacher, order_of, taught
 
@@ -45,6 +45,29 @@ def test_the_teacher_adds_its_softened_answers_to_the_methods_own_losses() -> No
         assert float(parts[f"kd-teacher/{name}"]) == pytest.approx(wanted, rel=1e-4)
     assert set(parts) - set(own) == {"kd-teacher/branch0", "kd-teacher/branch1", "kd-teacher/fused"}
     assert taught(Vanilla(), "kd-teacher").strong == "branch0"
+
+
+def test_every_classifier_with_weights_of_its_own_is_taught() -> None:
+    z = [torch.randn(4, 3) for _ in range(5)]
+    outputs = Outputs([z[0], z[1]], None, z[2], [], trunk=z[3])
+    parts = taught(Independent(), "kd-teacher").losses(
+        TaughtOutputs(outputs, z[4]), torch.tensor([0, 1, 2, 0]), 1.0
+    )
+    own = {name.removeprefix("kd-teacher/") for name in parts if name.startswith("kd-teacher/")}
+    assert own == {"gated", "branch0", "branch1", "trunk"}
+
+
+def test_a_teachers_path_is_kept_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run is resumed in another folder than it was begun in."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lr=0.1").mkdir()
+    (tmp_path / "one.pth").touch()
+    for typed, kept in (
+        ("lr=0.1", f"{tmp_path}/lr=0.1"),
+        ("timm:resnet18=one.pth", f"timm:resnet18={tmp_path}/one.pth"),
+        ("nowhere", "nowhere"),
+    ):
+        assert parse(["--teacher", typed]).model.teacher == kept
 
 
 @pytest.fixture

@@ -20,8 +20,9 @@ from ffl_deploy.errors import UsageError
 from ffl_deploy.networks.mutual import MutualNetwork, NetworkConfig
 from ffl_deploy.run_directory import load_run
 from train.branch_weights import write_branch
+from train.looks import as_weights_want, doubts
 from train.run import parse
-from train.weights import as_weights_want, start_from
+from train.weights import start_from
 
 RESNET = "torchvision:resnet18"
 
@@ -49,6 +50,8 @@ FORMS: dict[str, Callable[[dict[str, Tensor]], Any]] = {
     "state_dict": lambda tensors: {"state_dict": tensors, "epoch": 3},
     "model": lambda tensors: {"model": tensors, "optimizer": {"lr": 0.1}},
     "module.": lambda tensors: {f"module.{key}": value for key, value in tensors.items()},
+    "compiled": lambda tensors: {f"module._orig_mod.{key}": value for key, value in tensors.items()},
+    "compiled first": lambda tensors: {f"_orig_mod.module.{key}": value for key, value in tensors.items()},
     "wrapped module.": lambda tensors: {"state_dict": {f"module.{k}": v for k, v in tensors.items()}},
     "numpy": lambda tensors: {"state_dict": tensors, "best_prec1": np.float64(71.5), "epoch": np.int64(3)},
     "no counters": lambda tensors: {k: v for k, v in tensors.items() if "num_batches" not in k},
@@ -89,8 +92,12 @@ def test_a_head_of_the_same_classes_is_taken(published: dict[str, Tensor], tmp_p
     assert (report.loaded, report.left) == (122, {})
 
 
-def test_names_of_another_library_are_taken_in_order(published: dict[str, Tensor], tmp_path: Path) -> None:
-    renamed = {f"_net.{n}.{key.rpartition('.')[2]}": v for n, (key, v) in enumerate(published.items())}
+@pytest.mark.parametrize("part", ["_net", "trunk", "trunk.stages", "branches", "heads"])
+def test_names_of_another_library_are_taken_in_order(
+    part: str, published: dict[str, Tensor], tmp_path: Path
+) -> None:
+    """Whether or not they begin as this project's own do."""
+    renamed = {f"{part}.x{n}.{key.rpartition('.')[2]}": v for n, (key, v) in enumerate(published.items())}
     net = network(RESNET, "resnet8")
     (report,) = start_from(net, [f"branch0={save(tmp_path / 'w.pth', renamed)}"])
     assert "taken in order" in str(report)
@@ -141,6 +148,10 @@ BAD: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
         lambda tensors: torchvision.models.resnet34().state_dict(),
         "(does not fit|belongs to another architecture than) torchvision:resnet18",
     ),
+    "own names without a branch": (
+        lambda tensors: {"trunk.0.weight": tensors["conv1.weight"]},
+        "holds no branch of a network",
+    ),
     "code": (lambda tensors: {"state_dict": tensors, "x": Runs()}, "asks for code to be executed .*system"),
     "nothing": (lambda tensors: {"epoch": 3}, "holds no state_dict"),
 }
@@ -160,6 +171,19 @@ def test_what_does_not_fit_is_one_sentence_and_changes_nothing(
     assert "\n" not in str(raised.value)
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
     assert not (tmp_path / "executed").exists()
+
+
+def test_a_folder_is_a_run_or_holds_a_file_of_weights(published: dict[str, Tensor], tmp_path: Path) -> None:
+    """As huggingface_hub keeps a model: its config.json is none of a run's."""
+    (tmp_path / "config.json").write_text('{"architecture": "resnet18"}')
+    net = network(RESNET, "resnet8")
+    with pytest.raises(UsageError, match="is a folder, and neither a run nor a checkpoint"):
+        start_from(net, [f"branch0={tmp_path}"])
+    save_file(published, tmp_path / "model.safetensors")
+    (report,) = start_from(net, [f"branch0={tmp_path}"])
+    assert report.loaded == 120
+    config = parse(["--branches", f"{RESNET},resnet8", "--weights", f"branch0={tmp_path}"])
+    assert as_weights_want(config).data.image_size == (224, 224)
 
 
 def test_damaged_files_are_no_traceback(tmp_path: Path) -> None:
@@ -212,6 +236,51 @@ def test_a_run_and_its_plain_weights_start_another_run(
     assert all(torch.equal(own[k], v) for k, v in trained.items() if not k.startswith("fusion."))
     assert report0.note == "branch0 of that run"
     assert report1.left == {}
+
+
+def test_every_form_of_a_run_says_what_its_images_look_like(
+    train_tiny: Callable[..., Path], tmp_path: Path, hues: Path
+) -> None:
+    run = train_tiny(
+        "run", "--branches", "resnet8,resnet8", "--interpolation", "box", "--crop-fraction", "0.9"
+    )
+    how = load_run(run)
+    write_branch(run, 1, "best", tmp_path / "one.safetensors")
+    checkpoint = run / "checkpoints" / "best"
+    for source in (run, checkpoint, checkpoint / "model.safetensors", tmp_path / "one.safetensors"):
+        # of the second branch alone, where the first one starts from nothing
+        config = parse(
+            ["--data", str(hues), "--branches", "resnet8,resnet8", "--weights", f"branch1={source}"]
+        )
+        data = as_weights_want(config).data
+        assert data.image_size == (how.preprocessing.width, how.preprocessing.height)
+        assert (data.interpolation, data.crop_fraction) == ("box", 0.9)
+        assert [255 * value for value in data.mean] == pytest.approx(how.mean, abs=1e-3)
+
+
+def test_what_a_start_leaves_doubtful_is_said(published: dict[str, Tensor], tmp_path: Path) -> None:
+    path = save(tmp_path / "weights.pth", published)
+
+    def said(*flags: str, shared: int = 0) -> list[str]:
+        return doubts(as_weights_want(parse([*flags])), shared)
+
+    # weights of two kinds
+    both = ["--branches", f"timm:tf_efficientnet_lite0,{RESNET}", "--pretrained"]
+    (line,) = said(*both)
+    assert line.startswith(
+        "branch1 starts from weights that were trained with pixels of mean 0.485 0.456 0.406"
+    )
+    assert "and gets 0.5 0.5 0.5" in line
+    assert said("--pretrained") == []
+
+    # stages that are frozen before they have learned anything
+    one = ["--branches", f"{RESNET},resnet8", "--weights", f"branch0={path}"]
+    (line,) = said(*one)
+    assert line.startswith("branch1 (resnet8) starts from nothing, and --freeze 2 keeps")
+    assert said(*one, "--freeze", "0") == []
+    twins = ["--branches", f"{RESNET},{RESNET}", "--weights", f"branch0={path}"]
+    assert said(*twins, shared=4) == [], "frozen are the stages of the first branch, which both share"
+    assert len(said(*twins, "--freeze", "5", shared=4)) == 1
 
 
 def test_size_and_normalisation_follow_the_weights_unless_told_otherwise(hues: Path, tmp_path: Path) -> None:
