@@ -83,6 +83,7 @@ class Artefact(msgspec.Struct, frozen=True):
     images: int | None = None  # that the accuracy is of
     p50_low_ms: float | None = None  # 95 % interval, where it was timed side by side
     p50_high_ms: float | None = None
+    deferred: float | msgspec.UnsetType = msgspec.UNSET  # of a cascade: share of the test images
 
     @property
     def name(self) -> str:

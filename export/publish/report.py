@@ -140,9 +140,19 @@ def require(report: Report) -> None:
 
 def bundle_rows(bundle: Bundle) -> list[Artefact]:
     """-> one Artefact per variant."""
-    manifest = bundle.manifest
-    cost = multiply_adds(bundle.checked_file(bundle.variant(DEFAULT_VARIANT).file))
-    return [_row(manifest.target, manifest.source.parameters, cost, variant) for variant in manifest.variants]
+    manifest, path = bundle.manifest, bundle.checked_file(bundle.variant(DEFAULT_VARIANT).file)
+    rows = []
+    for variant in manifest.variants:
+        cascade = variant.details.cascade
+        cost = multiply_adds(path, cascade.deferred if cascade else 1.0)
+        row = _row(manifest.target, manifest.source.parameters, cost, variant)
+        if cascade:  # a median tells which exit most images leave by: the mean is what an image takes
+            means = [one.cascade_ms for one in cascade.times if one.batch == 1]
+            row = msgspec.structs.replace(
+                row, p50_ms=means[0] if means else row.p50_ms, deferred=cascade.deferred
+            )
+        rows.append(row)
+    return rows
 
 
 def _row(target: str, parameters: int, cost: int, variant: Variant) -> Artefact:
@@ -345,7 +355,7 @@ def body(report: Report) -> str:
         advice=f"{recommended}: {report.recommendation.reason}",
         artefacts=table(COLUMNS, [_cells(row, report.recommendation) for row in best_first(report.rows)]),
         machine=report.machine or "nothing",
-        latency=_how_timed(report.timings or []),
+        latency=" ".join(filter(None, [_how_timed(report.timings or []), _of_cascades(report.rows)])),
         refused=_refused(report.refused or []),
     )
 
@@ -367,6 +377,17 @@ def _how_timed(timings: Sequence[Timing]) -> str:
     return (
         f"A latency is the median of {rounds} windows, the files in turns, with its 95 % interval, {reached}."
         " The throughputs are one window of 0.3 s each."
+    )
+
+
+def _of_cascades(rows: Sequence[Artefact]) -> str:
+    """-> what is meant by the numbers of a cascade; nothing where there is none."""
+    named = [f"{row.name} {percent(row.deferred)}" for row in rows if isinstance(row.deferred, float)]
+    if not named:
+        return ""
+    return (
+        "Latency and multiply-adds of a cascade are those of an image on average, at the share of the test "
+        f"images that it deferred ({', '.join(named)})."
     )
 
 

@@ -12,13 +12,15 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ffl_deploy.bundle import Bundle
 from ffl_deploy.errors import FflError
+from ffl_deploy.manifest import Variant
 from ffl_deploy.report import Timing, is_wide
+from ffl_deploy.runtime import Session
 from ffl_deploy.runtime.latency import machine_name
 
 WINDOW_SECONDS, WINDOW_CALLS = 0.03, 5  # a window ends when it has both
@@ -30,9 +32,9 @@ def time_bundles(bundles: Iterable[Bundle]) -> list[Timing]:
     """-> the timings of every variant that this machine exported and can open, one image at a time."""
     with ExitStack() as opened:
         runs: dict[str, Callable[[], Any]] = {}
+        shares: dict[str, list[float]] = {}
         hashes = {}
         for bundle in bundles:
-            images = bundle.golden().images[:1]
             for variant in bundle.manifest.variants:
                 if variant.latency is None:
                     continue
@@ -43,21 +45,52 @@ def time_bundles(bundles: Iterable[Bundle]) -> list[Timing]:
                 if variant.latency.machine != (session.gpu or machine_name()):
                     continue  # beside the accuracies of that machine stand its latencies
                 name = f"{bundle.manifest.target}/{variant.name}"
-                batch = bundle.manifest.input.batch or 1
-                runs[name] = _run(session.run, np.repeat(images, batch, axis=0))
-                hashes[name] = variant.sha256
+                batch, kinds = bundle.manifest.input.batch or 1, kinds_of(bundle, variant, session)
+                for number, kind in enumerate(kinds):
+                    runs[f"{name} {number}"] = _run(session.run, np.repeat(kind.image, batch, axis=0))
+                if kinds:
+                    shares[name], hashes[name] = [kind.share for kind in kinds], variant.sha256
         if not runs:
             return []
         windows = in_turns(runs)
-    return [
-        Timing(
-            name,
-            hashes[name],
-            medians(found),
-            float(np.percentile(np.concatenate(found), 95)),
-        )
-        for name, found in windows.items()
+    found = {name: [windows[f"{name} {number}"] for number in range(len(of))] for name, of in shares.items()}
+    return [Timing(name, hashes[name], *together(of, shares[name])) for name, of in found.items()]
+
+
+class Kind(NamedTuple):
+    """Images that take equally long. share: of the test images; image: one of them, uint8 [1, h, w, 3]."""
+
+    share: float
+    image: np.ndarray
+
+
+def kinds_of(bundle: Bundle, variant: Variant, session: Session) -> list[Kind]:
+    """-> one kind; of a cascade those that its first exit answers and those that are deferred, in the shares
+    of the test images; none where the golden images show one of the two only."""
+    images, record = bundle.golden().images, variant.details.cascade
+    if record is None:
+        return [Kind(1.0, images[:1])]
+    exits = session.run(images).exit
+    assert exits is not None
+    shares = (1 - record.deferred, record.deferred)
+    kinds = [Kind(share, images[exits == number][:1]) for number, share in enumerate(shares) if share]
+    return kinds if all(len(kind.image) for kind in kinds) else []
+
+
+def together(
+    kinds: Sequence[Sequence[Sequence[float]]], shares: Sequence[float]
+) -> tuple[list[float], float]:
+    """kinds: the windows of each, in ms -> (what each round takes for one image of all kinds, on average;
+    the 95th percentile of all calls)."""
+    rounds = [
+        sum(share * one for share, one in zip(shares, of_round, strict=True))
+        for of_round in zip(*map(medians, kinds), strict=True)
     ]
+    calls = [np.concatenate(windows) for windows in kinds]
+    weights = [np.full(len(one), share / len(one)) for one, share in zip(calls, shares, strict=True)]
+    values, order = np.concatenate(calls), np.argsort(np.concatenate(calls))
+    reached = np.cumsum(np.concatenate(weights)[order])
+    return rounds, float(values[order][min(int((reached < 0.95).sum()), len(values) - 1)])
 
 
 def _run(run: Callable[[np.ndarray], Any], images: np.ndarray) -> Callable[[], Any]:

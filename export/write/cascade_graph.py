@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from export.cascade import ROWS
 from export.write.onnx_graph import DeployedModel
 from ffl_deploy.errors import CheckError
 from ffl_deploy.networks.targets import CascadeTarget
 from ffl_deploy.runtime.tensorrt_cascade import MAP, SCORE
 
-ROWS, EXIT, THRESHOLD = "rows", "exit", "threshold"
+EXIT, THRESHOLD = "exit", "threshold"
 ALL, NONE = 2.0, -1.0
 """Thresholds that defer every image, and none: a softmax lies between."""
 

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from export.publish.cost import multiply_adds
 from export.publish.report import body, mark_pareto, recommend, with_timing
-from export.publish.side_by_side import in_turns, medians
+from export.publish.side_by_side import in_turns, medians, together
 from export.publish.undecided import behind
 from export.write.int8_choice import BLOCKS, Held, Judges, choose, sensitive_blocks
 from export.write.qdq import channel_scales
@@ -367,6 +367,14 @@ def test_windows_are_taken_in_turns_until_their_intervals_are_small() -> None:
     assert len(found["a/fp32"]) == len(found["b/fp32"]) > 8
     assert busy.now == pytest.approx(2.0, abs=0.3)
     assert is_wide(medians(found["a/fp32"]))
+
+
+def test_of_two_kinds_of_images_the_mean_counts_and_the_slow_ones_are_the_tail() -> None:
+    """A cascade: three of four images leave early."""
+    early, late = [[1.0, 1.0, 1.0], [1.0, 1.0, 3.0]], [[10.0], [20.0]]
+    assert together([early, late], [0.75, 0.25]) == ([3.25, 5.75], 20.0)
+    assert together([early, late], [0.97, 0.03])[1] == 3.0, "fewer than a twentieth"
+    assert together([early], [1.0]) == ([1.0, 1.0], 3.0)
 
 
 def timing(name: str, windows: Sequence[float]) -> Timing:

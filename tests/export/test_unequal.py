@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,11 @@ import onnx
 import pytest
 
 from export.cli import main
+from export.publish.cost import multiply_adds
+from export.publish.report import write_report
+from export.publish.side_by_side import kinds_of
 from ffl_deploy.bundle import load_bundle
+from ffl_deploy.report import ArtefactLimits
 from ffl_deploy.run_directory import Run, load_run
 
 
@@ -69,6 +74,43 @@ def test_what_the_trunk_computed_is_not_computed_again(trunk_bundles: Path) -> N
     own = 2  # convolutions of the exit itself, on top of the trunk's
     assert cascade == fused + own
     assert trunk - own < fused
+
+
+def test_the_report_counts_a_cascade_by_the_share_that_it_defers(trunk_bundles: Path, tmp_path: Path) -> None:
+    files = {name: trunk_bundles / name / "model.onnx" for name in ("trunk", "fused", "trunk+fused")}
+    first, last = multiply_adds(files["trunk"]), multiply_adds(files["fused"])
+    none, every = (multiply_adds(files["trunk+fused"], share) for share in (0.0, 1.0))
+    assert none == first
+    assert last < every < first + last
+    record = load_bundle(trunk_bundles / "trunk+fused").variant().details.cascade
+    assert record is not None
+
+    out = tmp_path / "bundles"
+    shutil.copytree(trunk_bundles, out)
+    report = write_report(out, ArtefactLimits())
+    row = next(row for row in report.rows if row.name == "trunk+fused/fp32")
+    assert row.multiply_adds == round(none + record.deferred * (every - none))
+    assert row.p50_ms == next(one.cascade_ms for one in record.times if one.batch == 1)
+    assert (
+        "at the share of the test images that it deferred (trunk+fused/fp32 "
+        in (out / "report.md").read_text()
+    )
+    written = {row["target"]: row for row in json.loads((out / "report.json").read_text())["rows"]}
+    assert "deferred" not in written["fused"], "others' rows are what they were"
+    assert written["trunk+fused"]["deferred"] > 0
+
+
+def test_a_cascade_is_timed_by_both_kinds_of_images(trunk_bundles: Path) -> None:
+    bundle = load_bundle(trunk_bundles / "trunk+fused")
+    session, record = bundle.session(), bundle.variant().details.cascade
+    assert record is not None
+    kinds = kinds_of(bundle, bundle.variant(), session)
+    assert [kind.share for kind in kinds] == [1 - record.deferred, record.deferred]
+    exits = [session.run(kind.image).exit for kind in kinds]
+    assert [one.tolist() for one in exits if one is not None] == [[0], [1]]
+    fused = load_bundle(trunk_bundles / "fused")
+    (only,) = kinds_of(fused, fused.variant(), fused.session())
+    assert only.share == 1
 
 
 @pytest.mark.slow
