@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import threading
-import urllib.request
 from pathlib import Path
 
 import numpy as np
 
 from ffl_deploy.data.splits import ArraySplit
+from ffl_deploy.downloads import require_answer
 from ffl_deploy.errors import UsageError
-
-PATIENCE = 10.0  # seconds until a network that does not answer counts as none
 
 
 def read_cifar(name: str, root: Path) -> tuple[tuple[str, ...], ArraySplit, ArraySplit]:
@@ -26,7 +23,7 @@ def read_cifar(name: str, root: Path) -> tuple[tuple[str, ...], ArraySplit, Arra
     present = folder.is_dir()
     try:
         if not present:
-            _require_answer(kind.url)
+            require_answer(kind.url)
         train = kind(root, train=True, download=not present)
         test = kind(root, train=False)
     except Exception as error:  # urllib, tarfile, hashing and pickle each have their own
@@ -40,22 +37,3 @@ def read_cifar(name: str, root: Path) -> tuple[tuple[str, ...], ArraySplit, Arra
         ) from error
     images = [ArraySplit(part.data, np.asarray(part.targets, np.int64)) for part in (train, test)]
     return tuple(train.classes), images[0], images[1]
-
-
-def _require_answer(url: str) -> None:
-    """Raise OSError unless the server of `url` answers in time: a download has no time limit,
-    nor has a name's look-up."""
-    failure: list[Exception] = [TimeoutError(f"no answer within {PATIENCE:.0f} s")]
-
-    def ask() -> None:
-        try:
-            with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=PATIENCE):
-                failure.clear()
-        except Exception as error:
-            failure[:] = [error]
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(PATIENCE)
-    if failure:
-        raise failure[0]

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ffl_deploy.downloads import require_answer
 from ffl_deploy.errors import UsageError, first_line
 from ffl_deploy.installed import missing
 from ffl_deploy.networks.stages import (
@@ -142,8 +143,23 @@ def require_published(name: str, pretrained: Pretrained) -> Path | None:
         except (ValueError, AttributeError):
             return None
         file = folder / url.rpartition("/")[2]
-        return file if file.is_file() else None
+        if file.is_file():
+            return file
+        try:
+            require_answer(url)
+        except Exception as error:
+            server, reason = "/".join(url.split("/")[:3]), first_line(error)
+            raise _unreachable(name, folder, f"{server} does not answer: {reason}") from error
+        return None
     return _kept_by_timm(name, model, pretrained)
+
+
+def _unreachable(name: str, folder: object, reason: str) -> UsageError:
+    return UsageError(
+        f"the published weights of {name} cannot be had (they are not in {folder}, and {reason}); copy them "
+        "there (--weights-cache DIR names another folder), give a file with --weights, or train from scratch "
+        "without --pretrained."
+    )
 
 
 def _kept_by_timm(name: str, model: str, pretrained: Pretrained) -> Path | None:
@@ -165,12 +181,8 @@ def _kept_by_timm(name: str, model: str, pretrained: Pretrained) -> Path | None:
             get_session().head(constants.ENDPOINT, timeout=CONNECT)
             return None
         except Exception as error:  # of whatever HTTP library that one is built on
-            reason = type(error).__name__
-    raise UsageError(
-        f"the published weights of {name} cannot be had (they are not in {folder or constants.HF_HUB_CACHE}, "
-        f"and {constants.ENDPOINT} does not answer: {reason}); copy them there (--weights-cache DIR names "
-        "another folder), give a file with --weights, or train from scratch without --pretrained."
-    )
+            reason = f"{constants.ENDPOINT} does not answer: {type(error).__name__}"
+    raise _unreachable(name, folder or constants.HF_HUB_CACHE, reason)
 
 
 def library_names(library: str) -> Sequence[str]:

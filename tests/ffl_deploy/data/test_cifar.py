@@ -82,7 +82,7 @@ def test_offline_says_where_the_files_belong(tmp_path: Path, monkeypatch: pytest
 def test_a_network_that_never_answers_counts_as_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     test_is_over = threading.Event()
     monkeypatch.setattr("urllib.request.urlopen", lambda *arguments, **options: test_is_over.wait(200))
-    monkeypatch.setattr("ffl_deploy.data.cifar.PATIENCE", 0.2)
+    monkeypatch.setattr("ffl_deploy.downloads.PATIENCE", 0.2)
     try:
         assert "no answer within" in refuse(tmp_path)
     finally:

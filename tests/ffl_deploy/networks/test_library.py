@@ -263,6 +263,22 @@ def test_without_a_network_the_hub_is_asked_once(monkeypatch: pytest.MonkeyPatch
     assert 0 < asked[0] <= 10
 
 
+def test_a_server_that_says_nothing_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch, which sets no limit, would wait for ever."""
+
+    def silent(*arguments: object, timeout: float) -> None:
+        raise TimeoutError(f"timed out after {timeout:g} s")
+
+    monkeypatch.setattr("urllib.request.urlopen", silent)
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
+    with pytest.raises(
+        UsageError, match=r"not in .*, and https://\S+ does not answer: timed out after 10 s\)"
+    ):
+        MutualNetwork(NetworkConfig(("torchvision:resnet18", "resnet20"), 3, 32, 32), pretrained=True)
+
+
 def test_weights_that_are_kept_need_no_network_and_damaged_ones_are_called_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -323,6 +339,7 @@ def test_pretrained_weights_reach_the_branches(monkeypatch: pytest.MonkeyPatch) 
     torch.manual_seed(3)
     published = models.resnet18().state_dict()
     monkeypatch.setattr(models.ResNet18_Weights, "get_state_dict", lambda self, *a, **k: published)
+    monkeypatch.setattr("ffl_deploy.networks.library.require_answer", lambda url: None)
     network = MutualNetwork(NetworkConfig(("torchvision:resnet18", "resnet20"), 3, 32, 32), pretrained=True)
     assert torch.equal(network.branches[0][0][0].weight, published["conv1.weight"])
     assert torch.equal(network.branches[0][4][1].bn2.running_var, published["layer4.1.bn2.running_var"])
