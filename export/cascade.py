@@ -24,7 +24,6 @@ SURE = 0.5
 """How far from the threshold's a score's log odds are where the rounding of int8, and of another processor,
 does not choose the exit either."""
 MAX_LOSS_POINTS = 0.5
-ROWS = "rows"  # what the graph calls the numbers of the images that are deferred
 
 
 class Promise(NamedTuple):

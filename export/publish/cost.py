@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from export.cascade import ROWS
+from ffl_deploy.runtime.tensorrt_cascade import ROWS
 
 
 def multiply_adds(path: Path, deferred: float = 1.0) -> int:

@@ -15,11 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from export.cascade import ROWS
 from export.write.onnx_graph import DeployedModel
 from ffl_deploy.errors import CheckError
 from ffl_deploy.networks.targets import CascadeTarget
-from ffl_deploy.runtime.tensorrt_cascade import MAP, SCORE
+from ffl_deploy.runtime.tensorrt_cascade import MAP, ROWS, SCORE
 
 EXIT, THRESHOLD = "exit", "threshold"
 ALL, NONE = 2.0, -1.0

@@ -21,6 +21,8 @@ from ffl_deploy.statistics import log_softmax
 
 MAGIC = b"ffl cascade of two engines 1\n"
 SCORE, MAP = "score", "map"
+ROWS = "rows"
+"""What the ONNX file calls the numbers of the deferred images, where it is cut in two."""
 
 
 class Header(msgspec.Struct, frozen=True):
