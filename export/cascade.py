@@ -23,6 +23,9 @@ EDGE = 1e-4
 SURE = 0.5
 """How far from the threshold's a score's log odds are where the rounding of int8, and of another processor,
 does not choose the exit either."""
+FEWEST = 8
+"""Images of each exit that are looked at, where there are as many: fewer would hardly see that part of the
+graph."""
 MAX_LOSS_POINTS = 0.5
 
 
@@ -60,9 +63,23 @@ class Exits(NamedTuple):
         )
         return odds - limit
 
+    def clear(self, threshold: float, precision: str) -> np.ndarray:
+        """-> bool [n]: images whose exit the rounding of this precision does not choose."""
+        return ~self.edge(threshold) if precision == "fp32" else clear_of(self.margins(threshold))
+
     def routed(self, threshold: float) -> np.ndarray:
         """-> [n, classes]: the logits of whichever exit answers."""
         return np.where(self.deferred(threshold)[:, None], self.last, self.first)
+
+
+def clear_of(margins: np.ndarray) -> np.ndarray:
+    """Exits.margins [n] -> bool [n]: images farther than SURE from the threshold; of an exit that has fewer
+    than FEWEST of these the farthest ones."""
+    found = np.zeros(len(margins), bool)
+    for side in (margins < 0, margins >= 0):
+        far = np.abs(margins[side])
+        found[side] = far >= np.sort(far)[-FEWEST:].min(initial=SURE)
+    return found
 
 
 def choose_threshold(

@@ -86,6 +86,14 @@ class TargetContext:
         """-> images and PyTorch's logits as ffl-verify will ask them of a file at this precision."""
         return Held(*judged(images, logits, self.probes, PARITY_GATES[precision]))
 
+    def compared(self, threshold: CascadeThreshold | None, precision: str) -> Reference:
+        """-> the reference images and logits that a file of this precision is compared with; threshold: of a
+        cascade, the file's own."""
+        if self.cascade is None or threshold is None:
+            return self.reference
+        whole = self.evaluation.reference(self.cascade.exits[0])
+        return routed_reference(self.cascade, whole, threshold.value, precision)
+
     def locator(
         self, path: Path, precision: str, source: Path, batch: int | None, runtime: str = "onnxruntime"
     ) -> Callable[[np.ndarray], str]:
@@ -111,6 +119,13 @@ class TargetContext:
             for name, value in zip(self.model.output_names, values, strict=True)
             if name in self.model.extras
         }
+
+
+def routed_reference(cascade: Cascade, whole: Reference, threshold: float, precision: str) -> Reference:
+    """-> the images of `whole`, all reference images, whose exit the rounding of this precision does not
+    choose, with the logits of the exit that answers."""
+    kept = cascade.reference.clear(threshold, precision)
+    return Reference(whole.images[kept], whole.labels[kept], cascade.reference.routed(threshold)[kept])
 
 
 def write_fp32(

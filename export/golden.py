@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from export.cascade import SURE
+from export.cascade import clear_of
 from export.check.evaluation import Reference, class_balanced
 from export.write.onnx_graph import DeployedModel
 from ffl_deploy.bundle_files import GoldenSamples
@@ -26,11 +26,6 @@ GOLDEN_BYTES = 8 << 20  # of pixels; large images get fewer samples, so that a b
 
 ROUNDING = (PARITY_GATES["fp32"].scaled_max_diff or 0.0) / 4
 """What PyTorch's rounding alone may be on a made-up picture, as a share of the logits' standard deviation."""
-
-
-FEWEST = 8
-"""Golden samples of each exit of a cascade, where the reference has as many: fewer would hardly look at that
-part of the graph."""
 
 
 def golden_samples(
@@ -60,17 +55,13 @@ def golden_rows(labels: np.ndarray, limit: int, margins: np.ndarray | None = Non
     """-> sorted rows of at most `limit` images, equally many of each class as far as they go.
 
     margins [n]: of a cascade, how far each image is from the other exit (Exits.margins). Half of the rows
-    leave by each exit, or what there is of it, and are such that rounding does not change that: at the
-    threshold another classifier's answer may be the right one. Where an exit has fewer than FEWEST of these,
-    the farthest ones stand in.
+    leave by each exit, or what there is of it, and are such that rounding does not change that (clear_of): at
+    the threshold another classifier's answer may be the right one.
     """
     if margins is None:
         return class_balanced(labels, limit)
-    sides = []
-    for side in (margins < 0, margins >= 0):
-        far = np.abs(margins[side])
-        least = np.sort(far)[-FEWEST:].min(initial=SURE)
-        sides.append(np.flatnonzero(side)[far >= least])
+    clear = clear_of(margins)
+    sides = [np.flatnonzero(clear & side) for side in (margins < 0, margins >= 0)]
     last = min(len(sides[0]), max(limit // 2, limit - len(sides[1])))
     counts = (last, limit - last)
     chosen = [rows[class_balanced(labels[rows], count)] for rows, count in zip(sides, counts, strict=True)]

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from export.cascade import Cascade, Exits, Promise, choose_threshold
-from export.check.evaluation import Evaluation, Reference, check_target
+from export.check.evaluation import Evaluation, check_target
 from export.check.gates import HeldOut
-from export.formats import FORMATS, TargetContext
+from export.formats import FORMATS, TargetContext, routed_reference
 from export.golden import determined, golden_samples, read_golden
 from export.outputs import FURTHER_OUTPUTS
 from export.outputs.familiarity import FIT_IMAGES
@@ -209,9 +209,9 @@ def export_target(
     if cascade is None:
         reference, probes = evaluation.reference(name), run.probes(options.checkpoint, name)
     else:
-        kept = ~cascade.reference.edge(cascade.threshold.value)
-        margins = cascade.reference.margins(cascade.threshold.value)[kept]
-        reference = routed_reference(cascade, evaluation.reference(cascade.exits[0]), kept)
+        whole, threshold = evaluation.reference(cascade.exits[0]), cascade.threshold.value
+        reference = routed_reference(cascade, whole, threshold, "fp32")
+        margins = cascade.reference.margins(threshold)[cascade.reference.clear(threshold, "fp32")]
         probes = routed_probes(cascade, [run.probes(options.checkpoint, one) for one in cascade.exits])
 
     constants = fitted_constants(target, evaluation, options.extras)
@@ -305,12 +305,6 @@ def route(evaluation: Evaluation, name: str, promise: Promise) -> Cascade | None
         logits[name] = Exits(*(logits[one] for one in names)).routed(threshold.value)
     reference = Exits(*(evaluation.reference(one).logits for one in names))
     return Cascade(names, promise, threshold, reference)
-
-
-def routed_reference(cascade: Cascade, whole: Reference, kept: np.ndarray) -> Reference:
-    """-> the images `kept` (bool [n]) of `whole`, with the logits of the exit that answers."""
-    logits = cascade.reference.routed(cascade.threshold.value)
-    return Reference(whole.images[kept], whole.labels[kept], logits[kept])
 
 
 def routed_probes(cascade: Cascade, probes: Sequence[Probes | None]) -> Probes | None:

@@ -174,7 +174,7 @@ def measured(
     # the gates: training's logits, the golden samples, the test images, further outputs
     reference, golden = (
         context.judged(samples.images, samples.logits, precision)
-        for samples in (context.reference, context.golden)
+        for samples in (context.compared(file.threshold, precision), context.golden)
     )
     parity = check_parity(session, reference, precision, context.model.temperature, locate)
     check_golden(session, golden, context.golden_files, precision, context.model.temperature)

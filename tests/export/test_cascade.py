@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from export.cascade import SURE, Exits, Promise, choose_threshold
+from export.cascade import SURE, Cascade, Exits, Promise, choose_threshold
+from export.check.evaluation import Reference
 from export.cli import main
+from export.formats import routed_reference
 from export.golden import GOLDEN_IMAGES
 from export.pipeline import ExportOptions, asked_targets
 from export.sets import CalibrationImages
@@ -83,6 +85,24 @@ def test_what_cannot_be_shown_is_refused() -> None:
     exits, labels = simulated(2000)
     with pytest.raises(CheckError, match="and defers at most"):
         choose_threshold(exits, labels, Promise(0.5, 0.001), held_out(labels))
+
+
+@pytest.mark.parametrize("threshold", [0.7, 0.8], ids=["fp32's threshold", "another one"])
+def test_a_files_logits_are_compared_where_its_rounding_does_not_choose_the_exit(threshold: float) -> None:
+    """One image near the threshold that int8 sends to the other exit has another classifier's logits: its
+    cosine alone cost the file its place."""
+    exits, labels = simulated(400)
+    whole = Reference(np.zeros((400, 1, 1, 3), np.uint8), labels, exits.first)
+    first = choose_threshold(exits, labels, Promise(None, 0.5), held_out(labels))
+    target = Cascade(("branch0", "fused"), Promise(), first, exits)
+    exact, rounded = (routed_reference(target, whole, threshold, precision) for precision in ("fp32", "int8"))
+    assert len(exact.labels) > 390
+    odds = np.log(exits.scores / (1 - exits.scores)) - np.log(threshold / (1 - threshold))
+    far = np.abs(odds) > SURE
+    assert 100 < far.sum() < 390
+    np.testing.assert_array_equal(rounded.labels, labels[far])
+    expected = np.where((odds < 0)[:, None], exits.last, exits.first)
+    np.testing.assert_array_equal(rounded.logits, expected[far])
 
 
 @pytest.fixture(scope="module")

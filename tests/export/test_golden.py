@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from export.cascade import SURE
-from export.golden import FEWEST, determined, golden_rows
+from export.cascade import FEWEST, SURE
+from export.golden import determined, golden_rows
 from ffl_deploy.parity import PARITY_GATES
 from ffl_deploy.preprocessing import Preprocessing
 from ffl_deploy.probes import Probes, draw, prepared
