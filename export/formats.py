@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 
 from export.cascade import Cascade, choose_threshold
-from export.check.evaluation import Evaluation, Reference, class_balanced
+from export.check.evaluation import Evaluation, Reference, answers_of, class_balanced
 from export.check.exits import exit_logits
 from export.check.gates import HeldOut, file_batches
 from export.check.localize import TRUE_FP16, first_difference
@@ -108,17 +108,11 @@ class TargetContext:
     @cached_property
     def extras(self) -> dict[str, np.ndarray]:
         """Further output (cam, embedding) -> PyTorch's values on the reference images."""
-        import torch
-
         if not self.model.extras:
             return {}
-        with torch.inference_mode():
-            values = self.model(torch.from_numpy(self.reference.images))
-        return {
-            name: value.numpy()
-            for name, value in zip(self.model.output_names, values, strict=True)
-            if name in self.model.extras
-        }
+        values = answers_of(self.model, self.reference.images)
+        named = zip(self.model.output_names, values, strict=True)
+        return {name: value for name, value in named if name in self.model.extras}
 
 
 def routed_reference(cascade: Cascade, whole: Reference, threshold: float, precision: str) -> Reference:

@@ -21,6 +21,7 @@ from ffl_deploy.errors import CheckError, UsageError
 from ffl_deploy.networks.targets import exits_of
 from ffl_deploy.parity import PARITY_GATES, compare, judge
 from ffl_deploy.run_directory import Run
+from ffl_deploy.runtime.replay import passes
 
 if TYPE_CHECKING:
     import torch
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
     from ffl_deploy.networks.mutual import MutualNetwork
     from ffl_deploy.networks.quantization import QuantizedNetwork
     from ffl_deploy.networks.targets import Target
-
-PASS_BATCH = 256  # images per forward pass; larger ones bring nothing on a CPU and cost memory
 
 
 @dataclass(frozen=True)
@@ -156,13 +155,13 @@ class Evaluation:
         import torch
 
         train, normalize = self.data.train, Normalize(self.run.mean, self.run.std)
-        rows, passes = class_balanced(train.labels, limit), []
+        rows, size, found = class_balanced(train.labels, limit), self.run.preprocessing, []
         with torch.inference_mode():
-            for start in range(0, len(rows), PASS_BATCH):
-                images = torch.from_numpy(train.read(rows[start : start + PASS_BATCH]))
+            for part in passes(len(rows), size.height, size.width):
+                images = torch.from_numpy(train.read(rows[part]))
                 values = forward_pass(target, normalize(images), early=True)
-                passes.append((values.early, values.embedding, values.logits))
-        early, embedding, logits = (torch.cat(column) for column in zip(*passes, strict=True))
+                found.append((values.early, values.embedding, values.logits))
+        early, embedding, logits = (torch.cat(column) for column in zip(*found, strict=True))
         return TrainingPass(early, embedding, logits, torch.from_numpy(train.labels[rows]))
 
 
@@ -212,20 +211,26 @@ def classifier_logits(
     parts: dict[str, list[np.ndarray]] = {target: [] for target in targets}
     network = network.to(memory_format=torch.channels_last)
     with torch.inference_mode():
-        for start in range(0, len(split), PASS_BATCH):
-            batch = normalize(torch.from_numpy(split.read(slice(start, start + PASS_BATCH))))
+        for part in passes(len(split), run.preprocessing.height, run.preprocessing.width):
+            batch = normalize(torch.from_numpy(split.read(part)))
             outputs = network(batch.contiguous(memory_format=torch.channels_last)).classifiers()
             for target in targets:
                 parts[target].append(outputs[target].numpy())
     return {target: np.concatenate(logits) for target, logits in parts.items()}
 
 
-def check_target(model: torch.nn.Module, reference: Reference, name: str) -> None:
-    """The extracted target, still in PyTorch, must give training's stored logits. Raises CheckError."""
+def answers_of(model: torch.nn.Module, images: np.ndarray) -> list[np.ndarray]:
+    """-> what `model` gives of `images` uint8 [n, h, w, 3], each output [n, ...]."""
     import torch
 
     with torch.inference_mode():
-        logits = model(torch.from_numpy(reference.images))[0].numpy()
+        answers = [model(torch.from_numpy(images[rows])) for rows in passes(*images.shape[:3])]
+    return [torch.cat(column).numpy() for column in zip(*answers, strict=True)]
+
+
+def check_target(model: torch.nn.Module, reference: Reference, name: str) -> None:
+    """The extracted target, still in PyTorch, must give training's stored logits. Raises CheckError."""
+    logits = answers_of(model, reference.images)[0]
     verdict = judge({str(len(logits)): compare(reference.logits, logits)}, PARITY_GATES["fp32"])
     if verdict.failed:
         raise CheckError(

@@ -18,7 +18,7 @@ from ffl_deploy.errors import CheckError
 from ffl_deploy.manifest import CascadeTimes, Variant
 from ffl_deploy.parity import PARITY_GATES, judge
 from ffl_deploy.runtime import Session, runtime_named
-from ffl_deploy.runtime.replay import measure, run_in_batches
+from ffl_deploy.runtime.replay import images_at_once, measure, run_in_batches
 from ffl_deploy.runtime.tensorrt_cascade import CascadeEngines
 
 TIMED = {1: 128, 64: 4}
@@ -67,7 +67,8 @@ def check_exits(
         open_at = opener(session, path, variant, Path(folder))
         for name, threshold, logits in zip(names, (NONE, ALL), expected, strict=True):
             one = open_at(threshold)
-            sizes = sorted({1, min(7, len(logits)), len(logits)})
+            most = images_at_once(*reference.images.shape[:3])
+            sizes = sorted({1, min(7, most), most})
             verdict = judge(measure(one.run, reference.images, logits, sizes, temperature), gate)
             if verdict.failed:
                 raise CheckError(

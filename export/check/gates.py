@@ -27,12 +27,12 @@ from ffl_deploy.parity import (
     judge_accuracy,
 )
 from ffl_deploy.runtime import Session
-from ffl_deploy.runtime.replay import golden_batches, measure, run_in_batches
+from ffl_deploy.runtime.replay import golden_batches, images_at_once, measure, run_in_batches
 from ffl_deploy.runtime.session import Outputs
 from ffl_deploy.statistics import expected_calibration_error, packed, paired_difference, wilson_interval
 
 BATCHES = (1, 2, 7, 64)
-"""Compared besides all the reference images at once: one, the traced size, an odd one, a common one."""
+"""Compared besides as many reference images as go at once: one, the traced size, an odd one, a common one."""
 ACCURACY_BATCH = 64
 LOCALIZE_IMAGES = 8
 EXTRA_GATES = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 1e-1, "int8": 0.15}
@@ -72,7 +72,8 @@ def check_parity(
     Args: precision: whose gate applies; locate: images -> the first layer that differs; called after a
     failure, with the images that differ most (a changed weight need not show on every image).
     """
-    sizes = sorted({min(batch, len(reference.images)) for batch in (*batches, len(reference.images))})
+    most = images_at_once(*reference.images.shape[:3])
+    sizes = sorted({min(batch, most) for batch in (*batches, most)})
     try:
         measured = measure(session.run, reference.images, reference.logits, sizes, temperature)
     except CheckError as error:

@@ -15,6 +15,8 @@ from ffl_deploy.runtime.session import Outputs
 SMALL_BATCH_IMAGES = 64
 """Images compared at batches below 64; those batches look for shape errors,
 which more images do not show better."""
+AT_ONCE = 256
+SMALL_SIDE = 96  # pixels up to which so many images are a batch
 
 
 def measure(
@@ -43,6 +45,18 @@ def whole_batches(images: np.ndarray, batch: int | None) -> np.ndarray:
     if batch is None:
         return images
     return np.resize(images, (-(-len(images) // batch) * batch, *images.shape[1:]))
+
+
+def images_at_once(count: int, height: int, width: int) -> int:
+    """-> how many of `count` images of this size are computed together at most: fewer of large ones, whose
+    maps would take gigabytes (256 of 224 pixels took an EfficientNet-Lite ten)."""
+    return min(count, max(SMALL_BATCH_IMAGES, AT_ONCE * SMALL_SIDE**2 // (height * width)))
+
+
+def passes(count: int, height: int, width: int) -> list[slice]:
+    """-> the rows of each pass over `count` images of this size."""
+    size = images_at_once(count, height, width)
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)] if count else []
 
 
 def golden_batches(images: int) -> list[int]:

@@ -19,7 +19,7 @@ from ffl_deploy.parity import (
     judge_accuracy,
 )
 from ffl_deploy.runtime import Outputs
-from ffl_deploy.runtime.replay import measure
+from ffl_deploy.runtime.replay import images_at_once, measure, passes
 from ffl_deploy.statistics import paired_difference
 
 
@@ -210,3 +210,22 @@ def test_measure_runs_every_batch_size_and_catches_lost_rows() -> None:
     assert {name: metrics.n for name, metrics in measured.items()} == {"1": 64, "7": 64, "64": 70}
     with pytest.raises(CheckError, match="64 images came back with 63 rows"):
         measure(lambda batch: Outputs(*(part[:-1] for part in run(batch)[:2])), images, reference, [64])
+
+
+@pytest.mark.parametrize(
+    ("count", "side", "expected"),
+    [
+        (256, 32, 256),
+        (256, 96, 256),
+        (100, 96, 100),
+        (256, 224, 64),
+        (1000, 128, 144),
+        (5, 2000, 5),
+        (0, 32, 0),
+    ],
+)
+def test_large_images_go_in_fewer_at_once(count: int, side: int, expected: int) -> None:
+    assert images_at_once(count, side, side) == expected
+    rows = [row for part in passes(count, side, side) for row in range(count)[part]]
+    assert rows == list(range(count))
+    assert all(part.stop - part.start <= expected for part in passes(count, side, side))
