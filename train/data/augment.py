@@ -97,6 +97,17 @@ def random_changes(options: DataOptions, fill: Sequence[float]) -> Transform | N
     return v2.Compose(steps)
 
 
+def random_resized_crop(options: DataOptions, size: tuple[int, int]) -> Transform | None:
+    """-> `resized-crop`: a random part of the original, resized to (height, width) (Szegedy et al. 2015), and
+    mirrored, for one image after the other; None for other views."""
+    if options.augment != "resized-crop":
+        return None
+    from torchvision.transforms import v2
+
+    steps: list[torch.nn.Module] = [v2.RandomResizedCrop(size, antialias=True)]
+    return v2.Compose([*steps, v2.RandomHorizontalFlip()] if options.flip else steps)
+
+
 def transform_one(image: Pixels, transform: Transform, seed: int) -> Pixels:
     """uint8 [h, w, 3] -> uint8 [h', w', 3]. The draws are of `seed`; torch's own generator stays where it
     was."""

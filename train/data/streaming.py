@@ -28,7 +28,7 @@ from ffl_deploy.errors import CheckError
 from ffl_deploy.host import available_cores
 from ffl_deploy.preprocessing import Pixels
 from train.config import DataOptions
-from train.data.augment import crop_one, draw_crops, random_changes, transform_one
+from train.data.augment import crop_one, draw_crops, random_changes, random_resized_crop, transform_one
 from train.data.batches import Batch, Collate, Plan, Shares, crop_padding, flips
 from train.machine import decoding_failed
 from train.randomness import derived_seed, generator
@@ -119,14 +119,15 @@ class TrainingSteps(Dataset[Pieces | UnreadableImage]):
     ) -> None:
         self.split, self.options, self.size, self.order = split, options, size, order
         self.shares, self.seed, self.epoch = shares, seed, epoch
-        self.changes = random_changes(options, fill)
+        # made here and not by the workers, each of which would import torchvision first, in every epoch
+        self.resized_crop, self.changes = random_resized_crop(options, size), random_changes(options, fill)
 
     def __len__(self) -> int:
         return len(self.order)
 
     def __getitem__(self, step: int) -> Pieces | UnreadableImage:
         rows = self.order[step]
-        view = self.resized_crops(step) if self.options.augment == "resized-crop" else self.padded_crops(step)
+        view = self.resized_crops(step) or self.padded_crops(step)
         view = self.changed(view, step)
         cuts = torch.arange(len(rows)).tensor_split(self.shares.total)
         pieces = Pieces([], [], [])
@@ -175,12 +176,11 @@ class TrainingSteps(Dataset[Pieces | UnreadableImage]):
             self.split.prepared(row), padding, top[place], left[place], mirrored[place]
         )
 
-    def resized_crops(self, step: int) -> View:
-        """`resized-crop`: a random part of the original, resized (Szegedy et al. 2015), and mirrored."""
-        from torchvision.transforms import v2
-
-        steps: list[torch.nn.Module] = [v2.RandomResizedCrop(self.size, antialias=True)]
-        transform = v2.Compose([*steps, v2.RandomHorizontalFlip()] if self.options.flip else steps)
+    def resized_crops(self, step: int) -> View | None:
+        """`resized-crop`; None for the other views."""
+        transform = self.resized_crop
+        if transform is None:
+            return None
         return lambda row, place: transform_one(
             self.split.original(row), transform, self.seed_of("augment", step, place)
         )

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from ffl_deploy.data.splits import UnreadableImage
 from ffl_deploy.errors import CheckError
 from ffl_deploy.preprocessing import Preprocessing
 from train.config import DataOptions
+from train.data import streaming
 from train.data.batches import Batch, Batches, InMemoryBatches, Plan, Shares
 from train.data.streaming import StreamedBatches
 from train.distributed import World
@@ -88,6 +90,26 @@ def test_any_number_of_workers_gives_the_same_batches(on_disk: ImageData, option
     assert same(stream(on_disk, options, 0).training(1, 0), stream(on_disk, options, 2).training(1, 0)) == 4
     one, other = (list(stream(on_disk, options, workers).evaluation("test")) for workers in (0, 2))
     assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "maker"),
+    [(RESIZED, "random_resized_crop"), (CHANGED, "random_changes")],
+    ids=["resized-crop", "changed"],
+)
+def test_what_changes_the_views_is_made_once_and_not_by_the_workers(
+    on_disk: ImageData, options: DataOptions, maker: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Importing torchvision takes seconds, which each worker of each epoch would spend."""
+    made, make = [], getattr(streaming, maker)
+
+    def noted(*arguments: Any) -> Any:
+        made.append(os.getpid())
+        return make(*arguments)
+
+    monkeypatch.setattr(streaming, maker, noted)
+    assert len(list(stream(on_disk, options, 2).training(0, 0))) == 4
+    assert made == [os.getpid()]
 
 
 class CollectingSteps(Dataset[int]):
