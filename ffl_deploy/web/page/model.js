@@ -107,6 +107,14 @@ export class Model {
     return answer;
   }
 
+  /** An answer of a cascade -> the name of the classifier that gave it; "" of another model. */
+  answeredBy(answer) {
+    if (!answer.exit) return "";
+    const variant = this.manifest.variants.find(({ name }) => name === this.described.variant);
+    const number = Number(answer.exit.data[0]); // a BigInt
+    return variant?.details?.cascade?.exits[number] ?? `exit ${number}`;
+  }
+
   /** An answer -> [{label, id, confidence}], falling. */
   top(answer, k) {
     const { data } = answer.probabilities;

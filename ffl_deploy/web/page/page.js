@@ -251,7 +251,8 @@ function showAnswer(model, pixels, found, top) {
     list.append(item);
   }
   const took = `${found.milliseconds.toFixed(1)} ms`;
-  const by = found.exit ? ` Exit ${found.exit.data[0]} answered.` : "";
+  const exit = model.answeredBy(found);
+  const by = exit ? ` Answered by ${exit}.` : "";
   const views = element("div", "", { className: "views" });
   views.append(view(pixels, model.preprocessing, "What the network sees"));
   if (found.cam) views.append(view(overlay(pixels, model.preprocessing, found.cam), model.preprocessing, "Why: evidence for this label"));

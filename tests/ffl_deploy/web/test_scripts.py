@@ -175,6 +175,21 @@ def test_golden_samples_are_read_as_numpy_writes_them(node: Node, tmp_path: Path
             np.testing.assert_array_equal(np.array(values, arrays[key].dtype), arrays[key].ravel())
 
 
+def test_a_cascade_names_the_classifier_that_answered(node: Node) -> None:
+    script = """
+    import { Model } from "./page/model.js";
+    function main({ cascade }) {
+      const model = new Model({ name: "one", variant: "int8" });
+      const details = cascade ? { cascade } : {};
+      model.manifest = { variants: [{ name: "fp32" }, { name: "int8", details }] };
+      const answers = [0n, 1n].map((number) => ({ exit: { data: [number] } }));
+      return [...answers, {}].map((answer) => model.answeredBy(answer));
+    }
+    """
+    assert node(script, {"cascade": {"exits": ["branch0", "fused"]}}) == ["branch0", "fused", ""]
+    assert node(script, {"cascade": None}) == ["exit 0", "exit 1", ""]
+
+
 def test_the_csv_is_that_of_ffl_predict(node: Node) -> None:
     confidences = [float(np.float32(value)) for value in (0.7, 0.2, 1e-9)]
     labels = ['with "quotes", comma', "=SUM(A1)", "käse"]
