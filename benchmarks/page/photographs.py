@@ -31,9 +31,9 @@ class Images(NamedTuple):
 DATA = {
     "flowers": Images(
         "Five kinds of flowers",
-        "The commands are those of that page; a pair of resnet32 that starts from nothing reaches 65 % "
-        "there. With so few test images the intervals below are wide, and so is that of the validation "
-        "accuracy which the epoch was chosen by.",
+        "The commands are those of that page; at 96 pixels the pair reached 85.6 %, at 160 pixels 87.8 %, "
+        "and a pair of resnet32 that starts from nothing reaches 65 % there. With so few test images the "
+        "intervals below are wide, and so is that of the validation accuracy which the epoch was chosen by.",
     ),
     "cifar100": Images(
         "All of CIFAR-100",
