@@ -38,7 +38,7 @@ from ffl_deploy.manifest import CascadeRecord, Details, Precision, RefusedVarian
 from ffl_deploy.parity import gate_precision
 from ffl_deploy.runtime import OnnxRuntimeSession, Session, runtime_named
 from ffl_deploy.runtime.latency import measure_latency
-from ffl_deploy.runtime.replay import run_in_batches
+from ffl_deploy.runtime.replay import batch_of, run_in_batches
 from ffl_deploy.runtime.session import FixedBatchSession, Outputs
 from ffl_deploy.runtime.tensorrt_build import EngineOptions, require_targets
 from ffl_deploy.runtime.tensorrt_cache import bundled
@@ -203,7 +203,8 @@ def measured(
 def answers_to(opened: Opened, split: Split) -> Outputs:
     """-> logits and probabilities of a whole split."""
     session = opened.many or opened.session
-    return run_in_batches(session.run, split.read, len(split), ACCURACY_BATCH, opened.callers)
+    batch = batch_of(ACCURACY_BATCH, opened.callers, *split.read(slice(0, 1)).shape[1:3])
+    return run_in_batches(session.run, split.read, len(split), batch, opened.callers)
 
 
 def sets_from(opened: Opened, test: Outputs, context: TargetContext) -> CalibratedSets:

@@ -17,7 +17,7 @@ from ffl_deploy.host import available_cores
 from ffl_deploy.manifest import Candidate
 from ffl_deploy.parity import PARITY_GATES, ParityMetrics, compare, judge
 from ffl_deploy.runtime import OnnxRuntimeSession, Session
-from ffl_deploy.runtime.replay import run_in_batches
+from ffl_deploy.runtime.replay import batch_of, run_in_batches
 from ffl_deploy.runtime.session import FixedBatchSession
 
 RISK = 0.5
@@ -72,7 +72,8 @@ class Judges:
         if self.batch:
             session = FixedBatchSession(session, self.batch)
         count, cores = len(held.images), available_cores()
-        outputs = run_in_batches(session.run, held.images.__getitem__, count, 64, callers=cores)
+        batch = batch_of(64, cores, *held.images.shape[1:3])
+        outputs = run_in_batches(session.run, held.images.__getitem__, count, batch, callers=cores)
         return compare(held.logits, outputs.logits)
 
 

@@ -53,6 +53,12 @@ def images_at_once(count: int, height: int, width: int) -> int:
     return min(count, max(SMALL_BATCH_IMAGES, AT_ONCE * SMALL_SIDE**2 // (height * width)))
 
 
+def batch_of(most: int, callers: int, height: int, width: int) -> int:
+    """-> how many images of this size each of `callers` computes at once: at most `most`, and together no
+    more than images_at_once, for each keeps the memory of its largest batch; no fewer than eight."""
+    return min(most, max(8, AT_ONCE * SMALL_SIDE**2 // (height * width * callers)))
+
+
 def passes(count: int, height: int, width: int) -> list[slice]:
     """-> the rows of each pass over `count` images of this size."""
     size = images_at_once(count, height, width)

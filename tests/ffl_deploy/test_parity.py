@@ -19,7 +19,7 @@ from ffl_deploy.parity import (
     judge_accuracy,
 )
 from ffl_deploy.runtime import Outputs
-from ffl_deploy.runtime.replay import images_at_once, measure, passes
+from ffl_deploy.runtime.replay import batch_of, images_at_once, measure, passes
 from ffl_deploy.statistics import paired_difference
 
 
@@ -229,3 +229,11 @@ def test_large_images_go_in_fewer_at_once(count: int, side: int, expected: int) 
     rows = [row for part in passes(count, side, side) for row in range(count)[part]]
     assert rows == list(range(count))
     assert all(part.stop - part.start <= expected for part in passes(count, side, side))
+
+
+@pytest.mark.parametrize(
+    ("callers", "side", "expected"), [(2, 32, 64), (16, 32, 64), (2, 96, 64), (2, 192, 32), (16, 224, 8)]
+)
+def test_several_callers_share_what_goes_at_once(callers: int, side: int, expected: int) -> None:
+    """Each keeps the memory of its largest batch: sixteen with 64 of 224 pixels would take fifty GB."""
+    assert batch_of(64, callers, side, side) == expected
