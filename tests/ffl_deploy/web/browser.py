@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from tests.watched import watch
+
 BROWSER = [
     pytest.mark.browser,
     pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Debian's chromium on the PATH"),
@@ -23,24 +25,10 @@ class Opened:
     """A page on which every console error, page error, failed response and foreign request is noted."""
 
     def __init__(self, context: Any, url: str) -> None:
-        self.context, self.troubles = context, []
-        self.page = page = context.new_page()
-        page.on(
-            "console",
-            lambda message: message.type == "error" and self.troubles.append(f"console: {message.text}"),
-        )
-        page.on("pageerror", lambda error: self.troubles.append(f"page: {error}"))
-        page.on(
-            "response",
-            lambda answer: answer.status >= 400 and self.troubles.append(f"{answer.status}: {answer.url}"),
-        )
+        self.context, self.page = context, context.new_page()
         origin = "/".join(url.split("/")[:3]) + "/"
-        own = (origin, "data:", f"blob:{origin}")
-        page.on(
-            "request",
-            lambda asked: asked.url.startswith(own) or self.troubles.append(f"foreign: {asked.url}"),
-        )
-        page.goto(url)
+        self.troubles = watch(self.page, (origin, "data:", f"blob:{origin}"))
+        self.page.goto(url)
 
     def ready(self) -> str:
         """Wait until everything was loaded and checked; -> what the page says then."""

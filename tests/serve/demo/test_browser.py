@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 
 from ffl_deploy.bundle import Bundle, load_bundle
+from tests.watched import watch
 
 pytestmark = [
     pytest.mark.browser,
@@ -75,27 +76,10 @@ class Watched:
     """A page on which every console error, page error, failed response and foreign request is noted."""
 
     def __init__(self, context: Any, url: str) -> None:
-        self.troubles: list[str] = []
-        self.page = page = context.new_page()
-        page.on(
-            "console",
-            lambda message: message.type == "error" and self.troubles.append(f"console: {message.text}"),
-        )
-        page.on("pageerror", lambda error: self.troubles.append(f"page: {error}"))
-        page.on(
-            "response",
-            lambda answer: answer.status >= 400 and self.troubles.append(f"{answer.status}: {answer.url}"),
-        )
-        page.on(
-            "request",
-            lambda request: self._own(request.url, url) or self.troubles.append(f"foreign: {request.url}"),
-        )
-        page.goto(url)
-        page.get_by_role("tab", name="Classify").wait_for()
-
-    @staticmethod
-    def _own(requested: str, url: str) -> bool:
-        return requested.startswith((url, "data:", "blob:"))
+        self.page = context.new_page()
+        self.troubles = watch(self.page, (url, "data:", "blob:"))
+        self.page.goto(url)
+        self.page.get_by_role("tab", name="Classify").wait_for()
 
     def tab(self, name: str) -> None:
         self.page.get_by_role("tab", name=name).click()
